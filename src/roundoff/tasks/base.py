@@ -1,0 +1,46 @@
+"""What a task is: problems with one right answer each, and a reward computed from text alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One question with one right answer."""
+
+    id: str
+    """Unique within the task and the same in every run: scores of different runs are paired by it."""
+    prompt: str
+    """The text the model continues."""
+    answer: str
+    """The right final answer, in the form the reward compares with."""
+
+
+@runtime_checkable
+class Task(Protocol):
+    """Training problems, disjoint test problems, and their reward.
+
+    `train` and `test` are deterministic: they return the same problems in the same order in every process.
+    """
+
+    @property
+    def name(self) -> str:
+        """The key of this task in `TASKS`."""
+        ...
+
+    def train(self) -> Sequence[Problem]:
+        """Problems to train on."""
+        ...
+
+    def test(self) -> Sequence[Problem]:
+        """Problems to score on; none of them is a training problem."""
+        ...
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """1.0 where the response ends in the right answer, else 0.0. Never raises, whatever the text."""
+        ...
+
+    def solution(self, problem: Problem) -> str | None:
+        """A worked response with reward 1.0, or None where the task knows none."""
+        ...
