@@ -1,0 +1,242 @@
+"""The policy loss: one function for GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476), which differ in settings only.
+
+Axes: N rollouts, T response tokens. For each response token, with advantage A of its rollout:
+
+    ratio  r = exp(logprob - old_logprob)                                     held at 1 with `ratio = "one"`
+    policy l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A) * weight     DAPO equation 8; weight is 1 by default
+    KL     k = estimator(logprob, ref_logprob)                                GRPO equation 4
+    loss     = sum over tokens of aggregate(l + kl_coefficient*k) / normalizer
+
+Aggregation divides each token by: the number of response tokens of the minibatch (`token-mean`, DAPO); its rollout's
+number of tokens and the number of rollouts (`sequence-mean`, GRPO as published); the number of rollouts and a constant
+length (`dr_grpo`, arXiv:2503.20783).
+
+Left out on purpose: verl's dual clip (a ratio above 3 under a negative advantage) and an entropy bonus, neither of
+which the two papers have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roundoff.config import Algorithm
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are clamped to this, as in verl (nats): exp(20) = 4.9e8 neither overflows nor hides a broken run."""
+LOW_VAR_KL_LIMIT = 10.0
+"""The k3 estimate of one token is clamped to this, as verl's `low_var_kl` (nats)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """The loss of one batch and what to log about it; every field but `loss` is detached, all are scalars []."""
+
+    loss: Tensor
+    """Differentiable; the sum over the micro-batches of a minibatch if they share a normalizer."""
+    policy_loss: Tensor
+    """The part of `loss` that the advantages make (adds up over micro-batches)."""
+    kl: Tensor
+    """KL estimate to the reference, aggregated as the loss, without coefficient (nats; adds up over micro-batches)."""
+    clip_low_fraction: Tensor
+    """Share of tokens whose gradient the lower clip cuts: ratio under `1 - clip_low`, negative advantage."""
+    clip_high_fraction: Tensor
+    """Share of tokens whose gradient the upper clip cuts: ratio above `1 + clip_high`, positive advantage."""
+    ratio_mean: Tensor
+    """Mean over tokens of the importance weight: ratio times `weights`."""
+    ratio_std: Tensor
+    """Standard deviation over tokens of the importance weight (population)."""
+    ratio_ess: Tensor
+    """Effective sample size `(sum w)**2 / (n * sum w**2)` of the importance weights (fraction; 1 if all are equal)."""
+    tokens: Tensor
+    """Number of response tokens seen."""
+
+    def metrics(self) -> dict[str, float]:
+        """Every field as a float, for a log."""
+        return {name: float(getattr(self, name).detach()) for name in self.__slots__}
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    algorithm: Algorithm,
+    *,
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+) -> LossOutput:
+    """Loss of rollouts under new, old and reference log-probabilities [N, T] with advantages [N] or [N, 1].
+
+    Args:
+        logprobs: of the policy being trained; the gradient flows here.
+        old_logprobs: of the policy before this batch's first update. None only with `ratio = "one"`, which ignores it.
+            `replayed`: under the noise keys of `logprobs`; `recomputed` and `rollout`: under a draw of their own.
+        ref_logprobs: of the reference policy; with `kl_coefficient` 0 only measured. None: no KL, an error above 0.
+        advantages: one number for each rollout.
+        mask: [N, T] bool, True on response tokens. What stands elsewhere, NaN included, has no influence.
+        algorithm: clip range, aggregation, KL and ratio.
+        normalizer: what the sum is divided by, from `loss_normalizer` on the *whole* minibatch. With it the losses of
+            the micro-batches add up to the loss of the minibatch, and so do their gradients; means of micro-batches
+            would not, as each holds another number of tokens. With data parallelism that averages gradients, pass
+            `loss_normalizer(...)` summed over the ranks and divided by their number. None: these rollouts are all, and
+            `dr_grpo` takes T as its constant length.
+        weights: [N, T] factors of the policy term without gradient: `truncated_weights` with `ratio = "rollout"`.
+
+    Raises:
+        ValueError: on shapes that do not fit, or log-probabilities that the settings need and were not given.
+    """
+    _check(logprobs, old_logprobs, ref_logprobs, advantages, mask, algorithm, weights)
+    mask = mask.bool()
+    advantages = advantages.reshape(-1, 1).to(torch.float32)
+    logprobs = torch.where(mask, logprobs, 0.0).to(torch.float32)  # masked before any arithmetic: NaN*0 is NaN
+    if algorithm.ratio == "one" or old_logprobs is None:
+        old = logprobs.detach()
+    else:
+        old = torch.where(mask, old_logprobs.detach(), 0.0).to(torch.float32)
+    ratio = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+    weight = 1.0 if weights is None else torch.where(mask, weights.detach(), 0.0).to(torch.float32)
+    policy = -torch.min(ratio * advantages, clipped * advantages) * weight
+
+    if normalizer is None:
+        normalizer = loss_normalizer(mask, algorithm, mask.shape[1])
+    share = _token_shares(mask, algorithm) / normalizer
+    policy_part = (policy * share).sum()
+    kl_part = torch.zeros_like(policy_part)
+    loss = policy_part
+    if ref_logprobs is not None:
+        reference = torch.where(mask, ref_logprobs.detach(), 0.0).to(torch.float32)
+        kl_part = (kl_estimate(logprobs, reference, algorithm) * share).sum()
+        loss = policy_part + algorithm.kl_coefficient * kl_part if algorithm.kl_coefficient > 0 else policy_part
+    with torch.no_grad():
+        used = ratio * weight * mask
+        return LossOutput(
+            loss=loss,
+            policy_loss=policy_part.detach(),
+            kl=kl_part.detach(),
+            **_clip_fractions(ratio.detach(), advantages, mask, algorithm),
+            **_spread(used.sum(), used.square().sum(), mask.sum()),
+        )
+
+
+def loss_normalizer(mask: Tensor, algorithm: Algorithm, max_new_tokens: int) -> Tensor:
+    """What `policy_loss` divides by for the minibatch whose mask [N, T] this is; a scalar [] of at least 1.
+
+    `token-mean`: its response tokens. `sequence-mean`: its rollouts that have any. `dr_grpo`: those rollouts times
+    `max_new_tokens`, the limit of the run rather than the longest response here (arXiv:2503.20783, listing 1).
+    """
+    if algorithm.aggregation == "token-mean":
+        return mask.sum().clamp(min=1).to(torch.float32)
+    sequences = mask.bool().any(dim=1).sum().clamp(min=1).to(torch.float32)
+    return sequences * max_new_tokens if algorithm.aggregation == "dr_grpo" else sequences
+
+
+def truncated_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, algorithm: Algorithm) -> Tensor:
+    """Truncated importance weights `min(exp(old - rollout), tis_cap)` [N, T], 0 outside the mask, without gradient.
+
+    They correct the difference between the policy that sampled (a rollout under its own noise, with AQN) and the policy
+    before the update as the training pass computes it, while the clipped ratio stays new against old: "truncated
+    importance sampling" of Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training",
+    after Espeholt et al. 2018 (IMPALA, arXiv:1802.01561) and Ionides 2008. verl calls it `tis_imp_ratio_cap`.
+    """
+    difference = torch.where(mask.bool(), old_logprobs.detach() - rollout_logprobs.detach(), 0.0).to(torch.float32)
+    return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=algorithm.tis_cap) * mask
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, algorithm: Algorithm) -> Tensor:
+    """Estimate of KL(policy || reference) for each token, same shape, differentiable in `logprobs` (nats).
+
+    With `d = ref_logprobs - logprobs`: `k1` is -d (unbiased, may be negative), `k2` is d**2/2, `low_var_kl` is
+    exp(d) - d - 1, called k3 (Schulman 2020, joschu.net/blog/kl-approx.html; GRPO equation 4), clamped as in verl.
+    """
+    d = ref_logprobs - logprobs
+    if algorithm.kl_estimator == "k1":
+        return -d
+    if algorithm.kl_estimator == "k2":
+        return 0.5 * d.square()
+    d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return (d.exp() - d - 1.0).clamp(max=LOW_VAR_KL_LIMIT)
+
+
+def combine(outputs: Sequence[LossOutput]) -> LossOutput:
+    """The output of a minibatch from those of its micro-batches, which shared a normalizer; `loss` detached.
+
+    Means, spread and effective sample size are those of all tokens together, not means of means.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not outputs:
+        raise ValueError("outputs must hold the loss of at least one micro-batch, but is empty")
+    tokens = torch.stack([o.tokens for o in outputs])
+    mean, std = (torch.stack([getattr(o, name) for o in outputs]) for name in ("ratio_mean", "ratio_std"))
+    share = tokens / tokens.sum().clamp(min=1)
+    return LossOutput(
+        loss=torch.stack([o.loss.detach() for o in outputs]).sum(),
+        policy_loss=torch.stack([o.policy_loss for o in outputs]).sum(),
+        kl=torch.stack([o.kl for o in outputs]).sum(),
+        clip_low_fraction=(torch.stack([o.clip_low_fraction for o in outputs]) * share).sum(),
+        clip_high_fraction=(torch.stack([o.clip_high_fraction for o in outputs]) * share).sum(),
+        **_spread((mean * tokens).sum(), ((std.square() + mean.square()) * tokens).sum(), tokens.sum()),
+    )
+
+
+def _token_shares(mask: Tensor, algorithm: Algorithm) -> Tensor:
+    """Weight [N, T] of each token before the normalizer: 0 outside the mask."""
+    inside = mask.to(torch.float32)
+    return inside / inside.sum(dim=1, keepdim=True).clamp(min=1) if algorithm.aggregation == "sequence-mean" else inside
+
+
+def _clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
+    low = (ratio < 1 - algorithm.clip_low) & (advantages < 0) & mask
+    high = (ratio > 1 + algorithm.clip_high) & (advantages > 0) & mask
+    count = mask.sum().clamp(min=1)
+    return {"clip_low_fraction": low.sum() / count, "clip_high_fraction": high.sum() / count}
+
+
+def _spread(total: Tensor, total_of_squares: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """Mean, population deviation and effective sample size (all 0 if there is no token) from sums over tokens."""
+    tokens = count.clamp(min=1)
+    mean, mean_of_squares = total / tokens, total_of_squares / tokens
+    return {
+        "ratio_mean": mean,
+        "ratio_std": (mean_of_squares - mean.square()).clamp(min=0).sqrt(),
+        "ratio_ess": torch.where(mean_of_squares > 0, mean.square() / mean_of_squares, 0.0),
+        "tokens": count,
+    }
+
+
+def _check(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    algorithm: Algorithm,
+    weights: Tensor | None,
+) -> None:
+    shape = logprobs.shape
+    if len(shape) != 2:
+        raise ValueError(f"logprobs must be [rollouts, response tokens], but is {list(shape)}")
+    named = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask, "weights": weights}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must have the shape of logprobs, {list(shape)}, but is {list(tensor.shape)}")
+    if advantages.shape not in ((shape[0],), (shape[0], 1)):
+        raise ValueError(f"advantages must be [{shape[0]}] or [{shape[0]}, 1], but is {list(advantages.shape)}")
+    if old_logprobs is None and algorithm.ratio != "one":
+        raise ValueError(
+            f"old_logprobs must be given with algorithm.ratio = {algorithm.ratio!r}; only 'one' needs none"
+        )
+    if ref_logprobs is None and algorithm.kl_coefficient > 0:
+        raise ValueError(
+            f"ref_logprobs must be given with algorithm.kl_coefficient = {algorithm.kl_coefficient}; "
+            "without a reference set it to 0"
+        )
+    if (weights is None) == (algorithm.ratio == "rollout"):
+        raise ValueError("weights must be given with algorithm.ratio = 'rollout' and only then (truncated_weights)")
