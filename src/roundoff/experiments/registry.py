@@ -1,0 +1,198 @@
+"""Finds, merges and checks the TOML files of experiments and profiles.
+
+A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME, and each table
+given here is merged over it key by key. The family of a packaged experiment is its folder; files that begin with `_`
+are bases to extend and not experiments themselves.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from roundoff.config import ConfigError, Experiment, Profile, Settings, nearest, validate
+
+TABLE = Path(__file__).parent
+OPTIONAL_TABLES = ("aqn", "lora")
+"""Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
+
+
+@cache
+def _files() -> dict[str, Path]:
+    """Every packaged file by name: experiments, bases (as `family/_base`) and profiles (as `profiles/name`)."""
+    named = {}
+    for path in sorted(TABLE.glob("*/*.toml"), key=lambda p: (p.parent.name, p.stem)):
+        plain = path.parent.name != "profiles" and not path.stem.startswith("_")
+        named[path.stem if plain else f"{path.parent.name}/{path.stem}"] = path
+    return named
+
+
+def experiment_ids() -> tuple[str, ...]:
+    """Ids of the packaged experiments, family by family."""
+    return tuple(name for name in _files() if "/" not in name)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Families of packaged experiments, each with its ids."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in experiment_ids():
+        family = _files()[name].parent.name
+        found[family] = (*found.get(family, ()), name)
+    return found
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the packaged profiles."""
+    return tuple(n.removeprefix("profiles/") for n in _files() if n.startswith("profiles/"))
+
+
+def load_experiment(name: str) -> Experiment:
+    """The experiment of a packaged id or of a TOML file.
+
+    Raises:
+        ConfigError: if there is none of that name, or a setting is wrong.
+    """
+    path = _find(name, experiment_ids(), "experiment")
+    content = {"id": path.stem, **_merged(path)}
+    if path.parent.parent == TABLE:
+        content["family"] = path.parent.name
+    return validate(Experiment, content, source=_shown(path))
+
+
+def load_profile(name: str) -> Profile:
+    """The profile of a packaged name or of a TOML file.
+
+    Raises:
+        ConfigError: if there is none of that name, or a setting is wrong.
+    """
+    names = profile_names()
+    path = _files()[f"profiles/{name}"] if name in names else _find(name, names, "profile")
+    return validate(Profile, {"name": path.stem, **_merged(path)}, source=_shown(path))
+
+
+def select(names: Sequence[str]) -> list[Experiment]:
+    """The experiments meant by ids, families and TOML files, in order and each once.
+
+    Raises:
+        ConfigError: if a name is none of these; the message names the nearest.
+    """
+    known = families()
+    ids = [name for given in names for name in known.get(given, (given,))]
+    return [load_experiment(name) for name in dict.fromkeys(ids)]
+
+
+def with_overrides(
+    experiments: Sequence[Experiment], profile: Profile, assignments: Sequence[str]
+) -> tuple[list[Experiment], Profile]:
+    """The same experiments and profile with settings such as `hardware.matmul_noise.relative_std=0.2` replaced.
+
+    A setting of the profile begins with `profile.`. An experiment without `[aqn]` (or `[lora]`) is left as it is by an
+    override inside that table. Each experiment that changes is given an id that says how, and so is its baseline if
+    that changes too: results under different settings are never mixed.
+
+    Raises:
+        ConfigError: if an assignment is malformed, touches no experiment, or gives a wrong value.
+    """
+    parsed = [_parse_assignment(text) for text in assignments]
+    for keys, value in parsed:
+        if keys[0] == "profile":
+            profile = _replaced(profile, keys[1:], value, source="--set")
+    renamed: dict[str, str] = {}
+    changed: list[Experiment] = []
+    for experiment in experiments:
+        new = experiment
+        for keys, value in parsed:
+            if keys[0] != "profile" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None):
+                new = _replaced(new, keys, value, source=f"--set, {experiment.id}")
+        if new != experiment:
+            renamed[experiment.id] = f"{experiment.id}+{_label(experiment, parsed)}"
+        changed.append(new)
+    for keys, _ in parsed:
+        if keys[0] in OPTIONAL_TABLES and all(getattr(e, keys[0]) is None for e in experiments):
+            raise ConfigError(f"--set {'.'.join(keys)} changes nothing: no experiment chosen has a table [{keys[0]}]")
+    names = {e.id: renamed.get(e.id, e.id) for e in experiments}
+    return [
+        e.model_copy(update={"id": names[e.id], "baseline": names.get(e.baseline or "", e.baseline)}) for e in changed
+    ], profile
+
+
+def _label(experiment: Experiment, parsed: Sequence[tuple[list[str], Any]]) -> str:
+    shown = [
+        f"{keys[-1]}={value}"
+        for keys, value in parsed
+        if keys[0] != "profile" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None)
+    ]
+    return ",".join(shown).replace("/", "_").replace(" ", "")
+
+
+def _parse_assignment(text: str) -> tuple[list[str], Any]:
+    path, equals, raw = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys) or keys == ["profile"]:
+        raise ConfigError(f"--set must read path.to.setting=value, but is {text!r}")
+    try:
+        return keys, tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return keys, raw
+
+
+def _replaced(settings: Any, keys: Sequence[str], value: Any, *, source: str) -> Any:
+    content: Any = value
+    for key in reversed(keys):
+        content = {key: content}
+    model: type[Settings] = type(settings)
+    return validate(model, _merge(settings.model_dump(exclude_none=True), content), source=source)
+
+
+def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
+    if name in known:
+        return _files()[name]
+    path = Path(name)
+    if path.suffix == ".toml":
+        if not path.is_file():
+            raise ConfigError(f"there is no file {name}")
+        return path
+    hint = nearest(name, (*known, *families()))
+    raise ConfigError(f"there is no {kind} {name!r}{hint} (`roundoff list` shows all; a file name ends in .toml)")
+
+
+def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Content of a file over the content of what it extends."""
+    if path in seen:
+        raise ConfigError(f"{_shown(path)}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
+    try:
+        content = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{_shown(path)}: is not TOML: {error}") from None
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    base = _merged(_parent(path, parent), (*seen, path))
+    return _merge({k: v for k, v in base.items() if k not in ("id", "title", "name")}, content)
+
+
+def _parent(path: Path, name: Any) -> Path:
+    if not isinstance(name, str):
+        raise ConfigError(f"{_shown(path)}: extends must be the name of an experiment or a file, but is {name!r}")
+    sibling = path.parent / (name if name.endswith(".toml") else f"{name}.toml")
+    named = _files().get(name) or _files().get(f"profiles/{name}")
+    if sibling.is_file() and sibling != path:
+        return sibling
+    if named is None:
+        raise ConfigError(f"{_shown(path)}: extends {name!r}, which does not exist{nearest(name, tuple(_files()))}")
+    return named
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(TABLE)) if path.is_relative_to(TABLE) else str(path)
