@@ -3,7 +3,7 @@
     runs/<experiment>/<profile>-<hash8>/seed-<n>/
         experiment.toml         resolved settings of the experiment and the profile
         provenance.json         versions, device, commit, command
-        metrics.jsonl           one line a step; every key but `seconds` and `time` is reproducible to the bit
+        metrics.jsonl           one line a step; all but `time` and `seconds*` is reproducible to the bit
         evaluations/step-*.jsonl   one line a problem
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
         tensorboard/            written by the tracker
@@ -15,10 +15,7 @@ process holds the lock; a directory is never overwritten. Importing this module 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 from filelock import FileLock, Timeout
 
+from roundoff.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomic
 from roundoff.config import ConfigError, Experiment, Profile, result_hash, validate
 
 if TYPE_CHECKING:
@@ -98,44 +96,9 @@ class Evaluation:
         return sum(o.clean for o in self.outcomes) / len(self.outcomes)
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint read back whole."""
-
-    step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
-    """File stem (`model`, `optimizer`) to its tensors."""
-    state: dict[str, Any]
-    skipped: tuple[str, ...]
-    """Later checkpoints that could not be used, each with the reason."""
-
-
 def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) -> Path:
     """Directory of one run; the hash separates settings that give different results."""
     return root / experiment.id / f"{profile.name}-{result_hash(experiment, profile)}" / f"seed-{seed}"
-
-
-def write_atomic(path: Path, content: str) -> None:
-    """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class RunDirectory:
@@ -207,63 +170,21 @@ class RunDirectory:
         self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], *, keep: int
     ) -> None:
         """Save a checkpoint whole or not at all, then remove all but the last `keep`."""
-        from safetensors.torch import save_file
-
-        final = self.path / "checkpoints" / f"step-{step:06d}"
-        partial = final.with_name(f".{final.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            for name, group in tensors.items():
-                save_file({k: v.contiguous() for k, v in group.items()}, partial / f"{name}.safetensors")
-            sums = {f"{name}.safetensors": _checksum(partial / f"{name}.safetensors") for name in tensors}
-            write_atomic(partial / "state.json", json.dumps({"step": step, "checksums": sums, **state}))
-            if final.exists():
-                shutil.rmtree(final)
-            partial.replace(final)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        _sync_directory(final.parent)
-        for old in _checkpoints(self.path)[:-keep]:
-            shutil.rmtree(old)
+        save_checkpoint(self.path / "checkpoints", step, tensors, state, keep=keep)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The last undamaged checkpoint, or None where there is none at all.
 
         Raises:
-            DamagedRunError: if there are checkpoints and every one is damaged.
+            DamagedCheckpointError: if there are checkpoints and every one is damaged.
         """
-        skipped: list[str] = []
-        for path in reversed(_checkpoints(self.path)):
-            try:
-                state, tensors = read_checkpoint(path)
-            except DamagedRunError as error:
-                skipped.append(str(error))
-                continue
-            return Checkpoint(state["step"], tensors, state, tuple(skipped))
-        if skipped:
-            raise DamagedRunError("no usable checkpoint:\n" + "\n".join(skipped))
-        return None
+        return load_latest(self.path / "checkpoints")
 
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """State and tensors of one checkpoint directory.
-
-    Raises:
-        DamagedRunError: if a file is missing or differs from its checksum.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        state = json.loads((path / "state.json").read_text("utf-8"))
-        for name, checksum in state["checksums"].items():
-            if _checksum(path / name) != checksum:
-                raise DamagedRunError(f"{path / name} differs from its checksum")
-        return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["checksums"]}
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, DamagedRunError):
-            raise
-        raise DamagedRunError(f"{path} cannot be read: {error}") from error
+    def save_diagnostics(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Keep what explains a failure in `diagnostics/<name>.json`."""
+        path = self.path / "diagnostics" / f"{name}.json"
+        write_atomic(path, json.dumps(content))
+        return path
 
 
 @dataclass(frozen=True)
@@ -371,24 +292,12 @@ def _is_held(path: Path) -> bool:
         return False
 
 
-def _checksum(path: Path) -> str:
-    """SHA-256 of a file that is then safely on disk."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
-
-
 def _step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
 def _evaluation_files(path: Path) -> Sequence[Path]:
     return sorted((path / "evaluations").glob("step-*.jsonl"))
-
-
-def _checkpoints(path: Path) -> Sequence[Path]:
-    return sorted((path / "checkpoints").glob("step-*"))
 
 
 def _to_toml(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,139 @@
+"""One training batch: prompts drawn, rollouts sampled and rewarded, groups chosen.
+
+Axes: P prompts, G rollouts of each (a group), N = P*G rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roundoff.algorithms.advantage import group_advantages, mixed_groups, overlong_penalty
+from roundoff.config import Algorithm, Training
+from roundoff.evaluate import score_responses
+from roundoff.numerics.rng import Key
+from roundoff.sampler import Rollouts
+from roundoff.tasks import Problem, Task
+
+Sampler = Callable[[Sequence[str], int], Rollouts]
+"""Samples the rollouts of prompts; the second argument is the id of the first rollout within the step."""
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Training problems in an endless order: a new permutation of all of them each pass, fixed by the key."""
+
+    problems: Sequence[Problem]
+    key: Key
+
+    def take(self, start: int, count: int) -> list[Problem]:
+        """`count` problems from position `start` of the stream."""
+        size = len(self.problems)
+        found: list[Problem] = []
+        while len(found) < count:
+            epoch, offset = divmod(start + len(found), size)
+            order = np.random.Generator(np.random.Philox(key=self.key.fold("order", epoch).value)).permutation(size)
+            found += [self.problems[i] for i in order[offset : offset + count - len(found)]]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rollouts to train on, and what was seen on the way."""
+
+    rollouts: Rollouts
+    advantages: Tensor
+    """[N], zero for a group of equal rewards."""
+    reward: float
+    """Mean over all rollouts sampled, penalties included (reward units)."""
+    accuracy: float
+    """Mean of the task's own reward over all rollouts sampled (fraction)."""
+    mixed_groups: float
+    """Share of the groups sampled whose rewards differ (fraction)."""
+    prompts: int
+    """Prompts sampled."""
+    reward_errors: int
+    """Rollouts whose reward raised or was not finite."""
+    response_tokens: float
+    """Mean length of a response, over all rollouts sampled (tokens)."""
+    truncated: float
+    """Share of the rollouts sampled that were cut at the length limit (fraction)."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any rollout has an advantage other than zero."""
+        return bool((self.advantages != 0).any())
+
+
+def collect(
+    stream: PromptStream,
+    position: int,
+    sampler: Sampler,
+    task: Task,
+    algorithm: Algorithm,
+    training: Training,
+    *,
+    pad_token_id: int,
+) -> Batch:
+    """A batch of `prompts_per_step` groups from `position` of the stream on.
+
+    With dynamic sampling, groups of equal reward are dropped and more prompts are drawn until the batch is full or
+    `max_sampling_batches` have been drawn; then it goes on with what there is (arXiv:2503.14476, section 3.2). A batch
+    without one usable group is returned as it is, and teaches nothing.
+    """
+    G, wanted = algorithm.group_size, training.prompts_per_step
+    seen: list[tuple[Rollouts, Tensor, Tensor]] = []  # rollouts, rewards [P, G], accuracy [P, G]
+    usable, errors = 0, 0
+    for number in range(algorithm.max_sampling_batches if algorithm.dynamic_sampling else 1):
+        problems = stream.take(position + number * wanted, wanted)
+        rollouts = sampler([p.prompt for p in problems], number * wanted * G)
+        scored = score_responses(task, [p for p in problems for _ in range(G)], rollouts.texts)
+        errors += scored.errors
+        accuracy = torch.tensor(scored.rewards, dtype=torch.float32).view(wanted, G)
+        lengths = rollouts.lengths.view(wanted, G)
+        rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
+        seen.append((rollouts, rewards, accuracy))
+        usable += int(mixed_groups(rewards).sum())
+        if usable >= wanted:
+            break
+    rewards = torch.cat([r for _, r, _ in seen])
+    everything = seen[0][0] if len(seen) == 1 else Rollouts.concatenate([r for r, _, _ in seen], pad_token_id)
+    mixed = mixed_groups(rewards)
+    chosen = torch.arange(len(rewards))
+    if algorithm.dynamic_sampling and usable:
+        chosen = chosen[mixed][:wanted]
+    elif algorithm.dynamic_sampling:
+        chosen = chosen[:wanted]
+    members = (chosen[:, None] * G + torch.arange(G)).flatten()
+    return Batch(
+        rollouts=everything if len(members) == len(everything.texts) else everything.select(members),
+        advantages=group_advantages(rewards[chosen], algorithm).flatten(),
+        reward=float(rewards.mean()),
+        accuracy=float(torch.cat([a for _, _, a in seen]).mean()),
+        mixed_groups=float(mixed.float().mean()),
+        prompts=len(rewards),
+        reward_errors=errors,
+        response_tokens=float(everything.lengths.float().mean()),
+        truncated=float(everything.truncated.float().mean()),
+    )
+
+
+def trimmed(rollouts: Rollouts) -> Rollouts:
+    """The same rollouts without the columns that only padding fills (at least one response column stays)."""
+    P = rollouts.prompt_length
+    longest_prompt = int(rollouts.attention_mask[:, :P].sum(dim=1).max())
+    longest_response = max(1, int(rollouts.lengths.max()))
+    columns = slice(P - longest_prompt, P + longest_response)
+    return replace(
+        rollouts,
+        tokens=rollouts.tokens[:, columns],
+        attention_mask=rollouts.attention_mask[:, columns],
+        rows=rollouts.rows[:, columns],
+        prompt_length=longest_prompt,
+        response_mask=rollouts.response_mask[:, :longest_response],
+        logprobs=rollouts.logprobs[:, :longest_response],
+    )

@@ -1,0 +1,175 @@
+"""What one run holds in memory: checked settings, model with its hardware, task, optimizer; saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from roundoff.algorithms.schedule import sigma_curve
+from roundoff.batch import PromptStream
+from roundoff.checkpoint import Checkpoint
+from roundoff.config import Algorithm, ConfigError, Experiment, Profile
+from roundoff.hardware.install import InstalledHardware, install
+from roundoff.models.load import LoadedModel, load_model
+from roundoff.numerics.rng import Key
+from roundoff.run_dir import RunDirectory
+from roundoff.tasks import TASKS, Problem, Task
+
+
+@dataclass
+class Session:
+    """Everything that one run holds in memory."""
+
+    experiment: Experiment
+    profile: Profile
+    key: Key
+    loaded: LoadedModel
+    installed: InstalledHardware | None
+    reference: PreTrainedModel | None
+    task: Task
+    stream: PromptStream
+    optimizer: torch.optim.Optimizer
+    sigmas: list[float]
+    """AQN's sigma of each step (zero throughout without AQN)."""
+    position: int = 0
+    """Prompts drawn from the stream so far."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model being trained."""
+        return self.loaded.model
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The objective."""
+        return self.experiment.algorithm
+
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that the optimizer moves, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
+    """Check everything that can be checked, then load the model and install the hardware.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    training, algorithm = profile.training, experiment.algorithm
+    if training.minibatches > training.prompts_per_step:
+        raise ConfigError(
+            f"profile.training.minibatches must be at most prompts_per_step ({training.prompts_per_step}), "
+            f"but is {training.minibatches}"
+        )
+    if algorithm.ratio == "one" and (training.minibatches > 1 or algorithm.optimizer_epochs > 1):
+        raise ConfigError("algorithm.ratio = 'one' allows a single optimizer step per batch: set minibatches = 1")
+    if experiment.lora is not None:
+        raise ConfigError("lora is not available yet in this version")
+    if experiment.aqn is not None and experiment.aqn.layers != "all":
+        raise ConfigError(f"aqn.layers = {experiment.aqn.layers!r} needs the SRDD scan, which this version lacks")
+    task = make_task(profile)
+    if len(task.train()) < training.prompts_per_step:
+        raise ConfigError(
+            f"profile.training.prompts_per_step is {training.prompts_per_step}, but the task has only "
+            f"{len(task.train())} training problems"
+        )
+    if not task.test():
+        raise ConfigError(f"task {task.name!r} has no test problems")
+    key = Key.from_seed(seed)
+    device = resolve_device(profile.device)
+    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
+    problems = _within_length(task.train(), loaded, profile)
+    steps_per_epoch = len(problems) // training.prompts_per_step
+    total = experiment.epochs * steps_per_epoch
+    sigmas = sigma_curve(total, steps_per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
+    reference = None
+    if algorithm.kl_coefficient > 0:
+        reference = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device).model
+        reference.requires_grad_(False)
+    installed = None
+    if not experiment.hardware.changes_nothing:
+        installed = install(loaded.model, experiment.hardware, seed=seed)
+        if reference is not None:
+            install(reference, experiment.hardware, seed=seed)
+    optimizer = torch.optim.AdamW(
+        [p for p in loaded.model.parameters() if p.requires_grad],
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    stream = PromptStream(problems, key.fold("data"))
+    return Session(experiment, profile, key, loaded, installed, reference, task, stream, optimizer, sigmas)
+
+
+def make_task(profile: Profile) -> Task:
+    """The task of a profile.
+
+    Raises:
+        ConfigError: if there is none of that name or its settings are wrong.
+    """
+    if profile.task.name not in TASKS:
+        raise ConfigError(f"task.name must be one of {', '.join(TASKS)}, but is {profile.task.name!r}")
+    try:
+        return TASKS[profile.task.name](profile.task.settings)
+    except ValueError as error:
+        raise ConfigError(f"task.settings: {error}") from error
+
+
+def resolve_device(name: str) -> str:
+    """The device meant by `name`; `auto` takes an accelerator if there is one.
+
+    Raises:
+        ConfigError: if the device is not there.
+    """
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return present.type if present else "cpu"
+    if name != "cpu" and (present is None or present.type != name):
+        raise ConfigError(f"device {name!r} is not there (found: {present.type if present else 'cpu'})")
+    return name
+
+
+def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Profile) -> list[Problem]:
+    """Training problems whose prompt fits; with `long_prompts = "error"` one that does not is an error."""
+    limit = profile.training.max_prompt_tokens
+    lengths = [len(ids) for ids in loaded.tokenizer([p.prompt for p in problems])["input_ids"]]
+    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
+    if len(kept) < len(lengths) and profile.training.long_prompts == "error":
+        longest = max(lengths)
+        raise ConfigError(
+            f"profile.training.max_prompt_tokens is {limit}, but {len(lengths) - len(kept)} training prompts are "
+            f"longer (up to {longest} tokens): raise it, or set long_prompts = 'filter'"
+        )
+    if len(kept) < profile.training.prompts_per_step:
+        raise ConfigError(f"only {len(kept)} training prompts are within max_prompt_tokens = {limit}")
+    return kept
+
+
+def save(session: Session, run_dir: RunDirectory, step: int) -> None:
+    """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
+    state = session.optimizer.state
+    moments: dict[str, Tensor] = {
+        f"{name}/{field}": value for name, p in session.trainable.items() for field, value in state[p].items()
+    }
+    tensors = {"model": {name: p.detach() for name, p in session.trainable.items()}, "optimizer": moments}
+    run_dir.save_checkpoint(
+        step, tensors, {"position": session.position}, keep=session.profile.training.keep_checkpoints
+    )
+
+
+def restore(session: Session, checkpoint: Checkpoint) -> int:
+    """Put a checkpoint's content in place, bit for bit; returns its step."""
+    with torch.no_grad():
+        for name, parameter in session.trainable.items():
+            parameter.copy_(checkpoint.tensors["model"][name])
+    for path, value in checkpoint.tensors["optimizer"].items():
+        name, _, field = path.rpartition("/")
+        session.optimizer.state[session.trainable[name]][field] = value
+    session.position = checkpoint.state["position"]
+    return checkpoint.step

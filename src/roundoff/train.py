@@ -1,0 +1,323 @@
+"""The only training loop: GRPO and DAPO on the arithmetic of the simulated chip.
+
+One step: draw prompts; sample a group of rollouts of each with the hardware on and AQN in force; reward them; compute
+log-probabilities before the update (hardware on, no AQN); take one optimizer step for each minibatch; evaluate and save
+when due. The test set is scored before the first step and after the last one, whatever the settings.
+
+Where the loop departs from the papers: old log-probabilities are by default evaluated under the noise draws of the
+pass they are compared with (`ratio = "replayed"`); a batch with no usable group trains nothing and the run goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
+from roundoff.aqn import aqn_noise
+from roundoff.batch import Batch, collect, trimmed
+from roundoff.config import Experiment, Profile
+from roundoff.evaluate import evaluate
+from roundoff.numerics.rng import Key
+from roundoff.run_dir import Evaluation, RunDirectory, State
+from roundoff.sampler import Rollouts, sample, token_logprobs
+from roundoff.session import Session, prepare, restore, save
+from roundoff.trackers import Tracker
+
+Metrics = dict[str, Any]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or the gradient is not a number; the batch was saved."""
+
+
+def train(
+    experiment: Experiment,
+    profile: Profile,
+    seed: int,
+    run_dir: RunDirectory,
+    open_tracker: Callable[[int], Tracker],
+    *,
+    provenance: Metrics,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluation after the last step, or None if the run was told to stop before it; then it can be resumed.
+
+    Args:
+        experiment: what is run.
+        profile: how big.
+        seed: of every random number of the run.
+        run_dir: entered directory of this run; a run found in it is resumed, a complete one is returned as it is.
+        open_tracker: makes the tracker, given the step that the run resumes from.
+        provenance: what `provenance.json` records.
+        should_stop: asked after each step; True saves and leaves.
+
+    Raises:
+        ConfigError: if the settings do not fit together, before anything is written.
+        NonFiniteLossError: if training diverged; the run is marked failed.
+    """
+    torch.set_num_threads(profile.threads)
+    session = prepare(experiment, profile, seed)
+    total = len(session.sigmas)
+    checkpoint = run_dir.load_checkpoint()
+    start = restore(session, checkpoint) if checkpoint else 0
+    run_dir.rewind(start if checkpoint else -1)
+    status = run_dir.start(provenance, total)
+    tracker = open_tracker(start)
+    clock = _Clock(status.seconds)
+    step, evaluation = start, None
+    try:
+        if not checkpoint:
+            evaluation = _record(session, run_dir, tracker, 0, {"step": 0}, clock)
+            save(session, run_dir, 0)
+        for step in range(start + 1, total + 1):
+            metrics = take_step(session, step, run_dir)
+            evaluation = _record(session, run_dir, tracker, step, metrics, clock)
+            stop = should_stop() and step < total
+            if stop or step == total or step % profile.training.checkpoint_every == 0:
+                save(session, run_dir, step)
+                run_dir.set_status(replace(status, step=step, seconds=clock.total()))
+            if stop:
+                run_dir.set_status(
+                    replace(status, state="interrupted", step=step, reason="stopped on request", seconds=clock.total())
+                )
+                return None
+    except BaseException as error:
+        state: State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        reason = f"step {step}: {type(error).__name__}: {error}"
+        run_dir.set_status(replace(status, state=state, step=step, reason=reason, seconds=clock.total()))
+        raise
+    finally:
+        tracker.close()
+    run_dir.set_status(replace(status, state="complete", step=total, seconds=clock.total()))
+    return evaluation
+
+
+def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
+    """One step of the loop (numbered from 1): sample, reward, update; returns what to log."""
+    training = session.profile.training
+    began = time.perf_counter()
+    batch = _sample_batch(session, step)
+    session.position += batch.prompts
+    sampled = time.perf_counter()
+    metrics: Metrics = {
+        "step": step,
+        "epoch": (step - 1) * session.experiment.epochs // len(session.sigmas),
+        "reward": batch.reward,
+        "accuracy": batch.accuracy,
+        "mixed_groups": batch.mixed_groups,
+        "prompts": batch.prompts,
+        "response_tokens": batch.response_tokens,
+        "truncated": batch.truncated,
+        "reward_errors": batch.reward_errors,
+        "sigma": session.sigmas[step - 1],
+        "learning_rate": training.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
+        "trained": batch.teaches,
+    }
+    if batch.teaches:
+        for group in session.optimizer.param_groups:
+            group["lr"] = metrics["learning_rate"]
+        try:
+            metrics |= _update(session, step, batch)
+        except NonFiniteLossError:
+            session_state = {"step": step, "texts": batch.rollouts.texts, "advantages": batch.advantages.tolist()}
+            run_dir.save_diagnostics(f"nonfinite-step-{step:06d}", session_state)
+            raise
+    ended = time.perf_counter()
+    metrics |= {"seconds_rollout": sampled - began, "seconds_update": ended - sampled}
+    return metrics
+
+
+def _sample_batch(session: Session, step: int) -> Batch:
+    training, algorithm, aqn = session.profile.training, session.algorithm, session.experiment.aqn
+    sigma = session.sigmas[step - 1]
+    pad = session.loaded.tokenizer.pad_token_id
+
+    def sampler(prompts: Sequence[str], first_id: int) -> Rollouts:
+        ids = torch.arange(first_id, first_id + len(prompts) * algorithm.group_size)
+        return sample(
+            session.model,
+            session.loaded.tokenizer,
+            prompts,
+            group_size=algorithm.group_size,
+            max_new_tokens=training.max_new_tokens,
+            temperature=algorithm.temperature,
+            top_p=algorithm.top_p,
+            top_k=algorithm.top_k,
+            key=session.key.fold("rollout", step),
+            rollout_ids=ids,
+        )
+
+    noise = (
+        aqn_noise(session.model, sigma, None, session.key.fold("aqn", step), aqn) if aqn and sigma else nullcontext()
+    )
+    with noise:
+        return collect(session.stream, session.position, sampler, session.task, algorithm, training, pad_token_id=pad)
+
+
+def _update(session: Session, step: int, batch: Batch) -> Metrics:
+    """Optimizer steps on one batch; metrics are means over them, the ratio's those of the first minibatch."""
+    parts = _minibatches(session, batch)
+    old = [_before_update(session, step, part, first=i == 0) for i, (part, _) in enumerate(parts)]
+    outputs: list[LossOutput] = []
+    norms: list[float] = []
+    entropies: list[float] = []
+    for _ in range(session.algorithm.optimizer_epochs):
+        for (part, advantages), before in zip(parts, old, strict=True):
+            output, entropy = _minibatch_loss(session, step, part, advantages, before)
+            norm = torch.nn.utils.clip_grad_norm_(
+                list(session.trainable.values()), session.profile.training.gradient_clip
+            )
+            if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
+                raise NonFiniteLossError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
+            session.optimizer.step()
+            session.optimizer.zero_grad(set_to_none=True)
+            outputs.append(output)
+            norms.append(float(norm))
+            entropies.append(entropy)
+    logged = [o.metrics() for o in outputs]
+    mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
+    return {
+        "loss": mean["loss"],
+        "kl": mean["kl"],
+        "entropy": sum(entropies) / len(entropies),
+        "clip_fraction": mean["clip_low_fraction"] + mean["clip_high_fraction"],
+        **{name: logged[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
+        "grad_norm": sum(norms) / len(norms),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """Log-probabilities [n, t] of a minibatch before this batch's first update."""
+
+    old: Tensor | None
+    reference: Tensor | None
+    weights: Tensor | None
+
+
+def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor]]:
+    """Whole groups, in the order of the stream (a random one), cut to their own lengths."""
+    G = session.algorithm.group_size
+    groups = torch.tensor_split(torch.arange(len(batch.advantages) // G), session.profile.training.minibatches)
+    members = [(g[:, None] * G + torch.arange(G)).flatten() for g in groups if len(g)]
+    return [(trimmed(batch.rollouts.select(m)), batch.advantages[m]) for m in members]
+
+
+def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [n, t] of the responses, every matrix product under the noise of `key`."""
+    return token_logprobs(
+        model,
+        part.tokens,
+        part.attention_mask,
+        part.response_mask.shape[1],
+        temperature=session.algorithm.temperature,
+        rows=part.rows,
+        key=key,
+    )
+
+
+def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> _Before:
+    """What the loss compares with; under which noise is the whole point of `Algorithm.ratio`.
+
+    The first minibatch of a step meets the weights of the old policy. With replayed noise its own log-probabilities
+    *are* the old ones, bit for bit, so that pass is not made twice.
+    """
+    algorithm = session.algorithm
+    key = session.key.fold("update", step)
+    old_key = key if algorithm.ratio == "replayed" else key.fold("old")
+    same = algorithm.ratio == "one" or (algorithm.ratio == "replayed" and first and algorithm.optimizer_epochs == 1)
+
+    def whole(model: PreTrainedModel) -> Tensor:  # in micro-batches of the update's shapes: other shapes, other bits
+        rows = _micro_batches(len(part.texts), session.profile.training.micro_batch)
+        return torch.cat([_logprobs(session, model, part.select(r), old_key)[0] for r in rows])
+
+    with torch.no_grad():
+        old = None if same else whole(session.model)
+        reference = None if session.reference is None else whole(session.reference)
+        weights = None
+        if algorithm.ratio == "rollout" and old is not None:
+            weights = truncated_weights(old, part.logprobs, part.response_mask, algorithm)
+    return _Before(old, reference, weights)
+
+
+def _minibatch_loss(
+    session: Session, step: int, part: Rollouts, advantages: Tensor, before: _Before
+) -> tuple[LossOutput, float]:
+    """Loss and gradients of one minibatch, summed over its micro-batches, and the mean entropy (nats)."""
+    training, algorithm = session.profile.training, session.algorithm
+    normalizer = loss_normalizer(part.response_mask, algorithm, training.max_new_tokens)
+    outputs: list[LossOutput] = []
+    entropy = 0.0
+    for rows in _micro_batches(len(advantages), training.micro_batch):
+        micro = part.select(rows)
+        logprobs, entropies = _logprobs(session, session.model, micro, session.key.fold("update", step))
+        output = policy_loss(
+            logprobs,
+            logprobs.detach() if before.old is None else before.old[rows],
+            None if before.reference is None else before.reference[rows],
+            advantages[rows],
+            micro.response_mask,
+            algorithm,
+            normalizer=normalizer,
+            weights=None if before.weights is None else before.weights[rows],
+        )
+        output.loss.backward()
+        outputs.append(output)
+        entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
+    return combine(outputs), entropy / max(1, int(part.response_mask.sum()))
+
+
+def _micro_batches(count: int, size: int) -> list[Tensor]:
+    return list(torch.split(torch.arange(count), size or count))
+
+
+def _record(
+    session: Session, run_dir: RunDirectory, tracker: Tracker, step: int, metrics: Metrics, clock: _Clock
+) -> Evaluation | None:
+    """Evaluate if due (always at step 0 and the last), then log the step."""
+    total = len(session.sigmas)
+    evaluation = None
+    if step in (0, total) or step % session.profile.training.evaluate_every == 0:
+        began = time.perf_counter()
+        evaluation = evaluate(
+            session.model,
+            session.loaded.tokenizer,
+            session.task,
+            key=session.key,
+            max_new_tokens=session.profile.training.max_new_tokens,
+            noise_draws=session.profile.training.noise_draws,
+            noisy=session.experiment.hardware.is_noisy,
+            step=step,
+        )
+        run_dir.write_evaluation(evaluation)
+        metrics |= {"deployed": evaluation.deployed, "clean": evaluation.clean}
+        metrics["seconds_evaluate"] = time.perf_counter() - began
+    metrics |= {"seconds": clock.lap(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    run_dir.append_metrics(metrics)
+    tracker.log(step, {k: float(v) for k, v in metrics.items() if k not in ("step", "time")})
+    return evaluation
+
+
+class _Clock:
+    """Seconds at work: since the last lap, and over all sessions of the run."""
+
+    def __init__(self, before: float) -> None:
+        self._before = before
+        self._began = self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        self._last, passed = now, now - self._last
+        return passed
+
+    def total(self) -> float:
+        return self._before + time.perf_counter() - self._began
