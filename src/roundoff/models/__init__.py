@@ -1,0 +1,1 @@
+"""Language models: loading them, and the embedded model `tiny`."""

@@ -1,0 +1,177 @@
+"""Loading a language model with its tokenizer: the embedded one, a local directory, or (if allowed) a hub model.
+
+Nothing that a model directory holds is ever run: code in it is not trusted, and weights are read from safetensors
+only, never from pickle files.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+TINY = "tiny"
+TINY_DIRECTORY = Path(__file__).parent / "tiny"
+"""The embedded model, a Hugging Face directory."""
+
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model in evaluation mode, with a tokenizer that pads on the left."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    """The name that was asked for."""
+    source: str
+    """Where the files came from: a directory, or `hub:<name>`."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+    allow_download: bool = False,
+) -> LoadedModel:
+    """The model of this name, in evaluation mode.
+
+    Args:
+        name: `tiny`, a local directory, or a hub name such as `Qwen/Qwen2.5-1.5B-Instruct`.
+        dtype: of the weights.
+        device: where the weights go.
+        attention: an attention implementation known to transformers; None leaves the model's default.
+        allow_download: whether a name that is no directory may be fetched from the hub.
+
+    Raises:
+        ModelError: there is no such model, it has no safetensors weights, its weights do not fit its architecture,
+            or its tokenizer has neither a padding nor an end token.
+    """
+    location, source = _locate(name, allow_download)
+    local = not source.startswith("hub:")
+    if local:
+        _check_directory(Path(location), name)
+    options = {} if attention is None else {"attn_implementation": attention}
+    with _no_progress_bar():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                location,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=local,
+                output_loading_info=True,
+                **options,
+            )
+            model, info = loaded
+            tokenizer = AutoTokenizer.from_pretrained(
+                location, trust_remote_code=False, local_files_only=local, padding_side="left"
+            )
+        except Exception as error:  # transformers, safetensors and tokenizers each raise kinds of their own
+            raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error
+    _check_weights(info, name)
+    _set_padding(tokenizer, model, name)
+    return LoadedModel(model.to(device).eval(), tokenizer, name, source)
+
+
+def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
+    """Raise where the tokenizer would drop a character of a prompt without a word.
+
+    Raises:
+        ModelError: a character has no token; the message shows the first such prompt.
+    """
+    known: dict[str, bool] = {}
+    unknown_id = loaded.tokenizer.unk_token_id
+    for prompt in prompts:
+        for character in prompt:
+            if character not in known:
+                ids = loaded.tokenizer(character, add_special_tokens=False)["input_ids"]
+                known[character] = any(token != unknown_id for token in ids)
+            if not known[character]:
+                raise ModelError(
+                    f"model {loaded.name!r} cannot read the character {character!r} of the prompt "
+                    f"{prompt[:80]!r}; its tokenizer has no token for it"
+                )
+
+
+def _locate(name: str, allow_download: bool) -> tuple[str, str]:
+    """What transformers is given, and the source that is reported."""
+    if name == TINY:
+        return str(TINY_DIRECTORY), str(TINY_DIRECTORY)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return str(directory), str(directory.resolve())
+    if directory.exists():
+        raise ModelError(f"model {name!r} is a file; name the directory that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r} is neither {TINY!r}, nor an existing directory, nor a hub name (owner/model)")
+    if not allow_download:
+        raise ModelError(
+            f"model {name!r} is no directory here, and downloading is off; "
+            "download it yourself and name its directory, or pass allow_download=True"
+        )
+    return name, f"hub:{name}"
+
+
+def _check_directory(directory: Path, name: str) -> None:
+    """Raise for what transformers would report obscurely."""
+    config = directory / "config.json"
+    if not config.is_file():
+        raise ModelError(f"model {name!r}: {directory} holds no config.json")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"model {name!r}: {config} is not JSON: {error}") from error
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise ModelError(
+            f"model {name!r}: {directory} holds its weights in pickle files ({', '.join(pickles)}), which can run "
+            "code when read; convert them to safetensors"
+        )
+    raise ModelError(f"model {name!r}: {directory} holds no weights (*.safetensors)")
+
+
+def _check_weights(info: dict[str, object], name: str) -> None:
+    """Raise where part of the model would keep random weights."""
+    for key in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if found := info.get(key):
+            shown = sorted(map(str, found))  # type: ignore[call-overload]
+            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+            raise ModelError(
+                f"model {name!r}: its weights do not fit its architecture ({key}: {', '.join(shown[:3])}{more})"
+            )
+
+
+def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token; give it one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hides the "Loading weights" bar of transformers, and restores what was set before."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
