@@ -130,7 +130,7 @@ class RunDirectory:
     @property
     def status(self) -> Status | None:
         """Last status written, or None for a run that never began."""
-        return _read_status(self.path) if (self.path / "status.json").exists() else None
+        return read_status(self.path) if (self.path / "status.json").exists() else None
 
     def start(self, provenance: Mapping[str, Any], total_steps: int) -> Status:
         """Record settings and provenance of a new run, or take up an old one; the run is now `running`."""
@@ -237,7 +237,7 @@ def read_run(path: Path) -> Run:
         provenance = json.loads((path / "provenance.json").read_text("utf-8"))
         experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
         profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
-        status = _read_status(path)
+        status = read_status(path)
         metrics = tuple(read_metrics(path))
         seed = int(settings["seed"])
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
@@ -275,7 +275,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_status(path: Path) -> Status:
+def read_status(path: Path) -> Status:
+    """The status as written, whether or not the process that wrote it still lives.
+
+    Raises:
+        DamagedRunError: if there is none, or it is malformed.
+    """
     try:
         return Status(**json.loads((path / "status.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:

@@ -1,0 +1,242 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` and `list` start at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from roundoff import __version__
+from roundoff.config import ConfigError
+
+RUNS = Path("runs")
+REPORT = Path("report")
+
+runs_option = click.option(
+    "--runs",
+    "root",
+    type=click.Path(path_type=Path),
+    default=RUNS,
+    show_default=True,
+    help="Directory that holds the run directories.",
+)
+profile_option = click.option(
+    "--profile", "profile_name", default="tiny", show_default=True, help="Scale: a packaged profile or a TOML file."
+)
+set_option = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Replace a setting, such as hardware.matmul_noise.relative_std=0.2 or profile.training.evaluate_every=5.",
+)
+
+
+class Commands(click.Group):
+    """Commands in the order of a user's work, not of the alphabet; an unknown one names the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in order of definition."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command, or an error with a suggestion."""
+        from roundoff.config import nearest
+
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], tuple(self.commands))}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="roundoff")
+def cli() -> None:
+    """Will RL fine-tuning of a language model survive the arithmetic of its chip, and does a remedy help?
+
+    Start with `roundoff run quickstart`, then `roundoff report`.
+    """
+
+
+@cli.command("list")
+def list_command() -> None:
+    """List the declared experiments, family by family, and the profiles."""
+    from roundoff.experiments import families, load_experiment, load_profile, profile_names
+
+    for family, ids in families().items():
+        click.secho(family, bold=True)
+        width = max(map(len, ids))
+        for name in ids:
+            experiment = load_experiment(name)
+            against = f"  (against {experiment.baseline})" if experiment.baseline else ""
+            click.echo(f"  {name:<{width}}  {experiment.title}{against}")
+    click.secho("profiles", bold=True)
+    for name in profile_names():
+        click.echo(f"  {name}  {load_profile(name).title}")
+
+
+@cli.command()
+@click.argument("name")
+@profile_option
+@set_option
+@click.option("--layers/--no-layers", default=True, help="Load the model and list the layers that are touched.")
+def show(name: str, profile_name: str, assignments: Sequence[str], layers: bool) -> None:
+    """Show the resolved settings of an experiment, the layers it touches and its sigma curve. Nothing is trained."""
+    from roundoff import show as showing
+    from roundoff.experiments import load_profile, select, with_overrides
+
+    experiments, profile = with_overrides(select([name]), load_profile(profile_name), assignments)
+    for experiment in experiments:
+        click.echo(showing.settings(experiment, profile))
+        if layers:
+            click.echo(showing.layers(experiment, profile))
+            click.echo(showing.sigma(experiment, profile))
+
+
+@cli.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@profile_option
+@click.option("--seeds", default="0-2", show_default=True, help="Seeds: 3, 0-2 or 0,4,7.")
+@set_option
+@runs_option
+@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: cores / threads of a run]")
+@click.option("--tracker", default="tensorboard", show_default=True, help="Tracker: tensorboard or none.")
+def run(
+    names: Sequence[str],
+    profile_name: str,
+    seeds: str,
+    assignments: Sequence[str],
+    root: Path,
+    workers: int | None,
+    tracker: str,
+) -> None:
+    """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
+    from rich.console import Console
+
+    from roundoff.experiments import load_profile, select, with_overrides
+    from roundoff.provenance import provenance
+    from roundoff.scale.local_grid import RunRequest, run_grid
+    from roundoff.scale.progress import Progress
+    from roundoff.trackers import TRACKERS
+
+    if tracker not in TRACKERS:
+        raise ConfigError(f"--tracker must be one of {', '.join(TRACKERS)}, but is {tracker!r}")
+    experiments, profile = with_overrides(select(names), load_profile(profile_name), assignments)
+    source = provenance()
+    requests = [
+        RunRequest(experiment, profile, seed, root, source, tracker)
+        for seed in parse_seeds(seeds)
+        for experiment in experiments
+    ]
+    workers = workers or max(1, len(os.sched_getaffinity(0)) // profile.threads)
+    progress = Progress(Console(), workers)
+    with progress.shown():
+        jobs = run_grid(requests, workers=workers, watch=progress.update)
+    failed = [job for job in jobs if job.phase == "failed"]
+    stopped = [job for job in jobs if job.phase == "interrupted"]
+    for message in dict.fromkeys(job.message for job in failed):
+        where = [f"{j.request.experiment.id} seed {j.request.seed}" for j in failed if j.message == message]
+        click.secho(f"failed: {', '.join(where)}: {message}", fg="red", err=True)
+    if stopped:
+        click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
+    sys.exit(1 if failed else 130 if stopped else 0)
+
+
+@cli.command()
+@click.argument("roots", nargs=-1, type=click.Path(path_type=Path), metavar="[RUNS]...")
+@click.option("--out", type=click.Path(path_type=Path), default=REPORT, show_default=True, help="Where to write.")
+def report(roots: Sequence[Path], out: Path) -> None:
+    """Write summary.md, results.csv, results.json and report.html from run directories, and print the table."""
+    from rich.console import Console
+
+    from roundoff.report.render import terminal_table, write_report
+    from roundoff.report.tables import build_report
+    from roundoff.run_dir import find_runs
+
+    chosen = tuple(roots) or (RUNS,)
+    runs, skipped = find_runs(chosen)
+    if not runs:
+        reasons = "".join(f"\n  {line}" for line in skipped)
+        raise ConfigError(f"there are no runs in {', '.join(map(str, chosen))}: `roundoff run` makes them{reasons}")
+    built = build_report(runs, skipped)
+    written = write_report(built, out)
+    Console().print(terminal_table(built))
+    for path in written:
+        click.echo(f"wrote {path}")
+
+
+@cli.command()
+@runs_option
+def runs(root: Path) -> None:
+    """List runs with their status and last scores."""
+    from roundoff.run_dir import find_runs
+
+    found, skipped = find_runs((root,))
+    for item in found:
+        scored = [row for row in item.metrics if "deployed" in row]
+        scores = f"deployed {scored[-1]['deployed']:.1%}  clean {scored[-1]['clean']:.1%}" if scored else ""
+        at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
+        click.echo(f"{item.path}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
+    for line in skipped:
+        click.echo(f"skipped: {line}", err=True)
+
+
+@cli.command("build-tiny")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--seed", default=0, show_default=True, help="Seed of weights and problems.")
+def build_tiny(out: Path, seed: int) -> None:
+    """Rebuild the embedded model from its recipe into the directory OUT (minutes on one core)."""
+    from roundoff.models.tiny.recipe import build
+
+    build(out, seed=seed)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds meant by `3`, `0-2` or `0,4,7`.
+
+    Raises:
+        ConfigError: if the text is none of these.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ConfigError(f"--seeds must read 3, 0-2 or 0,4,7, but is {text!r}")
+        seeds += range(int(low), int(high if dash else low) + 1)
+    if not seeds or len(seeds) != len(set(seeds)):
+        raise ConfigError(f"--seeds must name at least one seed and each once, but is {text!r}")
+    return seeds
+
+
+def main() -> None:
+    """Entry point: every expected failure is one message and a non-zero exit, without a traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except ValueError as error:
+        if not _is_expected(error):
+            raise
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
+
+
+def _is_expected(error: ValueError) -> bool:
+    """Whether this is an error that roundoff raises on purpose, for the user to read."""
+    return isinstance(error, ConfigError) or type(error).__module__.startswith("roundoff.")
+
+
+def _fail(message: str) -> None:
+    click.secho(f"roundoff: {message}", fg="red", err=True)
+    sys.exit(2)

@@ -1,0 +1,193 @@
+"""Many runs on this machine: each in a process of its own, as many at a time as there are cores.
+
+A run that dies takes no other with it. Ctrl-C (or SIGTERM) lets every running run finish its step, save, and leave; the
+same command then goes on where they stopped.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Literal
+
+from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.run_dir import DamagedRunError, read_run, run_path
+
+POLL_S = 0.25
+Phase = Literal["queued", "running", "complete", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """One run to make: settings, seed, and where it goes."""
+
+    experiment: Experiment
+    profile: Profile
+    seed: int
+    root: Path
+    provenance: dict[str, Any]
+    tracker: str = "tensorboard"
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return run_path(self.root, self.experiment, self.profile, self.seed)
+
+
+@dataclass
+class Job:
+    """A request and what became of it so far."""
+
+    request: RunRequest
+    phase: Phase = "queued"
+    message: str = ""
+    """Why it failed or stopped, or that it was complete before."""
+    process: BaseProcess | None = None
+    result: Connection | None = None
+    began: float = 0.0
+    seconds: float = 0.0
+    resumed: bool = field(default=False)
+
+
+def run_grid(
+    requests: Sequence[RunRequest], *, workers: int, watch: Callable[[Sequence[Job]], None] = lambda jobs: None
+) -> list[Job]:
+    """Make every run that is not complete yet; returns all jobs in the order of the requests.
+
+    Args:
+        requests: runs to make; two must not share a directory.
+        workers: processes at a time.
+        watch: called a few times a second with the state of all jobs, and once at the end.
+    """
+    _check_distinct(requests)
+    jobs = [_job(request) for request in requests]
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    # Torch is imported once, by the server that every run's process is forked from (no effect on spawn).
+    context.set_forkserver_preload(["roundoff.train"])
+    with _stop_requests() as stop:
+        while True:
+            for job in jobs:
+                _collect_result(job)
+            running = [job for job in jobs if job.phase == "running"]
+            queued = [] if stop() else [job for job in jobs if job.phase == "queued"]
+            for job in queued[: workers - len(running)]:
+                _start(job, context)
+            watch(jobs)
+            if not running and not queued:
+                break
+            time.sleep(POLL_S)
+    for job in jobs:
+        if job.phase == "queued":
+            job.phase, job.message = "interrupted", "not begun"
+    watch(jobs)
+    return jobs
+
+
+def execute(request: RunRequest, should_stop: Callable[[], bool]) -> tuple[Phase, str]:
+    """Make one run in this process; returns how it ended and why."""
+    from roundoff.run_dir import RunDirectory
+    from roundoff.trackers import open_tracker
+    from roundoff.train import train
+
+    with RunDirectory(request.root, request.experiment, request.profile, request.seed) as run_dir:
+        final = train(
+            request.experiment,
+            request.profile,
+            request.seed,
+            run_dir,
+            lambda start: open_tracker(
+                request.tracker, run_dir.tensorboard, request.experiment, request.profile, start
+            ),
+            provenance=request.provenance,
+            should_stop=should_stop,
+        )
+    return ("interrupted", "stopped on request; the same command goes on") if final is None else ("complete", "")
+
+
+def _check_distinct(requests: Sequence[RunRequest]) -> None:
+    seen: set[Path] = set()
+    for request in requests:
+        if request.path in seen:
+            raise ConfigError(f"two runs would share {request.path}: name each experiment and seed once")
+        seen.add(request.path)
+
+
+def _job(request: RunRequest) -> Job:
+    if not (request.path / "status.json").exists():
+        return Job(request)
+    try:
+        run = read_run(request.path)
+    except DamagedRunError as error:
+        return Job(request, "failed", f"damaged, move it away to start again: {error}")
+    if run.is_final:
+        return Job(request, "complete", "was complete", seconds=run.status.seconds)
+    return Job(request, resumed=run.status.step > 0)
+
+
+def _start(job: Job, context: Any) -> None:
+    job.result, theirs = context.Pipe(duplex=False)
+    job.process = context.Process(target=_work, args=(job.request, theirs), name=str(job.request.path))
+    job.process.start()
+    theirs.close()
+    job.phase, job.began = "running", time.monotonic()
+
+
+def _work(request: RunRequest, result: Connection) -> None:
+    """Body of a run's process."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("default")
+    with _stop_requests() as stop:
+        try:
+            outcome = execute(request, stop)
+        except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
+            outcome = ("failed", f"{type(error).__name__}: {error}" if not str(error) else _message(error))
+        result.send(outcome)
+
+
+def _message(error: Exception) -> str:
+    expected = isinstance(error, ConfigError | DamagedRunError)
+    return str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _collect_result(job: Job) -> None:
+    if job.phase != "running" or job.process is None or job.result is None:
+        return
+    job.seconds = time.monotonic() - job.began
+    if job.result.poll():
+        try:
+            job.phase, job.message = job.result.recv()
+        except EOFError:
+            job.process.join()
+            job.phase, job.message = "failed", f"its process died (exit code {job.process.exitcode}); it can be resumed"
+        job.process.join()
+        job.result.close()
+        job.process.close()
+        job.process = None
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second SIGINT ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

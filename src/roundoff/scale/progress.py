@@ -1,0 +1,147 @@
+"""The live table of `roundoff run`: read from the run directories, so it shows what is on disk and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from roundoff.run_dir import DamagedRunError, read_metrics, read_status
+from roundoff.scale.local_grid import Job
+
+REFRESH_S = 0.5
+RECENT_STEPS = 8
+"""Steps whose mean time is taken for the time left."""
+STYLES = {"queued": "dim", "running": "bold", "complete": "green", "failed": "red", "interrupted": "yellow"}
+
+
+class Progress:
+    """Draws jobs as a live table on a terminal, and as one line for each event elsewhere."""
+
+    def __init__(self, console: Console, workers: int) -> None:
+        self._console, self._workers = console, workers
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._said: dict[str, tuple[str, int]] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[Progress]:
+        """Keep the display open for the duration."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with Live(console=self._console, auto_refresh=False) as self._live:
+            yield self
+
+    def update(self, jobs: Sequence[Job]) -> None:
+        """Draw the jobs as they stand."""
+        finished = all(job.phase not in ("queued", "running") for job in jobs)
+        if time.monotonic() - self._drawn < REFRESH_S and not finished:
+            return
+        self._drawn = time.monotonic()
+        rows = [(job, _metrics(job)) for job in jobs]
+        if self._live:
+            self._live.update(self._table(rows), refresh=True)
+        else:
+            for job, metrics in rows:
+                self._say(job, metrics)
+
+    def _table(self, rows: Sequence[tuple[Job, list[dict[str, Any]]]]) -> Table:
+        table = Table(title=_headline([job for job, _ in rows], rows, self._workers), title_justify="left", box=None)
+        for name in ("experiment", "seed", "state", "", "step", "reward", "deployed", "clean", "sigma", "left"):
+            table.add_column(name, justify="left" if name in ("experiment", "state", "") else "right", no_wrap=True)
+        for job, metrics in rows:
+            last, total = metrics[-1] if metrics else {}, total_steps(job)
+            table.add_row(
+                job.request.experiment.id,
+                str(job.request.seed),
+                f"[{STYLES[job.phase]}]{job.phase}[/]",
+                ProgressBar(total or 1, last.get("step", 0), width=16),
+                f"{last.get('step', 0)}/{total}" if total else "",
+                _shown(last.get("reward"), "{:.3f}"),
+                _shown(_latest(metrics, "deployed"), "{:.1%}"),
+                _shown(_latest(metrics, "clean"), "{:.1%}"),
+                _shown(last.get("sigma") or None, "{:.4f}"),
+                _time(seconds_left(job, metrics)) if job.phase == "running" else _first_line(job.message),
+            )
+        return table
+
+    def _say(self, job: Job, metrics: list[dict[str, Any]]) -> None:
+        name = f"{job.request.experiment.id} seed {job.request.seed}"
+        phase, step = self._said.get(name, ("queued", -1))
+        if job.phase != phase and job.phase == "running":
+            self._line(f"{name}: {'resumed' if job.resumed else 'started'}")
+        for row in metrics if job.phase != "complete" or phase != "queued" else []:
+            if row["step"] > step and "deployed" in row:
+                left = _time(seconds_left(job, metrics)) if job.phase == "running" else ""
+                self._line(
+                    f"{name}: step {row['step']}/{total_steps(job)}"
+                    f" deployed {row['deployed']:.1%} clean {row['clean']:.1%}"
+                    + (f" reward {row['reward']:.3f} sigma {row['sigma']:.4f}" if "reward" in row else "")
+                    + (f" left {left}" if left else "")
+                )
+        if job.phase != phase and job.phase not in ("queued", "running"):
+            self._line(f"{name}: {job.phase}" + (f" ({job.message})" if job.message else ""))
+        self._said[name] = (job.phase, metrics[-1]["step"] if metrics else -1)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def total_steps(job: Job) -> int:
+    """Steps of the whole run, or 0 while that is not on disk yet."""
+    try:
+        return read_status(job.request.path).total_steps
+    except DamagedRunError:
+        return 0
+
+
+def seconds_left(job: Job, metrics: Sequence[dict[str, Any]]) -> float | None:
+    """Estimate from the latest steps (s); None where no step has been taken."""
+    steps = [row["seconds"] for row in metrics if row["step"] > 0][-RECENT_STEPS:]
+    if not steps:
+        return None
+    return float(sum(steps) / len(steps) * (total_steps(job) - metrics[-1]["step"]))
+
+
+def _headline(jobs: Sequence[Job], rows: Sequence[tuple[Job, list[dict[str, Any]]]], workers: int) -> str:
+    counts = {phase: sum(job.phase == phase for job in jobs) for phase in STYLES}
+    text = ", ".join(f"{count} {phase}" for phase, count in counts.items() if count)
+    running = [seconds_left(job, metrics) for job, metrics in rows if job.phase == "running"]
+    known = [s for s in running if s is not None]
+    whole = [job.seconds for job in jobs if job.phase == "complete" and job.message != "was complete"]
+    each = sum(whole) / len(whole) if whole else None
+    if counts["queued"] and each is None:
+        return text
+    left = (sum(known) + counts["queued"] * (each or 0.0)) / max(1, min(workers, counts["running"] + counts["queued"]))
+    return f"{text}, about {_time(left)} left" if known else text
+
+
+def _metrics(job: Job) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(job.request.path)
+    except DamagedRunError:
+        return []
+
+
+def _latest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(metrics) if name in row), None)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:60] if text else ""
