@@ -1,0 +1,165 @@
+"""AQN, Adaptive Quantization Noise: noise on the model's weights during rollouts (QeRL, arXiv:2510.11696).
+
+`absolute` noise, as published, sets `w + sigma * m * eps`; `relative` noise multiplies the gain by
+`1 + sigma * m * eps`. The gain of an RMSNorm is its weight `w`, or `1 + w` where the model's norm is written so (Gemma); which one it is, is
+measured by passing ones through the norm. `m` is the layer's multiplier, `eps ~ N(0, 1)` drawn from (key, parameter).
+
+What is perturbed (`aqn_targets` lists it):
+- `rmsnorm`: the weight of every module whose class name ends in RMSNorm: norms before and after attention and MLP,
+  q_norm and k_norm, the final norm. A norm right in front of a mixture-of-experts router is left out, because there
+  the noise would first of all change which experts are asked.
+- `linear`: the weight of every Linear within the decoder layers, LoRA adapters left out.
+
+Modules outside of the decoder layers (the final norm) and layers that the multipliers do not name have multiplier 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from roundoff.config import AQN, ConfigError
+from roundoff.hardware.inventory import layer_index, plain_name
+from roundoff.numerics.noise import gaussian
+from roundoff.numerics.rng import Key
+
+_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
+"""Names of the norm whose output the MLP of a decoder layer reads; the first that a layer has is the one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AqnTarget:
+    """One weight that AQN perturbs."""
+
+    name: str
+    """Dotted name of the module, without what PEFT adds."""
+    layer: int | None
+    """Decoder layer, from 0; None outside of the layers (the final norm)."""
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter itself."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+
+def aqn_targets(model: nn.Module, aqn: AQN, *, router_norms: bool = False) -> list[AqnTarget]:
+    """The weights that AQN perturbs, in the model's order; `router_norms` takes in norms in front of a router.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    left_out = set() if router_norms else set(_norms_before_routers(modules))
+    targets = [
+        AqnTarget(name, layer_index(name), module)
+        for name, module in modules.items()
+        if _is_target(name, module, aqn) and name not in left_out
+    ]
+    if not targets:
+        classes = sorted({type(m).__name__ for m in modules.values() if any(True for _ in m.parameters(recurse=False))})
+        raise ConfigError(
+            f"aqn.target = {aqn.target!r} matches no module, so AQN would do nothing; modules with weights here: "
+            f"{', '.join(classes) or 'none'}"
+        )
+    return targets
+
+
+def _is_target(name: str, module: nn.Module, aqn: AQN) -> bool:
+    if aqn.target == "rmsnorm":
+        return type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), Tensor)
+    adapter = any(part.startswith("lora_") for part in name.split("."))
+    return isinstance(module, nn.Linear) and layer_index(name) is not None and not adapter
+
+
+def _norms_before_routers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Names of the norms that feed a mixture of experts: those of the layers that hold a module named `experts`."""
+    for name in modules:
+        layer, found, inner = name.rpartition(".experts")
+        if not found or inner:
+            continue
+        block = layer.rpartition(".")[0]
+        yield from [f"{block}.{norm}" for norm in _BEFORE_MLP if f"{block}.{norm}" in modules][:1]
+
+
+@contextmanager
+def aqn_noise(
+    model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN
+) -> Iterator[None]:
+    """The model with noisy weights inside; leaving it, also by an exception, restores every bit from a saved copy.
+
+    `sigma` is the step's standard deviation (of the weight, or relative to its gain), `multipliers` maps a decoder
+    layer to its factor on sigma. The same key gives the same noise.
+
+    Raises:
+        ConfigError: if sigma or a multiplier cannot be used, a multiplier names a layer without a target, or nothing
+            would be perturbed. At a silent step (sigma 0) do not enter.
+    """
+    if not (math.isfinite(sigma) and sigma > 0):
+        raise ConfigError(f"sigma of AQN must be above 0 and finite, but is {sigma}: skip AQN at silent steps")
+    targets = aqn_targets(model, aqn)
+    factors = _factors(targets, multipliers)
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for target, factor in zip(targets, factors, strict=True):
+                if factor:
+                    weight = target.weight
+                    saved.append((weight, weight.detach().clone()))
+                    _perturb(target, sigma * factor, key.fold("aqn", target.name), aqn)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, original in reversed(saved):
+                weight.copy_(original)
+
+
+def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) -> list[float]:
+    """The factor on sigma of each target."""
+    given = dict(multipliers or {})
+    bad = {layer: value for layer, value in given.items() if not (math.isfinite(value) and value >= 0)}
+    if bad:
+        raise ConfigError(f"multipliers of AQN must be finite and not negative, but are {bad}")
+    layers = {target.layer for target in targets if target.layer is not None}
+    unknown = sorted(set(given) - layers)
+    if unknown:
+        raise ConfigError(f"multipliers of AQN name layers {unknown}, which have no target (layers: {sorted(layers)})")
+    factors = [1.0 if target.layer is None else given.get(target.layer, 1.0) for target in targets]
+    if not any(factors):
+        raise ConfigError("every multiplier of AQN is 0, so it would do nothing")
+    return factors
+
+
+def _perturb(target: AqnTarget, sigma: float, key: Key, aqn: AQN) -> None:
+    """Noise on one weight, in place; computed in float32 and rounded once to the weight's dtype."""
+    weight = target.weight
+    eps = gaussian(key, weight.shape, dtype=torch.float32, device=weight.device)
+    value = weight.to(torch.float32)
+    if aqn.noise == "absolute":
+        value = value + sigma * eps
+    else:
+        offset = _gain_offset(target) if aqn.target == "rmsnorm" else 0.0
+        value = value + (value + offset) * (sigma * eps)
+    weight.copy_(value)
+
+
+def _gain_offset(target: AqnTarget) -> float:
+    """0 for a norm that multiplies by `w`, 1 for one that multiplies by `1 + w`: ones have RMS 1, so they show it."""
+    weight = target.weight
+    gain = target.module(torch.ones_like(weight)[None])[0].to(torch.float32)
+    shift = gain - weight.to(torch.float32)
+    for offset in (0.0, 1.0):
+        # The norm's epsilon (1e-6 to 1e-5 next to 1) and bfloat16 (2^-8) shift the gain a little.
+        if bool(((shift - offset).abs() <= 0.02 * (1.0 + weight.abs())).all()):
+            return offset
+    raise ConfigError(
+        f"{target.name} ({type(target.module).__name__}) multiplies neither by w nor by 1 + w, so relative noise is "
+        "not defined for it: set aqn.noise = 'absolute'"
+    )

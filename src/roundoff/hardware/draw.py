@@ -1,0 +1,150 @@
+"""What the products of one forward pass draw their noise from: a key, and the identity of every token.
+
+A draw is a function of (key, layer, product, row id, column). The row id of a token is
+`rollout_id * 2**20 + position`, with positions counted without padding, so that a token's noise depends neither on the
+batch it is computed in nor on its padding, and the training pass can replay the rollout's draws. Products without
+token rows (`dW`) fold a fingerprint of the batch's row ids into their key instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from roundoff.numerics.rng import Key
+
+POSITIONS = 1 << 20
+"""Row ids of one rollout: `row = rollout_id * POSITIONS + position`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRows:
+    """Row ids and first columns of the products of one attention layer; B batch, H heads, K key heads, Q, S tokens."""
+
+    query: Tensor
+    """[B, K, H/K * Q]: identity of each (query token, head)."""
+    column_start: Tensor
+    """[B, K, H/K * Q]: logical position of the first key, so that left padding does not shift the draws."""
+    key: Tensor
+    """[B, K, S]: identity of each (key token, key head)."""
+
+
+class Draw:
+    """Key and row ids [B, T] of one forward pass; rows may be None (then row ids count within the batch)."""
+
+    __slots__ = ("_attention", "_fingerprint", "_views", "key", "rows")
+
+    def __init__(self, key: Key, rows: Tensor | None) -> None:
+        if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
+            raise ValueError(f"rows must be int64 of shape [B, T], but is {rows.dtype} of shape {tuple(rows.shape)}")
+        self.key = key
+        self.rows = rows
+        self._views: dict[tuple[int, ...], Tensor] = {}
+        self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
+        self._fingerprint: int | None = None
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits that identify the row ids of this pass, for products that have no token rows; 0 without rows."""
+        if self._fingerprint is None:
+            data = b"" if self.rows is None else self.rows.cpu().contiguous().numpy().tobytes()
+            digest = hashlib.blake2b(data, digest_size=8).digest()
+            self._fingerprint = int.from_bytes(digest, "little") if data else 0
+        return self._fingerprint
+
+    def rows_of(self, leading: torch.Size, name: str, *, last: bool = False) -> Tensor | None:
+        """Row ids in the shape of a product's leading axes: [B, T] or any reshape of it, such as [B * T].
+
+        With `last` a product over [B, t], t < T, belongs to the last t tokens: what `logits_to_keep=t` gives an output
+        embedding.
+
+        Raises:
+            ValueError: if the product does not see the B * T tokens of `noise_key`; guessing would be silently wrong.
+        """
+        if self.rows is None:
+            return None
+        view = self._views.get(leading)
+        if view is not None:
+            return view
+        if leading.numel() == self.rows.numel():
+            view = self.rows.reshape(leading)
+        elif last and len(leading) == 2 and leading[0] == self.rows.shape[0] and leading[1] < self.rows.shape[1]:
+            return self.rows[:, self.rows.shape[1] - leading[1] :]
+        else:
+            raise ValueError(
+                f"{name} sees tokens of shape {tuple(leading)}, but noise_key was given rows of shape "
+                f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass, or exclude the module"
+            )
+        self._views[leading] = view
+        return view
+
+    def attention_rows(self, name: str, query: torch.Size, key: torch.Size) -> AttentionRows | None:
+        """Row ids of the products of an attention layer with queries [B, H, Q, D] and keys [B, K, S, D]."""
+        if self.rows is None:
+            return None
+        batch, heads, queries, _ = query
+        groups, keys = key[1], key[2]
+        shape = (batch, heads, queries, groups, keys)
+        found = self._attention.get(shape)
+        if found is None:
+            if self.rows.shape != (batch, queries):
+                raise ValueError(
+                    f"{name} has queries of {batch} x {queries} tokens, but noise_key was given rows of shape "
+                    f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass"
+                )
+            found = self._attention[shape] = _attention_rows(self.rows, heads, groups, keys)
+        return found
+
+
+def _attention_rows(rows: Tensor, heads: int, groups: int, keys: int) -> AttentionRows:
+    """See `AttentionRows`. The keys end with the last query's token, as they do in a growing or sliding cache."""
+    batch, queries = rows.shape
+    columns = torch.arange(keys - queries, keys, device=rows.device)
+    start = rows % POSITIONS - columns  # [B, Q]: logical position of the first key
+    if keys == queries:
+        key_rows = rows
+    else:  # the last query is a real token under left padding
+        rollout = rows[:, -1:] - rows[:, -1:] % POSITIONS
+        key_rows = rollout + start[:, -1:] + torch.arange(keys, device=rows.device)
+    head_ids = torch.arange(heads, device=rows.device)[:, None]
+    shape = (batch, groups, heads // groups * queries)
+    return AttentionRows(
+        query=(rows[:, None] * heads + head_ids).reshape(shape),
+        column_start=start[:, None].expand(batch, heads, queries).reshape(shape),
+        key=key_rows[:, None] * groups + torch.arange(groups, device=rows.device)[:, None],
+    )
+
+
+@dataclass(eq=False, slots=True)
+class Runtime:
+    """State that all layers of one installed model share while it runs."""
+
+    seed_key: Key
+    on: bool = True
+    draw: Draw | None = None
+    keyed: bool = False
+    """Whether `noise_key` was ever used: then a recomputation outside of it is an error."""
+    shared: tuple[object, int, str, Tensor] | None = None
+    """The last quantized activation (weak reference to x, its version, format, Q(x)): q, k and v see the same x."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """Products drawn without `noise_key` so far, by module name."""
+
+    def current(self, name: str) -> Draw:
+        """The draw of `noise_key`, or outside of it the next one of this module's call counter.
+
+        Raises:
+            RuntimeError: in a recomputation (gradient checkpointing) outside of a `noise_key` that was used before.
+        """
+        if self.draw is not None:
+            return self.draw
+        if self.keyed and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"{name} is recomputed in the backward pass outside of noise_key, so its noise would differ from the "
+                "forward pass: keep noise_key open until backward() is done, or use no gradient checkpointing"
+            )
+        count = self.calls.get(name, 0)
+        self.calls[name] = count + 1
+        return Draw(self.seed_key.fold("call", count), None)

@@ -1,0 +1,149 @@
+"""Which modules of a model the hardware computes, and why the others are left alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from roundoff.config import ConfigError, Hardware
+from roundoff.hardware.linear import HardwareLinear
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module on the installed hardware."""
+
+    name: str
+    """Dotted name in the model."""
+    layer: int | None
+    """Decoder layer, from 0; None outside of the layers."""
+    weight: str | None
+    """Format of the weight; None: high precision."""
+    activation: str | None
+    """Format of the input; None: high precision."""
+    noise: float
+    """Relative standard deviation of the noise on its products (fraction)."""
+    deadzone: float = 0.0
+    """Threshold of the input deadzone relative to the token's maximum (fraction)."""
+    faults: tuple[str, ...] = ()
+    """Kinds of the faults of the unit that computes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """One module with weights that the hardware does not compute, and the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A Linear (or an attention module) that the hardware settings cover."""
+
+    name: str
+    plain_name: str
+    layer: int | None
+    module: nn.Module
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what PEFT's wrapping adds to it."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def layer_index(name: str) -> int | None:
+    """The decoder layer that a dotted name lies in: its first part that is a number."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def within_layer(name: str) -> str:
+    """The part of a dotted name after its layer index, such as `mlp.up_proj`."""
+    match = re.search(r"(?:^|\.)\d+\.(.+)$", name)
+    return match.group(1) if match else name
+
+
+def exclusion(name: str, patterns: Iterable[str]) -> str | None:
+    """The first pattern that matches the whole dotted name or a part of it."""
+    parts = (name, *name.split("."))
+    return next((p for p in patterns if any(fnmatchcase(part, p) for part in parts)), None)
+
+
+def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], list[Skipped]]:
+    """Every Linear that the hardware computes, and the modules with matrices of their own that it does not.
+
+    Raises:
+        ConfigError: if the model is installed already, if no Linear is left, or if a setting names a layer or module
+            that does not exist.
+    """
+    found: list[Found] = []
+    skipped: list[Skipped] = []
+    for name, module in model.named_modules():
+        if isinstance(module, HardwareLinear):
+            raise ConfigError(f"hardware is installed on {name} already: uninstall it before installing again")
+        reason = _skip_reason(name, module, hardware)
+        if reason is None:
+            plain = plain_name(name)
+            found.append(Found(name, plain, layer_index(plain), module))
+        elif reason:
+            skipped.append(Skipped(name, reason))
+    if not found:
+        names = [s.name for s in skipped]
+        shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+        raise ConfigError(
+            f"hardware.exclude = {list(hardware.exclude)} leaves no Linear to compute; modules of this model: "
+            f"{shown or 'none with weights'}"
+        )
+    _check_layers(found, hardware)
+    return found, skipped
+
+
+def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None:
+    """None for a Linear to install, "" for what is not worth a word, else why the module is left alone."""
+    matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
+    if not matrices and not isinstance(module, nn.Linear):
+        return ""
+    pattern = exclusion(name, hardware.exclude)
+    if pattern is not None:
+        return f"excluded by hardware.exclude ({pattern!r})"
+    if any(part.startswith("lora_") for part in name.split(".")):
+        return "LoRA adapter: stays in high precision"
+    if type(module) is nn.Linear:
+        if module.weight.dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"{name}.weight is {module.weight.dtype}: hardware takes float32 or bfloat16 models")
+        return None
+    if isinstance(module, nn.Linear):
+        return f"{type(module).__name__} is a subclass of Linear with a forward of its own"
+    return f"{type(module).__name__} is not a Linear: left in high precision, without noise"
+
+
+def _check_layers(found: list[Found], hardware: Hardware) -> None:
+    """Refuse settings that name a layer or a module that is not among the Linears found."""
+    layers = sorted({f.layer for f in found if f.layer is not None})
+    span = f"layers with a Linear to compute: {layers[0]} to {layers[-1]}" if layers else "no numbered layers"
+    keep = hardware.precision.keep
+    if isinstance(keep, str):
+        raise ConfigError(
+            f"hardware.precision.keep = {keep!r} must be resolved by a scan before install: pass the layer indices"
+        )
+    named = [("hardware.precision.keep", layer) for layer in keep]
+    if hardware.deadzone is not None:
+        named += [("hardware.deadzone.layers", layer) for layer in hardware.deadzone.layers]
+        if not hardware.deadzone.layers:
+            raise ConfigError("hardware.deadzone.layers is empty, so the deadzone would do nothing: name its layers")
+    named += [(f"hardware.faults.{i}.layer", fault.layer) for i, fault in enumerate(hardware.faults)]
+    for path, layer in named:
+        if layer not in layers:
+            raise ConfigError(f"{path} names layer {layer}, which does not exist ({span})")
+    for i, fault in enumerate(hardware.faults):
+        names = [within_layer(f.plain_name) for f in found if f.layer == fault.layer]
+        if fault.module is not None and fault.module not in names:
+            raise ConfigError(
+                f"hardware.faults.{i}.module names {fault.module!r}, which layer {fault.layer} does not have "
+                f"(it has: {', '.join(names)})"
+            )

@@ -1,0 +1,227 @@
+"""A Linear on simulated hardware: forward `Q(x) Q(W)^T`, with noise on every product; straight-through backward.
+
+    y  = noise(Q(x) Q(W)^T) + b, then the faults of the unit       key.fold(name, "forward")
+    dX = noise(dY Q(W))                                            key.fold(name, "dx")
+    dW = noise(dY^T Q(x))                                          key.fold(name, "dw", fingerprint of the rows)
+
+- The product is perturbed, then the bias is added in the model's dtype: the bias is no part of the matrix product.
+- Activations are quantized with `tensor_scale="row"`: formats with a scale of the whole tensor (nvfp4, fp8_e4m3) take
+  one scale a token, so that a token's result depends neither on padding nor on how the batch is split. The deadzone's
+  maximum is that of the token for the same reason. Deadzone first, then the format.
+- `dX` and `dW` pass straight through formats, deadzone and faults (their derivative counts as 1).
+- `Q(W)` is kept in a buffer of its own beside the parameters and computed again only when the weight has changed
+  (version counter, address, dtype or device). PyTorch does not count changes made through `weight.data`, as PEFT's
+  `merge_adapter` makes them: call `InstalledHardware.refresh()` after those.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.faults import InstalledFault
+from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.quantize import quantize
+from roundoff.numerics.rng import Key
+
+
+@dataclass(frozen=True, slots=True)
+class ProductKeys:
+    """Keys of the three products of one Linear under one base key."""
+
+    base: Key
+    forward: Key
+    dx: Key
+    dw: Key
+
+
+@dataclass(eq=False, slots=True)
+class LinearState:
+    """What the hardware does to one Linear, and its cached `Q(W)`; kept outside of parameters and buffers."""
+
+    name: str
+    """Dotted name without what PEFT adds: draws do not depend on whether adapters wrap the model."""
+    runtime: Runtime
+    weight_format: str | None = None
+    activation_format: str | None = None
+    forward_std: float = 0.0
+    backward_std: float = 0.0
+    deadzone: float = 0.0
+    """Threshold relative to the token's max(abs(x)) (fraction)."""
+    faults: tuple[InstalledFault, ...] = ()
+    is_output: bool = False
+    """Whether this is the output embedding, which `logits_to_keep` gives the last tokens only."""
+    quantizations: int = 0
+    """How often `Q(W)` was computed."""
+    _cached: Tensor | None = None
+    _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
+    _keys: ProductKeys | None = field(default=None)
+    plain_forward: bool = field(init=False)
+    """Whether the forward pass is exactly F.linear on Q(W)."""
+
+    def __post_init__(self) -> None:
+        self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
+
+    def quantized_weight(self, weight: Tensor) -> Tensor:
+        """`Q(W)` [out, in]: from the cache unless the weight has changed since."""
+        if self.weight_format is None:
+            return weight.detach()
+        tag = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
+        cached = self._cached
+        if cached is None or tag != self._cached_of:
+            if cached is not None and (cached.shape, cached.dtype, cached.device) != (
+                weight.shape,
+                weight.dtype,
+                weight.device,
+            ):
+                cached = None
+            self._cached_of = None  # an error below must not leave a half-written copy in use
+            cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
+            self._cached_of = tag
+            self.quantizations += 1
+        return cached
+
+    def refresh(self) -> None:
+        """Forget `Q(W)`."""
+        self._cached_of = None
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What enters the product: x after deadzone and format, without gradient."""
+        x = x.detach()
+        if self.deadzone:
+            size = x.abs()
+            x = x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
+        return x if self.activation_format is None else quantize(x, self.activation_format, tensor_scale="row")
+
+    def shared_input(self, x: Tensor) -> Tensor:
+        """`quantized_input(x)`, computed once for the Linears that see the same x one after the other (q, k, v)."""
+        if self.activation_format is None or self.deadzone or x.is_inference():
+            return self.quantized_input(x)
+        shared = self.runtime.shared
+        if shared is not None:
+            of, version, fmt, result = shared
+            if of() is x and version == x._version and fmt == self.activation_format:  # type: ignore[operator]
+                return result
+        result = self.quantized_input(x)
+        self.runtime.shared = (weakref.ref(x), x._version, self.activation_format, result)
+        return result
+
+    def keys(self, base: Key) -> ProductKeys:
+        """Keys of this Linear's products under a base key."""
+        keys = self._keys
+        if keys is None or keys.base != base:
+            fold = base.fold
+            name = self.name
+            keys = ProductKeys(base, fold(name, "forward"), fold(name, "dx"), fold(name, "dw"))
+            self._keys = keys
+        return keys
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product on this hardware, [..., out], differentiable."""
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with torch.autocast(x.device.type, enabled=False):
+                low = self.quantized_weight(weight).to(dtype)
+                return self._linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), low)
+        return self._linear(x, weight, bias, self.quantized_weight(weight))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor) -> Tensor:
+        grad = torch.is_grad_enabled()
+        if self.plain_forward:
+            if not grad or not (weight.requires_grad or self.backward_std):
+                return F.linear(x, quantized, bias)
+            grad = x.requires_grad or weight.requires_grad
+            if not grad:
+                return F.linear(x, quantized, bias)
+        elif grad:
+            grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        draw = None
+        if self.forward_std or self.faults or (grad and self.backward_std):
+            draw = self.runtime.current(self.name)
+        if not grad:
+            return self.product(self.shared_input(x), quantized, bias, draw)
+        result: Tensor = _Product.apply(x, weight, bias, self.shared_input(x), quantized, self, draw)  # type: ignore
+        return result
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None) -> Tensor:
+        """Forward product of what is quantized already, with noise, bias and faults."""
+        if not self.forward_std:
+            y = F.linear(x, weight, bias)
+        else:
+            assert draw is not None
+            y = F.linear(x, weight)
+            rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
+            matmul_noise(y, self.forward_std, self.keys(draw.key).forward, rows=rows, out=y)
+            if bias is not None:
+                y += bias
+        for index, fault in enumerate(self.faults):
+            assert draw is not None
+            rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
+            y = fault.apply(y, self.keys(draw.key).forward.fold("fault", index), rows)
+        return y
+
+
+class _Product(torch.autograd.Function):
+    """See the module's docstring; x, weight and bias receive gradients, `qx` and `qw` are what was multiplied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        qx: Tensor,
+        qw: Tensor,
+        state: LinearState,
+        draw: Draw | None,
+    ) -> Tensor:
+        # The weight is saved for torch's version check alone: a weight changed before backward is an error, as it is
+        # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change.
+        ctx.save_for_backward(qx, qw, weight)
+        ctx.state, ctx.draw = state, draw
+        return state.product(qx, qw, bias, draw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        qx, qw, _ = ctx.saved_tensors
+        state: LinearState = ctx.state
+        draw: Draw | None = ctx.draw
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        std = state.backward_std
+        dx = dw = db = None
+        if needs_x:
+            dx = dy.matmul(qw)
+            if std:
+                assert draw is not None
+                rows = draw.rows_of(dx.shape[:-1], state.name, last=state.is_output)
+                matmul_noise(dx, std, state.keys(draw.key).dx, rows=rows, out=dx)
+        flat = dy.reshape(-1, dy.shape[-1]) if needs_weight or needs_bias else dy
+        if needs_weight:
+            dw = flat.t().matmul(qx.reshape(-1, qx.shape[-1]))
+            if std:
+                assert draw is not None
+                matmul_noise(dw, std, state.keys(draw.key).dw.fold(draw.fingerprint), out=dw)
+        if needs_bias:
+            db = flat.sum(0)
+        return dx, dw, db, None, None, None, None
+
+
+class HardwareLinear(nn.Linear):
+    """A Linear whose class was swapped by `install`; parameters, names and state dict are those of the plain one."""
+
+    hardware_state: LinearState
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
+        """`input` [..., in] -> [..., out] on the installed hardware, or exactly F.linear while it is off."""
+        state = self.hardware_state
+        if not state.runtime.on:
+            return F.linear(input, self.weight, self.bias)
+        return state.linear(input, self.weight, self.bias)
