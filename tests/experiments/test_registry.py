@@ -1,0 +1,126 @@
+"""Finding, extending and overriding experiments."""
+
+import pytest
+
+from roundoff.config import ConfigError
+from roundoff.experiments import (
+    experiment_ids,
+    families,
+    load_experiment,
+    load_profile,
+    profile_names,
+    select,
+    with_overrides,
+)
+
+
+def test_every_packaged_file_is_valid_and_every_baseline_exists():
+    for name in experiment_ids():
+        experiment = load_experiment(name)
+        assert experiment.id == name
+        assert experiment.title
+        assert experiment.baseline is None or experiment.baseline in experiment_ids()
+    for name in profile_names():
+        assert load_profile(name).name == name
+
+
+def test_quickstart_compares_remedy_and_damage():
+    assert set(families()["quickstart"]) >= {
+        "quickstart-clean",
+        "quickstart-noise",
+        "quickstart-noise-aqn",
+        "quickstart-mxfp4",
+    }
+    aqn = load_experiment("quickstart-noise-aqn")
+    assert aqn.hardware == load_experiment("quickstart-noise").hardware
+    assert aqn.baseline == "quickstart-noise"
+
+
+def test_a_family_and_one_of_its_members_are_run_once():
+    names = [e.id for e in select(["quickstart", "quickstart-clean"])]
+    assert len(names) == len(set(names))
+
+
+def test_own_file_extends_a_packaged_experiment(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = "quickstart-noise"\n[hardware.matmul_noise]\nrelative_std = 0.2\n')
+    mine, noise = load_experiment(str(path)), load_experiment("quickstart-noise")
+    assert mine.id == "mine"
+    assert mine.baseline == noise.baseline
+    assert mine.hardware.matmul_noise.relative_std == 0.2
+    assert mine.algorithm == noise.algorithm
+
+
+def test_own_file_extends_another_file_beside_it(tmp_path):
+    (tmp_path / "base.toml").write_text('epochs = 3\n[algorithm]\nname = "DAPO"\n')
+    (tmp_path / "top.toml").write_text('extends = "base"\n[algorithm]\ngroup_size = 4\n')
+    top = load_experiment(str(tmp_path / "top.toml"))
+    assert (top.epochs, top.algorithm.name, top.algorithm.group_size, top.algorithm.clip_high) == (3, "DAPO", 4, 0.28)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("epochs = ", "is not TOML"),
+        ('extends = "nowhere"', "extends 'nowhere', which does not exist"),
+        ("extends = 3", "extends must be the name"),
+        ('extends = "loop"', "extends itself"),
+        ('epochs = 2\n[algorithm]\nname="GRPO"\nclip = 1\n', "algorithm.clip is not a setting"),
+    ],
+)
+def test_wrong_files(tmp_path, content, expected):
+    path = tmp_path / "bad.toml"
+    path.write_text(content)
+    (tmp_path / "loop.toml").write_text('extends = "bad"')
+    with pytest.raises(ConfigError, match=expected):
+        load_experiment(str(path))
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ConfigError, match="there is no experiment 'quickstart-nois'; did you mean 'quickstart-noise'"):
+        select(["quickstart-nois"])
+    with pytest.raises(ConfigError, match="there is no profile 'tinny'; did you mean 'tiny'"):
+        load_profile("tinny")
+    with pytest.raises(ConfigError, match=r"there is no file none\.toml"):
+        select(["none.toml"])
+
+
+def test_override_renames_what_it_changes_and_leaves_the_rest():
+    experiments = select(["quickstart"])
+    changed, profile = with_overrides(experiments, load_profile("tiny"), ["aqn.sigma_start=0.02"])
+    ids = {e.id for e in changed}
+    assert "quickstart-noise-aqn+sigma_start=0.02" in ids
+    assert {"quickstart-clean", "quickstart-noise"} <= ids  # no [aqn]: same runs as before
+    assert profile == load_profile("tiny")
+
+
+def test_override_renames_the_baseline_with_it():
+    experiments = select(["quickstart-clean", "quickstart-noise"])
+    changed, _ = with_overrides(experiments, load_profile("tiny"), ["epochs=2"])
+    assert [(e.id, e.baseline) for e in changed] == [
+        ("quickstart-clean+epochs=2", None),
+        ("quickstart-noise+epochs=2", "quickstart-clean+epochs=2"),
+    ]
+
+
+def test_override_of_the_profile():
+    experiments, profile = with_overrides(
+        select(["quickstart-clean"]), load_profile("tiny"), ["profile.training.evaluate_every=3"]
+    )
+    assert profile.training.evaluate_every == 3
+    assert experiments == select(["quickstart-clean"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("aqn.sigma_stat=1", "aqn.sigma_stat is not a setting; did you mean 'sigma_start'"),
+        ("lora.rank=3", "changes nothing"),
+        ("epochs", "must read path.to.setting=value"),
+        ("profile.trainin.x=1", "trainin is not a setting; did you mean 'training'"),
+        ("hardware.matmul_noise.relative_std=5", "must be in"),
+    ],
+)
+def test_wrong_overrides(assignment, expected):
+    with pytest.raises(ConfigError, match=expected):
+        with_overrides(select(["quickstart"]), load_profile("tiny"), [assignment])

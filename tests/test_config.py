@@ -1,0 +1,137 @@
+"""Messages of wrong settings: path, rule, value, nearest key; and what the hash covers."""
+
+import pytest
+
+from roundoff.config import (
+    ALGORITHMS,
+    AQN,
+    Algorithm,
+    ConfigError,
+    Experiment,
+    Hardware,
+    Profile,
+    result_hash,
+    validate,
+)
+from roundoff.experiments import load_profile
+
+GRPO = {"name": "GRPO"}
+
+
+def message(**settings) -> str:
+    with pytest.raises(ConfigError) as error:
+        validate(Experiment, {"id": "x", "algorithm": GRPO, **settings}, source="x.toml")
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"hardware": {"matmul_noise": {"relative_std": 5.0}}},
+            "x.toml: hardware.matmul_noise.relative_std must be in [0, 1) (5 % is 0.05), but is 5.0",
+        ),
+        (
+            {"hardware": {"matmul_noise": {"relative_std": -0.1}}},
+            "x.toml: hardware.matmul_noise.relative_std must be in [0, 1) (5 % is 0.05), but is -0.1",
+        ),
+        (
+            {"hardware": {"matmul_noise": {"relativ_std": 0.1}}},
+            "x.toml: hardware.matmul_noise.relativ_std is not a setting; did you mean 'relative_std'?",
+        ),
+        (
+            {"aqn": {"sigma_start": 0.1, "sigma_end": 0.2}},
+            "x.toml: aqn sigma_end (0.2) must not be above sigma_start (0.1)",
+        ),
+        ({"aqn": {"sigma_start": 0.1}}, "x.toml: aqn.sigma_end is missing: it must be set"),
+        ({"epochs": 0}, "x.toml: epochs must be a whole number of at least 1, but is 0"),
+        (
+            {"hardware": {"precision": {"keep": "sdd:3"}}},
+            "x.toml: hardware.precision.keep must be a list of layer indices from 0, or 'srdd:k' with k of at least 1, "
+            "but is 'sdd:3'",
+        ),
+        ({"baseline": "x"}, "x.toml: baseline must be another experiment, but is 'x' itself"),
+        (
+            {"algorithm": {"name": "GRPO", "group_size": 1}},
+            "x.toml: algorithm.group_size must be at least 2: one rollout has no group to compare with, but is 1",
+        ),
+    ],
+)
+def test_message(settings, expected):
+    assert message(**settings) == expected
+
+
+def test_unknown_format_names_the_nearest():
+    text = message(hardware={"precision": {"weight": "mxfp5"}})
+    assert text.startswith("x.toml: hardware.precision.weight must be a number format; did you mean 'mxfp4'?")
+
+
+def test_every_wrong_setting_is_named_at_once():
+    text = message(epochs=0, hardware={"exlude": ["lm_head"]})
+    assert text.splitlines() == [
+        "x.toml: epochs must be a whole number of at least 1, but is 0",
+        "x.toml: hardware.exlude is not a setting; did you mean 'exclude'?",
+    ]
+
+
+def test_noise_that_perturbs_nothing_is_an_error():
+    assert "perturbs nothing" in message(
+        hardware={"matmul_noise": {"relative_std": 0.1, "forward": False, "backward": False}}
+    )
+
+
+def test_global_schedule_of_one_stage_is_an_error():
+    assert "would never inject noise" in message(
+        aqn={"sigma_start": 0.1, "sigma_end": 0.1, "schedule": "global", "stages": 1}
+    )
+
+
+def test_named_algorithms_have_the_published_values():
+    grpo = Algorithm.model_validate(ALGORITHMS["GRPO"])
+    assert (grpo.clip_low, grpo.clip_high, grpo.kl_coefficient, grpo.group_size) == (0.2, 0.2, 0.001, 5)
+    dapo = Algorithm.model_validate({"name": "DAPO", "group_size": 4})
+    assert (dapo.clip_low, dapo.clip_high, dapo.kl_coefficient, dapo.group_size) == (0.2, 0.28, 0, 4)
+    assert (dapo.dynamic_sampling, dapo.max_sampling_batches, dapo.overlong_buffer, dapo.overlong_factor) == (
+        True,
+        5,
+        0.25,
+        0.5,
+    )
+
+
+@pytest.fixture
+def profile() -> Profile:
+    return load_profile("tiny")
+
+
+def test_hash_covers_results_and_not_names(profile):
+    plain = Experiment(id="a", algorithm=Algorithm.model_validate(GRPO))
+    renamed = plain.model_copy(update={"id": "b", "title": "t", "family": "f", "baseline": "c"})
+    assert result_hash(plain, profile) == result_hash(renamed, profile)
+    other = plain.model_copy(update={"epochs": 2})
+    assert result_hash(plain, profile) != result_hash(other, profile)
+    smaller = profile.model_copy(update={"training": profile.training.model_copy(update={"learning_rate": 1e-5})})
+    assert result_hash(plain, profile) != result_hash(plain, smaller)
+
+
+def test_settings_are_frozen():
+    hardware = Hardware()
+    with pytest.raises(ValueError, match="frozen"):
+        hardware.exclude = ()
+
+
+def test_plain_hardware_changes_nothing():
+    assert Hardware().changes_nothing
+    assert not Hardware.model_validate({"precision": {"weight": "mxfp4"}}).changes_nothing
+    assert not Hardware.model_validate({"matmul_noise": {"relative_std": 0.1}}).changes_nothing
+    assert not Hardware.model_validate({"deadzone": {"threshold": 0.1, "layers": [0]}}).changes_nothing
+
+
+def test_backward_noise_alone_is_not_noise_of_an_evaluation():
+    assert not Hardware.model_validate({"matmul_noise": {"relative_std": 0.1, "forward": False}}).is_noisy
+    assert Hardware.model_validate({"matmul_noise": {"relative_std": 0.1}}).is_noisy
+
+
+def test_aqn_defaults_are_those_published():
+    aqn = AQN(sigma_start=0.01, sigma_end=0.0001)
+    assert (aqn.schedule, aqn.target, aqn.noise, aqn.layers) == ("epoch", "rmsnorm", "absolute", "all")
