@@ -1,4 +1,4 @@
-"""Quantize-dequantize of blocks in plain torch: the reference for the compiled path, and the path of every other device.
+"""Quantize-dequantize of blocks in plain torch: the reference of the compiled path, and the path of other devices.
 
 One routine serves all block floats. A matrix [R, K] is cut into blocks [R, B, n]; a block's amax gives its scale; each
 element is divided by the scale, rounded on the grid, and multiplied back:

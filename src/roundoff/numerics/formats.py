@@ -34,11 +34,11 @@ saturates, yet everything small is coarser. That trade is what the four scale ru
 
 **Where public implementations disagree.** The MX scale: torchao and microxcaling default to `floor`,
 compressed-tensors to `even`, modelopt to `rceil`. Against floor on normal data 4.4 % and 8.0 % of MXFP4 elements
-differ; SQNR on N(0, 1): floor 18.79, even 19.03, rceil 18.75, ceil 16.82 dB, NVFP4 20.43 dB. Further traps, each of which
-some public code falls into: a floating-point `log2` errs next to powers of two (here exponents are read from bits); an
-epsilon added to amax ruins blocks of tiny numbers; rounding half up instead of to even changes 0.7 % of bfloat16
-elements; E4M3 here is the "fn" variant (maximum 448, subnormals, no infinity); multiplying by `1 / scale` instead of
-dividing moves ties.
+differ; SQNR on N(0, 1): floor 18.79, even 19.03, rceil 18.75, ceil 16.82 dB, NVFP4 20.43 dB. Further traps, each of
+which some public code falls into: a floating-point `log2` errs next to powers of two (here exponents are read from
+bits); an epsilon added to amax ruins blocks of tiny numbers; rounding half up instead of to even changes 0.7 % of
+bfloat16 elements; E4M3 here is the "fn" variant (maximum 448, subnormals, no infinity); multiplying by `1 / scale`
+instead of dividing moves ties.
 
 **Left out.** Only values are simulated: no packed storage, no E8M0 NaN code on the wire (a block holding NaN or Inf is
 NaN throughout, which is what that code means), no hardware-specific accumulation.
@@ -47,8 +47,9 @@ NaN throughout, which is what that code means), no hardware-specific accumulatio
 from __future__ import annotations
 
 import difflib
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
@@ -59,6 +60,9 @@ MX_BLOCK = 32  # OCP MX v1.0, section 5.2
 NVFP4_BLOCK = 16
 INT4_GROUP = 32
 E4M3_MAX = 448.0
+# Numbers of the enums `Scale` and `Rule` of kernels/blocks.h.
+_SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32")
+_RULES: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,14 @@ class Format:
     rule: Rule = ""
     divisor: float = 1.0
     tensor_divisor: float | None = None
+    packed: bytes = field(init=False, repr=False, compare=False)  # `Spec` of kernels/blocks.h
+
+    def __post_init__(self) -> None:
+        e = self.element or Element("", 0, 0, 0, 0.0, 0.0)
+        rule = _RULES.index(self.rule or "floor")
+        integers = (_SCALES.index(self.scale), rule, self.block or 0, e.mantissa_bits, e.emin, e.emax)
+        packed = struct.pack("=6i4f", *integers, e.low, e.high, self.divisor, self.tensor_divisor or 0.0)
+        object.__setattr__(self, "packed", packed)
 
 
 E2M1 = Element("e2m1", 1, 0, 2, -6.0, 6.0)
@@ -111,9 +123,8 @@ def _table() -> dict[str, Format]:
     """Every format by name."""
     formats: list[Format] = []
     mx = {"mxfp4": E2M1, "mxfp6_e2m3": E2M3, "mxfp6_e3m2": E3M2, "mxfp8_e4m3": E4M3, "mxfp8_e5m2": E5M2}
-    rules: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
     for name, element in mx.items():
-        for rule in rules:
+        for rule in _RULES:
             full = name if rule == "floor" else f"{name}:{rule}"
             formats.append(Format(full, element, MX_BLOCK, "e8m0", rule, element.high))
     formats += [

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .backend import Kernels, kernels_for, thread_count
 from .rng import Key, normal, normal_rows
 
 _CHUNK = 1 << 15  # draws made at a time by the pure-torch path
@@ -26,10 +27,10 @@ def matmul_noise(
     column_start: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`y + s * |y| * eps` for a product `y` [..., N] (float32 or bfloat16); s = `relative_std`, a fraction (5 % is 0.05).
+    """`y + s * |y| * eps` for a product `y` [..., N]; s is `relative_std`, a fraction (5 % is 0.05).
 
     Args:
-        y: the product; computed in float32 and rounded once to its dtype.
+        y: the product, float32 or bfloat16; computed in float32 and rounded once to its dtype.
         relative_std: standard deviation of the relative error; 0 returns exactly `y`.
         key: key of this product's draws.
         rows: identity of each row, int64 [...]; default 0..R-1.
@@ -41,26 +42,61 @@ def matmul_noise(
         TypeError, ValueError: before anything is written.
     """
     _check(y, relative_std, out)
-    target = torch.empty_like(y, memory_format=torch.contiguous_format) if out is None else out
+    ids = None if rows is None else _index("rows", rows, y)
+    first = None if column_start is None else _index("column_start", column_start, y)
     if relative_std == 0 or y.numel() == 0:
-        return target.copy_(y)
-    columns = y.shape[-1]
-    flat = y.reshape(-1, columns)
-    count = flat.shape[0]
-    ids = _index("rows", rows, y)
-    first = _index("column_start", column_start, y)
+        with torch.no_grad():
+            return y.clone() if out is None else out.copy_(y)
+    kernels = kernels_for(y)
+    if kernels is not None and y.is_contiguous() and (out is None or out.is_contiguous()):
+        return _compiled(kernels, y, relative_std, key, ids, first, out)
+    with torch.no_grad():
+        flat = y.reshape(-1, y.shape[-1])
+        if kernels is not None:
+            result = _compiled(kernels, flat.contiguous(), relative_std, key, ids, first, None)
+        else:
+            result = _torch(flat, relative_std, key, ids, first)
+        return result.reshape(y.shape) if out is None else out.copy_(result.reshape(y.shape))
+
+
+def _compiled(
+    kernels: Kernels, y: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """The kernel on contiguous memory."""
+    if out is None:
+        out = torch.empty_like(y)
+    elif not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    count, columns = y.numel(), y.shape[-1]
+    kernels.noise(
+        0 if y.dtype is torch.float32 else 1,
+        y.data_ptr(),
+        out.data_ptr(),
+        count // columns,
+        columns,
+        None if ids is None else ids.data_ptr(),
+        None if first is None else first.data_ptr(),
+        s,
+        key.value,
+        thread_count(count),
+    )
+    return out
+
+
+def _torch(flat: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor | None) -> Tensor:
+    """Plain torch on rows [R, N], a cache-sized piece at a time."""
+    count, columns = flat.shape
     if ids is None:
-        ids = torch.arange(count, device=y.device)
+        ids = torch.arange(count, device=flat.device)
     if first is None:
         first = torch.zeros_like(ids)
-    result = target if target.is_contiguous() else torch.empty_like(y, memory_format=torch.contiguous_format)
-    flat_result = result.view(-1, columns)
+    result = torch.empty_like(flat, memory_format=torch.contiguous_format)
     step = max(1, _CHUNK // columns)
     for start in range(0, count, step):
         part = flat[start : start + step].to(torch.float32)
         eps = normal_rows(key, ids[start : start + step], first[start : start + step], columns)
-        flat_result[start : start + step] = part + part.abs().mul_(relative_std).mul_(eps)
-    return target if result is target else target.copy_(result)
+        result[start : start + step] = part + part.abs().mul_(s).mul_(eps)
+    return result
 
 
 def gaussian(
@@ -84,16 +120,15 @@ def _check(y: Tensor, relative_std: float, out: Tensor | None) -> None:
         raise ValueError("matmul_noise takes a product [..., N], but got a scalar tensor")
     if not (math.isfinite(relative_std) and relative_std >= 0):
         raise ValueError(f"relative_std must be finite and not negative (5 % is 0.05), but is {relative_std}")
-    if out is not None and (out.shape != y.shape or out.dtype != y.dtype or out.device != y.device):
+    if out is not None and out is not y and (out.shape != y.shape or out.dtype != y.dtype or out.device != y.device):
         raise ValueError(f"out must be like y ({y.dtype}, {tuple(y.shape)}), but is {out.dtype}, {tuple(out.shape)}")
 
 
-def _index(name: str, index: Tensor | None, y: Tensor) -> Tensor | None:
-    """Row ids or first columns as [R]."""
-    if index is None:
-        return None
-    if index.dtype is not torch.int64 or index.shape != y.shape[:-1]:
+def _index(name: str, index: Tensor, y: Tensor) -> Tensor:
+    """Row ids or first columns, contiguous."""
+    if index.dtype is not torch.int64 or index.shape != y.shape[:-1] or index.device != y.device:
         raise ValueError(
-            f"{name} must be int64 of shape {tuple(y.shape[:-1])}, but is {index.dtype} of {tuple(index.shape)}"
+            f"{name} must be int64 of shape {tuple(y.shape[:-1])} on {y.device}, "
+            f"but is {index.dtype} of shape {tuple(index.shape)} on {index.device}"
         )
-    return index.reshape(-1)
+    return index.reshape(-1).contiguous()

@@ -1,7 +1,8 @@
 """Quantize-dequantize of a tensor: what a number becomes when it is stored in a format and read back.
 
 Blocks lie along `axis` and never cross a row; a row whose length is no multiple of the block is padded with zeros and
-cut back. Results are the same bits whether compiled or in plain torch, and for any number of threads.
+cut back. Results are the same bits whether compiled or in plain torch, and for any number of threads. The result
+carries no gradient: how a gradient passes (straight-through) is the business of `roundoff.hardware`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from .backend import Kernels, kernels_for, thread_count
 from .blocks import quantize_rows, tensor_scales
-from .formats import Format, get_format
+from .formats import FORMATS, Format, get_format
 from .rng import Key
 
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Where tensor scales come from: the enum `Source` of kernels/roundoff.cpp.
+_NONE, _FROM_TENSOR, _FROM_ROW, _GIVEN, _GIVEN_ROWS = range(5)
 
 
 def quantize(
@@ -23,7 +27,7 @@ def quantize(
     fmt: str | Format,
     *,
     axis: int = -1,
-    tensor_scale: None | str | float | Tensor = None,
+    tensor_scale: str | float | Tensor | None = None,
     out: Tensor | None = None,
     stochastic: Key | None = None,
 ) -> Tensor:
@@ -34,9 +38,9 @@ def quantize(
         fmt: a name of `FORMATS` or a `Format`.
         axis: the axis along which blocks lie: the contraction axis of the product that `x` enters.
         tensor_scale: for formats with a float32 scale of the whole tensor (nvfp4, fp8_e4m3): None computes it from the
-            tensor, "row" from each row along the axis (a token's result then does not depend on its batch), a number
-            or a tensor that broadcasts to [..., 1] is used as given (nvfp4: amax / 2688; fp8_e4m3: amax / 448).
-            Formats without such a scale accept None and "row" and ignore them.
+            tensor's finite values, "row" from each row along the axis (a token's result then does not depend on its
+            batch), a number or a tensor that broadcasts to [..., 1] is used as given (nvfp4: amax / 2688; fp8_e4m3:
+            amax / 448). Formats without such a scale accept None and "row" and ignore them.
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: round up or down at random instead of to nearest; the bits come from this key, row and column.
 
@@ -44,75 +48,154 @@ def quantize(
         TypeError, ValueError, IndexError: before anything is written.
     """
     if isinstance(fmt, str):
-        fmt = get_format(fmt)
-    rows = _check(x, fmt, axis, out)
+        fmt = FORMATS.get(fmt) or get_format(fmt)
+    _check(x, axis, out)
     if fmt.element is None:
-        if stochastic is not None:
-            raise ValueError(f"stochastic rounding is defined for block formats, not for the cast {fmt.name!r}")
+        return _cast(x, fmt, out, stochastic)
+    source, given = _source(x, fmt, axis, tensor_scale)
+    last = axis == -1 or axis == x.dim() - 1
+    kernels = kernels_for(x)
+    if kernels is not None and last and x.is_contiguous() and (out is None or out.is_contiguous()):
+        return _compiled(kernels, x, fmt, source, given, out, stochastic)
+    with torch.no_grad():
+        return _general(kernels, x, fmt, axis, source, given, out, stochastic)
+
+
+def _compiled(
+    kernels: Kernels,
+    x: Tensor,
+    fmt: Format,
+    source: int,
+    given: float | Tensor,
+    out: Tensor | None,
+    stochastic: Key | None,
+) -> Tensor:
+    """The kernels on contiguous memory whose last axis holds the blocks."""
+    if out is None:
+        y = torch.empty_like(x)
+    else:
+        y = out
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # caches keyed on a tensor's version see the write
+    count = x.numel()
+    if count == 0:
+        return y
+    columns = x.shape[-1] if x.dim() else 1
+    scalar, per_row = (1.0, given.data_ptr()) if isinstance(given, Tensor) else (given, None)
+    kernels.quantize(
+        fmt.packed,
+        0 if x.dtype is torch.float32 else 1,
+        x.data_ptr(),
+        y.data_ptr(),
+        count // columns,
+        columns,
+        source,
+        scalar,
+        per_row,
+        stochastic is not None,
+        0 if stochastic is None else stochastic.value,
+        thread_count(count),
+    )
+    return y
+
+
+def _general(
+    kernels: Kernels | None,
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    source: int,
+    given: float | Tensor,
+    out: Tensor | None,
+    stochastic: Key | None,
+) -> Tensor:
+    """Any memory layout, any axis, any device: rows are gathered, quantized, and put back."""
+    moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
+    if kernels is not None:
+        rows = _compiled(kernels, moved.contiguous(), fmt, source, given, None, stochastic)
+    else:
+        columns = moved.shape[-1]
+        flat = moved.reshape(moved.numel() // columns if columns else 0, columns)
+        rows = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        quantize_rows(flat, fmt, _scales(flat, fmt, source, given), rows, stochastic)
+        rows = rows.reshape(moved.shape)
+    result = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
+    return result.contiguous() if out is None else out.copy_(result)
+
+
+def _cast(x: Tensor, fmt: Format, out: Tensor | None, stochastic: Key | None) -> Tensor:
+    """A plain cast and back: torch's own operators on every path."""
+    if stochastic is not None:
+        raise ValueError(f"stochastic rounding is defined for block formats, not for the cast {fmt.name!r}")
+    with torch.no_grad():
         result = x.to(_CASTS[fmt.name])
-        return result.to(x.dtype) if out is None else out.copy_(result)
-    scales = _scales(x, rows, fmt, axis, tensor_scale)
-    target = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    quantize_rows(rows, fmt, scales, target, stochastic)
-    result = target.reshape(_moved_shape(x, axis)).movedim(-1, axis) if x.dim() else target.reshape(())
-    return result if out is None else out.copy_(result)
+        if out is not None:
+            return out.copy_(result)
+        return result.to(x.dtype) if result is not x else x.clone()
 
 
-def _moved_shape(x: Tensor, axis: int) -> list[int]:
-    shape = list(x.shape)
-    shape.append(shape.pop(axis))
-    return shape
-
-
-def _check(x: Tensor, fmt: Format, axis: int, out: Tensor | None) -> Tensor:
-    """`x` as rows [R, K], after every argument was checked."""
+def _check(x: Tensor, axis: int, out: Tensor | None) -> None:
+    """Refuse what cannot be quantized, before anything is written."""
     if not isinstance(x, Tensor):
         raise TypeError(f"quantize takes a torch.Tensor, but got {type(x).__name__}")
-    if x.dtype is not torch.float32 and x.dtype is not torch.bfloat16:
-        raise TypeError(f"quantize takes float32 or bfloat16, but the tensor is {x.dtype}; convert it first")
-    dims = max(1, x.dim())
-    if not -dims <= axis < dims:
-        raise IndexError(f"axis must be in [{-dims}, {dims - 1}] for a tensor of shape {tuple(x.shape)}, but is {axis}")
-    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+    dtype = x.dtype
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
+        raise TypeError(f"quantize takes float32 or bfloat16, but the tensor is {dtype}; convert it first")
+    if axis != -1:
+        dims = max(1, x.dim())
+        if not -dims <= axis < dims:
+            raise IndexError(
+                f"axis must be in [{-dims}, {dims - 1}] for a tensor of shape {tuple(x.shape)}, but is {axis}"
+            )
+    if out is None or out is x:
+        return
+    if out.shape != x.shape or out.dtype is not dtype or out.device != x.device:
         raise ValueError(
-            f"out must be {x.dtype} of shape {tuple(x.shape)} on {x.device} like x, "
+            f"out must be {dtype} of shape {tuple(x.shape)} on {x.device} like x, "
             f"but is {out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
-    moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
-    columns = moved.shape[-1]
-    return moved.reshape(x.numel() // columns if columns else 0, columns)
 
 
-def _scales(
-    x: Tensor, rows: Tensor, fmt: Format, axis: int, tensor_scale: None | str | float | Tensor
-) -> Tensor | None:
-    """The tensor scales [1, 1] or [R, 1] that a format needs, given or computed."""
+def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tensor | None) -> tuple[int, float | Tensor]:
+    """Where the tensor scales come from, and the given ones: a number, or float32 [R]."""
     if fmt.tensor_divisor is None:
         if tensor_scale is None or (isinstance(tensor_scale, str) and tensor_scale == "row"):
-            return None
+            return _NONE, 1.0
         raise ValueError(f"format {fmt.name!r} has no tensor scale, but tensor_scale is {tensor_scale!r}; leave it out")
     if tensor_scale is None:
-        return tensor_scales(rows, fmt, per_row=False)
+        return _FROM_TENSOR, 1.0
     if isinstance(tensor_scale, str):
-        if tensor_scale != "row":
-            raise ValueError(f'tensor_scale must be None, "row", a number or a tensor, but is {tensor_scale!r}')
-        return tensor_scales(rows, fmt, per_row=True)
+        if tensor_scale == "row":
+            return _FROM_ROW, 1.0
+        raise ValueError(f'tensor_scale must be None, "row", a number or a tensor, but is {tensor_scale!r}')
     if isinstance(tensor_scale, Tensor):
         return _given_scales(x, axis, tensor_scale)
     if not (math.isfinite(tensor_scale) and tensor_scale >= 0):
         raise ValueError(f"tensor_scale must be finite and not negative, but is {tensor_scale}")
-    return torch.full((1, 1), tensor_scale, dtype=torch.float32, device=x.device)
+    return _GIVEN, float(tensor_scale)
 
 
-def _given_scales(x: Tensor, axis: int, scale: Tensor) -> Tensor:
-    """A given scale tensor as [1, 1] or [R, 1]."""
+def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
+    """A given scale tensor as a number or as float32 [R]."""
     scale = scale.detach().to(device=x.device, dtype=torch.float32)
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError("tensor_scale must be finite and not negative, but holds other values")
     if scale.numel() == 1:
-        return scale.reshape(1, 1)
-    shape = (*_moved_shape(x, axis)[:-1], 1)
+        return _GIVEN, float(scale)
+    shape = list(x.shape)
+    del shape[axis]
     try:
-        return scale.broadcast_to(shape).reshape(-1, 1)
+        return _GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
     except RuntimeError:
-        raise ValueError(f"tensor_scale must broadcast to {shape}, but has shape {tuple(scale.shape)}") from None
+        raise ValueError(f"tensor_scale must broadcast to {(*shape, 1)}, but has shape {tuple(scale.shape)}") from None
+
+
+def _scales(rows: Tensor, fmt: Format, source: int, given: float | Tensor) -> Tensor | None:
+    """Tensor scales [1, 1] or [R, 1] of the pure-torch path."""
+    if source == _NONE:
+        return None
+    if isinstance(given, Tensor):
+        return given.reshape(-1, 1)
+    if source == _GIVEN:
+        return torch.full((1, 1), given, dtype=torch.float32, device=rows.device)
+    return tensor_scales(rows, fmt, per_row=source == _FROM_ROW)

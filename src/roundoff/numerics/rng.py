@@ -14,10 +14,11 @@ an angle `t`,
     r = sqrt(-2 ln u),   eps[even column] = r cos t,   eps[odd column] = r sin t.
 
 The angle is drawn as: 30 bits of `w1` give `x` uniform in [-pi/4, pi/4), one bit exchanges cosine and sine, one bit
-negates the cosine; together that is uniform on the circle. Logarithm, sine and cosine are float32 polynomials written
-with additions, multiplications and one square root only. Each of these is correctly rounded by IEEE 754, so torch's
-eager operators and C++ compiled with `-ffp-contract=off` give the same bits. Errors of the polynomials are below 2^-22
-relative; the largest possible |eps| is 6.76 (probability of more for a true normal: 1.4e-11).
+negates the cosine; together that is uniform on the circle. Logarithm, sine and cosine
+are float32 polynomials written with additions and multiplications only. Each of these is correctly rounded by IEEE 754,
+as is the square root (taken in float64 by torch), so torch's eager operators and C++ compiled with `-ffp-contract=off`
+give the same bits. The polynomials err by less than 2^-22 relative; the largest possible |eps| is 6.76 (a true normal
+exceeds it with probability 1.4e-11).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .backend import kernels_for, thread_count
 
 _MASK64 = (1 << 64) - 1
 _MASK32 = 0xFFFFFFFF
@@ -134,7 +137,9 @@ ANGLE_STEP = float32_of_bits(0x2FC90FDB)  # pi/4 / 2^31, rounded to float32 (pi/
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals (float32) of two words of 32 bits."""
-    r = torch.sqrt(_negative_two_log(word0))
+    # Through float64: torch's float32 square root (MKL's) is not correctly rounded. The rounded float64 root is, even
+    # if that errs in its last place, because no root of a float32 lies that close to the middle of two float32.
+    r = torch.sqrt(_negative_two_log(word0).to(torch.float64)).to(torch.float32)
     # Bits 0 to 29 as a signed fraction of pi/4: shift bit 29 into int32's sign.
     signed = (word1 << 2 & _MASK32) - ((word1 << 3) & 0x1_0000_0000)
     x = signed.to(torch.float32) * ANGLE_STEP
@@ -176,6 +181,22 @@ def normal_rows(key: Key, rows: Tensor, first: Tensor, columns: int) -> Tensor:
     return _cut(values.flatten(1), offset, columns)
 
 
+_NORMALS, _UNIFORMS = 1, 2  # the enum `Draw` of kernels/philox.h
+
+
+def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
+    """Draws [R, columns] of the compiled path; None where plain torch is to be used."""
+    kernels = kernels_for(ids)
+    if kernels is None:
+        return None
+    out = torch.empty(ids.shape[0], columns)
+    if out.numel():
+        ids = ids.contiguous()
+        threads = thread_count(out.numel())
+        kernels.draw(kind, out.data_ptr(), ids.shape[0], columns, ids.data_ptr(), None, key.value, threads)
+    return out
+
+
 def _row_ids(shape: Sequence[int], rows: Tensor | None, device: torch.device | str) -> tuple[Tensor, int]:
     """Row ids [R] (default 0..R-1) and the number of columns of a tensor of this shape."""
     leading, columns = tuple(shape[:-1]), int(shape[-1])
@@ -194,8 +215,11 @@ def uniform(
 ) -> Tensor:
     """Uniform float32 numbers in [0, 1) of the given shape (24 bits each), keyed by (row id, column)."""
     ids, columns = _row_ids(shape, rows, device)
-    words = word_rows(key, ids, torch.zeros_like(ids), columns)
-    return ((words >> 8).to(torch.float32) * 2.0**-24).reshape(tuple(shape))
+    drawn = _draw(_UNIFORMS, key, ids, columns)
+    if drawn is None:
+        words = word_rows(key, ids, torch.zeros_like(ids), columns)
+        drawn = (words >> 8).to(torch.float32) * 2.0**-24
+    return drawn.reshape(tuple(shape))
 
 
 def normal(
@@ -208,4 +232,7 @@ def normal(
 ) -> Tensor:
     """Standard normal numbers [..., N] keyed by (row id, column): the eps of `matmul_noise` with the same key."""
     ids, columns = _row_ids(shape, rows, device)
-    return normal_rows(key, ids, torch.zeros_like(ids), columns).to(dtype).reshape(tuple(shape))
+    drawn = _draw(_NORMALS, key, ids, columns)
+    if drawn is None:
+        drawn = normal_rows(key, ids, torch.zeros_like(ids), columns)
+    return drawn.to(dtype).reshape(tuple(shape))

@@ -1,0 +1,193 @@
+"""Which path computes: the compiled kernels on a CPU, or plain torch. Both give the same bits.
+
+The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`), compiled at first use into the user's
+cache directory and loaded through ctypes. The file's name is a hash of source, compiler, flags and CPU, so that a
+changed source, another compiler or another machine sharing the directory never loads a stale library; the library is
+renamed into place, so that processes may build at the same time. Where no compiler is found, or the build fails, the
+torch path is used and one line says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "compiled", "torch"]
+
+COMPILERS = ("c++", "g++", "clang++")
+# -ffp-contract=off: a fused multiply-add rounds differently from torch's separate operators. Never -ffast-math.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
+NATIVE = ("-march=native",)
+BUILD_TIMEOUT = 300  # seconds
+
+# A tensor below this number of elements is never shared between threads (kernels/roundoff.cpp: PER_THREAD).
+THREADED_ELEMENTS = 1 << 18
+
+_choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
+
+
+class BuildError(RuntimeError):
+    """The kernels cannot be compiled or loaded here; the message is one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The functions of the compiled library (signatures in kernels/roundoff.cpp)."""
+
+    quantize: Callable[..., None]
+    noise: Callable[..., None]
+    draw: Callable[..., None]
+    path: Path
+
+
+@contextlib.contextmanager
+def use_backend(choice: Backend) -> Iterator[None]:
+    """Inside, numerics on the CPU take this path: "compiled" (an error if it cannot be built), "torch", or "auto"."""
+    if choice not in ("auto", "compiled", "torch"):
+        raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
+    if choice == "compiled":
+        build()
+    token = _choice.set(choice)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The compiled kernels for work on this tensor; None means: plain torch."""
+    if not x.is_cpu or _choice.get() == "torch" or torch.compiler.is_compiling():
+        return None
+    return _kernels()
+
+
+def thread_count(elements: int) -> int:
+    """Threads for a work of this size: torch's setting, but one for small work. Results never depend on it."""
+    return torch.get_num_threads() if elements >= 2 * THREADED_ELEMENTS else 1
+
+
+@functools.cache
+def _kernels() -> Kernels | None:
+    """The compiled kernels, or None after saying in one line why not."""
+    try:
+        return build()
+    except BuildError as error:
+        logging.getLogger("roundoff").warning("roundoff: %s; using the slower pure-torch path", error)
+        return None
+
+
+@functools.cache
+def build() -> Kernels:
+    """Compile (or find in the cache) and load the kernels.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    return load(compile_kernels(cache_directory(), find_compiler(COMPILERS)))
+
+
+def find_compiler(names: tuple[str, ...]) -> str:
+    """Path of the first C++ compiler of these names."""
+    for name in names:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)})")
+
+
+def cache_directory() -> Path:
+    """The user's cache directory (XDG Base Directory specification), or a private temporary one if read-only."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    directory = base / "roundoff"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return directory
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="roundoff-"))
+
+
+def _sources() -> list[Path]:
+    folder = Path(__file__).parent / "kernels"
+    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _cpu() -> str:
+    """What -march=native sees of this CPU: its instruction set flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    # x86: model name and flags; ARM: Features and CPU part.
+    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"the C++ compiler {command[0]} did not run ({error})") from None
+
+
+def compile_kernels(directory: Path, compiler: str) -> Path:
+    """The shared library for this source, compiler and CPU in `directory`, compiled if it is not there yet."""
+    sources = _sources()
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = _run([compiler, "--version"]).stdout
+    for part in (compiler, version, *FLAGS, *NATIVE, platform.machine(), _cpu()):
+        digest.update(part.encode() + b"\0")
+    library = directory / f"kernels-{digest.hexdigest()[:20]}.so"
+    if library.exists():
+        return library
+    source = next(path for path in sources if path.name == "roundoff.cpp")
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
+    os.close(handle)
+    try:
+        for flags in ((*FLAGS, *NATIVE), FLAGS):
+            result = _run([compiler, *flags, "-o", temporary, str(source)])
+            if result.returncode == 0:
+                Path(temporary).replace(library)
+                return library
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    reason = next((line for line in result.stderr.splitlines() if "error" in line), f"status {result.returncode}")
+    raise BuildError(f"compiling the kernels with {compiler} failed ({reason.strip()})")
+
+
+def load(library: Path) -> Kernels:
+    """The functions of a compiled library."""
+    try:
+        handle = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"loading {library} failed ({error})") from None
+    pointer, long, single = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    integer, key = ctypes.c_int, ctypes.c_uint64
+    quantize, noise, draw = handle.ro_quantize, handle.ro_noise, handle.ro_draw
+    quantize.argtypes = [
+        *(pointer, integer, pointer, pointer, long, long),
+        *(integer, single, pointer, integer, key, integer),
+    ]
+    noise.argtypes = [integer, pointer, pointer, long, long, pointer, pointer, single, key, integer]
+    draw.argtypes = [integer, pointer, long, long, pointer, pointer, key, integer]
+    quantize.restype = noise.restype = draw.restype = None
+    return Kernels(quantize, noise, draw, library)

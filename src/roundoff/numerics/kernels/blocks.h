@@ -1,0 +1,194 @@
+// Quantize-dequantize of rows: the same operations as blocks.py, in one pass over memory.
+#pragma once
+#include <algorithm>
+#include "philox.h"
+
+namespace roundoff {
+
+enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3 };
+enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3 };
+
+// Laid out as `formats.Format.packed` packs it.
+struct Spec {
+    int32_t scale, rule, block, mantissa, emin, emax;  // block 0: a whole row
+    float low, high, divisor, tensor_divisor;
+};
+
+// Element grid with its constants spread over the lanes.
+struct Grid {
+    F low, high;
+    U smallest, rounder;
+    uint32_t mantissa;
+    Grid(int mantissa_bits, int emin, float lo, float hi)
+        : low(splat(lo)), high(splat(hi)), smallest(splat((uint32_t)(emin + 127) << 23)),
+          rounder(splat((uint32_t)(23 - mantissa_bits) << 23)), mantissa((uint32_t)mantissa_bits) {}
+};
+static const int E4M3_MANTISSA = 3, E4M3_EMIN = -6;
+static const float E4M3_HIGH = 448.0f;
+
+static inline F with_sign(F magnitude, F of) { return real(bits(magnitude) | (bits(of) & SIGN)); }
+
+// v rounded to the nearest grid number, ties to even; saturates; NaN stays.
+template <bool INTEGER> static inline F nearest(F v, const Grid& g) {
+    if (INTEGER) {
+        F t = at_least(at_most(v, g.high), g.low);
+        return with_sign(real(bits((t + 0x1.8p23f) - 0x1.8p23f) & MAGNITUDE), v);
+    }
+    F t = at_most(real(bits(v) & MAGNITUDE), g.high);
+    F c = real(max(bits(t) & EXPONENT, g.smallest) + g.rounder);
+    return with_sign((t + c) - c, v);
+}
+
+template <bool INTEGER> static inline F stochastic(F v, const Grid& g, U words) {
+    F t = at_least(at_most(v, g.high), g.low);
+    F a = real(bits(t) & MAGNITUDE);
+    F step = INTEGER ? splat(1.0f) : real(max(bits(a) & EXPONENT, g.smallest) - (g.mantissa << 23));
+    F quotient = a / step;
+    F lower = (quotient + 0x1p23f) - 0x1p23f;
+    lower = lower > quotient ? lower - 1.0f : lower;
+    F threshold = to_float(words >> 8) * 0x1p-24f;
+    F up = threshold < quotient - lower ? splat(1.0f) : splat(0.0f);
+    return with_sign((lower + up) * step, v);
+}
+
+// Scales of sixteen blocks: `multiply` restores, `divide` is what elements are divided (E8M0: multiplied) by.
+struct Scales { F multiply, divide; };
+
+template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F tensor_scale) {
+    U finite = amax < EXPONENT ? splat(~0u) : splat(0u);
+    F a = real(amax & finite);
+    Scales r;
+    if (SCALE == E8M0) {
+        U b = bits(s.rule == RCEIL ? a / splat(s.divisor) : a);
+        if (s.rule == EVEN) b = b + (1u << (22 - s.mantissa));
+        U e = b >> 23;
+        if (s.rule == CEIL) e = e + ((b & MANTISSA) != 0u ? splat(1u) : splat(0u));
+        if (s.rule == RCEIL) {
+            U limit = b < 0x800000u ? splat(0x400000u) : (b & ~MANTISSA);
+            e = e + (b > limit ? splat(1u) : splat(0u));
+        } else {
+            U down = splat((uint32_t)s.emax);
+            e = e > down ? e - down : splat(0u);
+        }
+        e = e > 254u ? splat(254u) : e;
+        r.multiply = real(e == 0u ? splat(0x400000u) : e << 23);
+        r.divide = real(e == 254u ? splat(0x400000u) : (254u - e) << 23);
+    } else {
+        F q = a / splat(s.divisor);
+        if (SCALE == E4M3) {
+            q = q / tensor_scale;
+            q = tensor_scale == 0.0f ? splat(0.0f) : q;
+            q = nearest<false>(q, Grid(E4M3_MANTISSA, E4M3_EMIN, -E4M3_HIGH, E4M3_HIGH)) * tensor_scale;
+        }
+        r.multiply = q;
+        r.divide = q == 0.0f ? splat(1.0f) : q;
+    }
+    r.multiply = finite != 0u ? r.multiply : real(splat(QUIET_NAN));
+    return r;
+}
+
+// What a call needs to know besides where its numbers are.
+struct Work {
+    const Spec& spec;
+    Grid grid;
+    bool random;
+    uint64_t key;
+};
+
+// Random words of columns [column, column + n) of a row; column is a multiple of 4.
+static inline void words_of(const Work& w, int64_t row, int64_t column, int64_t n, float* out) {
+    Counters c;
+    for (int64_t i = 0; i < n; i += 64) {
+        c.ramp(row, (column + i) >> 2);
+        draw64<WORDS>(c, w.key, out + i);
+    }
+}
+
+// Up to sixteen blocks of N elements that start at `column` of `row`.
+template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
+static inline void tile(const Work& w, const T* x, T* y, int blocks, float tensor_scale, int64_t row, int64_t column) {
+    constexpr int V = N / LANES;
+    U m[16];
+    for (int b = 0; b < 16; ++b) {
+        m[b] = splat(0u);
+        if (b >= blocks) continue;
+        for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
+    }
+    Scales s = scales_of<SCALE>(maxima(m), w.spec, splat(tensor_scale));
+    alignas(64) float multiply[16], divide[16], words[16 * N];
+    store<false>(multiply, s.multiply);
+    store<false>(divide, s.divide);
+    if (w.random) words_of(w, row, column, (int64_t)blocks * N, words);
+    for (int b = 0; b < blocks; ++b) {
+        for (int v = 0; v < V; ++v) {
+            F a = load(x + b * N + v * LANES);
+            F q = SCALE == E8M0 ? a * splat(divide[b]) : a / splat(divide[b]);
+            q = w.random ? stochastic<INTEGER>(q, w.grid, bits(load(words + b * N + v * LANES)))
+                         : nearest<INTEGER>(q, w.grid);
+            store<STREAM>(y + b * N + v * LANES, q * splat(multiply[b]));
+        }
+    }
+}
+
+// n elements of a row that are whole blocks, or end in a partial one.
+template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
+static void block_row(const Work& w, const T* x, T* y, int64_t n, float tensor_scale, int64_t row) {
+    int64_t blocks = n / N, done = 0;
+    for (; done + 16 <= blocks; done += 16)
+        tile<T, SCALE, N, INTEGER, STREAM>(w, x + done * N, y + done * N, 16, tensor_scale, row, done * N);
+    if (done < blocks)
+        tile<T, SCALE, N, INTEGER, STREAM>(w, x + done * N, y + done * N, (int)(blocks - done), tensor_scale, row, done * N);
+    int64_t rest = n - blocks * N;
+    if (rest == 0) return;
+    alignas(64) T buffer[N] = {};
+    std::copy(x + blocks * N, x + n, buffer);
+    tile<T, SCALE, N, INTEGER, false>(w, buffer, buffer, 1, tensor_scale, row, blocks * N);
+    std::copy(buffer, buffer + rest, y + blocks * N);
+}
+
+template <class T> static inline F load_part(const T* x, int64_t n) {
+    if (n >= LANES) return load(x);
+    T buffer[LANES] = {};
+    std::copy(x, x + n, buffer);
+    return load(buffer);
+}
+
+// Largest magnitude of n elements as bits; FINITE leaves out NaN and Inf.
+template <class T, bool FINITE> static uint32_t amax_of(const T* x, int64_t n) {
+    U m[4] = {};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int k = 0; k < 4; ++k) {
+            U a = bits(load(x + i + 16 * k)) & MAGNITUDE;
+            m[k] = max(m[k], FINITE ? (a < EXPONENT ? a : splat(0u)) : a);
+        }
+    for (; i < n; i += LANES) {
+        U a = bits(load_part(x + i, n - i)) & MAGNITUDE;
+        m[0] = max(m[0], FINITE ? (a < EXPONENT ? a : splat(0u)) : a);
+    }
+    return maximum(max(max(m[0], m[1]), max(m[2], m[3])));
+}
+
+// A row under one scale; elements that are not finite become NaN.
+template <class T, bool INTEGER, bool STREAM>
+static void scaled_row(const Work& w, const T* x, T* y, int64_t n, float multiply, int64_t row) {
+    F scale = splat(multiply), divide = splat(multiply == 0.0f ? 1.0f : multiply);
+    alignas(64) float words[64];
+    for (int64_t i = 0; i < n; i += LANES) {
+        F a = load_part(x + i, n - i);
+        F q = a / divide;
+        if (w.random && (i & 63) == 0) words_of(w, row, i, 64, words);
+        q = w.random ? stochastic<INTEGER>(q, w.grid, bits(load(words + (i & 63)))) : nearest<INTEGER>(q, w.grid);
+        q = q * scale;
+        q = (bits(a) & MAGNITUDE) < EXPONENT ? q : real(splat(QUIET_NAN));
+        if (n - i >= LANES) {
+            store<STREAM>(y + i, q);
+        } else {
+            T buffer[LANES];
+            store<false>(buffer, q);
+            std::copy(buffer, buffer + (n - i), y + i);
+        }
+    }
+}
+
+}  // namespace roundoff

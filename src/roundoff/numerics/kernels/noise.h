@@ -1,0 +1,101 @@
+// y + s * |y| * eps with eps keyed by (row id, column), and plain draws.
+#pragma once
+#include <algorithm>
+#include "blocks.h"
+
+namespace roundoff {
+
+struct Rows {
+    const int64_t *ids, *first;  // null: 0, 1, 2, ... and 0
+    int64_t columns;
+    int64_t id(int64_t r) const { return ids ? ids[r] : r; }
+    int64_t start(int64_t r) const { return first ? first[r] : 0; }
+};
+
+// A run of groups of four columns across rows, handed out sixteen at a time.
+struct Cursor {
+    const Rows& rows;
+    int64_t row, group, groups;  // next group of `row`, and groups a row has
+
+    // Fills the counters of the next 16 groups; past `last_row` they repeat harmlessly.
+    void next(Counters& c, int64_t last_row) {
+        if (group + 16 <= groups) {
+            c.ramp(rows.id(row), (rows.start(row) >> 2) + group);
+            advance(16);
+            return;
+        }
+        for (int g = 0; g < 16; ++g) {
+            int64_t r = std::min(row, last_row);
+            c.set(g, rows.id(r), (rows.start(r) >> 2) + group);
+            advance(1);
+        }
+    }
+    void advance(int64_t n) {
+        group += n;
+        if (group >= groups) {
+            group = 0;
+            ++row;
+        }
+    }
+};
+
+template <class T, bool STREAM> static inline void perturb(const T* y, T* out, int64_t n, const float* eps, F s) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        F a = load(y + i);
+        store<STREAM>(out + i, a + (real(bits(a) & MAGNITUDE) * s) * load(eps + i));
+    }
+    if (i == n) return;
+    T buffer[LANES] = {};
+    std::copy(y + i, y + n, buffer);
+    float part[LANES] = {};
+    std::copy(eps + i, eps + n, part);
+    F a = load(buffer);
+    store<false>(buffer, a + (real(bits(a) & MAGNITUDE) * s) * load(part));
+    std::copy(buffer, buffer + (n - i), out + i);
+}
+
+constexpr int64_t STAGE = 2048;  // draws staged in the first-level cache
+
+// Rows [begin, end) of y (null: the draws themselves) to out.
+template <class T, int DRAW, bool STREAM>
+static void noise_rows(const T* y, T* out, const Rows& rows, int64_t begin, int64_t end, float s, uint64_t key) {
+    alignas(64) float stage[STAGE + 64];
+    const F scale = splat(s);
+    bool shifted = false;
+    for (int64_t r = begin; rows.first && r < end; ++r) shifted |= (rows.first[r] & 3) != 0;
+    const int64_t groups = (rows.columns + (shifted ? 6 : 3)) / 4, width = 4 * groups;
+    const bool whole = width == rows.columns;  // draws then lie in memory as the outputs do
+    Cursor cursor{rows, begin, 0, groups};
+    Counters c;
+    const int64_t total = (end - begin) * width;
+    int64_t done = 0;  // draws consumed
+    while (done < total) {
+        int64_t n = std::min(STAGE, total - done);
+        for (int64_t i = 0; i < n; i += 64) {
+            cursor.next(c, end - 1);
+            draw64<DRAW>(c, key, stage + i);
+        }
+        for (int64_t i = 0; i < n;) {
+            int64_t row = begin + (done + i) / width, at = (done + i) % width;
+            int64_t take = whole ? n - i : std::min(n - i, width - at);
+            int64_t offset = whole ? 0 : rows.start(row) & 3;
+            int64_t low = std::max(at, offset), high = std::min(at + take, offset + rows.columns);
+            if (whole) high = at + take;
+            if (low < high) {
+                int64_t place = row * rows.columns + low - offset;
+                const float* eps = stage + i + (low - at);
+                if constexpr (DRAW == NORMALS) {
+                    if (y) perturb<T, STREAM>(y + place, out + place, high - low, eps, scale);
+                }
+                if constexpr (sizeof(T) == sizeof(float)) {
+                    if (!y) std::copy(eps, eps + (high - low), (float*)out + place);
+                }
+            }
+            i += take;
+        }
+        done += n;
+    }
+}
+
+}  // namespace roundoff

@@ -1,0 +1,121 @@
+// Philox4x32-10 and Box-Muller for sixteen counters at a time: the same operations, in the same order, as rng.py.
+#pragma once
+#include "vector.h"
+
+namespace roundoff {
+
+// Lane of the counter whose four words become elements 4g .. 4g + 3 after `interleave`: lane 4i + j holds group 4j + i.
+static inline int lane_of_group(int g) { return 4 * (g & 3) + (g >> 2); }
+
+struct Counters {
+    U group_low, group_high, row_low, row_high;
+
+    void set(int g, int64_t row, int64_t group) {
+        int lane = lane_of_group(g);
+        group_low[lane] = (uint32_t)(uint64_t)group;
+        group_high[lane] = (uint32_t)((uint64_t)group >> 32);
+        row_low[lane] = (uint32_t)(uint64_t)row;
+        row_high[lane] = (uint32_t)((uint64_t)row >> 32);
+    }
+    // Sixteen consecutive groups of one row.
+    void ramp(int64_t row, int64_t group) {
+        const U offset = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+        uint64_t g = (uint64_t)group, r = (uint64_t)row;
+        group_low = splat((uint32_t)g) + offset;
+        U carry = group_low < splat((uint32_t)g) ? splat(1u) : splat(0u);
+        group_high = splat((uint32_t)(g >> 32)) + carry;
+        row_low = splat((uint32_t)r);
+        row_high = splat((uint32_t)(r >> 32));
+    }
+};
+
+// Ten rounds on the even and on the odd lanes; each 64-bit lane holds one 32-bit word in its low half.
+static inline void rounds(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int i = 0; i < 10; ++i) {
+        W p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
+        c0 = (p1 >> 32) ^ c1 ^ (uint64_t)k0;
+        c2 = (p0 >> 32) ^ c3 ^ (uint64_t)k1;
+        c1 = p1;  // the high half is never read
+        c3 = p0;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+static inline U merge(W even, W odd) { return (U)((even & 0xffffffffull) | (odd << 32)); }
+
+static inline void philox(const Counters& c, uint64_t key, U w[4]) {
+    W a0 = (W)c.group_low, a1 = (W)c.group_high, a2 = (W)c.row_low, a3 = (W)c.row_high;
+    W b0 = a0 >> 32, b1 = a1 >> 32, b2 = a2 >> 32, b3 = a3 >> 32;
+    rounds(a0, a1, a2, a3, key);
+    rounds(b0, b1, b2, b3, key);
+    w[0] = merge(a0, b0);
+    w[1] = merge(a1, b1);
+    w[2] = merge(a2, b2);
+    w[3] = merge(a3, b3);
+}
+
+static inline F negative_two_log(U word) {
+    F u = to_float(word) * 0x1p-32f + 0x1p-33f;
+    U shifted = bits(u) - 0x3f3504f3u;
+    typedef int32_t I __attribute__((vector_size(64)));
+    F exponent = __builtin_convertvector((I)shifted >> 23, F);
+    F x = real((shifted & MANTISSA) + 0x3f3504f3u) - 1.0f;
+    F z = x * x;
+    F p = x * 7.0376836292e-2f + -1.1514610310e-1f;
+    p = p * x + 1.1676998740e-1f;
+    p = p * x + -1.2420140846e-1f;
+    p = p * x + 1.4249322787e-1f;
+    p = p * x + -1.6668057665e-1f;
+    p = p * x + 2.0000714765e-1f;
+    p = p * x + -2.4999993993e-1f;
+    p = p * x + 3.3333331174e-1f;
+    F y = (p * x) * z;
+    y = (y + exponent * -2.12194440e-4f) - z * 0.5f;
+    return ((x + y) + exponent * 0.693359375f) * -2.0f;
+}
+
+static inline void box_muller(U w0, U w1, F& first, F& second) {
+    typedef int32_t I __attribute__((vector_size(64)));
+    F r = square_root(negative_two_log(w0));
+    F x = __builtin_convertvector((I)(w1 << 2), F) * real(splat(0x2fc90fdbu));
+    F z = x * x;
+    F s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z + -1.6666654611e-1f) * (z * x) + x;
+    F c = ((z * 2.443315711809948e-5f + -1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) - z * 0.5f + 1.0f;
+    c = real(bits(c) ^ ((w1 << 1) & SIGN));
+    U exchange = (w1 & SIGN) != 0u ? splat(~0u) : splat(0u);
+    first = r * (exchange != 0u ? s : c);
+    second = r * (exchange != 0u ? c : s);
+}
+
+// Words k = 0..3 of sixteen counters to 64 consecutive elements.
+static inline void interleave(const U w[4], U e[4]) {
+    U a = __builtin_shufflevector(w[0], w[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    U b = __builtin_shufflevector(w[0], w[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    U c = __builtin_shufflevector(w[2], w[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    U d = __builtin_shufflevector(w[2], w[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    e[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    e[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    e[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    e[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+enum Draw { WORDS = 0, NORMALS = 1, UNIFORMS = 2 };
+
+// 64 draws (words as bits) of sixteen counters, to p.
+template <int DRAW> static inline void draw64(const Counters& c, uint64_t key, float* p) {
+    U w[4], e[4];
+    philox(c, key, w);
+    if (DRAW == NORMALS) {
+        F n[4];
+        box_muller(w[0], w[1], n[0], n[1]);
+        box_muller(w[2], w[3], n[2], n[3]);
+        for (int k = 0; k < 4; ++k) w[k] = bits(n[k]);
+    }
+    interleave(w, e);
+    if (DRAW == UNIFORMS)
+        for (int k = 0; k < 4; ++k) e[k] = bits(to_float(e[k] >> 8) * 0x1p-24f);
+    for (int k = 0; k < 4; ++k) store<false>(p + 16 * k, real(e[k]));
+}
+
+}  // namespace roundoff

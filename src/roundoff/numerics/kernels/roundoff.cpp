@@ -1,0 +1,155 @@
+// roundoff's compiled kernels: quantize-dequantize and keyed noise. No dependency; loaded through ctypes.
+// Build with -O3 -march=native -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
+#include <algorithm>
+#include <thread>
+#include <vector>
+#include "noise.h"
+
+using namespace roundoff;
+
+namespace {
+
+constexpr int64_t PER_THREAD = 1 << 18;    // elements below which a thread costs more than it saves
+constexpr int64_t STREAM_BYTES = 8 << 20;  // outputs from here on are written around the cache
+
+// f(begin, end) over [0, n) in at most `threads` contiguous parts; parts are cut at multiples of `grain`.
+template <class Function> void parallel(int64_t n, int64_t grain, int64_t elements, int threads, const Function& f) {
+    int64_t parts = std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(1, elements / PER_THREAD));
+    int64_t units = (n + grain - 1) / grain;
+    parts = std::min(parts, std::max<int64_t>(units, 1));
+    auto cut = [&](int64_t p) { return std::min(n, units * p / parts * grain); };
+    std::vector<std::thread> others;
+    for (int64_t p = 1; p < parts; ++p) others.emplace_back([&, p] { f(cut(p), cut(p + 1)); });
+    f(0, cut(1));
+    for (auto& t : others) t.join();
+}
+
+// How tensor scales reach a call; as in quantize.py.
+enum Source : int32_t { NONE = 0, FROM_TENSOR = 1, FROM_ROW = 2, GIVEN = 3, GIVEN_ROWS = 4 };
+
+struct Call {
+    Work work;
+    int64_t columns;
+    Source source;
+    float given;
+    const float* per_row;
+    float scale(int64_t row) const { return source == GIVEN_ROWS ? per_row[row] : given; }
+};
+
+template <class T> float row_scale(const Call& c, const T* x, int64_t row) {
+    if (c.source != FROM_ROW) return c.scale(row);
+    uint32_t b = amax_of<T, true>(x, c.columns);
+    float a;
+    std::memcpy(&a, &b, sizeof a);
+    return a / c.work.spec.tensor_divisor;
+}
+
+template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
+void blocks_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    bool alike = c.source != FROM_ROW && c.source != GIVEN_ROWS;
+    if (c.columns % N == 0 && alike && !c.work.random) {  // rows join to one run of blocks
+        int64_t at = begin * c.columns;
+        block_row<T, SCALE, N, INTEGER, STREAM>(c.work, x + at, y + at, (end - begin) * c.columns, c.given, 0);
+        return;
+    }
+    for (int64_t r = begin; r < end; ++r) {
+        int64_t at = r * c.columns;
+        float s = row_scale(c, x + at, r);
+        if (c.columns % N) block_row<T, SCALE, N, INTEGER, false>(c.work, x + at, y + at, c.columns, s, r);
+        else block_row<T, SCALE, N, INTEGER, STREAM>(c.work, x + at, y + at, c.columns, s, r);
+    }
+}
+
+template <class T, bool INTEGER, bool STREAM>
+void rows_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+        int64_t at = r * c.columns;
+        float multiply;
+        if (c.work.spec.scale == TENSOR) {
+            multiply = row_scale(c, x + at, r);
+        } else {
+            U amax = splat(amax_of<T, false>(x + at, c.columns));
+            multiply = scales_of<FLOAT32>(amax, c.work.spec, splat(1.0f)).multiply[0];
+        }
+        if (c.columns % LANES) scaled_row<T, INTEGER, false>(c.work, x + at, y + at, c.columns, multiply, r);
+        else scaled_row<T, INTEGER, STREAM>(c.work, x + at, y + at, c.columns, multiply, r);
+    }
+}
+
+template <class T, bool STREAM> void range(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    const Spec& s = c.work.spec;
+    bool integer = s.mantissa == 0;
+    if (s.scale == E8M0) blocks_in<T, E8M0, 32, false, STREAM>(c, x, y, begin, end);
+    else if (s.scale == E4M3) blocks_in<T, E4M3, 16, false, STREAM>(c, x, y, begin, end);
+    else if (s.block == 32) blocks_in<T, FLOAT32, 32, true, STREAM>(c, x, y, begin, end);
+    else if (integer) rows_in<T, true, STREAM>(c, x, y, begin, end);
+    else rows_in<T, false, STREAM>(c, x, y, begin, end);
+    if (STREAM) stream_fence();
+}
+
+template <class T> float tensor_amax(const T* x, int64_t n, int threads) {
+    std::vector<uint32_t> parts((size_t)std::max(threads, 1) + 1, 0u);
+    int64_t grain = std::max<int64_t>(64, (n / std::max(threads, 1) + 63) / 64 * 64);
+    parallel(n, grain, n, threads, [&](int64_t begin, int64_t end) {
+        if (begin < end) parts[(size_t)(begin / grain)] = amax_of<T, true>(x + begin, end - begin);
+    });
+    uint32_t b = *std::max_element(parts.begin(), parts.end());
+    float a;
+    std::memcpy(&a, &b, sizeof a);
+    return a;
+}
+
+template <class T> void quantize(Call c, const T* x, T* y, int64_t rows, int threads) {
+    int64_t n = rows * c.columns;
+    if (c.source == FROM_TENSOR) c.given = tensor_amax(x, n, threads) / c.work.spec.tensor_divisor;
+    // Streaming needs whole lines from an aligned start, and an input that stays in the cache is better overwritten.
+    bool aligned = ((uintptr_t)y % 64) == 0 && (c.columns * (int64_t)sizeof(T)) % 64 == 0;
+    bool stream = aligned && x != y && n * (int64_t)sizeof(T) >= STREAM_BYTES;
+    parallel(rows, 1, n, threads, [&](int64_t begin, int64_t end) {
+        if (stream) range<T, true>(c, x, y, begin, end);
+        else range<T, false>(c, x, y, begin, end);
+    });
+}
+
+template <class T, int DRAW>
+void noise(const T* y, T* out, const Rows& rows, int64_t count, float s, uint64_t key, int threads) {
+    int64_t n = count * rows.columns;
+    bool aligned = ((uintptr_t)out % 64) == 0 && (rows.columns * (int64_t)sizeof(T)) % 64 == 0 && !rows.first;
+    bool stream = aligned && y && y != out && n * (int64_t)sizeof(T) >= STREAM_BYTES;
+    parallel(count, 1, n, threads, [&](int64_t begin, int64_t end) {
+        if (stream) noise_rows<T, DRAW, true>(y, out, rows, begin, end, s, key), stream_fence();
+        else noise_rows<T, DRAW, false>(y, out, rows, begin, end, s, key);
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+// dtype 0: float32, 1: bfloat16. x and y hold [rows, columns] contiguously and may be the same memory.
+void ro_quantize(const void* spec, int dtype, const void* x, void* y, int64_t rows, int64_t columns, int source,
+                 float given, const float* per_row, int random, uint64_t key, int threads) {
+    const Spec& s = *(const Spec*)spec;
+    Call c{{s, Grid(s.mantissa, s.emin, s.low, s.high), random != 0, key}, columns, (Source)source, given, per_row};
+    if (source == NONE) c.given = 1.0f;
+    if (dtype == 0) quantize(c, (const float*)x, (float*)y, rows, threads);
+    else quantize(c, (const bf16*)x, (bf16*)y, rows, threads);
+}
+
+void ro_noise(int dtype, const void* y, void* out, int64_t count, int64_t columns, const int64_t* ids,
+              const int64_t* first, float s, uint64_t key, int threads) {
+    Rows rows{ids, first, columns};
+    if (dtype == 0) noise<float, NORMALS>((const float*)y, (float*)out, rows, count, s, key, threads);
+    else noise<bf16, NORMALS>((const bf16*)y, (bf16*)out, rows, count, s, key, threads);
+}
+
+// kind 0: words (as int32), 1: normals, 2: uniforms in [0, 1).
+void ro_draw(int kind, float* out, int64_t count, int64_t columns, const int64_t* ids, const int64_t* first,
+             uint64_t key, int threads) {
+    Rows rows{ids, first, columns};
+    if (kind == WORDS) noise<float, WORDS>(nullptr, out, rows, count, 0.0f, key, threads);
+    else if (kind == NORMALS) noise<float, NORMALS>(nullptr, out, rows, count, 0.0f, key, threads);
+    else noise<float, UNIFORMS>(nullptr, out, rows, count, 0.0f, key, threads);
+}
+
+}  // extern "C"
