@@ -1,8 +1,9 @@
 """AQN, Adaptive Quantization Noise: noise on the model's weights during rollouts (QeRL, arXiv:2510.11696).
 
 `absolute` noise, as published, sets `w + sigma * m * eps`; `relative` noise multiplies the gain by
-`1 + sigma * m * eps`. The gain of an RMSNorm is its weight `w`, or `1 + w` where the model's norm is written so (Gemma); which one it is, is
-measured by passing ones through the norm. `m` is the layer's multiplier, `eps ~ N(0, 1)` drawn from (key, parameter).
+`1 + sigma * m * eps`. The gain of an RMSNorm is its weight `w`, or `1 + w` where the model's norm is written so
+(Gemma); which one it is, is measured by passing ones through the norm. `m` is the layer's multiplier, `eps ~ N(0, 1)`
+drawn from (key, parameter).
 
 What is perturbed (`aqn_targets` lists it):
 - `rmsnorm`: the weight of every module whose class name ends in RMSNorm: norms before and after attention and MLP,
@@ -30,6 +31,9 @@ from roundoff.numerics.rng import Key
 
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
 """Names of the norm whose output the MLP of a decoder layer reads; the first that a layer has is the one."""
+
+_ACTIVE = "_roundoff_aqn_active"
+"""Where a module counts the `aqn_noise` blocks that it is inside of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +118,20 @@ def aqn_noise(
                     weight = target.weight
                     saved.append((weight, weight.detach().clone()))
                     _perturb(target, sigma * factor, key.fold("aqn", target.name), aqn)
-        yield
+        model.__dict__[_ACTIVE] = model.__dict__.get(_ACTIVE, 0) + 1
+        try:
+            yield
+        finally:
+            model.__dict__[_ACTIVE] -= 1
     finally:
         with torch.no_grad():
             for weight, original in reversed(saved):
                 weight.copy_(original)
+
+
+def is_aqn_active(model: nn.Module) -> bool:
+    """Whether the model is inside `aqn_noise`, so that a score would carry the noise of a remedy."""
+    return any(module.__dict__.get(_ACTIVE, 0) for module in model.modules())
 
 
 def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) -> list[float]:

@@ -6,7 +6,7 @@ Axes: P prompts, G rollouts of each (a group), N = P*G rollouts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from roundoff.algorithms.advantage import group_advantages, mixed_groups, overlo
 from roundoff.config import Algorithm, Training
 from roundoff.evaluate import score_responses
 from roundoff.numerics.rng import Key
-from roundoff.sampler import Rollouts
+from roundoff.rollouts import Rollouts, concatenate
 from roundoff.tasks import Problem, Task
 
 Sampler = Callable[[Sequence[str], int], Rollouts]
@@ -76,8 +76,6 @@ def collect(
     task: Task,
     algorithm: Algorithm,
     training: Training,
-    *,
-    pad_token_id: int,
 ) -> Batch:
     """A batch of `prompts_per_step` groups from `position` of the stream on.
 
@@ -101,7 +99,7 @@ def collect(
         if usable >= wanted:
             break
     rewards = torch.cat([r for _, r, _ in seen])
-    everything = seen[0][0] if len(seen) == 1 else Rollouts.concatenate([r for r, _, _ in seen], pad_token_id)
+    everything = seen[0][0] if len(seen) == 1 else concatenate([r for r, _, _ in seen])
     mixed = mixed_groups(rewards)
     chosen = torch.arange(len(rewards))
     if algorithm.dynamic_sampling and usable:
@@ -119,21 +117,4 @@ def collect(
         reward_errors=errors,
         response_tokens=float(everything.lengths.float().mean()),
         truncated=float(everything.truncated.float().mean()),
-    )
-
-
-def trimmed(rollouts: Rollouts) -> Rollouts:
-    """The same rollouts without the columns that only padding fills (at least one response column stays)."""
-    P = rollouts.prompt_length
-    longest_prompt = int(rollouts.attention_mask[:, :P].sum(dim=1).max())
-    longest_response = max(1, int(rollouts.lengths.max()))
-    columns = slice(P - longest_prompt, P + longest_response)
-    return replace(
-        rollouts,
-        tokens=rollouts.tokens[:, columns],
-        attention_mask=rollouts.attention_mask[:, columns],
-        rows=rollouts.rows[:, columns],
-        prompt_length=longest_prompt,
-        response_mask=rollouts.response_mask[:, :longest_response],
-        logprobs=rollouts.logprobs[:, :longest_response],
     )

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.aqn import is_aqn_active
-from roundoff.hardware.install import hardware_off, is_installed
+from roundoff.hardware.install import hardware_off, installed
 from roundoff.numerics.rng import Key
+from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, Outcome
-from roundoff.sampler import Rollouts, sample
+from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
 
 
@@ -84,8 +85,10 @@ def evaluate(
         )
 
     deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
-    with hardware_off(model):
-        clean = greedy(0) if is_installed(model) else deployed[0]
+    clean = deployed[0]
+    if installed(model) is not None:
+        with hardware_off(model):
+            clean = greedy(0)
     solved = [score_responses(task, problems, rollouts.texts).rewards for rollouts in deployed]
     solved_clean = score_responses(task, problems, clean.texts).rewards
     outcomes = tuple(

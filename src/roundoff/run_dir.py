@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -233,15 +233,15 @@ def read_run(path: Path) -> Run:
         DamagedRunError: if a file that every run has is missing or malformed.
     """
     try:
-        settings = tomllib.loads((path / "experiment.toml").read_text("utf-8"))
-        provenance = json.loads((path / "provenance.json").read_text("utf-8"))
+        settings = _parsed(path / "experiment.toml", tomllib.loads)
+        provenance = _parsed(path / "provenance.json", json.loads)
         experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
         profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
         status = read_status(path)
         metrics = tuple(read_metrics(path))
         seed = int(settings["seed"])
-    except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
-        raise DamagedRunError(f"{path}: {error}") from error
+    except (KeyError, TypeError, ConfigError) as error:
+        raise DamagedRunError(f"{path}/experiment.toml cannot be used: {error}") from error
     if status.state == "running" and not _is_held(path):
         status = replace(status, state="interrupted", reason="the process ended without a word")
     return Run(path, experiment, profile, seed, status, provenance, metrics)
@@ -282,9 +282,16 @@ def read_status(path: Path) -> Status:
         DamagedRunError: if there is none, or it is malformed.
     """
     try:
-        return Status(**json.loads((path / "status.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DamagedRunError(f"{path / 'status.json'} cannot be read: {error}") from error
+        return Status(**_parsed(path / "status.json", json.loads))
+    except TypeError as error:
+        raise DamagedRunError(f"{path / 'status.json'} is not a status: {error}") from error
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedRunError(f"{path} cannot be read: {error}") from error
 
 
 def _is_held(path: Path) -> bool:

@@ -23,12 +23,15 @@ from transformers import PreTrainedModel
 
 from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
 from roundoff.aqn import aqn_noise
-from roundoff.batch import Batch, collect, trimmed
+from roundoff.batch import Batch, collect
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
+from roundoff.hardware.install import installed
+from roundoff.logprobs import token_logprobs
 from roundoff.numerics.rng import Key
+from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, RunDirectory, State
-from roundoff.sampler import Rollouts, sample, token_logprobs
+from roundoff.sampler import sample
 from roundoff.session import Session, prepare, restore, save
 from roundoff.trackers import Tracker
 
@@ -139,7 +142,6 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
 def _sample_batch(session: Session, step: int) -> Batch:
     training, algorithm, aqn = session.profile.training, session.algorithm, session.experiment.aqn
     sigma = session.sigmas[step - 1]
-    pad = session.loaded.tokenizer.pad_token_id
 
     def sampler(prompts: Sequence[str], first_id: int) -> Rollouts:
         ids = torch.arange(first_id, first_id + len(prompts) * algorithm.group_size)
@@ -160,7 +162,7 @@ def _sample_batch(session: Session, step: int) -> Batch:
         aqn_noise(session.model, sigma, None, session.key.fold("aqn", step), aqn) if aqn and sigma else nullcontext()
     )
     with noise:
-        return collect(session.stream, session.position, sampler, session.task, algorithm, training, pad_token_id=pad)
+        return collect(session.stream, session.position, sampler, session.task, algorithm, training)
 
 
 def _update(session: Session, step: int, batch: Batch) -> Metrics:
@@ -209,7 +211,7 @@ def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor]
     G = session.algorithm.group_size
     groups = torch.tensor_split(torch.arange(len(batch.advantages) // G), session.profile.training.minibatches)
     members = [(g[:, None] * G + torch.arange(G)).flatten() for g in groups if len(g)]
-    return [(trimmed(batch.rollouts.select(m)), batch.advantages[m]) for m in members]
+    return [(batch.rollouts.select(m), batch.advantages[m]) for m in members]
 
 
 def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
@@ -221,7 +223,7 @@ def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key
         part.response_mask.shape[1],
         temperature=session.algorithm.temperature,
         rows=part.rows,
-        key=key,
+        key=key if installed(model) is not None else None,
     )
 
 
@@ -238,7 +240,7 @@ def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> 
 
     def whole(model: PreTrainedModel) -> Tensor:  # in micro-batches of the update's shapes: other shapes, other bits
         rows = _micro_batches(len(part.texts), session.profile.training.micro_batch)
-        return torch.cat([_logprobs(session, model, part.select(r), old_key)[0] for r in rows])
+        return torch.cat([_logprobs(session, model, part.select(r, trim=False), old_key)[0] for r in rows])
 
     with torch.no_grad():
         old = None if same else whole(session.model)
@@ -258,7 +260,7 @@ def _minibatch_loss(
     outputs: list[LossOutput] = []
     entropy = 0.0
     for rows in _micro_batches(len(advantages), training.micro_batch):
-        micro = part.select(rows)
+        micro = part.select(rows, trim=False)
         logprobs, entropies = _logprobs(session, session.model, micro, session.key.fold("update", step))
         output = policy_loss(
             logprobs,
