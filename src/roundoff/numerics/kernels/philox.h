@@ -1,4 +1,4 @@
-// Philox4x32-10 and Box-Muller for sixteen counters at a time: the same operations, in the same order, as rng.py.
+// Philox4x32-7 and Box-Muller for sixteen counters at a time: the same operations, in the same order, as rng.py.
 #pragma once
 #include "vector.h"
 
@@ -6,6 +6,8 @@ namespace roundoff {
 
 // Lane of the counter whose four words become elements 4g .. 4g + 3 after `interleave`: lane 4i + j holds group 4j + i.
 static inline int lane_of_group(int g) { return 4 * (g & 3) + (g >> 2); }
+
+constexpr int ROUNDS = 7;
 
 struct Counters {
     U group_low, group_high, row_low, row_high;
@@ -29,10 +31,10 @@ struct Counters {
     }
 };
 
-// Ten rounds on the even and on the odd lanes; each 64-bit lane holds one 32-bit word in its low half.
+// The rounds on the even and on the odd lanes; each 64-bit lane holds one 32-bit word in its low half.
 static inline void rounds(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < ROUNDS; ++i) {
         W p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
         c0 = (p1 >> 32) ^ c1 ^ (uint64_t)k0;
         c2 = (p0 >> 32) ^ c3 ^ (uint64_t)k1;
@@ -42,7 +44,7 @@ static inline void rounds(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
         k1 += 0xBB67AE85u;
     }
 }
-static inline U merge(W even, W odd) { return (U)((even & 0xffffffffull) | (odd << 32)); }
+static inline U merge(W even, W odd) { return (U)(((odd << 32) & ~0xffffffffull) | (even & 0xffffffffull)); }
 
 static inline void philox(const Counters& c, uint64_t key, U w[4]) {
     W a0 = (W)c.group_low, a1 = (W)c.group_high, a2 = (W)c.row_low, a3 = (W)c.row_high;
@@ -56,36 +58,27 @@ static inline void philox(const Counters& c, uint64_t key, U w[4]) {
 }
 
 static inline F negative_two_log(U word) {
-    F u = to_float(word) * 0x1p-32f + 0x1p-33f;
-    U shifted = bits(u) - 0x3f3504f3u;
-    typedef int32_t I __attribute__((vector_size(64)));
+    F f = to_float(word) + 0.5f;
+    U shifted = bits(f) - (0x3f3504f3u + (32u << 23));
     F exponent = __builtin_convertvector((I)shifted >> 23, F);
     F x = real((shifted & MANTISSA) + 0x3f3504f3u) - 1.0f;
-    F z = x * x;
-    F p = x * 7.0376836292e-2f + -1.1514610310e-1f;
-    p = p * x + 1.1676998740e-1f;
-    p = p * x + -1.2420140846e-1f;
-    p = p * x + 1.4249322787e-1f;
-    p = p * x + -1.6668057665e-1f;
-    p = p * x + 2.0000714765e-1f;
-    p = p * x + -2.4999993993e-1f;
-    p = p * x + 3.3333331174e-1f;
-    F y = (p * x) * z;
-    y = (y + exponent * -2.12194440e-4f) - z * 0.5f;
-    return ((x + y) + exponent * 0.693359375f) * -2.0f;
+    F p = x * 0.2858414053916931f + -0.4411187171936035f;
+    p = p * x + 0.508065402507782f;
+    p = p * x + -0.6651604771614075f;
+    p = p * x + 0.9998043775558472f;
+    p = p * x + -2.000009059906006f;
+    return p * x + exponent * -1.3862943649291992f;
 }
 
 static inline void box_muller(U w0, U w1, F& first, F& second) {
-    typedef int32_t I __attribute__((vector_size(64)));
     F r = square_root(negative_two_log(w0));
-    F x = __builtin_convertvector((I)(w1 << 2), F) * real(splat(0x2fc90fdbu));
+    F x = __builtin_convertvector((I)(w1 << 2), F) * 0x1.921fb6p-32f;
     F z = x * x;
-    F s = ((z * -1.9515295891e-4f + 8.3321608736e-3f) * z + -1.6666654611e-1f) * (z * x) + x;
-    F c = ((z * 2.443315711809948e-5f + -1.388731625493765e-3f) * z + 4.166664568298827e-2f) * (z * z) - z * 0.5f + 1.0f;
+    F s = ((z * 0.008151635527610779f + -0.16662479937076569f) * z + 0.9999985694885254f) * x;
+    F c = ((z * -0.0013591853203251958f + 0.041655778884887695f) * z + -0.4999988377094269f) * z + 1.0f;
     c = real(bits(c) ^ ((w1 << 1) & SIGN));
-    U exchange = (w1 & SIGN) != 0u ? splat(~0u) : splat(0u);
-    first = r * (exchange != 0u ? s : c);
-    second = r * (exchange != 0u ? c : s);
+    first = r * ((I)w1 < 0 ? s : c);
+    second = r * ((I)w1 < 0 ? c : s);
 }
 
 // Words k = 0..3 of sixteen counters to 64 consecutive elements.

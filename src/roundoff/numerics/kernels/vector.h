@@ -11,6 +11,7 @@ namespace roundoff {
 
 typedef float F __attribute__((vector_size(64)));
 typedef uint32_t U __attribute__((vector_size(64)));
+typedef int32_t I __attribute__((vector_size(64)));
 typedef uint64_t W __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
 struct bf16 { uint16_t bits; };
