@@ -1,6 +1,7 @@
 // Quantize-dequantize of rows: the same operations as blocks.py, in one pass over memory.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include "philox.h"
 
 namespace roundoff {
@@ -91,8 +92,12 @@ template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F ten
 struct Work {
     const Spec& spec;
     Grid grid;
+    F normal;  // block scales from here on give bfloat16 results that are normal numbers
     bool random;
     uint64_t key;
+    Work(const Spec& s, bool random, uint64_t key)
+        : spec(s), grid(s.mantissa, s.emin, s.low, s.high),
+          normal(splat(std::ldexp(1.0f, -126 + s.mantissa - s.emin))), random(random), key(key) {}
 };
 
 // Random words of columns [column, column + n) of a row; column is a multiple of 4.
@@ -104,9 +109,9 @@ static inline void words_of(const Work& w, int64_t row, int64_t column, int64_t 
     }
 }
 
-// Up to sixteen blocks of N elements that start at `column` of `row`.
+// Up to sixteen blocks of N elements that start at `column` of `row`; lane b of tensor_scale belongs to block b.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
-static inline void tile(const Work& w, const T* x, T* y, int blocks, float tensor_scale, int64_t row, int64_t column) {
+static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_scale, int64_t row, int64_t column) {
     constexpr int V = N / LANES;
     U m[16];
     for (int b = 0; b < 16; ++b) {
@@ -114,7 +119,7 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, float tenso
         if (b >= blocks) continue;
         for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
     }
-    Scales s = scales_of<SCALE>(maxima(m), w.spec, splat(tensor_scale));
+    Scales s = scales_of<SCALE>(maxima(m), w.spec, tensor_scale);
     alignas(64) float multiply[16], divide[16], words[16 * N];
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
@@ -130,20 +135,84 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, float tenso
     }
 }
 
+// Sixteen whole blocks of bfloat16, worked on as pairs (low half: even element, high half: odd element), which spares
+// widening and narrowing. False, with nothing written, where a result could fall under bfloat16's normal numbers.
+template <int SCALE, int N, bool STREAM>
+static inline bool pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale) {
+    constexpr int VECTORS = N / 2;  // of 32 elements: one block of 32, or two of 16
+    U m[16];
+    for (int i = 0; i < VECTORS; ++i) {
+        U v = load_pairs(x + 32 * i);
+        m[i] = max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE);
+    }
+    // With two blocks a vector, three steps of the tree leave block 2i in lane i and block 2i + 1 in lane 8 + i.
+    U amax = N == 32 ? maxima(m) : maxima_of_halves(m);
+    if (N == 16)
+        tensor_scale = __builtin_shufflevector(tensor_scale, tensor_scale, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
+    if (any((s.multiply < w.normal) & (amax != 0u))) return false;
+    alignas(64) float multiply[16], divide[16];
+    store<false>(multiply, s.multiply);
+    store<false>(divide, s.divide);
+    for (int i = 0; i < VECTORS; ++i) {
+        U v = load_pairs(x + 32 * i);
+        F even = real(v << 16), odd = real(v & ~0xffffu);
+        F d = splat(divide[i]), back = splat(multiply[i]);
+        if (N == 16) {
+            d = halves(d, splat(divide[i + 8]));
+            back = halves(back, splat(multiply[i + 8]));
+        }
+        F p = nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back;
+        F q = nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back;
+        U a = bits(p), b = bits(q);
+        if (SCALE != E8M0) {  // round to nearest even; the NaN here have no low bits that could carry into the sign
+            a = a + (((a >> 16) & 1u) + 0x7fffu);
+            b = b + (((b >> 16) & 1u) + 0x7fffu);
+        }
+        store_pairs<STREAM>(y + 32 * i, (a >> 16) | (b & ~0xffffu));
+    }
+    return true;
+}
+
+template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
+static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, int64_t row, int64_t column) {
+    if constexpr (std::is_same<T, bf16>::value && !INTEGER) {
+        if (!w.random && pair_tile<SCALE, N, STREAM>(w, x, y, tensor_scale)) return;
+    }
+    tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, 16, tensor_scale, row, column);
+}
+
 // n elements of a row that are whole blocks, or end in a partial one.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static void block_row(const Work& w, const T* x, T* y, int64_t n, float tensor_scale, int64_t row) {
-    int64_t blocks = n / N, done = 0;
-    for (; done + 16 <= blocks; done += 16)
-        tile<T, SCALE, N, INTEGER, STREAM>(w, x + done * N, y + done * N, 16, tensor_scale, row, done * N);
-    if (done < blocks)
-        tile<T, SCALE, N, INTEGER, STREAM>(w, x + done * N, y + done * N, (int)(blocks - done), tensor_scale, row, done * N);
-    int64_t rest = n - blocks * N;
-    if (rest == 0) return;
+    const F scale = splat(tensor_scale);
+    int64_t i = 0;
+    for (; i + 16 * N <= n; i += 16 * N) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + i, y + i, scale, row, i);
+    int blocks = (int)((n - i) / N);
+    if (blocks > 0) tile<T, SCALE, N, INTEGER, STREAM>(w, x + i, y + i, blocks, scale, row, i);
+    i += (int64_t)blocks * N;
+    if (i == n) return;
     alignas(64) T buffer[N] = {};
-    std::copy(x + blocks * N, x + n, buffer);
-    tile<T, SCALE, N, INTEGER, false>(w, buffer, buffer, 1, tensor_scale, row, blocks * N);
-    std::copy(buffer, buffer + rest, y + blocks * N);
+    std::copy(x + i, x + n, buffer);
+    tile<T, SCALE, N, INTEGER, false>(w, buffer, buffer, 1, scale, row, i);
+    std::copy(buffer, buffer + (n - i), y + i);
+}
+
+// Rows of whole blocks, each under its own tensor scale; tiles run across the rows.
+template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
+static void block_rows(const Work& w, const T* x, T* y, int64_t columns, const float* row_scales, int64_t rows) {
+    const int64_t per_row = columns / N, blocks = rows * per_row;
+    int64_t row = 0, in_row = 0;
+    for (int64_t b = 0; b < blocks; b += 16) {
+        int count = (int)std::min<int64_t>(16, blocks - b);
+        alignas(64) float scales[16] = {};
+        for (int i = 0; i < count; ++i) {
+            scales[i] = row_scales[row];
+            if (++in_row == per_row) in_row = 0, ++row;
+        }
+        if (count == 16) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + b * N, y + b * N, load(scales), 0, 0);
+        else tile<T, SCALE, N, INTEGER, STREAM>(w, x + b * N, y + b * N, count, load(scales), 0, 0);
+    }
 }
 
 template <class T> static inline F load_part(const T* x, int64_t n) {

@@ -10,6 +10,7 @@ using namespace roundoff;
 namespace {
 
 constexpr int64_t PER_THREAD = 1 << 18;    // elements below which a thread costs more than it saves
+constexpr int64_t PANEL_ROWS = 64, PANEL_ELEMENTS = 4096;  // rows whose own scales are found before they are used
 constexpr int64_t STREAM_BYTES = 8 << 20;  // outputs from here on are written around the cache
 
 // f(begin, end) over [0, n) in at most `threads` contiguous parts; parts are cut at multiples of `grain`.
@@ -50,6 +51,16 @@ void blocks_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
     if (c.columns % N == 0 && alike && !c.work.random) {  // rows join to one run of blocks
         int64_t at = begin * c.columns;
         block_row<T, SCALE, N, INTEGER, STREAM>(c.work, x + at, y + at, (end - begin) * c.columns, c.given, 0);
+        return;
+    }
+    if (c.columns % N == 0 && !c.work.random) {
+        const int64_t panel = std::max<int64_t>(1, std::min<int64_t>(PANEL_ROWS, PANEL_ELEMENTS / c.columns));
+        float scales[PANEL_ROWS];
+        for (int64_t r = begin; r < end; r += panel) {
+            int64_t n = std::min(panel, end - r), at = r * c.columns;
+            for (int64_t i = 0; i < n; ++i) scales[i] = row_scale(c, x + at + i * c.columns, r + i);
+            block_rows<T, SCALE, N, INTEGER, STREAM>(c.work, x + at, y + at, c.columns, scales, n);
+        }
         return;
     }
     for (int64_t r = begin; r < end; ++r) {
@@ -130,7 +141,7 @@ extern "C" {
 void ro_quantize(const void* spec, int dtype, const void* x, void* y, int64_t rows, int64_t columns, int source,
                  float given, const float* per_row, int random, uint64_t key, int threads) {
     const Spec& s = *(const Spec*)spec;
-    Call c{{s, Grid(s.mantissa, s.emin, s.low, s.high), random != 0, key}, columns, (Source)source, given, per_row};
+    Call c{Work(s, random != 0, key), columns, (Source)source, given, per_row};
     if (source == NONE) c.given = 1.0f;
     if (dtype == 0) quantize(c, (const float*)x, (float*)y, rows, threads);
     else quantize(c, (const bf16*)x, (bf16*)y, rows, threads);

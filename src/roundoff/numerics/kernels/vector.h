@@ -68,6 +68,16 @@ static inline H narrow(F v) {
     return __builtin_convertvector(rounded, H);
 }
 
+static inline bool any(I mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int32_t all = 0;
+    for (int i = 0; i < LANES; ++i) all |= mask[i];
+    return all != 0;
+#endif
+}
+
 // STREAM writes around the cache: an output much larger than the cache then costs no read of its lines.
 template <bool STREAM> static inline void store(float* p, F v) {
 #if defined(__AVX512F__)
@@ -81,6 +91,18 @@ template <bool STREAM> static inline void store(bf16* p, F v) {
     if (STREAM) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
 #endif
     std::memcpy(p, &h, sizeof h);
+}
+// Thirty-two bfloat16 as sixteen pairs, for work on both halves without widening.
+static inline U load_pairs(const bf16* p) {
+    U v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+template <bool STREAM> static inline void store_pairs(bf16* p, U v) {
+#if defined(__AVX512F__)
+    if (STREAM) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+    std::memcpy(p, &v, sizeof v);
 }
 static inline void stream_fence() {
 #if defined(__AVX512F__)
@@ -114,10 +136,22 @@ static inline U maxima(const U m[16]) {
     for (int i = 0; i < 2; ++i) c[i] = fold<4>(b[2 * i], b[2 * i + 1]);
     return fold<8>(c[0], c[1]);
 }
+// The same for eight vectors, each of whose halves has a maximum of its own.
+static inline U maxima_of_halves(const U m[8]) {
+    U a[4], b[2];
+    for (int i = 0; i < 4; ++i) a[i] = fold<1>(m[2 * i], m[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) b[i] = fold<2>(a[2 * i], a[2 * i + 1]);
+    return fold<4>(b[0], b[1]);
+}
+// The low half of a beside the high half of b.
+static inline F halves(F a, F b) {
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31);
+}
 static inline uint32_t maximum(U a) {
-    uint32_t m = 0;
-    for (int i = 0; i < LANES; ++i) m = a[i] > m ? a[i] : m;
-    return m;
+    a = max(a, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    a = max(a, __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    a = max(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    return a[0] > a[1] ? a[0] : a[1];
 }
 
 }  // namespace roundoff
