@@ -101,7 +101,7 @@ def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
         lr=training.learning_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
-        fused=True,
+        foreach=True,  # the fused kernel leaves the version counter of the weights as it was (see hardware.linear)
     )
     stream = PromptStream(problems, key.fold("data"))
     return Session(experiment, profile, key, loaded, installed, reference, task, stream, optimizer, sigmas)
