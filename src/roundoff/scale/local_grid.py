@@ -74,12 +74,17 @@ def run_grid(
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     # Torch is imported once, by the server that every run's process is forked from (no effect on spawn).
     context.set_forkserver_preload(["roundoff.train"])
+    passed_on = False
     with _stop_requests() as stop:
         while True:
             for job in jobs:
                 _collect_result(job)
             running = [job for job in jobs if job.phase == "running"]
             queued = [] if stop() else [job for job in jobs if job.phase == "queued"]
+            if stop() and not passed_on:
+                passed_on = True  # a terminal's Ctrl-C reaches the runs by itself, a SIGTERM to this process does not
+                for process in filter(None, (job.process for job in running)):
+                    process.terminate()
             for job in queued[: workers - len(running)]:
                 _start(job, context)
             watch(jobs)
@@ -181,7 +186,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if asked and number == signal.SIGINT:
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
 

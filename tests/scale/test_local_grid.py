@@ -1,0 +1,90 @@
+"""Many runs: isolated from each other, stopped and resumed, never made twice."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from roundoff.config import ConfigError
+from roundoff.experiments import load_experiment
+from roundoff.run_dir import read_run
+from roundoff.scale.local_grid import RunRequest, run_grid
+
+
+@pytest.fixture
+def requests(tmp_path, small):
+    return [
+        RunRequest(load_experiment("quickstart-clean"), small, seed, tmp_path, {"command": "test"}, tracker="none")
+        for seed in (0, 1)
+    ]
+
+
+def test_runs_are_made_once_and_then_known(requests):
+    seen = []
+    jobs = run_grid(requests, workers=2, watch=lambda jobs: seen.append([job.phase for job in jobs]))
+    assert [(job.phase, job.message) for job in jobs] == [("complete", ""), ("complete", "")]
+    assert seen[0] == ["running", "running"]
+    assert all(read_run(r.path).is_final for r in requests)
+    again = run_grid(requests, workers=2)
+    assert [(job.phase, job.message) for job in again] == [("complete", "was complete")] * 2
+
+
+def test_a_killed_run_takes_no_other_with_it_and_can_be_resumed(requests):
+    killed = []
+
+    def kill_first(jobs):
+        if not killed and jobs[0].process is not None and (jobs[0].request.path / "metrics.jsonl").exists():
+            os.kill(jobs[0].process.pid, signal.SIGKILL)
+            killed.append(True)
+
+    jobs = run_grid(requests, workers=2, watch=kill_first)
+    assert killed
+    assert jobs[0].phase == "failed"
+    assert "its process died (exit code -9)" in jobs[0].message
+    assert jobs[1].phase == "complete"
+    assert read_run(requests[0].path).status.state == "interrupted"
+    assert [job.phase for job in run_grid(requests, workers=2)] == ["complete", "complete"]
+
+
+def test_an_interrupt_saves_every_run_and_the_next_call_goes_on(requests):
+    def interrupt():
+        deadline = time.monotonic() + 60
+        while not (requests[0].path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    jobs = run_grid(requests, workers=1)
+    thread.join()
+    assert jobs[0].phase == "interrupted"
+    assert (jobs[1].phase, jobs[1].message) == ("interrupted", "not begun")
+    assert read_run(requests[0].path).status.state == "interrupted"
+    assert [job.phase for job in run_grid(requests, workers=2)] == ["complete", "complete"]
+    assert [row["step"] for row in read_run(requests[0].path).metrics] == [0, 1, 2]
+
+
+def test_a_wrong_setting_fails_its_run_with_its_message(requests, tmp_path, small):
+    bad = small.model_copy(update={"training": small.training.model_copy(update={"max_prompt_tokens": 2})})
+    wrong = RunRequest(load_experiment("quickstart-clean"), bad, 0, tmp_path, {}, tracker="none")
+    jobs = run_grid([wrong, requests[0]], workers=2)
+    assert jobs[0].phase == "failed"
+    assert jobs[0].message.startswith("profile.training.max_prompt_tokens is 2")
+    assert jobs[1].phase == "complete"
+    assert not (wrong.path / "status.json").exists()
+
+
+def test_two_requests_for_one_directory_are_refused(requests):
+    with pytest.raises(ConfigError, match="two runs would share"):
+        run_grid([requests[0], requests[0]], workers=1)
+
+
+def test_a_damaged_directory_is_left_alone(requests):
+    requests[0].path.mkdir(parents=True)
+    (requests[0].path / "status.json").write_text("{")
+    jobs = run_grid(requests[:1], workers=1)
+    assert jobs[0].phase == "failed"
+    assert "damaged, move it away" in jobs[0].message
+    assert (requests[0].path / "status.json").read_text() == "{"

@@ -1,0 +1,122 @@
+"""The command line as a user meets it: speed of starting, messages, exit codes, the whole path once."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from roundoff.cli import parse_seeds
+from roundoff.config import ConfigError
+from roundoff.experiments import experiment_ids
+
+SMALL = [
+    "--set=profile.training.prompts_per_step=8",
+    "--set=profile.task.settings={train_problems = 16, test_problems = 32}",
+]
+
+
+def roundoff(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "roundoff", *arguments]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"}
+    )
+    assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
+    listed = roundoff("list", cwd=tmp_path).stdout
+    assert all(name in listed for name in experiment_ids())
+    code = (
+        "import sys; from roundoff.cli import cli; cli(['list'], standalone_mode=False);"
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["runn"], "there is no command 'runn'; did you mean 'run'?"),
+        (["run", "quickstar"], "there is no experiment 'quickstar'; did you mean 'quickstart'?"),
+        (["run", "quickstart", "--seeds", "x"], "--seeds must read 3, 0-2 or 0,4,7, but is 'x'"),
+        (["run", "quickstart", "--profile", "tinny"], "there is no profile 'tinny'; did you mean 'tiny'?"),
+        (["run", "quickstart", "--tracker", "wandbb"], "--tracker must be one of"),
+        (["run", "quickstart", "--set", "hardware.matmul_noise.relative_std=1.5"], "must be in [0, 1) (5 % is 0.05)"),
+        (["run", "quickstart", "--set", "hardware.precision.weight=mxfp5"], "did you mean 'mxfp4'?"),
+        (["show", "quickstart-nois"], "did you mean 'quickstart-noise'?"),
+        (["report"], "there are no runs in runs"),
+    ],
+)
+def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, expected):
+    done = roundoff(*arguments, cwd=tmp_path, check=2)
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_report_and_runs_from_end_to_end(tmp_path):
+    names = ["quickstart-noise", "quickstart-noise-aqn"]
+    done = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
+    assert "quickstart-noise seed 0: step 2/2 deployed" in done.stdout
+    again = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
+    assert again.stdout.count("complete (was complete)") == 6
+    table = roundoff("report", cwd=tmp_path).stdout
+    assert "quickstart-noise-aqn" in table
+    for name in ("summary.md", "results.csv", "results.json", "report.html"):
+        assert (tmp_path / "report" / name).stat().st_size > 0
+    rows = {row["id"]: row for row in csv.DictReader((tmp_path / "report" / "results.csv").open())}
+    assert set(rows) == set(names)
+    listed = roundoff("runs", cwd=tmp_path).stdout.splitlines()
+    assert len(listed) == 6
+    assert all("complete  step 2/2  deployed" in line for line in listed)
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
+    command = [sys.executable, "-m", "roundoff", "run", "quickstart-clean", "--seeds", "0", *SMALL]
+    command += ["--set=epochs=40"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, output + errors
+    assert "the same command goes on" in errors
+    assert "interrupted" in roundoff("runs", cwd=tmp_path).stdout
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "resumed" in done.stdout
+    assert "complete  step 80/80" in roundoff("runs", cwd=tmp_path).stdout
+
+
+def test_show_prints_settings_layers_and_sigma(tmp_path):
+    shown = roundoff("show", "quickstart-noise-aqn", cwd=tmp_path).stdout
+    assert "relative_std = 0.1" in shown
+    assert "42 modules" in shown
+    assert "lm_head" in shown
+    assert "0.05" in shown.split("# aqn")[1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_written_is_a_message(tmp_path):
+    (tmp_path / "runs").write_text("a file where the directory should be")
+    done = roundoff("run", "quickstart-clean", "--seeds", "0", *SMALL, cwd=tmp_path, check=1)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [3]), ("0-2", [0, 1, 2]), ("0,4,7", [0, 4, 7]), ("1,3-4", [1, 3, 4])]
+)
+def test_seeds(text, seeds):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "a", "2-", "1,1", "3-1"])
+def test_wrong_seeds(text):
+    with pytest.raises(ConfigError, match="--seeds must"):
+        parse_seeds(text)
