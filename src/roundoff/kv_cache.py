@@ -1,0 +1,102 @@
+"""A key-value cache that is allocated once, grows by copying one column, and gives up rows that have finished.
+
+`transformers.DynamicCache` concatenates, so that each step copies the whole cache; `StaticCache` attends over its full
+length from the first step. This one is allocated at its final length and shows the model a view of the used part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Keys and values of one layer: storage [B, heads, capacity, D], of which `rows` x `length` are in use."""
+
+    keys: Tensor
+    values: Tensor
+    is_sliding = False  # a sliding window is in the prepared mask, the storage keeps every column
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Allocate the storage in the shape of the first keys and values."""
+        values = key_states if value_states is None else value_states
+        self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[3]))
+        self.values = values.new_empty((*values.shape[:2], self.capacity, values.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write the new columns [B, heads, n, D]; views of all columns so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, new = self.length, key_states.shape[2]
+        self.length = end = start + new
+        self.keys.narrow(2, start, new).copy_(key_states)
+        self.values.narrow(2, start, new).copy_(value_states)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+    def repeated(self, counts: Tensor, capacity: int) -> KVCacheLayer:
+        """A layer with row i repeated `counts[i]` times, and room for `capacity` columns."""
+        layer = KVCacheLayer(capacity)
+        layer.length = self.length
+        source = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        for name in ("keys", "values"):
+            used = getattr(self, name).narrow(2, 0, self.length)
+            storage = used.new_empty((len(source), used.shape[1], capacity, used.shape[3]))
+            storage.narrow(2, 0, self.length).copy_(used[source])
+            setattr(layer, name, storage)
+        layer.is_initialized = True
+        return layer
+
+    def keep(self, holes: Tensor, tails: Tensor, rows: int) -> None:
+        """Move rows `tails` into rows `holes`, then keep the first `rows`: copies as little as there is to move."""
+        for name in ("keys", "values"):
+            storage = getattr(self, name)
+            if len(holes):
+                used = storage.narrow(2, 0, self.length)
+                used[holes] = used[tails]
+            setattr(self, name, storage.narrow(0, 0, rows))
+
+    def get_seq_length(self) -> int:
+        """Columns in use."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask for `query_length` new columns covers."""
+        return self.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Columns that fit."""
+        return self.capacity
+
+    def get_max_cache_shape(self) -> int:
+        """`get_max_length` under the name that `transformers` 4 has for it."""
+        return self.capacity
+
+
+class KVCache(Cache):
+    """One `KVCacheLayer` for each decoder layer."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.stack = [KVCacheLayer(capacity) for _ in range(layers)]
+        super().__init__(layers=list(self.stack))
+
+    def repeated(self, counts: Tensor, capacity: int) -> KVCache:
+        """A cache with row i repeated `counts[i]` times, and room for `capacity` columns."""
+        cache = KVCache(0, capacity)
+        cache.stack = [layer.repeated(counts, capacity) for layer in self.stack]
+        cache.layers = list(cache.stack)
+        return cache
+
+    def keep(self, holes: Tensor, tails: Tensor, rows: int) -> None:
+        """Move rows `tails` into rows `holes` in every layer, then keep the first `rows`."""
+        for layer in self.stack:
+            layer.keep(holes, tails, rows)

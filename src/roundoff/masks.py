@@ -1,0 +1,99 @@
+"""Positions, row ids and attention masks of left-padded rollouts: one source for sampling and for training passes.
+
+Axes: N rollouts, S = P + T columns (prompt and response). Row n holds `left[n]` padding columns, its prompt, its
+response, then padding again. A position counts without padding, so that it is the same in any batch:
+
+    column    0    1    2    3    4    5    6
+    token   pad  pad    3    -    1    =    2          left = 2
+    position  0    0    0    1    2    3    4
+
+Masks are additive 4-D tensors prepared here; `transformers` would build them anew for each decode step.
+They forbid attention to later columns, to padding, and (sliding-window layers) to columns `sliding_window` or more
+back, as `transformers.masking_utils.sliding_window_overlay` has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+POSITIONS_PER_ROLLOUT = 2**20
+"""Row id of a token: `rollout_id * 2**20 + position` (longest sequence: 1,048,576 tokens)."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+Masks = Tensor | Mapping[str, Tensor]
+"""What a model takes as `attention_mask`: one additive mask, or one for each kind of layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPattern:
+    """Which columns the layers of a model attend to."""
+
+    kinds: frozenset[str]
+    """`full_attention`, `sliding_attention` or both."""
+    window: int
+    """Columns that a sliding-window layer sees, its own included (0: none slides)."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> AttentionPattern:
+        """The pattern of a causal `transformers` model.
+
+        Raises:
+            ValueError: if the model has other layers (linear, chunked) or takes no prepared mask (flash attention).
+        """
+        config = model.config.get_text_config(decoder=True)
+        window = getattr(config, "sliding_window", None) or 0
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            kinds = [_SLIDING if window and getattr(config, "use_sliding_window", True) else _FULL]
+        unknown = set(kinds) - {_FULL, _SLIDING}
+        if unknown:
+            raise ValueError(
+                f"roundoff samples models whose layers are full or sliding-window attention, but {config.model_type} "
+                f"has {', '.join(sorted(unknown))}"
+            )
+        implementation = getattr(config, "_attn_implementation", None) or ""
+        if "flash" in implementation or "flex" in implementation or "paged" in implementation:
+            raise ValueError(
+                f"the attention implementation must take a prepared mask, but is {implementation!r}: load the model "
+                "with attn_implementation='sdpa'"
+            )
+        return cls(frozenset(kinds), window if _SLIDING in kinds else 0)
+
+    def slides(self, columns: int) -> bool:
+        """Whether a sequence of so many columns is longer than the window."""
+        return 0 < self.window < columns
+
+    def masks(self, queries: Tensor, left: Tensor, columns: int, dtype: torch.dtype) -> Masks:
+        """Additive masks [N, 1, Q, columns] of query columns [Q] under left padding [N]."""
+        keys = torch.arange(columns, device=left.device)
+        seen = (keys <= queries[:, None]) & (keys >= left[:, None, None])  # [N, Q, columns]
+        if not self.slides(columns):
+            return _additive(seen, dtype)
+        near = _additive(seen & (keys > queries[:, None] - self.window), dtype)
+        return near if self.kinds == {_SLIDING} else {_FULL: _additive(seen, dtype), _SLIDING: near}
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    # The smallest number rather than -inf: a padding row attends to nothing and must not become NaN.
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def left_padding(attention_mask: Tensor) -> Tensor:
+    """Padding columns before each rollout's first token, [N], from an attention mask [N, S]."""
+    return attention_mask.bool().to(torch.uint8).argmax(dim=1)
+
+
+def positions(left: Tensor, columns: int) -> Tensor:
+    """Position [N, columns] of each column, counted without left padding (0 within it)."""
+    return (torch.arange(columns, device=left.device) - left[:, None]).clamp(min=0)
+
+
+def row_ids(rollout_ids: Tensor, position: Tensor) -> Tensor:
+    """Row ids [N, S] of tokens at positions [N, S] of rollouts [N]: what keys the hardware's noise."""
+    return rollout_ids[:, None] * POSITIONS_PER_ROLLOUT + position

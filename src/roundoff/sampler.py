@@ -1,0 +1,391 @@
+"""Sampling rollouts from a causal `transformers` model: batched, with a key-value cache, under any hardware.
+
+Prompts are sorted by length, left-padded and decoded together; a rollout that has ended leaves the batch. Results come
+back in the order of the prompts, the G rollouts of a prompt next to each other.
+
+**Randomness.** The token of rollout r at response index t is drawn by inverse transform from one uniform number that
+depends on (key, rollout id of r, t) and nothing else: `token = min{i : p_0 + ... + p_i > u}`, summed in float64. A
+batch that is split, sorted or thinned out otherwise gives the same text, with one caveat: a matrix product over another
+number of rows may round differently, and a token whose `u` lies within that rounding (about 1e-6) of a boundary then
+changes.
+
+**Hardware.** The model is called as it is, with whatever arithmetic is installed. Its noise is keyed by row ids
+(`masks.row_ids`) under `key.fold("noise")`, which `Rollouts.noise_key` records. On noisy hardware each rollout makes
+its own pass over its prompt, as on the chip; otherwise the rollouts of a prompt share one, whose result is the same.
+
+**Log-probabilities** are those of the tokens under `softmax(logits / temperature)` over the full vocabulary, before
+top-k and top-p cut it (with temperature 0, greedy decoding: at temperature 1), as in trl and verl. With top_p = 1 and
+top_k = 0 that is the distribution sampled from.
+
+**A bad rollout is data.** Where the distribution is not finite the rollout ends before that token, with `nonfinite` and
+`truncated` set; what it wrote before stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from roundoff.kv_cache import KVCache
+from roundoff.logprobs import is_noisy, noise_context, token_logprobs
+from roundoff.masks import AttentionPattern, Masks, positions, row_ids
+from roundoff.numerics.rng import Key, uniform
+from roundoff.rollouts import Rollouts, concatenate
+
+__all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
+
+MAX_ROWS = 512
+"""Rollouts decoded together; more are split into batches of similar prompt length."""
+COMPACT_SHARE = 0.125
+"""Rollouts leave the batch once this share of it has ended: moving rows costs less than computing them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """How tokens are chosen, checked."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    end_tokens: tuple[int, ...]
+    pad_token: int
+
+    def __post_init__(self) -> None:
+        for name, value, holds, rule in (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (the whole vocabulary) or more"),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, but is {value}")
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    key: Key,
+    rollout_ids: Tensor | Sequence[int] | None = None,
+    max_rows: int = MAX_ROWS,
+) -> Rollouts:
+    """Rollouts of `prompts`, `group_size` of each, in the order of the prompts.
+
+    Args:
+        model: called as it is, with its hardware, in evaluation mode (its mode is restored).
+        tokenizer: encodes the prompts with its own special tokens; its end token and those of the model's
+            `generation_config` end a response.
+        prompts: any number of texts, equal ones included.
+        group_size: rollouts of each prompt.
+        max_new_tokens: length limit of a response, end token included (tokens).
+        temperature: 0 takes the most likely token.
+        top_p: samples from the smallest set of most likely tokens that holds this share of the probability.
+        top_k: samples from the k most likely tokens (and those that tie with the last); 0: from all.
+        key: of every draw inside. The same key and rollout ids give the same rollouts.
+        rollout_ids: [N] whole numbers in [0, 2**43), by default 0 to N-1; calls under one key need ids of their own.
+        max_rows: rollouts decoded together at most; changes memory and speed, not the result.
+
+    Raises:
+        ValueError: on a setting out of range, a tokenizer without pad or end token, a prompt that encodes to nothing,
+            or one that leaves no room for the response within `max_position_embeddings`.
+    """
+    settings = _Settings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
+    encoded = _encode(model, tokenizer, prompts, max_new_tokens)
+    count = len(prompts) * group_size
+    if group_size < 1 or max_rows < 1:
+        raise ValueError(f"group_size and max_rows must be at least 1, but are {group_size} and {max_rows}")
+    ids = torch.arange(count) if rollout_ids is None else torch.as_tensor(rollout_ids, dtype=torch.int64).cpu()
+    if ids.shape != (count,) or not bool(((ids >= 0) & (ids < 2**43)).all()):
+        raise ValueError(f"rollout_ids must be {count} whole numbers in [0, 2**43), but is {ids.tolist()[:4]}...")
+    written = _Written.empty(count, settings, model.device)
+    noise_key = key.fold("noise")
+    run = _Decoder(model, AttentionPattern.of(model), settings, key, noise_key if is_noisy(model) else None, written)
+    # Equal prompts next to each other, short before long: little padding, and one prefill for equal prompts.
+    order = sorted(range(count), key=lambda n: (len(encoded[n // group_size]), encoded[n // group_size], n))
+    with _evaluation_mode(model):
+        for start in range(0, count, max_rows):
+            chosen = order[start : start + max_rows]
+            run.decode([encoded[n // group_size] for n in chosen], torch.tensor(chosen), ids[chosen])
+    return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
+
+
+@dataclass(slots=True)
+class _Written:
+    """What has been sampled, by rollout; columns beyond `length` hold leavings."""
+
+    tokens: Tensor  # [N, T]
+    logprobs: Tensor  # [N, T]
+    length: Tensor  # [N]
+    truncated: Tensor  # [N]
+    nonfinite: Tensor  # [N]
+    pad_token: int
+
+    @classmethod
+    def empty(cls, count: int, settings: _Settings, device: torch.device) -> _Written:
+        T = settings.max_new_tokens
+        return cls(
+            tokens=torch.full((count, T), settings.pad_token, device=device),
+            logprobs=torch.zeros(count, T, device=device),
+            length=torch.full((count,), T, device=device),
+            truncated=torch.ones(count, dtype=torch.bool, device=device),
+            nonfinite=torch.zeros(count, dtype=torch.bool, device=device),
+            pad_token=settings.pad_token,
+        )
+
+    def end(self, slots: Tensor, stopped: Tensor, finite: Tensor, t: int) -> None:
+        """Record that the `stopped` of the rollouts in `slots` end with token t, or before it if it is not `finite`."""
+        ended, proper = slots[stopped], finite[stopped]
+        self.length[ended] = t + proper.long()
+        self.truncated[ended] = ~proper
+        self.nonfinite[ended] = ~proper
+
+
+@dataclass(slots=True)
+class _Live:
+    """The rollouts of the batch that is being decoded: b rows, in the order of the cache."""
+
+    slots: Tensor  # [b] index of the rollout in _Written
+    ids: Tensor  # [b] rollout ids
+    left: Tensor  # [b] columns of left padding
+    uniforms: Tensor  # [b, T]
+    running: Tensor  # [b] bool
+    mask: (
+        Tensor | None
+    )  # [b, 1, 1, P+T] of the last column; those of earlier ones are its leading parts. None: they slide
+
+    def keep(self, index: Tensor) -> None:
+        self.slots, self.ids, self.left = self.slots[index], self.ids[index], self.left[index]
+        self.uniforms, self.running = self.uniforms[index], self.running[index]
+        if self.mask is not None:
+            self.mask = self.mask[index]
+
+
+@dataclass(slots=True)
+class _Decoder:
+    """Decodes batches of rollouts of one call of `sample`."""
+
+    model: PreTrainedModel
+    pattern: AttentionPattern
+    settings: _Settings
+    key: Key
+    noise: Key | None  # None on hardware that is not noisy
+    written: _Written
+
+    def decode(self, prompts: list[list[int]], slots: Tensor, ids: Tensor) -> None:
+        """Decode one batch: prompts (equal ones adjacent), their places in `written`, their rollout ids."""
+        device = self.written.tokens.device
+        T, P = self.settings.max_new_tokens, max(map(len, prompts))
+        left = torch.tensor([P - len(prompt) for prompt in prompts], device=device)
+        greedy, shape = self.settings.temperature == 0, (len(ids), T)
+        live = _Live(
+            slots=slots.to(device),
+            ids=ids.to(device),
+            left=left,
+            uniforms=(torch.zeros(shape) if greedy else uniform(self.key.fold("sample"), shape, rows=ids)).to(device),
+            running=torch.ones(len(ids), dtype=torch.bool, device=device),
+            mask=None if self.pattern.slides(P + T) else self._full_mask(left, P + T),
+        )
+        cache, logits = self._prefill(prompts, live, P)
+        is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
+        is_end[[token for token in self.settings.end_tokens if token < len(is_end)]] = True
+        for t in range(T):
+            tokens, logprobs = choose(logits, live.uniforms[:, t], self.settings)
+            self.written.tokens[live.slots, t] = tokens
+            self.written.logprobs[live.slots, t] = logprobs
+            finite = logprobs.isfinite()
+            stopped = (is_end[tokens] | ~finite) & live.running
+            if stopped.any():
+                self.written.end(live.slots, stopped, finite, t)
+                live.running &= ~stopped
+                tokens = _compact(live, cache, tokens)
+            if t + 1 == T or not len(tokens):
+                return
+            logits = self._step(live, cache, tokens, P + t)
+
+    def _prefill(self, prompts: list[list[int]], live: _Live, width: int) -> tuple[KVCache, Tensor]:
+        """The cache after the prompts, and the logits [b, V] of the first response token."""
+        capacity = width + self.settings.max_new_tokens - 1
+        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        # Of equal prompts the first alone makes the pass, unless each pass draws noise of its own.
+        first = [i for i in range(len(prompts)) if self.noise or i == 0 or prompts[i] != prompts[i - 1]]
+        whole = len(first) == len(prompts)
+        tokens = torch.full((len(first), width), self.settings.pad_token)
+        for row, i in enumerate(first):
+            tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+        left = live.left[first]
+        position = positions(left, width)
+        cache = KVCache(layers, capacity if whole else width)
+        masks = self.pattern.masks(torch.arange(width, device=left.device), left, width, self.model.dtype)
+        with noise_context(self.model, self.noise, row_ids(live.ids[first], position)):
+            logits = self._forward(tokens.to(left.device), masks, position, cache)
+        if whole:
+            return cache, logits
+        counts = torch.tensor([*first, len(prompts)], device=left.device).diff()
+        return cache.repeated(counts, capacity), logits.repeat_interleave(counts, dim=0)
+
+    def _step(self, live: _Live, cache: KVCache, tokens: Tensor, column: int) -> Tensor:
+        """Logits [b, V] after feeding `tokens` [b] in `column`."""
+        position = (column - live.left)[:, None]
+        mask = self._masks(live.left, column) if live.mask is None else live.mask.narrow(3, 0, column + 1)
+        rows = row_ids(live.ids, position) if self.noise else None
+        with noise_context(self.model, self.noise, rows):
+            return self._forward(tokens[:, None], mask, position, cache)
+
+    def _forward(self, tokens: Tensor, mask: Masks, position: Tensor, cache: KVCache) -> Tensor:
+        output = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
+
+    def _full_mask(self, left: Tensor, columns: int) -> Tensor:
+        mask = self._masks(left, columns - 1)
+        assert isinstance(mask, Tensor)  # one for all layers, as no window slides
+        return mask
+
+    def _masks(self, left: Tensor, column: int) -> Masks:
+        return self.pattern.masks(torch.tensor([column], device=left.device), left, column + 1, self.model.dtype)
+
+
+def choose(logits: Tensor, uniforms: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """Tokens [b] drawn from logits [b, V] with one uniform number each, and their log-probabilities [b]."""
+    if settings.temperature == 0:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = logprobs.argmax(dim=-1, keepdim=True)
+    else:
+        logprobs = torch.log_softmax(logits / settings.temperature, dim=-1)
+        probabilities = _cut(logprobs.exp(), settings)
+        # float64: the product below stays under the total, so that no token of probability 0 is ever chosen
+        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+        thresholds = uniforms[:, None] * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, thresholds, right=True).clamp_(max=logits.shape[-1] - 1)
+    return chosen[:, 0], logprobs.gather(1, chosen)[:, 0]
+
+
+def _cut(probabilities: Tensor, settings: _Settings) -> Tensor:
+    """Probabilities [b, V] with 0 outside the top k and then, of what is left, outside the top-p set."""
+    if 0 < settings.top_k < probabilities.shape[-1]:
+        smallest = probabilities.topk(settings.top_k, dim=-1).values[:, -1:]
+        probabilities = torch.where(probabilities >= smallest, probabilities, 0.0)
+    if settings.top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+        inside = before < settings.top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        inside[:, 0] = True  # the most likely token stays whatever top_p is
+        probabilities = torch.zeros_like(probabilities).scatter(1, order, torch.where(inside, ordered, 0.0))
+    return probabilities
+
+
+def _compact(live: _Live, cache: KVCache, tokens: Tensor) -> Tensor:
+    """The last tokens [b] of the rollouts that stay in the batch; ended ones leave once they are enough to pay."""
+    rows = len(live.running)
+    index = live.running.nonzero()[:, 0]
+    count = len(index)
+    if count and rows - count < COMPACT_SHARE * rows:
+        return tokens
+    # Running rows from beyond `count` move into the places of ended rows before it; the others stay where they are.
+    holes, tails = (~live.running[:count]).nonzero()[:, 0], index[index >= count]
+    keep = torch.arange(count, device=index.device)
+    keep[holes] = tails
+    live.keep(keep)
+    cache.keep(holes, tails, count)
+    return tokens[keep]
+
+
+def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
+    """Every token that ends a response, and the padding token."""
+    ends: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        ends.update([] if value is None else [value] if isinstance(value, int) else value)
+    if not ends:
+        raise ValueError("the tokenizer must have an end token, but tokenizer.eos_token is None: no response would end")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer must have a pad token: set tokenizer.pad_token = tokenizer.eos_token")
+    return tuple(sorted(ends)), int(tokenizer.pad_token_id)
+
+
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids of each prompt."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be one or more texts in a list, but is {prompts!r}")
+    encoded: list[list[int]] = tokenizer(list(prompts), padding=False)["input_ids"]
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for number, tokens in enumerate(encoded):
+        if not tokens:
+            raise ValueError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
+        if limit is not None and len(tokens) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {number} has {len(tokens)} tokens: with max_new_tokens = {max_new_tokens} it does not fit "
+                f"into the {limit} positions of the model; shorten or filter it (training.max_prompt_tokens)"
+            )
+    return encoded
+
+
+@contextmanager
+def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off inside; each module's own mode is restored."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _assemble(
+    written: _Written,
+    prompts: list[list[int]],
+    ids: Tensor,
+    group_size: int,
+    noise_key: Key,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Rollouts:
+    """The rollouts, with the padding and the columns that they need."""
+    device = written.tokens.device
+    P, T = max(map(len, prompts)), max(1, int(written.length.max()))
+    left = torch.tensor([P - len(prompt) for prompt in prompts], device=device)
+    inside = torch.arange(T, device=device) < written.length[:, None]
+    responses = written.tokens[:, :T].masked_fill(~inside, written.pad_token)
+    padded = torch.tensor([[written.pad_token] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
+    lengths = written.length.tolist()
+    texts = tokenizer.batch_decode(
+        [row[:length] for row, length in zip(responses.tolist(), lengths, strict=True)],
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return Rollouts(
+        tokens=torch.cat([padded, responses], dim=1),
+        attention_mask=torch.cat([torch.arange(P, device=device) >= left[:, None], inside], dim=1),
+        prompt_length=P,
+        response_mask=inside,
+        logprobs=written.logprobs[:, :T].masked_fill(~inside, 0.0),
+        texts=texts,
+        truncated=written.truncated,
+        nonfinite=written.nonfinite,
+        rows=row_ids(ids.to(device), positions(left, P + T)),
+        group_size=group_size,
+        noise_key=noise_key,
+        pad_token_id=written.pad_token,
+    )
