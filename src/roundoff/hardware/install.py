@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import attention
 from roundoff.hardware.draw import Draw, Runtime
-from roundoff.hardware.faults import RANDOM_KINDS, InstalledFault, install_fault
+from roundoff.hardware.faults import InstalledFault, install_fault
 from roundoff.hardware.inventory import Entry, Found, Skipped, exclusion, find_linears, plain_name, within_layer
 from roundoff.hardware.linear import HardwareLinear, LinearState
 from roundoff.numerics.rng import Key
@@ -35,7 +35,7 @@ class InstalledHardware:
     skipped: tuple[Skipped, ...]
     """Modules with weights that it does not compute, each with the reason."""
     nonfinite: tuple[str, ...]
-    """Modules whose weights held NaN or Inf at install: every block with one becomes NaN."""
+    """Weights that held NaN or Inf at install: every block with one becomes NaN."""
     model: nn.Module = field(repr=False)
     runtime: Runtime = field(repr=False)
     linears: tuple[HardwareLinear, ...] = field(repr=False)
@@ -57,11 +57,11 @@ class InstalledHardware:
             lines.append(f"{len(self.attention_modules):4d} attention layers: noise {std:g} on QK^T and PV")
         reasons = Counter(skip.reason for skip in self.skipped)
         lines += [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
-        lines += [f"     NaN or Inf in the weight of {name}" for name in self.nonfinite]
+        lines += [f"     NaN or Inf in {name}" for name in self.nonfinite]
         return "\n".join(lines)
 
     def check_weights(self) -> tuple[str, ...]:
-        """Names of the installed modules whose weights hold NaN or Inf now (reads every weight once)."""
+        """Names of the installed weights and biases that hold NaN or Inf now (reads each once)."""
         return _nonfinite_weights(self.model, {entry.name for entry in self.entries})
 
     def diagnose(self, **batch: Any) -> tuple[str, ...]:
@@ -275,7 +275,7 @@ def _faults_of(item: Found, hardware: Hardware, runtime: Runtime) -> tuple[Insta
             raise ConfigError(
                 f"hardware.faults.{index}.bit must be 16 or more on a bfloat16 model, which has no bit {fault.bit}"
             )
-        if fault.kind in RANDOM_KINDS and fault.share == 0:
+        if fault.share == 0:
             raise ConfigError(f"hardware.faults.{index}.share is 0, so the fault would do nothing")
         key = runtime.seed_key.fold("fault", index, item.plain_name)
         found.append(install_fault(fault, item.module.out_features, key))
