@@ -1,5 +1,7 @@
 """One Linear on the hardware: products and gradients by hand, the cache of Q(W), and replayed noise."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,11 +179,14 @@ def test_rows_that_do_not_fit_the_tokens_are_an_error():
         pass
 
 
-def test_a_weight_is_quantized_once_per_change_into_one_buffer():
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("how", ["fused", "foreach"])
+def test_a_weight_is_quantized_once_per_optimizer_step_into_one_buffer(how, copied):
     model = One(normal(48, 64))
-    installed = install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
-    linear = model.linear
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
+    model = copy.deepcopy(model) if copied else model
+    installed, linear = model.hardware_installed, model.linear
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **{how: True})
     x = normal(4, 64)
     for step in range(3):
         for _ in range(4):  # micro-batches, and rollouts without gradient

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import attention
@@ -42,6 +44,31 @@ class InstalledHardware:
     attention_modules: tuple[nn.Module, ...] = field(repr=False)
     configs: tuple[tuple[Any, str | None], ...] = field(repr=False)
     """Model configs whose attention was switched, each with the implementation it had."""
+
+    def __post_init__(self) -> None:
+        self._count_fused_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (deepcopy, pickle) watches optimizers for its own weights."""
+        self.__dict__.update(state)
+        self._count_fused_steps()
+
+    def _count_fused_steps(self) -> None:
+        """Count the writes of `fused=True` optimizers, which leave torch's version counters as they were.
+
+        An optimizer hook, taken away with this object: without it `Q(W)` would stay that of the first step for ever.
+        """
+        reference = weakref.ref(self)
+
+        def count(optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
+            found = reference()
+            if found is not None:
+                weights = {id(module.weight) for module in found.linears}
+                stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
+                torch.autograd.graph.increment_version(stepped)
+
+        handle = register_optimizer_step_post_hook(count)
+        weakref.finalize(self, handle.remove)
 
     @property
     def is_on(self) -> bool:

@@ -10,8 +10,9 @@
   maximum is that of the token for the same reason. Deadzone first, then the format.
 - `dX` and `dW` pass straight through formats, deadzone and faults (their derivative counts as 1).
 - `Q(W)` is kept in a buffer of its own beside the parameters and computed again only when the weight has changed
-  (version counter, address, dtype or device). PyTorch does not count changes made through `weight.data`, as PEFT's
-  `merge_adapter` makes them: call `InstalledHardware.refresh()` after those.
+  (version counter, address, dtype or device). The steps of fused optimizers, which torch does not count, are counted by
+  a hook (see `install`). Changes made through `weight.data`, as PEFT's `merge_adapter` makes them, nobody counts: call
+  `InstalledHardware.refresh()` after those.
 """
 
 from __future__ import annotations

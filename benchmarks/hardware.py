@@ -1,0 +1,116 @@
+"""Time of one training step and one decoding step of `tiny` on simulated hardware, relative to the plain model."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from roundoff.config import Hardware, MatmulNoise, Precision
+from roundoff.hardware import install, noise_key
+from roundoff.models.load import load_model
+from roundoff.numerics.rng import Key
+
+TRAINED = (64, 20)  # rollouts x tokens of a training pass
+DECODED = (256, 16)  # rollouts x tokens in the cache of a decoding step
+REPEATS = 41
+NOISE = MatmulNoise(relative_std=0.05)
+SETTINGS: dict[str, tuple[Hardware, float | None]] = {
+    "plain": (Hardware(), None),
+    "W4A16 (mxfp4)": (Hardware(precision=Precision(weight="mxfp4")), 1.15),
+    "W4A4 (mxfp4)": (Hardware(precision=Precision(weight="mxfp4", activation="mxfp4")), 1.6),
+    "W4A4 (nvfp4)": (Hardware(precision=Precision(weight="nvfp4", activation="nvfp4")), 1.6),
+    "5 % noise, all products": (Hardware(matmul_noise=NOISE), 1.4),
+    "5 % noise, Linear only": (Hardware(matmul_noise=NOISE.model_copy(update={"attention": False})), None),
+    "5 % noise, W4A4 (mxfp4)": (
+        Hardware(matmul_noise=NOISE, precision=Precision(weight="mxfp4", activation="mxfp4")),
+        None,
+    ),
+}
+
+
+def training_step(hardware: Hardware) -> Callable[[], None]:
+    """One optimizer step of `tiny`: forward, loss on every token, backward, AdamW."""
+    model = load_model("tiny", dtype=torch.float32, device="cpu").model.train()
+    installed = not hardware.changes_nothing
+    if installed:
+        install(model, hardware, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    count, length = TRAINED
+    ids = torch.randint(3, model.config.vocab_size, TRAINED, generator=torch.Generator().manual_seed(0))
+    rows = (torch.arange(count)[:, None] << 20) + torch.arange(length)
+    key, mask = Key.from_seed(0), torch.ones_like(ids)
+    calls = iter(range(1 << 30))
+
+    def loss() -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+
+    def step() -> None:
+        if installed:
+            with noise_key(model, key.fold(next(calls)), rows):
+                loss().backward()
+        else:
+            loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def decoding_step(hardware: Hardware) -> Callable[[], None]:
+    """One forward pass of `tiny` on one new token of each rollout, with a cache."""
+    model = load_model("tiny", dtype=torch.float32, device="cpu").model
+    installed = not hardware.changes_nothing
+    if installed:
+        install(model, hardware, seed=0)
+    count, length = DECODED
+    ids = torch.randint(3, model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    rows = (torch.arange(count)[:, None] << 20) + length
+    mask, key = torch.ones(count, length + 1, dtype=torch.int64), Key.from_seed(0)
+
+    @torch.no_grad()
+    def step() -> None:
+        if installed:
+            with noise_key(model, key, rows):
+                model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        else:
+            model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds of each repeat of each step, in turns, so that a slow moment of the machine meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(REPEATS + 3):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat >= 3:  # warm-up: caches, allocator, clock
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def report(title: str, times: dict[str, list[float]], goals: dict[str, float | None]) -> None:
+    """Print medians and the median ratio to the plain step of the same turn."""
+    print(f"\n{title}\n{'':28s} {'ms':>8s} {'ratio':>7s} {'goal':>6s}")
+    for name, seconds in times.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, times["plain"], strict=True))
+        goal = goals[name]
+        print(f"{name:28s} {1e3 * statistics.median(seconds):8.2f} {ratio:7.2f} {goal or '':>6}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    goals = {name: goal for name, (_, goal) in SETTINGS.items()}
+    for title, make in ((f"training step, {TRAINED}", training_step), (f"decoding step, {DECODED}", decoding_step)):
+        report(title, interleaved({name: make(hardware) for name, (hardware, _) in SETTINGS.items()}), goals)
+
+
+if __name__ == "__main__":
+    main()
