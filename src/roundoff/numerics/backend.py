@@ -72,7 +72,7 @@ def use_backend(choice: Backend) -> Iterator[None]:
 
 def kernels_for(x: Tensor) -> Kernels | None:
     """The compiled kernels for work on this tensor; None means: plain torch."""
-    if not x.is_cpu or _choice.get() == "torch" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
         return None
     return _kernels()
 

@@ -20,7 +20,7 @@ from .rng import Key, word_rows
 
 _EXPONENT = 0x7F800000
 _MANTISSA = 0x007FFFFF
-_CHUNK = 1 << 17  # elements worked on at a time: temporaries stay in the cache
+_CHUNK = 1 << 18  # elements worked on at a time: temporaries stay in the cache
 
 
 def round_to_grid(v: Tensor, element: Element) -> Tensor:

@@ -158,6 +158,6 @@ def get_format(name: str) -> Format:
     default = FORMATS.get(base)
     if default is not None and rule and default.rule == rule:
         return default
-    near = difflib.get_close_matches(name, list(FORMATS), n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), list(FORMATS), n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(FORMATS)}"
     raise ValueError(f"unknown number format {name!r}: {hint}")

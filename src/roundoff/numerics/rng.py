@@ -1,10 +1,10 @@
 """Random numbers that are a function of a key and a position, and of nothing else.
 
 A stateful generator ties a draw to everything drawn before it: another batch order, another number of processes, or a
-resumed run gives other noise. Here a draw is `Philox4x32-7(counter, key)` (Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As
-Easy as 1, 2, 3", SC 2011), a keyed bijection of 128-bit counters, so any draw can be made alone, in any order, twice.
-Seven rounds are the fewest that pass BigCrush (table 2 there; the paper's default of ten is a margin). They are taken
-because noise costs as much as a small layer's matrix product, and each round is 5 % of that noise.
+resumed run gives other noise. Here a draw is `Philox4x32-7(counter, key)` (Salmon, Moraes, Dror, Shaw, "Parallel
+Random Numbers: As Easy as 1, 2, 3", SC 2011), a keyed bijection of 128-bit counters, so any draw can be made alone, in
+any order, twice. Seven rounds are the fewest that pass BigCrush (table 2 there; the paper's default of ten is a
+margin). They are taken because noise costs as much as a small layer's matrix product.
 
     key      64 bits   `Key`: folded from the run's seed, the purpose, the step, the layer, ...
     counter 128 bits   (column // 4: 64 bits, row id: 64 bits); word `column % 4` of the block belongs to the column

@@ -101,7 +101,7 @@ struct Work {
 };
 
 // Random words of columns [column, column + n) of a row; column is a multiple of 4.
-static inline void words_of(const Work& w, int64_t row, int64_t column, int64_t n, float* out) {
+__attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64_t column, int64_t n, float* out) {
     Counters c;
     for (int64_t i = 0; i < n; i += 64) {
         c.ramp(row, (column + i) >> 2);

@@ -128,8 +128,10 @@ void noise(const T* y, T* out, const Rows& rows, int64_t count, float s, uint64_
     bool aligned = ((uintptr_t)out % 64) == 0 && (rows.columns * (int64_t)sizeof(T)) % 64 == 0 && !rows.first;
     bool stream = aligned && y && y != out && n * (int64_t)sizeof(T) >= STREAM_BYTES;
     parallel(count, 1, n, threads, [&](int64_t begin, int64_t end) {
-        if (stream) noise_rows<T, DRAW, true>(y, out, rows, begin, end, s, key), stream_fence();
-        else noise_rows<T, DRAW, false>(y, out, rows, begin, end, s, key);
+        if constexpr (DRAW == NORMALS) {
+            if (stream) return noise_rows<T, DRAW, true>(y, out, rows, begin, end, s, key), stream_fence();
+        }
+        noise_rows<T, DRAW, false>(y, out, rows, begin, end, s, key);
     });
 }
 

@@ -1,0 +1,77 @@
+"""What quantize refuses, before anything is written, and how it says so."""
+
+import math
+
+import pytest
+import torch
+
+from roundoff.numerics.backend import use_backend
+from roundoff.numerics.formats import get_format
+from roundoff.numerics.quantize import quantize
+from roundoff.numerics.rng import Key
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def backend(request):
+    with use_backend(request.param):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool])
+def test_dtypes(dtype):
+    with pytest.raises(TypeError, match="float32 or bfloat16, but the tensor is torch"):
+        quantize(torch.ones(4, 32).to(dtype), "mxfp4")
+
+
+def test_not_a_tensor():
+    with pytest.raises(TypeError, match="but got list"):
+        quantize([1.0], "mxfp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("mxfp5", "mxfp4"), ("nvfp", "nvfp4"), ("MXFP4", "mxfp4"), ("mxfp4:ceiling", "mxfp4:ceil"), ("int", "int8")],
+)
+def test_unknown_format_suggests_the_nearest(name, near):
+    with pytest.raises(ValueError, match=f"unknown number format '{name}'.*'{near}'"):
+        quantize(torch.ones(32), name)
+
+
+def test_unknown_format_without_a_near_one_lists_all():
+    with pytest.raises(ValueError, match="known: mxfp4, "):
+        get_format("zzz")
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 32), 2), ((4, 32), -3), ((32,), 1), ((), 1)])
+def test_axis(shape, axis):
+    with pytest.raises(IndexError, match=f"axis must be in .*but is {axis}"):
+        quantize(torch.ones(shape), "mxfp4", axis=axis)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, torch.tensor(math.nan), torch.tensor([[-1.0]] * 4)])
+def test_tensor_scale_values(scale):
+    out = torch.zeros(4, 32)
+    with pytest.raises(ValueError, match="tensor_scale must be finite and not negative"):
+        quantize(torch.ones(4, 32), "nvfp4", tensor_scale=scale, out=out)
+    assert not out.any()
+
+
+def test_tensor_scale_shapes_and_words():
+    with pytest.raises(ValueError, match=r"must broadcast to \(4, 1\), but has shape \(3, 1\)"):
+        quantize(torch.ones(4, 32), "nvfp4", tensor_scale=torch.ones(3, 1))
+    with pytest.raises(ValueError, match="rows"):
+        quantize(torch.ones(4, 32), "nvfp4", tensor_scale="rows")
+    with pytest.raises(ValueError, match="'mxfp4' has no tensor scale"):
+        quantize(torch.ones(4, 32), "mxfp4", tensor_scale=1.0)
+
+
+@pytest.mark.parametrize("out", [torch.zeros(4, 33), torch.zeros(4, 32, dtype=torch.bfloat16), torch.zeros(32, 4)])
+def test_out(out):
+    with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \(4, 32\)"):
+        quantize(torch.ones(4, 32), "mxfp4", out=out)
+    assert not out.any()
+
+
+def test_a_cast_has_no_stochastic_rounding():
+    with pytest.raises(ValueError, match="not for the cast 'bf16'"):
+        quantize(torch.ones(32), "bf16", stochastic=Key(0))

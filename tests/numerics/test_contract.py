@@ -1,0 +1,184 @@
+"""What every entry of FORMATS promises, on both paths and in both dtypes."""
+
+import math
+
+import pytest
+import torch
+
+from roundoff.numerics.backend import use_backend
+from roundoff.numerics.formats import FORMATS
+from roundoff.numerics.quantize import quantize
+from roundoff.numerics.rng import Key
+
+BLOCKS = [name for name, fmt in FORMATS.items() if fmt.element is not None]
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def backend(request):
+    with use_backend(request.param):
+        yield
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request):
+    return request.param
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same(a, b):
+    """Equal bits, signs of zeros included; a NaN equals a NaN."""
+    integers = torch.int32 if a.dtype is torch.float32 else torch.int16
+    nan = torch.isnan(a)
+    return bool((nan == torch.isnan(b)).all()) and torch.equal(a[~nan].view(integers), b[~nan].view(integers))
+
+
+def block_size(fmt, columns):
+    return fmt.block or (columns if fmt.element is not None and fmt.tensor_divisor is None else 1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+class TestEveryFormat:
+    def test_shape_dtype_and_input_kept(self, name, dtype):
+        x = draw(3, 5, 96, dtype=dtype)
+        before = x.clone()
+        q = quantize(x, name)
+        assert q.shape == x.shape and q.dtype == dtype and q.is_contiguous()
+        assert torch.equal(x, before) and q.data_ptr() != x.data_ptr()
+
+    def test_error_is_moderate(self, name, dtype):
+        # SQNR on N(0, 1) in dB. ceil wastes most: 16.8 dB for MXFP4; two mantissa bits more give 12 dB more.
+        x = draw(64, 1024, dtype=dtype).float()
+        q = quantize(x.to(dtype), name).float()
+        sqnr = 10 * torch.log10(x.square().sum() / (x - q).square().sum().clamp(min=1e-30))
+        assert sqnr > 16.5
+
+    def test_signed_zeros(self, name, dtype):
+        x = torch.tensor([0.0, -0.0] * 48, dtype=dtype)
+        assert same(quantize(x, name), x)
+
+    def test_sign_of_the_input_is_kept(self, name, dtype):
+        x = draw(8, 256, dtype=dtype)
+        assert torch.equal(torch.signbit(quantize(x, name)), torch.signbit(x))
+
+    def test_a_bad_number_ruins_its_block_only(self, name, dtype):
+        fmt = FORMATS[name]
+        scale = 0.01 if fmt.tensor_divisor else None
+        size = block_size(fmt, 96)
+        start = 40 // size * size
+        for bad in (math.nan, math.inf, -math.inf):
+            x = draw(4, 96, dtype=dtype)
+            expected = quantize(x, name, tensor_scale=scale)
+            expected[2, start : start + size] = math.nan
+            if fmt.element is None:  # a cast keeps infinities
+                expected[2, 40] = bad
+            x[2, 40] = bad
+            assert same(quantize(x, name, tensor_scale=scale), expected), bad
+
+    def test_a_bad_number_leaves_the_tensor_scale_alone(self, name, dtype):
+        x = draw(4, 96, dtype=dtype)
+        x[0, 0] = x.abs().max() / 2  # so that replacing it leaves the maximum
+        clean, size = quantize(x, name), block_size(FORMATS[name], 96)
+        x[0, 0] = float("inf")
+        q = quantize(x, name)
+        assert same(q[1:], clean[1:]) and same(q[0, size:], clean[0, size:])
+
+    def test_out(self, name, dtype):
+        x = draw(6, 70, dtype=dtype)
+        expected, out = quantize(x, name), torch.full_like(x, 9.0)
+        assert quantize(x, name, out=out) is out and same(out, expected)
+        assert quantize(x, name, out=x) is x and same(x, expected)
+
+    def test_out_with_gaps(self, name, dtype):
+        x = draw(6, 70, dtype=dtype)
+        wide = torch.full((6, 140), 9.0, dtype=dtype)
+        quantize(x, name, out=wide[:, ::2])
+        assert same(wide[:, ::2].contiguous(), quantize(x, name)) and bool((wide[:, 1::2] == 9.0).all())
+
+    def test_rows_are_padded_one_by_one(self, name, dtype):
+        scale = 0.01 if FORMATS[name].tensor_divisor else None
+        for columns in (1, 15, 17, 33, 70, 257):
+            x = draw(3, columns, dtype=dtype)
+            rows = [quantize(torch.nn.functional.pad(row, (0, 320 - columns)), name, tensor_scale=scale) for row in x]
+            expected = torch.stack(rows)[:, :columns]
+            assert same(quantize(x, name, tensor_scale=scale), expected.contiguous()), columns
+
+    def test_axis(self, name, dtype):
+        x = draw(34, 20, 18, dtype=dtype)
+        for axis in (0, 1, -3, -2):
+            expected = quantize(x.movedim(axis, -1).contiguous(), name).movedim(-1, axis)
+            assert same(quantize(x, name, axis=axis), expected.contiguous()), axis
+        assert same(quantize(x, name, axis=2), quantize(x, name))
+
+    def test_memory_layout_does_not_count(self, name, dtype):
+        x = draw(40, 96, dtype=dtype)
+        assert same(quantize(x.t().contiguous().t(), name), quantize(x, name))
+
+    def test_row_scale_makes_rows_independent(self, name, dtype):
+        x = draw(9, 96, dtype=dtype) * torch.logspace(-3, 3, 9).unsqueeze(1).to(dtype)
+        together = quantize(x, name, tensor_scale="row")
+        alone = torch.cat([quantize(row, name, tensor_scale="row") for row in x.split(1)])
+        assert same(together, alone)
+
+    def test_odd_shapes(self, name, dtype):
+        for shape in ((), (1,), (0,), (3, 0), (0, 3)):
+            x = torch.full(shape, 3.0, dtype=dtype)  # as amax, 3 = 1.5 * 2^1 is kept up to a coarse grid's 2^-3
+            q = quantize(x, name)
+            assert q.shape == x.shape and torch.allclose(q, x, rtol=2**-3, atol=0), shape
+
+    def test_version_counter_sees_the_write(self, name, dtype):
+        # Caches of Q(W) are keyed on the version of W.
+        x = draw(4, 96, dtype=dtype)
+        version = x._version
+        quantize(x, name, out=x)
+        assert x._version > version
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_stochastic_rounding_is_unbiased(name, dtype):
+    # 4,096 rounds of the same numbers: the mean's standard error is at most step / 2 / 64; 5 of them are allowed.
+    row = torch.tensor([1.0, 0.71, 0.31, -0.43, 0.12, -0.052, 0.97, 0.5] * 4, dtype=dtype)
+    x = row.expand(4096, 32).contiguous()
+    scale = 1 / 448 if name == "fp8_e4m3" else None
+    q = quantize(x, name, tensor_scale=scale, stochastic=Key.from_seed(3)).float()
+    values = [torch.unique(column) for column in q.T]
+    assert all(len(v) <= 2 for v in values)
+    step = torch.stack([v.max() - v.min() for v in values])
+    inside = row.float().abs() <= q.abs().max()  # what saturates is biased by design
+    error = (q.mean(0) - row.float()).abs()
+    # 2^-8 relative: bfloat16 rounds the result once more
+    allowed = 5 * step / 128 + (2**-8 * row.float().abs() if dtype is torch.bfloat16 else 1e-6)
+    assert bool((error <= allowed)[inside].all()), (error, allowed)
+    assert bool((step > 0).any())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_stochastic_rounding_is_keyed(name):
+    x = draw(16, 96)
+    first, again, other = (quantize(x, name, stochastic=Key.from_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.02, 0.001])
+def test_nvfp4_keeps_its_accuracy_on_small_weights(sigma):
+    # 20.43 dB at any sigma; one-level scales fall under E4M3's normal range: see the next test.
+    x = draw(512, 1024) * sigma
+    sqnr = 10 * torch.log10(x.square().sum() / (x - quantize(x, "nvfp4")).square().sum())
+    assert sqnr.item() == pytest.approx(20.43, abs=0.06)  # 4 x the spread over seeds, 0.014 dB
+
+
+def test_nvfp4_without_tensor_scale_loses_small_weights():
+    x = draw(64, 1024) * 0.001
+    sqnr = 10 * torch.log10(x.square().sum() / (x - quantize(x, "nvfp4_block")).square().sum())
+    assert sqnr < 15
+
+
+@pytest.mark.parametrize(
+    ("name", "db"), [("mxfp4", 18.79), ("mxfp4:even", 19.03), ("mxfp4:rceil", 18.75), ("mxfp4:ceil", 16.82)]
+)
+def test_published_sqnr_of_the_scale_rules(name, db):
+    x = draw(512, 1024)
+    sqnr = 10 * torch.log10(x.square().sum() / (x - quantize(x, name)).square().sum())
+    assert sqnr.item() == pytest.approx(db, abs=0.06)

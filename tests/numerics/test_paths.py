@@ -1,0 +1,156 @@
+"""The compiled and the pure-torch path give the same bits, whatever the bits, the split, and the number of threads."""
+
+import pytest
+import torch
+
+from roundoff.numerics.backend import use_backend
+from roundoff.numerics.formats import FORMATS
+from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.quantize import quantize
+from roundoff.numerics.rng import Key, normal, uniform
+
+KEY = Key.from_seed(11)
+BLOCKS = [name for name, fmt in FORMATS.items() if fmt.element is not None]
+
+
+def same(a, b):
+    integers = torch.int32 if a.dtype is torch.float32 else torch.int16
+    nan = torch.isnan(a)
+    return torch.equal(nan, torch.isnan(b)) and torch.equal(
+        torch.where(nan, 0, a.view(integers)), torch.where(nan, 0, b.view(integers))
+    )
+
+
+def both(work):
+    with use_backend("torch"):
+        expected = work()
+    with use_backend("compiled"):
+        return expected, work()
+
+
+def random_bits(rows, columns, seed, dtype=torch.float32):
+    """Random bit patterns: every exponent, subnormals, infinities, NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = torch.int32 if dtype is torch.float32 else torch.int16
+    info = torch.iinfo(integers)
+    drawn = torch.randint(info.min, info.max + 1, (rows, columns), generator=generator, dtype=torch.int64)
+    return drawn.to(integers).view(dtype)
+
+
+def random_blocks(rows, columns, seed, dtype=torch.float32):
+    """Random mantissas whose exponents stay near a random one for each row, so that whole blocks are not NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    mantissa = torch.randint(0, 1 << 23, (rows, columns), generator=generator)
+    center = torch.randint(-10, 256, (rows, 1), generator=generator)
+    spread = torch.randint(-12, 1, (rows, columns), generator=generator)
+    sign = torch.randint(0, 2, (rows, columns), generator=generator)
+    bits = (sign << 31) | ((center + spread).clamp(0, 254) << 23) | mantissa
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32).to(dtype)
+
+
+def compare(name, rows, columns, seed):
+    for dtype in (torch.float32, torch.bfloat16):
+        for make in (random_bits, random_blocks):
+            x = make(rows, columns, seed, dtype)
+            for scale in (None, "row"):
+                expected, q = both(lambda x=x, scale=scale: quantize(x, name, tensor_scale=scale))
+                assert same(expected, q), (name, dtype, make.__name__, scale)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_paths_agree_on_random_bits(name):
+    # 26 formats x 2 dtypes x 2 kinds x 2 scales x 9,600 = 2 * 10^6 patterns
+    compare(name, 100, 96, seed=BLOCKS.index(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_paths_agree_on_many_random_bits(name):
+    # 10^8 patterns of both kinds together over all formats, a quarter under each dtype and scale
+    for seed in range(4):
+        compare(name, 1250, 96, seed=1000 + 100 * seed + BLOCKS.index(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_paths_agree_on_a_hundred_million(name):
+    for seed in range(50):
+        x = random_blocks(2000, 1024, seed)
+        expected, q = both(lambda x=x: quantize(x, name))
+        assert same(expected, q), seed
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_paths_agree_on_stochastic_rounding_and_odd_shapes(name):
+    for shape in ((7, 3), (3, 70), (2, 257), (40, 64)):
+        x = random_blocks(*shape, seed=5)
+        for key in (None, KEY):
+            expected, q = both(lambda x=x, key=key: quantize(x, name, stochastic=key))
+            assert same(expected, q), (shape, key)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3"])
+def test_paths_agree_on_given_tensor_scales(name):
+    x = random_blocks(64, 96, seed=6)
+    for scale in (0.0, 1e-40, 1e-3, 1e30, torch.rand(64, 1), torch.tensor(0.25)):
+        expected, q = both(lambda scale=scale: quantize(x, name, tensor_scale=scale))
+        assert same(expected, q), scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_paths_agree_on_noise(dtype):
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((64, 64), (33, 70), (5, 1), (300, 3), (2, 5000), (7, 16), (2, 3, 4, 32)):
+        y = torch.randn(shape, generator=generator).to(dtype)
+        rows = torch.randint(-(2**62), 2**62, shape[:-1], generator=generator)
+        start = torch.randint(-50, 50, shape[:-1], generator=generator)
+        for options in ({}, {"rows": rows}, {"rows": rows, "column_start": start}, {"column_start": start * 4}):
+            expected, out = both(lambda y=y, options=options: matmul_noise(y, 0.05, KEY, **options))
+            assert same(expected, out), (shape, options.keys())
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+def test_paths_agree_on_draws(draw):
+    expected, drawn = both(lambda: draw(KEY, (100, 10_007)))  # 10^6
+    assert same(expected, drawn)
+
+
+@pytest.mark.slow
+def test_paths_agree_on_a_hundred_million_normals():
+    for part in range(25):
+        expected, drawn = both(lambda part=part: normal(KEY.fold(part), (1000, 4000)))
+        assert same(expected, drawn), part
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_threads_do_not_count(dtype):
+    # Above 2^19 elements, where work is split. 1021 rows: parts of unequal size.
+    x = torch.randn(1021, 1024, generator=torch.Generator().manual_seed(2)).to(dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with use_backend("compiled"):
+                work = [quantize(x, name) for name in ("mxfp4", "nvfp4", "int8", "fp8_e4m3")]
+                work += [quantize(x, "nvfp4", tensor_scale="row"), quantize(x, "mxfp4", stochastic=KEY)]
+                results.append([*work, matmul_noise(x, 0.05, KEY)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
+    with use_backend("torch"):
+        assert same(results[0][1], quantize(x, "nvfp4")) and same(results[0][-1], matmul_noise(x, 0.05, KEY))
+
+
+def test_large_outputs_are_the_same_as_small_ones():
+    # From 8 MiB on the kernels write around the cache.
+    x = torch.randn(2048, 1056, generator=torch.Generator().manual_seed(3))
+    with use_backend("compiled"):
+        for name in ("mxfp4", "nvfp4_block", "int8", "int4"):
+            whole = quantize(x, name)
+            assert same(whole, torch.cat([quantize(part, name) for part in x.split(100)])), name
+        whole = matmul_noise(x, 0.05, KEY)
+        ids = torch.arange(2048)
+        parts = [matmul_noise(x[i : i + 100], 0.05, KEY, rows=ids[i : i + 100]) for i in range(0, 2048, 100)]
+        assert same(whole, torch.cat(parts))
