@@ -72,6 +72,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=local,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
                 **options,
             )
@@ -111,9 +112,9 @@ def _locate(name: str, allow_download: bool) -> tuple[str, str]:
     if name == TINY:
         return str(TINY_DIRECTORY), str(TINY_DIRECTORY)
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if name and directory.is_dir():
         return str(directory), str(directory.resolve())
-    if directory.exists():
+    if name and directory.exists():
         raise ModelError(f"model {name!r} is a file; name the directory that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r} is neither {TINY!r}, nor an existing directory, nor a hub name (owner/model)")
