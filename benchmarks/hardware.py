@@ -44,15 +44,15 @@ def training_step(hardware: Hardware) -> Callable[[], None]:
     key, mask = Key.from_seed(0), torch.ones_like(ids)
     calls = iter(range(1 << 30))
 
-    def loss() -> torch.Tensor:
-        return model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+    def gradients() -> None:
+        model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
 
     def step() -> None:
         if installed:
             with noise_key(model, key.fold(next(calls)), rows):
-                loss().backward()
+                gradients()
         else:
-            loss().backward()
+            gradients()
         optimizer.step()
         optimizer.zero_grad()
 

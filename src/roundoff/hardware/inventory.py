@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from roundoff.config import ConfigError, Hardware
+from roundoff.hardware import experts
 from roundoff.hardware.linear import HardwareLinear
 
 
@@ -44,7 +45,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A Linear (or an attention module) that the hardware settings cover."""
+    """A Linear, or the experts of one layer, that the hardware settings cover."""
 
     name: str
     plain_name: str
@@ -75,7 +76,7 @@ def exclusion(name: str, patterns: Iterable[str]) -> str | None:
 
 
 def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], list[Skipped]]:
-    """Every Linear that the hardware computes, and the modules with matrices of their own that it does not.
+    """Every Linear and expert that the hardware computes, and the modules with matrices that it does not.
 
     Raises:
         ConfigError: if the model is installed already, if no Linear is left, or if a setting names a layer or module
@@ -84,7 +85,7 @@ def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], lis
     found: list[Found] = []
     skipped: list[Skipped] = []
     for name, module in model.named_modules():
-        if isinstance(module, HardwareLinear):
+        if isinstance(module, HardwareLinear) or experts.STATE in module.__dict__:
             raise ConfigError(f"hardware is installed on {name} already: uninstall it before installing again")
         reason = _skip_reason(name, module, hardware)
         if reason is None:
@@ -113,9 +114,14 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
         return f"excluded by hardware.exclude ({pattern!r})"
     if any(part.startswith("lora_") for part in name.split(".")):
         return "LoRA adapter: stays in high precision"
-    if type(module) is nn.Linear:
-        if module.weight.dtype not in (torch.float32, torch.bfloat16):
-            raise ConfigError(f"{name}.weight is {module.weight.dtype}: hardware takes float32 or bfloat16 models")
+    if type(module) is nn.Linear or experts.is_experts(module):
+        missing = experts.unsupported(module) if experts.is_experts(module) else None
+        if missing is not None:
+            return (
+                f"{type(module).__name__} has {missing}, which is not simulated: left in high precision, without noise"
+            )
+        if matrices[0].dtype not in (torch.float32, torch.bfloat16):
+            raise ConfigError(f"{name} is of {matrices[0].dtype}: hardware takes float32 or bfloat16 models")
         return None
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear with a forward of its own"

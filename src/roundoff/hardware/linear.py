@@ -124,16 +124,16 @@ class LinearState:
             self._keys = keys
         return keys
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The product on this hardware, [..., out], differentiable."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
+        """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
                 low = self.quantized_weight(weight).to(dtype)
-                return self._linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), low)
-        return self._linear(x, weight, bias, self.quantized_weight(weight))
+                return self._linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), low, draw)
+        return self._linear(x, weight, bias, self.quantized_weight(weight), draw)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, draw: Draw | None) -> Tensor:
         grad = torch.is_grad_enabled()
         if self.plain_forward:
             if not grad or not (weight.requires_grad or self.backward_std):
@@ -143,8 +143,7 @@ class LinearState:
                 return F.linear(x, quantized, bias)
         elif grad:
             grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        draw = None
-        if self.forward_std or self.faults or (grad and self.backward_std):
+        if draw is None and (self.forward_std or self.faults or (grad and self.backward_std)):
             draw = self.runtime.current(self.name)
         if not grad:
             return self.product(self.shared_input(x), quantized, bias, draw)

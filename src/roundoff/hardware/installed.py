@@ -1,0 +1,215 @@
+"""What is installed on a model: the report, the switch, and the contexts that a model runs in."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from roundoff.config import ConfigError, Hardware
+from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.inventory import Entry, Skipped
+from roundoff.hardware.linear import LinearState
+from roundoff.numerics.rng import Key
+
+MARK = "hardware_installed"
+"""Attribute of an installed model that holds its `InstalledHardware`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigSwitch:
+    """An attribute of a model config that chooses between the plain and the installed computation."""
+
+    config: Any
+    attribute: str
+    original: str | None
+    installed: str
+
+
+@dataclass(eq=False)
+class InstalledHardware:
+    """What was installed where; `install` returns it and the model carries it."""
+
+    hardware: Hardware
+    seed: int
+    entries: tuple[Entry, ...]
+    """Modules that the hardware computes."""
+    skipped: tuple[Skipped, ...]
+    """Modules with weights that it does not compute, each with the reason."""
+    nonfinite: tuple[str, ...]
+    """Weights that held NaN or Inf at install: every block with one becomes NaN."""
+    model: nn.Module = field(repr=False)
+    runtime: Runtime = field(repr=False)
+    modules: tuple[nn.Module, ...] = field(repr=False)
+    """The Linears and experts of `entries`."""
+    states: tuple[LinearState, ...] = field(repr=False)
+    attention_modules: tuple[nn.Module, ...] = field(repr=False)
+    switches: tuple[ConfigSwitch, ...] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self._count_fused_steps()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy (deepcopy, pickle) watches optimizers for its own weights."""
+        self.__dict__.update(state)
+        self._count_fused_steps()
+
+    def _count_fused_steps(self) -> None:
+        """Count the writes of `fused=True` optimizers, which leave torch's version counters as they were.
+
+        An optimizer hook, taken away with this object: without it `Q(W)` would stay that of the first step for ever.
+        """
+        reference = weakref.ref(self)
+
+        def count(optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
+            found = reference()
+            if found is not None:
+                weights = {id(p) for module in found.modules for p in module.parameters(recurse=False)}
+                stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
+                torch.autograd.graph.increment_version(stepped)
+
+        handle = register_optimizer_step_post_hook(count)
+        weakref.finalize(self, handle.remove)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the hardware is in force (it is not inside `hardware_off`)."""
+        return self.runtime.on
+
+    def summary(self) -> str:
+        """A few lines: what is computed how, on how many modules, and what was left alone for which reason."""
+        kinds = Counter(_describe(entry) for entry in self.entries)
+        lines = [f"{count:4d} modules: {kind}" for kind, count in kinds.items()] or ["no module: nothing to simulate"]
+        if self.attention_modules:
+            std = self.hardware.matmul_noise.relative_std
+            lines.append(f"{len(self.attention_modules):4d} attention layers: noise {std:g} on QK^T and PV")
+        reasons = Counter(skip.reason for skip in self.skipped)
+        lines += [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
+        lines += [f"     NaN or Inf in {name}" for name in self.nonfinite]
+        return "\n".join(lines)
+
+    def check_weights(self) -> tuple[str, ...]:
+        """Names of the installed weights and biases that hold NaN or Inf now (reads each once)."""
+        return nonfinite_weights(self.model, {entry.name for entry in self.entries})
+
+    def diagnose(self, **batch: Any) -> tuple[str, ...]:
+        """Names of the modules, in order of execution, whose output is not finite in a forward pass on `batch`."""
+        names: list[str] = []
+
+        def watch(name: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                    names.append(name)
+
+            return hook
+
+        handles = [
+            module.register_forward_hook(watch(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
+        try:
+            with torch.no_grad():
+                self.model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(names)
+
+    def refresh(self) -> None:
+        """Quantize every weight again at its next use; needed after changes through `weight.data` (PEFT's merge)."""
+        for state in self.states:
+            state.refresh()
+        self.runtime.shared = None
+
+    def quantizations(self) -> int:
+        """How often a weight was quantized so far, over all modules."""
+        return sum(state.quantizations for state in self.states)
+
+    def switch(self, on: bool) -> None:
+        """Put the hardware in force or out of force; `hardware_off` is the safe way."""
+        self.runtime.on = on
+        self.runtime.shared = None
+        for switch in self.switches:
+            setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
+
+
+def _describe(entry: Entry) -> str:
+    parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
+    if entry.noise:
+        parts.append(f"noise {entry.noise:g}")
+    if entry.deadzone:
+        parts.append(f"deadzone {entry.deadzone:g}")
+    parts += [f"fault {kind}" for kind in entry.faults]
+    return ", ".join(parts)
+
+
+def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
+    """Names of the parameters of the named modules that hold NaN or Inf."""
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[0] in names and not bool(parameter.detach().isfinite().all())
+    )
+
+
+def installed(model: nn.Module) -> InstalledHardware | None:
+    """The hardware installed on a model or within its wrapping (PEFT, data parallel); None where there is none."""
+    for module in model.modules():
+        found = module.__dict__.get(MARK)
+        if isinstance(found, InstalledHardware):
+            return found
+    return None
+
+
+def required(model: nn.Module) -> InstalledHardware:
+    """The hardware installed on a model.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    found = installed(model)
+    if found is None:
+        raise ConfigError("no hardware is installed on this model: call install(model, hardware, seed=...) first")
+    return found
+
+
+@contextmanager
+def hardware_off(model: nn.Module) -> Iterator[None]:
+    """Plain arithmetic inside: the exact bits of the model before `install` with the weights it has now.
+
+    With gradient checkpointing the block must enclose `backward()` as well, which computes the forward pass again.
+    """
+    found = required(model)
+    before = found.is_on
+    found.switch(False)
+    try:
+        yield
+    finally:
+        found.switch(before)
+
+
+@contextmanager
+def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterator[None]:
+    """Every product of `model` inside draws from `key`, its own name and the row ids: same key, same bits.
+
+    `rows` [B, T] int64 holds the identity of each token of the forward pass, `rollout_id * 2**20 + position` with
+    positions counted without padding; the tensor must not be changed afterwards. None: row ids count within the batch.
+    A backward pass uses the draw of its forward pass wherever it runs, except that gradient checkpointing computes the
+    forward pass again: keep the block open over `backward()` then. Blocks may be nested; the inner one counts.
+    """
+    runtime = required(model).runtime
+    before = runtime.draw
+    runtime.draw = Draw(key, rows)
+    runtime.keyed = True
+    try:
+        yield
+    finally:
+        runtime.draw = before
