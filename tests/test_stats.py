@@ -1,0 +1,226 @@
+"""Intervals and tests against hand-derived values and against simulation from a known model."""
+
+import numpy as np
+import pytest
+from scipy import stats as reference
+
+from roundoff import stats
+from tests.simulated import World
+
+ARM = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1.0]])
+OTHER = np.array([[0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0.0]])
+
+WORLDS = {
+    "typical": World(),
+    "seeds differ much": World(seed=0.3),
+    "seeds hardly differ": World(seed=0.03),
+    "arms suit other problems": World(problem_by_arm=1.0, seed=0.05),
+    "near the ceiling": World(mean=3.0, problem=1.0),
+    "no seed effect at all": World(seed=0.0, problem_by_arm=0.0, residual=0.0),
+}
+
+
+def test_benefit_by_hand() -> None:
+    """D = ARM - OTHER: rows 1/4, 1/4, 1/2; columns 1/3, 1/3, 0, 2/3; grand mean 1/3.
+
+    MS_seed = 4 * ((1/12)^2 + (1/12)^2 + (1/6)^2) / 2 = 1/12; MS_problem = 3 * (0 + 0 + 1/9 + 1/9) / 3 = 2/9.
+    Sum of squares of D about the mean: 4 * (2/3)^2 + 8 * (1/3)^2 = 8/3, so the residual is
+    (8/3 - 2/12 - 3 * 2/9) / 6 = (11/6) / 6 = 11/36, and 1/12 + 2/9 - 11/36 = 0: the floor, 11/144, applies.
+    """
+    result = stats.paired_benefit(ARM, OTHER)
+    total = 11 / 144
+    spread = (1 / 12) ** 2 / 2 + (2 / 9) ** 2 / 3 + (11 / 36) ** 2 / 6
+    df = max(total**2 / spread, 2)
+    se = stats.WIDENING_AT_THREE * np.sqrt(total / 12)
+    assert result.estimate == pytest.approx(1 / 3)
+    assert result.high - result.estimate == pytest.approx(reference.t.ppf(0.975, df) * se)
+    assert result.p == pytest.approx(2 * reference.t.sf((1 / 3) / se, df))
+    assert (result.seeds, result.problems, result.covers) == (3, 4, "seeds and problems")
+
+
+def test_seeds_alone_give_the_t_test_on_seed_means() -> None:
+    """With every problem of a seed alike, only seeds vary: the plain t interval over four seed means."""
+    means = np.array([0.2, 0.5, 0.1, 0.4])
+    difference = np.tile(means[:, None], (1, 50))
+    result = stats.paired_benefit(difference, np.zeros_like(difference))
+    low, high = reference.t.interval(0.95, 3, means.mean(), means.std(ddof=1) / 2)
+    assert (result.low, result.high) == pytest.approx((low, high))
+    assert result.p == pytest.approx(reference.ttest_1samp(means, 0).pvalue)
+
+
+def test_the_interval_excludes_zero_exactly_where_p_is_below_five_percent() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = ((rng.random((4, 60)) < rng.uniform(0.3, 0.7)).astype(float) for _ in range(2))
+        result = stats.paired_benefit(a, b)
+        assert result.p is not None
+        assert result.excludes_zero == (result.p < 0.05)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_below_three_seeds_nothing_is_tested(seeds: int) -> None:
+    result = stats.paired_benefit(np.ones((seeds, 200)), np.zeros((seeds, 200)))
+    assert result.p is None
+    assert not result.excludes_zero
+    assert result.covers == "problems only"
+    together = stats.equivalence(ARM[:seeds], OTHER[:seeds], 0.5)
+    assert together.p_not_worse is None and together.p_equivalent is None
+
+
+def test_swapping_the_arms_mirrors_the_benefit() -> None:
+    one, two = stats.paired_benefit(ARM, OTHER), stats.paired_benefit(OTHER, ARM)
+    assert (one.estimate, one.low, one.high, one.p) == pytest.approx((-two.estimate, -two.high, -two.low, two.p))
+
+
+def test_arms_that_never_differ_are_not_known_to_be_equal() -> None:
+    """No difference among 100 problems: a rate up to 1 - 0.025^(1/100) = 3.6 % may have gone unseen."""
+    same = np.tile((np.arange(100) % 2).astype(float), (3, 1))
+    result = stats.paired_benefit(same, same)
+    assert (result.estimate, result.p) == (0.0, 1.0)
+    assert result.high == pytest.approx(0.0362, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_score_at_the_edge_keeps_a_width(value: float) -> None:
+    result = stats.score(np.full((3, 100), value))
+    assert 0.02 < result.high - result.low < 0.06
+    assert 0 <= result.low <= value <= result.high <= 1
+
+
+def test_score_of_one_seed_is_wilsons_interval_up_to_students_t() -> None:
+    outcomes = (np.arange(1000) < 700).astype(float)[None]
+    result = stats.score(outcomes)
+    wilson = reference.binomtest(700, 1000).proportion_ci(method="wilson")
+    assert (result.low, result.high) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
+    assert result.covers == "problems only"
+
+
+def test_mcnemar_by_hand() -> None:
+    """Five gained, one lost: p = 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64."""
+    new = np.array([1, 1, 1, 1, 1, 0, 1, 0])
+    old = np.array([0, 0, 0, 0, 0, 1, 1, 0])
+    assert stats.mcnemar(new, old) == stats.McNemar(5, 1, pytest.approx(14 / 64))
+    assert stats.mcnemar(new, new).p == 1.0
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03 times 3, 2, 1 is 0.03, 0.04, 0.03, and no later value may be smaller than an earlier."""
+    assert stats.holm([0.03, None, 0.01, 0.02]) == pytest.approx([0.04, None, 0.03, 0.04])
+    assert stats.holm([None, None]) == [None, None]
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_equivalence_needs_both_sides() -> None:
+    rng = np.random.default_rng(3)
+    base = (rng.random((5, 2000)) < 0.7).astype(float)
+    same, better = base.copy(), np.maximum(base, rng.random((5, 2000)) < 0.2)
+    same[:, :10] = 1 - same[:, :10]
+    alike, gain = stats.equivalence(same, base, 0.02), stats.equivalence(better, base, 0.02)
+    assert alike.p_equivalent is not None and alike.p_equivalent < 0.05
+    assert gain.p_not_worse is not None and gain.p_not_worse < 0.001
+    assert gain.p_equivalent is not None and gain.p_equivalent > 0.9
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: stats.score([0.5, 0.5]), "must be \\[seeds, problems\\]"),
+        (lambda: stats.score([[0.5, 1.5]]), "must be fractions in \\[0, 1\\]"),
+        (lambda: stats.score([[0.5, np.nan]]), "must be fractions"),
+        (lambda: stats.score([[1.0]]), "at least two problems"),
+        (lambda: stats.paired_benefit(ARM, OTHER[:, :3]), "must pair by seed and problem"),
+        (lambda: stats.mcnemar(ARM[0], OTHER[0, :2]), "equal length"),
+        (lambda: stats.equivalence(ARM, OTHER, 1.5), "1 point is 0.01"),
+        (lambda: stats.plan(1.5, stats.Variance(0, 0, 0.3), problems=[100]), "1.5 points is 0.015"),
+    ],
+)
+def test_bad_input_is_named(call, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_plan_more_problems_never_need_more_seeds_and_the_row_keeps_its_promise() -> None:
+    variance = stats.Variance(seed=1e-4, problem=0.02, residual=0.25)
+    rows = stats.plan(0.03, variance, problems=[256, 1024, 4096], seconds_per_run=60.0)
+    seeds = [row.seeds or 99 for row in rows]
+    assert seeds == sorted(seeds, reverse=True)
+    for row in rows:
+        if row.seeds:
+            assert row.power >= 0.8
+            assert stats.power(0.03, variance, seeds=row.seeds - 1, problems=row.problems) < 0.8
+            assert (row.runs, row.seconds) == (2 * row.seeds, 120.0 * row.seeds)
+
+
+def test_plan_says_where_no_number_of_seeds_is_enough() -> None:
+    """Problem variance of 0.02 on 256 problems is a standard error of 0.9 points, however many seeds there are."""
+    (row,) = stats.plan(0.01, stats.Variance(1e-4, 0.02, 0.25), problems=[256])
+    assert row.seeds is None and row.runs is None and row.power < 0.8
+
+
+def test_variance_components_are_recovered() -> None:
+    rng = np.random.default_rng(1)
+    seeds, problems = 40, 4000
+    difference = (
+        0.02 * rng.standard_normal((seeds, 1))
+        + 0.05 * rng.standard_normal(problems)
+        + 0.1 * rng.standard_normal((seeds, problems))
+    )
+    found = stats.difference_variance(0.5 + difference / 2, 0.5 - difference / 2)
+    # relative standard deviation sqrt(2/39) = 23 % of the seed component, 2 % of the others: four of each
+    assert found.seed == pytest.approx(4e-4, rel=0.9)
+    assert found.problem == pytest.approx(25e-4, rel=0.1)
+    assert found.residual == pytest.approx(1e-2, rel=0.02)
+
+
+def rates(world: World, seeds: int, *, repeats: int, problems: int, start: int) -> tuple[float, float, float]:
+    """Rejection rate of a true null, coverage of a benefit, coverage of a score."""
+    rng = np.random.default_rng(start)
+    effect, rejected, held, score_held = 0.4, 0, 0, 0
+    true_benefit, true_score = world.score(effect) - world.score(), world.score()
+    for _ in range(repeats):
+        difficulty = world.difficulty(rng, problems)
+        baseline, other = (world.arm(rng, difficulty, seeds) for _ in range(2))
+        better = world.arm(rng, difficulty, seeds, effect=effect)
+        rejected += stats.paired_benefit(other, baseline).excludes_zero
+        benefit, score = stats.paired_benefit(better, baseline), stats.score(baseline)
+        held += benefit.low <= true_benefit <= benefit.high
+        score_held += score.low <= true_score <= score.high
+    return rejected / repeats, held / repeats, score_held / repeats
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_rates_in_short(seeds: int) -> None:
+    """500 repeats: a rate of 5 % is seen between 2.1 and 7.9 % in 99.7 % of cases."""
+    rejected, held, score_held = rates(WORLDS["typical"], seeds, repeats=500, problems=256, start=7)
+    assert 0.021 <= rejected <= 0.079
+    assert 0.921 <= held <= 0.985
+    assert 0.921 <= score_held <= 0.985
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("world", WORLDS)
+def test_rates_at_length(world: str, seeds: int) -> None:
+    """The figures promised: rejection in [3, 7] %, coverage in [93, 97] %; 6,000 repeats err by 0.3 points (1 sd)."""
+    rejected, held, score_held = rates(WORLDS[world], seeds, repeats=6000, problems=512, start=11)
+    assert 0.03 <= rejected <= 0.07
+    assert 0.93 <= held <= 0.97
+    assert 0.93 <= score_held <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_power_is_what_plan_promises(seeds: int) -> None:
+    """Simulated power against `power` at the components of a large sample: within 5 points."""
+    world, rng, problems = World(seed=0.1), np.random.default_rng(2), 512
+    difficulty = world.difficulty(rng, 4000)
+    large = [world.arm(rng, difficulty, 200, effect=e) for e in (0.4, 0.0)]
+    promised = stats.power(
+        world.score(0.4) - world.score(), stats.difference_variance(*large), seeds=seeds, problems=problems
+    )
+    found = 0
+    for _ in range(2000):
+        difficulty = world.difficulty(rng, problems)
+        arms = [world.arm(rng, difficulty, seeds, effect=e) for e in (0.4, 0.0)]
+        found += stats.paired_benefit(*arms).excludes_zero
+    assert found / 2000 == pytest.approx(promised, abs=0.05)
