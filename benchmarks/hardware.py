@@ -1,12 +1,14 @@
-"""Time of one training step and one decoding step of `tiny` on simulated hardware, relative to the plain model."""
+"""Time of a training and a decoding step of `tiny` on simulated hardware, and the memory of a frozen 135 M model."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from roundoff.config import Hardware, MatmulNoise, Precision
 from roundoff.hardware import install, noise_key
@@ -105,11 +107,48 @@ def report(title: str, times: dict[str, list[float]], goals: dict[str, float | N
         print(f"{name:28s} {1e3 * statistics.median(seconds):8.2f} {ratio:7.2f} {goal or '':>6}")
 
 
+def tensor_bytes() -> int:
+    """Bytes of all tensor storages that this process holds, each counted once."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def memory() -> None:
+    """Print what `install` adds to a frozen model of SmolLM2-135M's shape after a forward pass, W4A16."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    empty = tensor_bytes()
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    model.bfloat16()
+    before = tensor_bytes()
+    hardware = Hardware(precision=Precision(weight="mxfp4"))
+    entries = install(model, hardware, seed=0).entries
+    with torch.no_grad():
+        model(torch.ones(1, 8, dtype=torch.int64))
+    added = tensor_bytes() - before
+    copies = sum(p.nbytes for e in entries for p in model.get_submodule(e.name).parameters(recurse=False))
+    print(
+        f"\nmemory, frozen 135 M bfloat16 model, W4A16: weights {(before - empty) / 2**20:.1f} MiB, of which Linear ",
+        end="",
+    )
+    print(f"{copies / 2**20:.1f}; install adds {added / 2**20:.1f} MiB ({added / copies:.3f} x the Linear weights)")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     goals = {name: goal for name, (_, goal) in SETTINGS.items()}
     for title, make in ((f"training step, {TRAINED}", training_step), (f"decoding step, {DECODED}", decoding_step)):
         report(title, interleaved({name: make(hardware) for name, (hardware, _) in SETTINGS.items()}), goals)
+    memory()
 
 
 if __name__ == "__main__":
