@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -46,14 +45,8 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def repeated(self, counts: Tensor, capacity: int) -> KVCacheLayer:
         """A layer with row i repeated `counts[i]` times, and room for `capacity` columns."""
         layer = KVCacheLayer(capacity)
-        layer.length = self.length
-        source = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        for name in ("keys", "values"):
-            used = getattr(self, name).narrow(2, 0, self.length)
-            storage = used.new_empty((len(source), used.shape[1], capacity, used.shape[3]))
-            storage.narrow(2, 0, self.length).copy_(used[source])
-            setattr(layer, name, storage)
-        layer.is_initialized = True
+        layer.length, layer.is_initialized = self.length, True
+        layer.keys, layer.values = (_repeated(x, self.length, counts, capacity) for x in (self.keys, self.values))
         return layer
 
     def keep(self, holes: Tensor, tails: Tensor, rows: int) -> None:
@@ -80,6 +73,18 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_max_cache_shape(self) -> int:
         """`get_max_length` under the name that `transformers` 4 has for it."""
         return self.capacity
+
+
+def _repeated(storage: Tensor, length: int, counts: Tensor, capacity: int) -> Tensor:
+    rows, heads, _, size = storage.shape
+    used, times = storage.narrow(2, 0, length), int(counts[0])
+    if bool((counts == times).all()):  # whole groups: one pass, without an index
+        copies = storage.new_empty((rows, times, heads, capacity, size))
+        copies.narrow(3, 0, length).copy_(used.unsqueeze(1))
+        return copies.flatten(0, 1)
+    copies = storage.new_empty((int(counts.sum()), heads, capacity, size))
+    copies.narrow(2, 0, length).copy_(used.repeat_interleave(counts, dim=0))
+    return copies
 
 
 class KVCache(Cache):
