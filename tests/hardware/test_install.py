@@ -101,6 +101,8 @@ def test_exclude_takes_shell_patterns_on_parts_and_on_the_whole_name():
     found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "*_proj.bias", "model.layers.1.*")}), seed=0)
     assert {e.layer for e in found.entries} == {0}
     uninstall(model)
+    wrapped = lora(build())  # patterns know nothing of PEFT's prefix
+    assert {e.layer for e in install(wrapped, found.hardware, seed=0).entries} == {0}
     found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "[qkv]_proj")}), seed=0)
     assert {e.name.rpartition(".")[2] for e in found.entries} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
 

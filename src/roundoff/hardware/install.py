@@ -194,7 +194,7 @@ def _attach_attention(modules: list[tuple[str, nn.Module]], hardware: Hardware, 
     """Give attention modules their state; excluded ones compute through the same function, without noise."""
     noise = hardware.matmul_noise
     for name, module in modules:
-        std = 0.0 if exclusion(name, hardware.exclude) else noise.relative_std
+        std = 0.0 if exclusion(plain_name(name), hardware.exclude) else noise.relative_std
         module.__dict__[attention.STATE] = attention.AttentionState(
             plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0
         )

@@ -109,7 +109,7 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
     matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
     if not matrices and not isinstance(module, nn.Linear):
         return ""
-    pattern = exclusion(name, hardware.exclude)
+    pattern = exclusion(plain_name(name), hardware.exclude)
     if pattern is not None:
         return f"excluded by hardware.exclude ({pattern!r})"
     if any(part.startswith("lora_") for part in name.split(".")):
