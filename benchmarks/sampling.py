@@ -2,8 +2,8 @@
 
 Two models: `tiny` with the prompts of its task, 32 x 8 rollouts; and one of SmolLM2-135M's shape with random weights,
 32 prompts of 16 to 128 tokens, where a token ends the response with probability 1/24. Tokens are counted up to the end
-token; `generate` computes padding until its last rollout has ended. "In forward" is time inside `model(...)`: no sampler
-that calls the model can be faster.
+token; `generate` computes padding until its last rollout has ended. "In forward" is time inside `model(...)`: no
+sampler that calls the model can be faster.
 """
 
 from __future__ import annotations

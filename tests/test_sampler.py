@@ -180,6 +180,13 @@ def test_equal_prompts_share_a_prefill_and_still_differ(model, tokenizer):
     assert rollouts.texts[:4] != rollouts.texts[12:16]
 
 
+@pytest.mark.parametrize("prompts", [["12+7=", "9=", "40-3-25="], PROMPTS])
+def test_shared_prefills_give_the_log_probabilities_of_a_plain_pass(model, tokenizer, prompts):
+    rollouts = draw(model, tokenizer, prompts)
+    with torch.no_grad():
+        torch.testing.assert_close(plain_logprobs(model, rollouts, 1.0)[0], rollouts.logprobs, **ROUNDING)
+
+
 def test_ended_rollouts_leave_the_batch(model, tokenizer):
     rows = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
@@ -351,6 +358,19 @@ def test_columns_that_are_padding_throughout_are_skipped_and_come_back_as_zeros(
 
     assert torch.equal(of(wide)[:, : trimmed.response_mask.shape[1]], of(trimmed))
     assert of(wide)[:, trimmed.response_mask.shape[1] :].eq(0).all()
+
+
+def test_selected_rollouts_lose_the_columns_they_do_not_need(model, tokenizer):
+    whole = draw(model, tokenizer)
+    part = whole.select([4, 5, 7])  # of the prompt "9="
+    assert part.prompt_length == 2
+    assert part.tokens[:, :2].tolist() == [tokenizer("9=")["input_ids"]] * 3
+    assert part.response_mask.shape[1] == whole.lengths[[4, 5, 7]].max()
+    assert part.rows[:, 0].tolist() == [4 * 2**20, 5 * 2**20, 7 * 2**20]
+    for name in ("tokens", "attention_mask", "rows"):
+        assert getattr(part, name).shape == (3, 2 + part.response_mask.shape[1])
+    torch.testing.assert_close(plain_logprobs(model, part, 1.0)[0], part.logprobs, **ROUNDING)
+    same(concatenate([part, whole.select([0, 2])]), whole.select([4, 5, 7, 0, 2]))
 
 
 # --- bad input ---

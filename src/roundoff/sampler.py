@@ -289,7 +289,6 @@ def _cut(probabilities: Tensor, settings: _Settings) -> Tensor:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
         inside = before < settings.top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        inside[:, 0] = True  # the most likely token stays whatever top_p is
         probabilities = torch.zeros_like(probabilities).scatter(1, order, torch.where(inside, ordered, 0.0))
     return probabilities
 
