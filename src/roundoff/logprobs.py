@@ -10,7 +10,8 @@ more `[N, T, V]`, the gradient. To hold less, pass fewer rollouts at a time.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from roundoff.hardware.install import installed, noise_key
 from roundoff.masks import AttentionPattern, left_padding, positions
+from roundoff.models.dropout import dropout_draws
 from roundoff.numerics.rng import Key
 
 CHUNK_TOKENS = 4096
@@ -49,7 +51,7 @@ def token_logprobs(
         response_length: T.
         temperature: of sampling, above 0.
         rows: [N, P+T] int64 row ids that key the hardware's noise; needed with `key`.
-        key: under which every noisy product inside draws. None: the hardware's own call counter.
+        key: under which every noisy product (and dropout) inside draws. None: the hardware's own call counter.
         chunk: response tokens whose log-softmax is computed at once (tokens); changes memory, not the result.
 
     Raises:
@@ -81,9 +83,15 @@ def token_logprobs(
     return pad(logprobs, missing), pad(entropy, missing)
 
 
-def noise_context(model: PreTrainedModel, key: Key | None, rows: Tensor | None) -> AbstractContextManager[None]:
-    """Inside, the hardware draws by `key` and row ids [N, S]; without hardware or key nothing changes."""
-    return nullcontext() if key is None or installed(model) is None else noise_key(model, key, rows)
+@contextmanager
+def noise_context(model: PreTrainedModel, key: Key | None, rows: Tensor | None) -> Iterator[None]:
+    """Inside, the hardware and adapters' dropout draw by `key` and row ids [N, S]; without a key nothing changes."""
+    if key is None:
+        yield
+        return
+    hardware = nullcontext() if installed(model) is None else noise_key(model, key, rows)
+    with dropout_draws(model, key, rows), hardware:
+        yield
 
 
 def is_noisy(model: PreTrainedModel) -> bool:

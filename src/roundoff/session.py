@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.algorithms.schedule import sigma_curve
 from roundoff.batch import PromptStream
-from roundoff.checkpoint import Checkpoint
+from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
 from roundoff.config import Algorithm, ConfigError, Experiment, Profile
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
+from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import RunDirectory
 from roundoff.tasks import TASKS, Problem, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A model as a run computes it: with its hardware, and its adapters over that."""
+
+    loaded: LoadedModel
+    installed: InstalledHardware | None
+    adapters: Adapters | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self.loaded.model
 
 
 @dataclass
@@ -27,9 +43,9 @@ class Session:
     experiment: Experiment
     profile: Profile
     key: Key
-    loaded: LoadedModel
-    installed: InstalledHardware | None
+    policy: Policy
     reference: PreTrainedModel | None
+    """The model before training; None without a KL penalty, or where the policy has adapters to disable."""
     task: Task
     stream: PromptStream
     optimizer: torch.optim.Optimizer
@@ -41,7 +57,12 @@ class Session:
     @property
     def model(self) -> PreTrainedModel:
         """The model being trained."""
-        return self.loaded.model
+        return self.policy.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model."""
+        return self.policy.loaded.tokenizer
 
     @property
     def algorithm(self) -> Algorithm:
@@ -49,9 +70,25 @@ class Session:
         return self.experiment.algorithm
 
     @property
+    def learning_rate(self) -> float:
+        """Of this run after warm-up: adapters have their own."""
+        return learning_rate(self.experiment, self.profile)
+
+    @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that the optimizer moves, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def reference_policy(self) -> Iterator[PreTrainedModel | None]:
+        """The policy before training, on the same hardware; None if the objective has no use for it."""
+        if self.algorithm.kl_coefficient == 0:
+            yield None
+        elif self.policy.adapters is not None:
+            with self.policy.adapters.disabled():
+                yield self.model
+        else:
+            yield self.reference
 
 
 def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
@@ -68,8 +105,6 @@ def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
         )
     if algorithm.ratio == "one" and (training.minibatches > 1 or algorithm.optimizer_epochs > 1):
         raise ConfigError("algorithm.ratio = 'one' allows a single optimizer step per batch: set minibatches = 1")
-    if experiment.lora is not None:
-        raise ConfigError("lora is not available yet in this version")
     if experiment.aqn is not None and experiment.aqn.layers != "all":
         raise ConfigError(f"aqn.layers = {experiment.aqn.layers!r} needs the SRDD scan, which this version lacks")
     task = make_task(profile)
@@ -81,30 +116,45 @@ def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
-    device = resolve_device(profile.device)
-    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
-    problems = _within_length(task.train(), loaded, profile)
+    policy = load_policy(experiment, profile, seed)
+    problems = _within_length(task.train(), policy.loaded, profile)
     steps_per_epoch = len(problems) // training.prompts_per_step
     total = experiment.epochs * steps_per_epoch
     sigmas = sigma_curve(total, steps_per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
     reference = None
-    if algorithm.kl_coefficient > 0:
-        reference = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device).model
-        reference.requires_grad_(False)
-    installed = None
-    if not experiment.hardware.changes_nothing:
-        installed = install(loaded.model, experiment.hardware, seed=seed)
-        if reference is not None:
-            install(reference, experiment.hardware, seed=seed)
+    if algorithm.kl_coefficient > 0 and policy.adapters is None:
+        reference = load_policy(experiment, profile, seed).model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        [p for p in loaded.model.parameters() if p.requires_grad],
-        lr=training.learning_rate,
+        [p for p in policy.model.parameters() if p.requires_grad],
+        lr=learning_rate(experiment, profile),
         betas=training.betas,
         weight_decay=training.weight_decay,
         foreach=True,  # the fused kernel leaves the version counter of the weights as it was (see hardware.linear)
     )
     stream = PromptStream(problems, key.fold("data"))
-    return Session(experiment, profile, key, loaded, installed, reference, task, stream, optimizer, sigmas)
+    return Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas)
+
+
+def load_policy(experiment: Experiment, profile: Profile, seed: int) -> Policy:
+    """The model of a run before its first step: on its hardware, with fresh adapters where it has any.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    device = resolve_device(profile.device)
+    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
+    installed = None
+    if not experiment.hardware.changes_nothing:
+        installed = install(loaded.model, experiment.hardware, seed=seed)
+    lora = experiment.lora
+    adapters = attach(loaded.model, lora, Key.from_seed(seed)) if lora is not None else None
+    return Policy(loaded, installed, adapters)
+
+
+def learning_rate(experiment: Experiment, profile: Profile) -> float:
+    """The learning rate after warm-up: `lora_learning_rate` for adapters."""
+    training = profile.training
+    return training.learning_rate if experiment.lora is None else training.lora_learning_rate
 
 
 def make_task(profile: Profile) -> Task:
@@ -165,11 +215,26 @@ def save(session: Session, run_dir: RunDirectory, step: int) -> None:
 
 def restore(session: Session, checkpoint: Checkpoint) -> int:
     """Put a checkpoint's content in place, bit for bit; returns its step."""
-    with torch.no_grad():
-        for name, parameter in session.trainable.items():
-            parameter.copy_(checkpoint.tensors["model"][name])
+    put_weights(session.model, checkpoint.tensors["model"])
     for path, value in checkpoint.tensors["optimizer"].items():
         name, _, field = path.rpartition("/")
         session.optimizer.state[session.trainable[name]][field] = value
     session.position = checkpoint.state["position"]
     return checkpoint.step
+
+
+def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights that a checkpoint holds in place, bit for bit: all that a run trains.
+
+    Raises:
+        DamagedCheckpointError: if they are those of another model.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    expected = {name: tuple(p.shape) for name, p in trained.items()}
+    found = {name: tuple(w.shape) for name, w in weights.items()}
+    if found != expected:
+        differing = sorted(name for name, _ in expected.items() ^ found.items())
+        raise DamagedCheckpointError(f"a checkpoint holds the weights of another model: {', '.join(differing[:4])}")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])

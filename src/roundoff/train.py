@@ -26,8 +26,8 @@ from roundoff.aqn import aqn_noise
 from roundoff.batch import Batch, collect
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
-from roundoff.hardware.install import installed
 from roundoff.logprobs import token_logprobs
+from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
 from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, RunDirectory, State
@@ -122,7 +122,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "truncated": batch.truncated,
         "reward_errors": batch.reward_errors,
         "sigma": session.sigmas[step - 1],
-        "learning_rate": training.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
+        "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
         "trained": batch.teaches,
     }
     if batch.teaches:
@@ -147,7 +147,7 @@ def _sample_batch(session: Session, step: int) -> Batch:
         ids = torch.arange(first_id, first_id + len(prompts) * algorithm.group_size)
         return sample(
             session.model,
-            session.loaded.tokenizer,
+            session.tokenizer,
             prompts,
             group_size=algorithm.group_size,
             max_new_tokens=training.max_new_tokens,
@@ -215,16 +215,17 @@ def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor]
 
 
 def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [n, t] of the responses, every matrix product under the noise of `key`."""
-    return token_logprobs(
-        model,
-        part.tokens,
-        part.attention_mask,
-        part.response_mask.shape[1],
-        temperature=session.algorithm.temperature,
-        rows=part.rows,
-        key=key if installed(model) is not None else None,
-    )
+    """Log-probabilities and entropies [n, t] of the responses, every matrix product and dropout mask drawn by `key`."""
+    with dropout_on(model):
+        return token_logprobs(
+            model,
+            part.tokens,
+            part.attention_mask,
+            part.response_mask.shape[1],
+            temperature=session.algorithm.temperature,
+            rows=part.rows,
+            key=key,
+        )
 
 
 def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> _Before:
@@ -244,7 +245,8 @@ def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> 
 
     with torch.no_grad():
         old = None if same else whole(session.model)
-        reference = None if session.reference is None else whole(session.reference)
+        with session.reference_policy() as model:
+            reference = None if model is None else whole(model)
         weights = None
         if algorithm.ratio == "rollout" and old is not None:
             weights = truncated_weights(old, part.logprobs, part.response_mask, algorithm)
@@ -292,7 +294,7 @@ def _record(
         began = time.perf_counter()
         evaluation = evaluate(
             session.model,
-            session.loaded.tokenizer,
+            session.tokenizer,
             session.task,
             key=session.key,
             max_new_tokens=session.profile.training.max_new_tokens,

@@ -1,0 +1,140 @@
+"""LoRA (arXiv:2106.09685): low-rank adapters over the installed base, through PEFT; nothing else is trained.
+
+    y = hardware(x, W) + (alpha / rank) * B A x
+
+- The base is computed by the hardware as ever (`Q(W)` once for the whole run, as it never changes). A and B are plain
+  Linears in float32, also over a bfloat16 base: neither quantized nor noisy, in rollouts, training and evaluation.
+- A is drawn by PEFT (`U(-1/sqrt(in), 1/sqrt(in))`) from the run's seed, B is zero: the first policy is the base.
+- The reference policy is the base with its adapters disabled: no second model in memory.
+- The adapters are put into the given model in place. It keeps its class, its config and its forward; names gain
+  PEFT's `.base_layer` and `.lora_A.default`.
+- Adapters are saved as PEFT saves them, and plain PEFT loads them onto the plain base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from roundoff.config import ConfigError, LoRA, nearest
+from roundoff.hardware.inventory import plain_name
+from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
+from roundoff.numerics.rng import Key
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""File that makes a directory an adapter of PEFT's."""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters of a model, which is changed in place."""
+
+    peft: PeftModel
+    """PEFT's view of the model."""
+    modules: tuple[str, ...]
+    """Dotted names of the Linears that have one, as in the plain model."""
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone inside: the reference policy."""
+        with self.peft.disable_adapter():
+            yield
+
+    def save(self, directory: Path) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, into an existing directory."""
+        self.peft.save_pretrained(str(directory), save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # a model card with every field left to fill in
+
+    def merge(self) -> PreTrainedModel:
+        """The plain model with `W + (alpha / rank) * B A` in place of W; the adapters are gone afterwards.
+
+        Raises:
+            ConfigError: if hardware is installed: it would go on with the quantized weights of before.
+        """
+        from roundoff.hardware.install import installed
+
+        if installed(self.peft) is not None:
+            raise ConfigError("adapters are merged into a plain model: load it without hardware")
+        merged: PreTrainedModel = self.peft.merge_and_unload()
+        return merged
+
+
+def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
+    """Fresh adapters on `model`, in place; afterwards they alone require gradients.
+
+    Raises:
+        ConfigError: if a target matches no Linear.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = _check_targets(model, lora)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; any number will do
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator of the CPU
+        torch.default_generator.manual_seed(key.fold("lora").value)
+        peft = get_peft_model(model, settings)
+    return _finished(model, peft, lora.dropout)
+
+
+def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
+    """Saved adapters on `model`, in place, for evaluation (nothing requires gradients).
+
+    Raises:
+        ConfigError: if PEFT cannot put them on this model.
+    """
+    from peft import PeftModel
+
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws values before it reads them
+            peft = PeftModel.from_pretrained(model, str(directory))
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise ConfigError(f"the adapter in {directory} does not fit the model: {error}") from error
+    return _finished(model, peft, 0.0)
+
+
+def _finished(model: PreTrainedModel, peft: PeftModel, dropout: float) -> Adapters:
+    """Evaluation mode throughout (new modules begin in training mode), and dropout that can be replayed."""
+    draws = DropoutDraws()
+    found = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        found.append(plain_name(name))
+        if dropout:
+            module.lora_dropout["default"] = KeyedDropout(dropout, plain_name(name), draws)
+    if dropout:
+        model.__dict__[MARK] = draws
+    peft.eval()
+    return Adapters(peft, tuple(found))
+
+
+def _check_targets(model: PreTrainedModel, lora: LoRA) -> str | list[str]:
+    """What PEFT is told to wrap; PEFT itself is silent about one of several targets that matches nothing."""
+    if lora.targets == "all-linear":
+        return "all-linear"
+    if not lora.targets:
+        raise ConfigError("lora.targets is empty, so nothing would be trained: name Linear layers or 'all-linear'")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    kinds = tuple(dict.fromkeys(name.rpartition(".")[2] for name in linears))
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            raise ConfigError(
+                f"lora.targets names {target!r}, which no Linear of this model is called{nearest(target, kinds)} "
+                f"(there are: {', '.join(kinds)})"
+            )
+    return list(lora.targets)
