@@ -123,7 +123,8 @@ class Fault(Settings):
     module: str | None = None
     """Name of one Linear within the layer such as `mlp.up_proj`; None: all of them."""
     amount: Positive
-    """Size: threshold or level relative to max(abs(y)), or relative standard deviation or gain error (fraction)."""
+    """Size: threshold or level relative to the token's max(abs(y)); relative standard deviation or gain error
+    (fraction); for `stuck` the constant itself, in units of y."""
     share: Share = 1.0
     """Share of the elements concerned (for `stuck`: of the channels)."""
     bit: Annotated[int, _rule(lambda v: 0 <= v < 32, "must be a bit of float32, 0 to 31")] = 22
