@@ -1,79 +1,26 @@
+import copy
 import math
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+import transformers
 
-from roundoff.config import Hardware, MatmulNoise, Precision
+from roundoff.config import Hardware, MatmulNoise
 from roundoff.hardware import install
-from roundoff.numerics.rng import Key
-from roundoff.sampler import choose, concatenate, sample, token_logprobs
-
-KEY = Key.from_seed(3)
-PROMPTS = ["12+7=", "9=", "40-3-25=", "12+7=", "1+1="]
-CHARACTERS = "0123456789+-=>"
-# Log-probabilities of a pass over other shapes: about 20 products deep, float32, measured at most 2e-5 on this model.
-ROUNDING = {"atol": 1e-4, "rtol": 0}
+from roundoff.logprobs import token_logprobs
+from roundoff.rollouts import concatenate
+from roundoff.sampler import _Settings, choose
+from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, make_tokenizer, plain_logprobs, same
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {token: i for i, token in enumerate(("<pad>", "<eos>", *CHARACTERS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
-
-
-def make(kind="qwen2", seed=0, **changes):
-    sizes = {
-        "vocab_size": 16,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-        "initializer_range": 0.4,  # large weights: peaked, varied distributions, responses of varied length
-    }
-    torch.manual_seed(seed)
-    config, model = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
-    return model(config(**sizes | changes)).eval()
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
     return make()
-
-
-def draw(model, tokenizer, prompts=PROMPTS, **changes):
-    settings = {"group_size": 4, "max_new_tokens": 12, "temperature": 1.0, "key": KEY}
-    return sample(model, tokenizer, prompts, **settings | changes)
-
-
-def same(a, b):
-    assert a.texts == b.texts
-    assert torch.equal(a.tokens, b.tokens)
-    assert torch.equal(a.response_mask, b.response_mask)
-    torch.testing.assert_close(a.logprobs, b.logprobs, **ROUNDING)
-
-
-def generated(model, tokenizer, prompts, count):
-    """Greedy texts of `model.generate`, one prompt at a time, hence without padding."""
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-        tokens = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count)
-        texts.append(tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-# --- what is sampled ---
 
 
 @pytest.mark.parametrize(
@@ -91,6 +38,57 @@ def test_greedy_text_is_that_of_generate(tokenizer, kind, changes):
     rollouts = draw(model, tokenizer, group_size=1, temperature=0.0)
     assert rollouts.texts == generated(model, tokenizer, PROMPTS, 12)
     assert len({*rollouts.texts}) > 2
+    logprobs, _ = token_logprobs(
+        model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1], temperature=1.0
+    )
+    torch.testing.assert_close(logprobs, rollouts.logprobs, **ROUNDING)
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+FAMILIES = {
+    "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},  # learned positions
+    "OPT": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.4},  # learned positions with an offset
+    "GPTNeoX": SIZES,
+    "Mistral": {**SIZES, "num_key_value_heads": 2, "sliding_window": 5},
+    "Gemma2": {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},  # both kinds, capped logits
+    "Phi3": {**SIZES, "num_key_value_heads": 2},
+    "Qwen3Moe": {**SIZES, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "GptOss": {  # attention sinks
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+    },
+    "Granite": SIZES,
+    "Cohere2": {**SIZES, "sliding_window": 5},
+    "DeepseekV3": {  # keys and values of different sizes
+        **SIZES,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_sampled_as_generate_does(tokenizer, family):
+    torch.manual_seed(0)
+    special = {"vocab_size": 16, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "initializer_range": 0.4}
+    config = getattr(transformers, f"{family}Config")(**{"max_position_embeddings": 64} | special | FAMILIES[family])
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config).eval()
+    rollouts = draw(model, tokenizer, group_size=1, temperature=0.0)
+    assert rollouts.texts == generated(model, tokenizer, PROMPTS, 12)
     logprobs, _ = token_logprobs(
         model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1], temperature=1.0
     )
@@ -139,9 +137,6 @@ def test_end_tokens_of_the_generation_config_count_too(model, tokenizer):
         model.generation_config.eos_token_id = before
     last = rollouts.tokens.gather(1, (rollouts.prompt_length + rollouts.lengths - 1)[:, None])[:, 0]
     assert {1, 5} <= {*last[~rollouts.truncated].tolist()} <= {1, 5}
-
-
-# --- one rollout depends on its key and id alone ---
 
 
 def test_the_same_key_gives_the_same_rollouts_and_another_one_others(model, tokenizer):
@@ -200,42 +195,11 @@ def test_ended_rollouts_leave_the_batch(model, tokenizer):
     assert all(run <= row < run / (1 - 0.125) + 1 for run, row in zip(running, rows[1:], strict=False))
 
 
-# --- on hardware ---
-
-
-def test_replaying_the_noise_gives_the_log_probabilities_of_sampling(tokenizer):
-    model = make()
-    install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.05)), seed=0)
-    rollouts = draw(model, tokenizer)
-    T = rollouts.response_mask.shape[1]
-
-    def again(key):
-        return token_logprobs(
-            model, rollouts.tokens, rollouts.attention_mask, T, temperature=1.0, rows=rollouts.rows, key=key
-        )[0]
-
-    torch.testing.assert_close(again(rollouts.noise_key), rollouts.logprobs, **ROUNDING)
-    assert (again(KEY) - rollouts.logprobs).abs().max() > 0.1  # another key: other noise
-
-
 def test_rollouts_of_one_prompt_meet_noise_of_their_own(tokenizer):
     model = make()
     install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.05)), seed=0)
     greedy = draw(model, tokenizer, ["9="], group_size=8, temperature=0.0, max_new_tokens=1)
     assert len({*greedy.logprobs.flatten().tolist()}) > 1
-
-
-def test_quantized_hardware_is_sampled_as_it_trains(tokenizer):
-    model = make()
-    plain = draw(model, tokenizer)
-    install(model, Hardware(precision=Precision(weight="mxfp4", activation="mxfp8_e4m3")), seed=0)
-    rollouts = draw(model, tokenizer)
-    assert rollouts.texts != plain.texts
-    logprobs, _ = token_logprobs(
-        model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1], temperature=1.0
-    )
-    # A rounding difference of 1e-7 can move an activation to the next step of its format, so only most tokens agree.
-    assert (logprobs - rollouts.logprobs).abs().median() < 1e-4
 
 
 def test_the_models_mode_is_restored_and_dropout_is_off(tokenizer):
@@ -249,12 +213,7 @@ def test_the_models_mode_is_restored_and_dropout_is_off(tokenizer):
     assert not model.lm_head.training
 
 
-# --- choosing a token ---
-
-
 def chosen(probabilities, uniforms, **changes):
-    from roundoff.sampler import _Settings
-
     settings = _Settings(
         **{"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | changes, end_tokens=(), pad_token=0
     )
@@ -288,92 +247,6 @@ def test_top_k_of_one_is_greedy(model, tokenizer):
     greedy = draw(model, tokenizer, temperature=0.0)
     assert draw(model, tokenizer, top_k=1).texts == greedy.texts
     assert draw(model, tokenizer, top_p=1e-6).texts == greedy.texts
-
-
-# --- token_logprobs ---
-
-
-def plain_logprobs(model, rollouts, temperature):
-    """One rollout at a time, without padding, in plain torch; entropy differentiable."""
-    P, T = rollouts.prompt_length, rollouts.response_mask.shape[1]
-    logprobs, entropy = torch.zeros(len(rollouts), T), torch.zeros(len(rollouts), T)
-    for n in range(len(rollouts)):
-        left = int((~rollouts.attention_mask[n, :P]).sum())
-        length = int(rollouts.lengths[n])
-        ids = rollouts.tokens[n, left : P + length][None]
-        full = torch.log_softmax(model(ids).logits[0] / temperature, dim=-1)[P - left - 1 : -1]
-        logprobs[n, :length] = full.gather(1, ids[0, P - left :, None])[:, 0]
-        entropy[n, :length] = -(full.exp() * full).sum(-1)
-    return logprobs, entropy
-
-
-@pytest.mark.parametrize("chunk", [7, 4096])
-def test_log_probabilities_entropy_and_gradients_are_those_of_plain_torch(tokenizer, chunk):
-    model = make()
-    rollouts = draw(model, tokenizer, temperature=0.8)
-    weights = torch.randn(rollouts.response_mask.shape, generator=torch.Generator().manual_seed(0))
-    found, entropy = token_logprobs(
-        model,
-        rollouts.tokens,
-        rollouts.attention_mask,
-        rollouts.response_mask.shape[1],
-        temperature=0.8,
-        chunk=chunk,
-    )
-    (found * weights).sum().backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    expected, expected_entropy = plain_logprobs(model, rollouts, 0.8)
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(found, expected, **ROUNDING)
-    torch.testing.assert_close(entropy, expected_entropy.detach(), **ROUNDING)
-    assert not entropy.requires_grad
-    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-        # Sums of a few hundred terms in another order: relative to the largest element of the tensor.
-        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4 * parameter.grad.abs().max().item(), rtol=0)
-
-
-def test_logits_are_computed_for_response_tokens_alone(model, tokenizer):
-    rollouts = draw(model, tokenizer)
-    seen = []
-    handle = model.lm_head.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
-    try:
-        token_logprobs(model, rollouts.tokens, rollouts.attention_mask, 12, temperature=1.0)
-    finally:
-        handle.remove()
-    assert seen == [(20, 12, 16)]
-
-
-def test_columns_that_are_padding_throughout_are_skipped_and_come_back_as_zeros(model, tokenizer):
-    whole = draw(model, tokenizer, group_size=16)
-    short = (whole.lengths <= 3).nonzero()[:, 0]
-    assert 1 < len(short) < len(whole)
-    wide, trimmed = whole.select(short, trim=False), whole.select(short)
-    assert trimmed.tokens.shape[1] < wide.tokens.shape[1]
-    assert trimmed.texts == [whole.texts[i] for i in short.tolist()]
-
-    def of(part):
-        width = part.response_mask.shape[1]
-        return token_logprobs(model, part.tokens, part.attention_mask, width, temperature=1.0)[0]
-
-    assert torch.equal(of(wide)[:, : trimmed.response_mask.shape[1]], of(trimmed))
-    assert of(wide)[:, trimmed.response_mask.shape[1] :].eq(0).all()
-
-
-def test_selected_rollouts_lose_the_columns_they_do_not_need(model, tokenizer):
-    whole = draw(model, tokenizer)
-    part = whole.select([4, 5, 7])  # of the prompt "9="
-    assert part.prompt_length == 2
-    assert part.tokens[:, :2].tolist() == [tokenizer("9=")["input_ids"]] * 3
-    assert part.response_mask.shape[1] == whole.lengths[[4, 5, 7]].max()
-    assert part.rows[:, 0].tolist() == [4 * 2**20, 5 * 2**20, 7 * 2**20]
-    for name in ("tokens", "attention_mask", "rows"):
-        assert getattr(part, name).shape == (3, 2 + part.response_mask.shape[1])
-    torch.testing.assert_close(plain_logprobs(model, part, 1.0)[0], part.logprobs, **ROUNDING)
-    same(concatenate([part, whole.select([0, 2])]), whole.select([4, 5, 7, 0, 2]))
-
-
-# --- bad input ---
 
 
 def test_output_that_is_not_finite_ends_the_rollout_and_nothing_else(tokenizer):
@@ -431,8 +304,6 @@ def test_arguments_out_of_range_are_refused(model, tokenizer, changes, message):
 
 @pytest.mark.parametrize(("name", "message"), [("pad_token", "must have a pad token"), ("eos_token", "an end token")])
 def test_a_tokenizer_without_special_tokens_is_refused(tokenizer, name, message):
-    import copy
-
     model, broken = make(), copy.deepcopy(tokenizer)
     model.generation_config.eos_token_id = None
     setattr(broken, name, None)
@@ -445,32 +316,11 @@ def test_models_with_other_attention_are_refused(tokenizer):
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ValueError, match="qwen2 has linear_attention"):
         draw(model, tokenizer)
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=1))
+    bloom.generation_config.eos_token_id = 1
+    with pytest.raises(ValueError, match="bloom builds its own masks"):
+        draw(bloom, tokenizer)
     model = make()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         draw(model, tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"response_length": 0}, "response_length must be in"),
-        ({"response_length": 99}, "response_length must be in"),
-        ({"attention_mask": torch.ones(1, 1)}, "must be of one shape"),
-        ({"key": KEY}, "rows must be given with key"),
-    ],
-)
-def test_log_probabilities_of_what_does_not_fit_are_refused(model, tokenizer, changes, message):
-    rollouts = draw(model, tokenizer)
-    arguments = {"attention_mask": rollouts.attention_mask, "response_length": 12, "temperature": 1.0}
-    with pytest.raises(ValueError, match=message):
-        token_logprobs(model, rollouts.tokens, **arguments | changes)
-
-
-def test_only_parts_of_one_batch_are_joined(model, tokenizer):
-    one, other = draw(model, tokenizer), draw(model, tokenizer, key=KEY.fold(1))
-    with pytest.raises(ValueError, match="sampled under one key"):
-        concatenate([one, other])
-    with pytest.raises(ValueError, match="one or more"):
-        concatenate([])

@@ -44,7 +44,7 @@ class AttentionPattern:
         """The pattern of a causal `transformers` model.
 
         Raises:
-            ValueError: if the model has other layers (linear, chunked) or takes no prepared mask (flash attention).
+            ValueError: if it has other layers (linear, chunked) or takes no prepared mask (Bloom, flash attention).
         """
         config = model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None) or 0
@@ -56,6 +56,11 @@ class AttentionPattern:
             raise ValueError(
                 f"roundoff samples models whose layers are full or sliding-window attention, but {config.model_type} "
                 f"has {', '.join(sorted(unknown))}"
+            )
+        if not getattr(model, "_supports_attention_backend", False):
+            raise ValueError(
+                f"{config.model_type} builds its own masks (its attention does not go through transformers' attention "
+                "interface), so roundoff cannot sample from it"
             )
         implementation = getattr(config, "_attn_implementation", None) or ""
         if "flash" in implementation or "flex" in implementation or "paged" in implementation:
