@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and checkpoints made of them.
+"""Files and directories written whole or not at all, and checkpoints made of them.
 
 A checkpoint is a directory `step-<n>/` of safetensors files and a `state.json` that holds the SHA-256 of each and
 of itself. It is written beside its place, flushed to disk, and renamed; one that a kill or the disk has damaged is
@@ -7,11 +7,13 @@ passed over.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint cannot be used; the message says which file and why."""
+
+
+class DiskFullError(OSError):
+    """No space is left for a run's files; the message says where, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +54,42 @@ def write_atomic(path: Path, content: str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_directory(path.parent)
+    _sync(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def write_directory(path: Path, fill: Callable[[Path], object]) -> None:
+    """Write a directory whole or not at all: `fill` is given an empty one, which then takes its place.
+
+    Raises:
+        OSError: if the disk is full, whichever way the writer of a file inside says so.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        for inside in partial.rglob("*"):
+            _sync(inside)
+        _sync(partial)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except Exception as error:  # safetensors has an error of its own for what the system said
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync(path.parent)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that no space (or quota) is left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -70,24 +108,30 @@ def save_checkpoint(
     """Save a checkpoint whole or not at all, then remove all but the last `keep`."""
     from safetensors.torch import save_file
 
-    final = directory / f"step-{step:06d}"
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    def fill(partial: Path) -> None:
         for name, group in tensors.items():
             save_file({k: v.contiguous() for k, v in group.items()}, partial / f"{name}.safetensors")
         sums = {f"{name}.safetensors": _checksum(partial / f"{name}.safetensors") for name in tensors}
         content = {"step": step, "checksums": sums, **state}
         write_atomic(partial / "state.json", json.dumps({**content, "sha256": _digest(content)}))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.replace(final)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    _sync_directory(final.parent)
+
+    for leaving in directory.glob(".step-*.partial"):  # of a process that was killed
+        shutil.rmtree(leaving)
+    write_directory(checkpoint_path(directory, step), fill)
     for old in _checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:06d}"
+
+
+def remove_later(directory: Path, step: int) -> None:
+    """Remove checkpoints of later steps than `step`: they could not be used, and those steps are taken again."""
+    for path in _checkpoints(directory):
+        if path > checkpoint_path(directory, step):
+            shutil.rmtree(path)
 
 
 def load_latest(directory: Path) -> Checkpoint | None:
@@ -105,7 +149,9 @@ def load_latest(directory: Path) -> Checkpoint | None:
             continue
         return Checkpoint(state["step"], tensors, state, tuple(skipped))
     if skipped:
-        raise DamagedCheckpointError("no usable checkpoint:\n" + "\n".join(skipped))
+        raise DamagedCheckpointError(
+            "no usable checkpoint; move the run's directory away to start it again:\n" + "\n".join(skipped)
+        )
     return None
 
 
@@ -136,11 +182,8 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _checksum(path: Path) -> str:
-    """SHA-256 of a file that is then safely on disk."""
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoints(directory: Path) -> Sequence[Path]:

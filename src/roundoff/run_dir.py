@@ -6,6 +6,7 @@
         metrics.jsonl           one line a step; all but `time` and `seconds*` is reproducible to the bit
         evaluations/step-*.jsonl   one line a problem
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
+        adapter/                LoRA adapters after the last step, as PEFT saves them
         tensorboard/            written by the tracker
         status.json             running | complete | failed | interrupted, last step, reason
 
@@ -16,6 +17,8 @@ process holds the lock; a directory is never overwritten. Importing this module 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +29,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import tomli_w
 from filelock import FileLock, Timeout
 
-from roundoff.checkpoint import Checkpoint, load_latest, save_checkpoint, write_atomic
+from roundoff.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    load_latest,
+    read_checkpoint,
+    remove_later,
+    save_checkpoint,
+    write_atomic,
+    write_directory,
+)
 from roundoff.config import ConfigError, Experiment, Profile, result_hash, validate
 
 if TYPE_CHECKING:
@@ -58,6 +70,8 @@ class Status:
     """Time at work so far (s), all sessions together."""
     updated: str = ""
     """UTC time of the last change."""
+    warnings: tuple[str, ...] = ()
+    """What went wrong and was survived, such as a damaged checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +146,40 @@ class RunDirectory:
         """Last status written, or None for a run that never began."""
         return read_status(self.path) if (self.path / "status.json").exists() else None
 
-    def start(self, provenance: Mapping[str, Any], total_steps: int) -> Status:
+    def start(self, provenance: Mapping[str, Any], total_steps: int, warnings: Sequence[str] = ()) -> Status:
         """Record settings and provenance of a new run, or take up an old one; the run is now `running`."""
         before = self.status
         if before is None:
-            settings = {"seed": self.seed, "experiment": self.experiment, "profile": self.profile}
-            write_atomic(self.path / "experiment.toml", _to_toml(settings))
-            write_atomic(self.path / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+            self._describe(provenance)
             before = Status("running", 0, total_steps)
-        return self.set_status(replace(before, state="running", reason=""))
+        return self.set_status(replace(before, state="running", reason="", warnings=(*before.warnings, *warnings)))
+
+    def _describe(self, provenance: Mapping[str, Any]) -> None:
+        settings = {"seed": self.seed, "experiment": self.experiment, "profile": self.profile}
+        write_atomic(self.path / "experiment.toml", _to_toml(settings))
+        write_atomic(self.path / "provenance.json", json.dumps(provenance, indent=2) + "\n")
+
+    def take_over(self, parent: Run, provenance: Mapping[str, Any], total_steps: int) -> None:
+        """Begin where the complete run `parent` ended, with copies of what it left; the parent is only read.
+
+        Raises:
+            DamagedCheckpointError: if the parent's last checkpoint cannot be used.
+        """
+        last = parent.status.total_steps
+        source = checkpoint_path(parent.path / "checkpoints", last)
+        state, _ = read_checkpoint(source)
+        origin = {"run": str(parent.path), "experiment": parent.experiment.id, "epochs": parent.experiment.epochs}
+        origin |= {"step": last, "checksums": state["checksums"]}
+        for step in parent.evaluated_steps:
+            self.write_evaluation(parent.evaluation(step))
+        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in parent.metrics))
+        write_directory(
+            checkpoint_path(self.path / "checkpoints", last),
+            lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True),
+        )
+        self._describe({**provenance, "parent": origin})
+        reason = f"extends {parent.path}, step {last} on"
+        self.set_status(Status("interrupted", last, total_steps, reason, parent.status.seconds))
 
     def set_status(self, status: Status) -> Status:
         """Write `status`, stamped with the time."""
@@ -154,12 +193,13 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop metrics and evaluations later than `step`: the steps after a checkpoint are taken again."""
+        """Drop metrics, evaluations and damaged checkpoints later than `step`: those steps are taken again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         for file in _evaluation_files(self.path):
             if _step_of(file) > step:
                 file.unlink()
+        remove_later(self.path / "checkpoints", step)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write the outcomes of one evaluation."""
@@ -170,6 +210,9 @@ class RunDirectory:
         self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], *, keep: int
     ) -> None:
         """Save a checkpoint whole or not at all, then remove all but the last `keep`."""
+        if (self.path / "metrics.jsonl").exists():
+            with (self.path / "metrics.jsonl").open("a") as file:  # the rows up to a checkpoint are never younger
+                os.fsync(file.fileno())
         save_checkpoint(self.path / "checkpoints", step, tensors, state, keep=keep)
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -179,6 +222,18 @@ class RunDirectory:
             DamagedCheckpointError: if there are checkpoints and every one is damaged.
         """
         return load_latest(self.path / "checkpoints")
+
+    def save_adapter(self, write: Callable[[Path], None]) -> None:
+        """Save what `write` puts into the directory it is given as `adapter/`, whole or not at all."""
+        write_directory(self.path / "adapter", write)
+
+    def evaluation(self, step: int) -> Evaluation:
+        """Outcomes after `step`.
+
+        Raises:
+            DamagedRunError: if the file is missing or malformed.
+        """
+        return read_evaluation(self.path, step)
 
     def save_diagnostics(self, name: str, content: Mapping[str, Any]) -> Path:
         """Keep what explains a failure in `diagnostics/<name>.json`."""
@@ -210,15 +265,7 @@ class Run:
         Raises:
             DamagedRunError: if the file is missing or malformed.
         """
-        path = self.path / "evaluations" / f"step-{step:06d}.jsonl"
-        try:
-            rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-            outcomes = tuple(Outcome(**{**row, "deployed": tuple(row["deployed"])}) for row in rows)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedRunError(f"{path} cannot be read: {error}") from error
-        if not outcomes:
-            raise DamagedRunError(f"{path} holds no outcome")
-        return Evaluation(step, outcomes)
+        return read_evaluation(self.path, step)
 
     @property
     def is_final(self) -> bool:
@@ -275,6 +322,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_evaluation(run: Path, step: int) -> Evaluation:
+    """Outcomes of the run in directory `run` after `step`.
+
+    Raises:
+        DamagedRunError: if the file is missing or malformed.
+    """
+    path = run / "evaluations" / f"step-{step:06d}.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        outcomes = tuple(Outcome(**{**row, "deployed": tuple(row["deployed"])}) for row in rows)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedRunError(f"{path} cannot be read: {error}") from error
+    if not outcomes:
+        raise DamagedRunError(f"{path} holds no outcome")
+    return Evaluation(step, outcomes)
+
+
 def read_status(path: Path) -> Status:
     """The status as written, whether or not the process that wrote it still lives.
 
@@ -282,8 +346,9 @@ def read_status(path: Path) -> Status:
         DamagedRunError: if there is none, or it is malformed.
     """
     try:
-        return Status(**_parsed(path / "status.json", json.loads))
-    except TypeError as error:
+        content = _parsed(path / "status.json", json.loads)
+        return Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
+    except (TypeError, AttributeError) as error:
         raise DamagedRunError(f"{path / 'status.json'} is not a status: {error}") from error
 
 

@@ -11,8 +11,9 @@ pass they are compared with (`ratio = "replayed"`); a batch with no usable group
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
 from roundoff.aqn import aqn_noise
 from roundoff.batch import Batch, collect
+from roundoff.checkpoint import Checkpoint, DiskFullError, is_disk_full
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
 from roundoff.logprobs import token_logprobs
@@ -65,15 +67,38 @@ def train(
 
     Raises:
         ConfigError: if the settings do not fit together, before anything is written.
+        DamagedCheckpointError: if there are checkpoints and none of them can be used.
+        DiskFullError: if no space is left; the run can be resumed.
         NonFiniteLossError: if training diverged; the run is marked failed.
     """
     torch.set_num_threads(profile.threads)
     session = prepare(experiment, profile, seed)
+    try:
+        return _train(session, run_dir, open_tracker, provenance, should_stop)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"no space is left for {run_dir.path}: free some, and the same command goes on from the last checkpoint"
+        ) from error
+
+
+def _train(
+    session: Session,
+    run_dir: RunDirectory,
+    open_tracker: Callable[[int], Tracker],
+    provenance: Metrics,
+    should_stop: Callable[[], bool],
+) -> Evaluation | None:
+    """`train` with everything in memory."""
     total = len(session.sigmas)
     checkpoint = run_dir.load_checkpoint()
     start = restore(session, checkpoint) if checkpoint else 0
+    lost = [f"passed over a damaged checkpoint: {s}; went on from step {start}" for s in _skipped(checkpoint)]
+    for line in lost:
+        warnings.warn(line, stacklevel=3)
     run_dir.rewind(start if checkpoint else -1)
-    status = run_dir.start(provenance, total)
+    status = run_dir.start(provenance, total, lost)
     tracker = open_tracker(start)
     clock = _Clock(status.seconds)
     step, evaluation = start, None
@@ -85,7 +110,7 @@ def train(
             metrics = take_step(session, step, run_dir)
             evaluation = _record(session, run_dir, tracker, step, metrics, clock)
             stop = should_stop() and step < total
-            if stop or step == total or step % profile.training.checkpoint_every == 0:
+            if stop or step == total or step % session.profile.training.checkpoint_every == 0:
                 save(session, run_dir, step)
                 run_dir.set_status(replace(status, step=step, seconds=clock.total()))
             if stop:
@@ -93,15 +118,25 @@ def train(
                     replace(status, state="interrupted", step=step, reason="stopped on request", seconds=clock.total())
                 )
                 return None
+        if start == total:  # stopped between its last checkpoint and its end
+            evaluation = run_dir.evaluation(total)
+        if session.policy.adapters is not None:
+            run_dir.save_adapter(session.policy.adapters.save)
     except BaseException as error:
-        state: State = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        resumable = isinstance(error, KeyboardInterrupt) or is_disk_full(error)
+        state: State = "interrupted" if resumable else "failed"
         reason = f"step {step}: {type(error).__name__}: {error}"
-        run_dir.set_status(replace(status, state=state, step=step, reason=reason, seconds=clock.total()))
+        with suppress(OSError):  # a disk that is full, or gone, must not hide what ended the run
+            run_dir.set_status(replace(status, state=state, step=step, reason=reason, seconds=clock.total()))
         raise
     finally:
         tracker.close()
     run_dir.set_status(replace(status, state="complete", step=total, seconds=clock.total()))
     return evaluation
+
+
+def _skipped(checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    return checkpoint.skipped if checkpoint else ()
 
 
 def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
@@ -274,7 +309,7 @@ def _minibatch_loss(
             normalizer=normalizer,
             weights=None if before.weights is None else before.weights[rows],
         )
-        output.loss.backward()
+        output.loss.backward()  # type: ignore[no-untyped-call]
         outputs.append(output)
         entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
     return combine(outputs), entropy / max(1, int(part.response_mask.sum()))
