@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from benchmarks.peers_quantize import installed
+from benchmarks.peers_quantize import Quantize, installed
 from benchmarks.timing import medians, per_call, verdict
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.quantize import quantize
@@ -74,6 +74,15 @@ def small() -> None:
     print(f"  {'call alone (32 numbers)':24} {per_call(lambda: quantize(tiny, 'mxfp4', out=tiny)):7.1f}")
 
 
+def attempt(function: Quantize, x: torch.Tensor) -> tuple[float, str]:
+    """Time in ms of a peer and how to show it; a peer that fails on a CPU is a result."""
+    try:
+        time = medians({"it": lambda: function(x)}, PEER_REPEATS)["it"]
+    except Exception as error:
+        return float("inf"), f"fails ({type(error).__name__})"
+    return time, f"{time:8.1f} ms"
+
+
 def peers(dtype: torch.dtype, ours: dict[str, float]) -> None:
     found, missing = installed()
     print(f"\n{dtype}, public packages: eager, under torch.compile, and the better over ours")
@@ -82,18 +91,13 @@ def peers(dtype: torch.dtype, ours: dict[str, float]) -> None:
     x = matrix(dtype)
     for name, formats in found.items():
         for fmt, function in formats.items():
-            eager = medians({"eager": lambda function=function: function(x)}, PEER_REPEATS)["eager"]
-            try:
-                compiled_function = torch.compile(function)
-                compiled = medians({"it": lambda call=compiled_function: call(x)}, PEER_REPEATS)["it"]
-                shown = f"{compiled:8.1f} ms"
-            except Exception as error:  # a peer that does not compile is a result
-                compiled, shown = float("inf"), f"fails ({type(error).__name__})"
+            eager, shown_eager = attempt(function, x)
+            compiled, shown = attempt(torch.compile(function), x)
             own = ours["nvfp4, scale computed" if fmt == "nvfp4" else fmt]
             ratio = min(eager, compiled) / own
             goal = "reached" if ratio >= PEER_GOAL else "MISSED"
             print(
-                f"  {name:20} {fmt:11} eager {eager:8.1f} ms  compiled {shown:28} "
+                f"  {name:20} {fmt:11} eager {shown_eager:20} compiled {shown:22} "
                 f"{ratio:6.1f} x ours   goal >= {PEER_GOAL:.0f} {goal}",
                 flush=True,
             )

@@ -59,7 +59,7 @@ def compare(name, rows, columns, seed):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_random_bits(name):
-    # 26 formats x 2 dtypes x 2 kinds x 2 scales x 9,600 = 2 * 10^6 patterns
+    # 28 formats x 2 dtypes x 2 kinds x 2 scales x 9,600 = 2 * 10^6 patterns
     compare(name, 100, 96, seed=BLOCKS.index(name))
 
 
@@ -154,3 +154,13 @@ def test_large_outputs_are_the_same_as_small_ones():
         ids = torch.arange(2048)
         parts = [matmul_noise(x[i : i + 100], 0.05, KEY, rows=ids[i : i + 100]) for i in range(0, 2048, 100)]
         assert same(whole, torch.cat(parts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "int8"])
+def test_torch_compile_gives_the_same_bits(name):
+    x = random_blocks(64, 96, seed=8)
+    compiled = torch.compile(lambda x: quantize(x, name), fullgraph=True)
+    assert same(compiled(x), quantize(x, name))
+    noisy = torch.compile(lambda x: matmul_noise(x, 0.05, KEY), fullgraph=True)
+    assert same(noisy(x), matmul_noise(x, 0.05, KEY))

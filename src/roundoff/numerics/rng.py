@@ -158,7 +158,7 @@ def _counters(rows: Tensor, first: Tensor, columns: int) -> tuple[Tensor, Tensor
 
 def _cut(values: Tensor, offset: Tensor, columns: int) -> Tensor:
     """The `columns` values of each row of [R, 4 G] that start at its `offset` in 0..3."""
-    if not bool(offset.any()):
+    if values.is_cpu and not torch.compiler.is_compiling() and not bool(offset.any()):
         return values[:, :columns]
     return values.gather(1, offset.unsqueeze(-1) + torch.arange(columns, device=values.device))
 
