@@ -1,0 +1,140 @@
+"""Groups runs into arms (same settings, several seeds) and reads the outcomes of their last evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from roundoff.config import Experiment, Profile, result_hash
+from roundoff.run_dir import Evaluation, Run
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Outcomes of the last evaluation of several runs of one arm: `[S, P]`, seeds and problems ascending."""
+
+    seeds: tuple[int, ...]
+    problems: tuple[str, ...]
+    problem_set: str
+    """Digest of every problem's id, prompt and answer: equal only for the same test set."""
+    deployed: Array
+    """Share of noise draws in which each problem was solved with the hardware on."""
+    clean: Array
+    """1 where solved with the hardware off."""
+    truncated: float
+    """Share of first responses cut at the length limit (fraction)."""
+
+    def of_seeds(self, seeds: Sequence[int]) -> Scores:
+        """The same outcomes for some of the seeds."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return Scores(
+            tuple(seeds), self.problems, self.problem_set, self.deployed[rows], self.clean[rows], self.truncated
+        )
+
+
+@dataclass(frozen=True)
+class Arm:
+    """All runs of one experiment under one profile; runs of other settings are another arm."""
+
+    experiment: Experiment
+    profile: Profile
+    runs: tuple[Run, ...]
+    """One run a seed, seeds ascending."""
+
+    @cached_property
+    def final(self) -> tuple[Run, ...]:
+        """Runs that reached and evaluated their last step: the only ones that are scored."""
+        return tuple(run for run in self.runs if run.is_final)
+
+    @property
+    def key(self) -> str:
+        """Name that no other arm has: experiment, profile and hash of the settings."""
+        return f"{self.experiment.id}/{self.profile.name}-{result_hash(self.experiment, self.profile)}"
+
+    @cached_property
+    def scores(self) -> Scores | None:
+        """Outcomes of the final runs, read once; None without any.
+
+        Raises:
+            DamagedRunError: if an evaluation cannot be read.
+            ValueError: if two of the runs were scored on different problems.
+        """
+        return read_scores(self.final) if self.final else None
+
+
+def group_arms(runs: Iterable[Run]) -> tuple[list[Arm], list[str]]:
+    """Arms in order of first appearance, and a line for each run left out: a second copy, or a damaged evaluation."""
+    grouped: dict[tuple[str, str, str], dict[int, Run]] = {}
+    left_out: list[str] = []
+    for run in runs:
+        key = (run.experiment.id, run.profile.name, result_hash(run.experiment, run.profile))
+        seeds = grouped.setdefault(key, {})
+        if run.seed in seeds:
+            left_out.append(f"{run.path}: is a second copy of {seeds[run.seed].path}, which is used")
+        else:
+            seeds[run.seed] = run
+    arms = []
+    for seeds in grouped.values():
+        members = [seeds[seed] for seed in sorted(seeds)]
+        arm = Arm(members[0].experiment, members[0].profile, tuple(members))
+        try:
+            _ = arm.scores
+        except ValueError:  # DamagedRunError is one
+            arm, lines = _without_unreadable(arm)
+            left_out += lines
+        if arm.runs:
+            arms.append(arm)
+    return arms, left_out
+
+
+def read_scores(runs: Sequence[Run]) -> Scores:
+    """Outcomes of the last evaluation of each run, in the order given.
+
+    Raises:
+        DamagedRunError: if an evaluation cannot be read.
+        ValueError: if the runs were scored on different problems, or a problem appears twice.
+    """
+    deployed, clean, cut = [], [], []
+    problems: tuple[str, ...] = ()
+    digest = ""
+    for run in runs:
+        evaluation = run.evaluation(run.status.total_steps)
+        outcomes = sorted(evaluation.outcomes, key=lambda o: o.id)
+        ids, this = tuple(o.id for o in outcomes), _digest(evaluation)
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{run.path}: a problem was scored twice in one evaluation")
+        if digest and this != digest:
+            raise ValueError(f"{run.path}: was scored on other problems than {runs[0].path}")
+        problems, digest = problems or ids, this
+        deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
+        clean.append([float(o.clean) for o in outcomes])
+        cut.append(sum(o.truncated for o in outcomes) / len(outcomes))
+    seeds = tuple(run.seed for run in runs)
+    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), sum(cut) / len(cut))
+
+
+def _digest(evaluation: Evaluation) -> str:
+    lines = sorted(f"{o.id}\x1f{o.prompt}\x1f{o.answer}" for o in evaluation.outcomes)
+    return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()
+
+
+def _without_unreadable(arm: Arm) -> tuple[Arm, list[str]]:
+    """The arm without the runs whose last evaluation cannot be used, and why."""
+    kept: list[Run] = []
+    lines = []
+    for run in arm.runs:
+        scored = [other for other in kept if other.is_final]
+        try:
+            if run.is_final:
+                read_scores([*scored[:1], run])
+            kept.append(run)
+        except ValueError as error:  # DamagedRunError is one
+            lines.append(str(error))
+    return Arm(arm.experiment, arm.profile, tuple(kept)), lines

@@ -1,0 +1,195 @@
+"""Compares two arms by seed and problem: the benefit of a remedy or the cost of hardware; refuses what is neither."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from roundoff import stats
+from roundoff.config import NAMES_ONLY, ConfigError, Hardware, Precision
+from roundoff.report.arms import Arm, Scores, group_arms
+from roundoff.run_dir import Run
+
+Kind = Literal["benefit", "cost"]
+ALPHA = 0.05
+COUNTS = {0: "no", 1: "one", 2: "two"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a treatment changes against its baseline, in fractions of the test set; positive is better."""
+
+    treatment: str
+    baseline: str
+    kind: Kind
+    """`benefit`: same hardware, so the difference is due to the remedy. `cost`: hardware against plain arithmetic."""
+    seeds: tuple[int, ...]
+    """Seeds that both arms completed, over which the comparison is paired."""
+    problems: int
+    deployed: stats.Interval
+    """Difference of deployed scores: the headline."""
+    clean: stats.Interval
+    """Difference of clean scores."""
+    flips: tuple[stats.McNemar, ...]
+    """Problems gained and lost, a seed at a time (exact McNemar: about that one pair of runs)."""
+    differs: tuple[str, ...] = ()
+    """Settings in which the two differ, by path."""
+    start: float | None = None
+    """Difference of deployed scores before training (fraction): what the hardware does to the untrained model."""
+    p_holm: float | None = None
+    """p of the deployed difference, corrected over the table it stands in; None outside a table or if not testable."""
+    tests: int = 1
+    """Number of tests in that table."""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval excludes zero and the corrected p is below 5 %."""
+        p = self.deployed.p if self.p_holm is None else self.p_holm
+        return self.deployed.excludes_zero and p is not None and p < ALPHA
+
+    @property
+    def verdict(self) -> str:
+        """The conclusion in a few words."""
+        if len(self.seeds) < stats.MIN_SEEDS:
+            return f"{COUNTS[len(self.seeds)]} run{'s' if len(self.seeds) > 1 else ''}: not testable"
+        better = self.deployed.estimate > 0
+        if self.is_shown:
+            words = {"benefit": ("helps", "hurts"), "cost": ("gains accuracy", "costs accuracy")}
+            return words[self.kind][0 if better else 1]
+        if self.deployed.excludes_zero:
+            return f"hint only: not significant among {self.tests} tests"
+        return f"no {self.kind} shown"
+
+
+def compare(treatment: Sequence[Run], baseline: Sequence[Run]) -> Comparison:
+    """The paired comparison of two arms, each given as the runs of its seeds.
+
+    Raises:
+        ConfigError: if an arm mixes settings or has no complete run, if no seed was completed by both, if they were
+            scored on different problems, or if their hardware differs and the baseline's is not plain arithmetic.
+    """
+    return compare_arms(_one_arm(treatment, "treatment"), _one_arm(baseline, "baseline"))
+
+
+def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
+    """As `compare`, for arms already grouped."""
+    kind = comparison_kind(treatment, baseline)
+    new, old = paired_scores(treatment, baseline)
+    return Comparison(
+        treatment=treatment.experiment.id,
+        baseline=baseline.experiment.id,
+        kind=kind,
+        seeds=new.seeds,
+        problems=len(new.problems),
+        deployed=stats.paired_benefit(new.deployed, old.deployed),
+        clean=stats.paired_benefit(new.clean, old.clean),
+        flips=tuple(stats.mcnemar(a, b) for a, b in zip(new.deployed, old.deployed, strict=True)),
+        differs=_differing(treatment, baseline),
+        start=_start_difference(treatment, baseline, new.seeds),
+    )
+
+
+def comparison_kind(treatment: Arm, baseline: Arm) -> Kind:
+    """Whether the difference of two arms is a benefit or a cost.
+
+    Raises:
+        ConfigError: if it is neither: the models differ, or the hardware does and the baseline's is not plain.
+    """
+    if treatment.profile.model != baseline.profile.model:
+        raise ConfigError(
+            f"{treatment.experiment.id} trained {treatment.profile.model} and {baseline.experiment.id} trained "
+            f"{baseline.profile.model}: only arms that start from the same model are compared"
+        )
+    if _chip(treatment) == _chip(baseline):
+        return "benefit"
+    if baseline.experiment.hardware.changes_nothing:
+        return "cost"
+    raise ConfigError(
+        f"{treatment.experiment.id} and {baseline.experiment.id} ran on different hardware, so their difference is "
+        "neither a benefit nor a cost: compare arms on the same hardware, or take a baseline on plain arithmetic"
+    )
+
+
+def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
+    """Outcomes of both arms over the seeds that both completed, on the same problems.
+
+    Raises:
+        ConfigError: if there is no such seed, or the problems differ.
+    """
+    names = treatment.experiment.id, baseline.experiment.id
+    new, old = treatment.scores, baseline.scores
+    for name, scores in zip(names, (new, old), strict=True):
+        if scores is None:
+            raise ConfigError(f"{name} has no complete run, and only complete runs are compared: `roundoff run {name}`")
+    assert new is not None and old is not None
+    if new.problem_set != old.problem_set:
+        common = len(set(new.problems) & set(old.problems))
+        raise ConfigError(
+            f"{names[0]} and {names[1]} were scored on different problems ({len(new.problems)} and "
+            f"{len(old.problems)}, {common} ids in common): run both with the same task settings"
+        )
+    seeds = sorted(set(new.seeds) & set(old.seeds))
+    if not seeds:
+        raise ConfigError(
+            f"{names[0]} and {names[1]} have no complete seed in common ({_listed(new.seeds)} and "
+            f"{_listed(old.seeds)}), and arms are paired by seed: run both with the same --seeds"
+        )
+    return new.of_seeds(seeds), old.of_seeds(seeds)
+
+
+def _chip(arm: Arm) -> Hardware:
+    """Hardware without the layers kept in high precision, which is a remedy and not another chip."""
+    hardware = arm.experiment.hardware
+    precision = Precision(weight=hardware.precision.weight, activation=hardware.precision.activation)
+    return hardware.model_copy(update={"precision": precision})
+
+
+def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
+    """Paths of the settings that differ and change results, shortest first where one holds the other."""
+
+    def flat(value: object, path: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {path: value}
+        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
+
+    def settings(arm: Arm) -> dict[str, object]:
+        experiment = arm.experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"])
+        profile = arm.profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"})
+        for name in ("aqn", "lora"):  # a remedy that only one has counts as one setting
+            if None in (getattr(treatment.experiment, name), getattr(baseline.experiment, name)):
+                experiment[name] = str(experiment[name])
+        return flat(experiment | {"profile": profile}, "")
+
+    new, old = settings(treatment), settings(baseline)
+    return tuple(sorted(path for path in new.keys() | old.keys() if new.get(path) != old.get(path)))
+
+
+def _one_arm(runs: Sequence[Run], name: str) -> Arm:
+    arms, left_out = group_arms(runs)
+    if len(arms) != 1:
+        keys = ", ".join(arm.key for arm in arms) or "no run that can be read"
+        raise ConfigError(f"{name} must be runs of one experiment under one profile, but is {keys}")
+    if left_out:
+        raise ConfigError(f"{name} cannot be used as given:\n" + "\n".join(left_out))
+    return arms[0]
+
+
+def _start_difference(treatment: Arm, baseline: Arm, seeds: Sequence[int]) -> float | None:
+    starts = []
+    for arm in (treatment, baseline):
+        found = [start_scores(run)[0] for run in arm.final if run.seed in seeds]
+        if any(value is None for value in found):
+            return None
+        starts.append(sum(v for v in found if v is not None) / len(found))
+    return starts[0] - starts[1]
+
+
+def start_scores(run: Run) -> tuple[float | None, float | None]:
+    """Deployed and clean score before training (fractions), None where not evaluated."""
+    first = run.metrics[0] if run.metrics and run.metrics[0].get("step") == 0 else {}
+    return first.get("deployed"), first.get("clean")
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"

@@ -1,0 +1,97 @@
+"""Problems that one arm solved and the other did not, with the actual responses of one seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from roundoff.report.arms import Arm
+from roundoff.report.compare import paired_scores
+from roundoff.run_dir import Outcome
+
+EACH_WAY = 3
+"""Problems shown in each direction."""
+MOST_CHARACTERS = 1200
+"""Longest response shown in full; of a longer one the middle is left out, for the answer stands at the end."""
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One problem with both arms' responses, deployed, first draw."""
+
+    problem: str
+    prompt: str
+    answer: str
+    gained: bool
+    """True where the treatment solved it and the baseline did not."""
+    treatment_response: str
+    baseline_response: str
+    treatment_solved: float
+    """Share of seeds and draws in which the treatment solved it."""
+    baseline_solved: float
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Flips between two arms: how many in a mean seed, and the clearest few."""
+
+    seed: int
+    """Seed whose responses are shown."""
+    gained: float
+    """Problems that the treatment alone solved, mean over seeds."""
+    lost: float
+    problems: int
+    shown: tuple[Flip, ...]
+
+
+def find_flips(treatment: Arm, baseline: Arm) -> Flips:
+    """Flips of the lowest common seed, those first that flip in most seeds.
+
+    Raises:
+        ConfigError: if the arms cannot be paired.
+    """
+    new, old = paired_scores(treatment, baseline)
+    seed = new.seeds[0]
+    difference = new.deployed - old.deployed
+    mean = difference.mean(axis=0)
+    ours, theirs = _outcomes(treatment, seed), _outcomes(baseline, seed)
+    shown: list[Flip] = []
+    for sign in (1, -1):
+        order = np.argsort(-sign * mean, kind="stable")
+        flipped = (i for i in order if sign * (_solved(ours, new.problems[i]) - _solved(theirs, new.problems[i])) > 0)
+        for i in islice(flipped, EACH_WAY):
+            one, two = ours[new.problems[i]], theirs[new.problems[i]]
+            shown.append(
+                Flip(
+                    problem=one.id,
+                    prompt=shorten(one.prompt),
+                    answer=one.answer,
+                    gained=sign > 0,
+                    treatment_response=shorten(one.response),
+                    baseline_response=shorten(two.response),
+                    treatment_solved=float(new.deployed[:, i].mean()),
+                    baseline_solved=float(old.deployed[:, i].mean()),
+                )
+            )
+    gained, lost = (float((sign * difference > 0).sum()) / len(new.seeds) for sign in (1, -1))
+    return Flips(seed, gained, lost, len(new.problems), tuple(shown))
+
+
+def _outcomes(arm: Arm, seed: int) -> dict[str, Outcome]:
+    run = next(run for run in arm.final if run.seed == seed)
+    return {outcome.id: outcome for outcome in run.evaluation(run.status.total_steps).outcomes}
+
+
+def _solved(outcomes: dict[str, Outcome], problem: str) -> int:
+    """Whether the response that is shown, that of the first draw, was right."""
+    return outcomes[problem].deployed[0]
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning and end with a note of how much is left out between them."""
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half:,} characters left out …]\n{text[-half:]}"

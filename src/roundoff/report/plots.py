@@ -1,0 +1,239 @@
+"""Geometry of every plot, apart from its drawing: positions in percent of the drawing area, ticks, colours, hover texts.
+
+Templates draw these as inline SVG. Positions along the width are percentages, so a plot fits any screen without shrinking
+its text; lines are paths in a box of `BOX` units that the template stretches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from roundoff.report import words
+from roundoff.report.curves import DIAGNOSTICS, Curve
+from roundoff.report.tables import Row
+
+BOX = 1000
+"""Width and height of the box in which the paths of a line chart are given."""
+COLOURS = 6
+"""Lines of different colours in one chart; a family with more arms gets one small chart an arm."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A place on an axis (percent of its length) with its label."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis over round numbers."""
+
+    low: float
+    high: float
+    ticks: tuple[Tick, ...]
+
+    def at(self, value: float) -> float:
+        """Position of a value in percent of the length."""
+        return round(100 * (value - self.low) / (self.high - self.low), 2)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An estimate with its interval on a forest plot (positions in percent)."""
+
+    low: float
+    mid: float
+    high: float
+    style: str
+    """Class that the style sheet colours: `deployed`, `clean`, `up`, `down`, `open`."""
+    tip: str
+
+
+@dataclass(frozen=True)
+class Forest:
+    """Marks of each row (by key) on one shared axis."""
+
+    axis: Axis
+    marks: dict[str, tuple[Mark, ...]]
+    reference: float | None
+    """Position of the zero line, if there is one."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart: path, band and points."""
+
+    label: str
+    colour: int
+    """Index of the palette; -1 is grey, for a baseline in the background."""
+    path: str
+    band: str
+    points: tuple[tuple[float, float, str], ...]
+    """Position across, position down (percent) and hover text."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart."""
+
+    title: str
+    x_label: str
+    x: Axis
+    y: Axis
+    lines: tuple[Line, ...]
+
+
+def axis(low: float, high: float, *, scale: float = 1.0, signed: bool = False, wanted: int = 5) -> Axis:
+    """Round ticks around [low, high]; labels are `value*scale` (100 for percent)."""
+    if not high > low:
+        low, high = low - 0.5 / scale, high + 0.5 / scale
+    raw = (high - low) * scale / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low * scale / step + 1e-9), math.ceil(high * scale / step - 1e-9)
+    digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if round(step / power, 1) == 2.5 and power <= 1 else 0)
+    values = [i * step for i in range(first, last + 1)]
+    span = values[-1] - values[0]
+    labels = [
+        f"{value:+.{digits}f}" if signed and value else f"{abs(value) if not value else value:.{digits}f}"
+        for value in values
+    ]
+    ticks = (
+        Tick(round(100 * (v - values[0]) / span, 2), label.replace("-", words.MINUS))
+        for v, label in zip(values, labels, strict=True)
+    )
+    return Axis(values[0] / scale, values[-1] / scale, tuple(ticks))
+
+
+def score_forest(rows: Sequence[Row]) -> Forest | None:
+    """Deployed and clean scores with their intervals (percent of the test set), and the start as a tick."""
+    scored = [row for row in rows if row.deployed and row.clean]
+    ends = [v for row in scored for i in (row.deployed, row.clean) if i for v in (i.low, i.high)]
+    ends += [row.start for row in scored if row.start is not None]
+    if not ends:
+        return None
+    scale = axis(max(0.0, min(ends)), min(1.0, max(ends)), scale=100)
+    marks = {}
+    for row in scored:
+        found = [
+            Mark(*(scale.at(v) for v in (i.low, i.estimate, i.high)), style, f"{style} {words.score_text(i)}")
+            for style, i in (("clean", row.clean), ("deployed", row.deployed))
+            if i
+        ]
+        if row.start is not None:
+            found.insert(0, Mark(*[scale.at(row.start)] * 3, "start", f"start {words.percent(row.start)}"))
+        marks[row.key] = tuple(found)
+    return Forest(scale, marks, None)
+
+
+def effect_forest(rows: Sequence[Row]) -> Forest | None:
+    """Differences to the declared baseline with their intervals (points), around the zero line."""
+    compared = [(row.key, row.comparison) for row in rows if row.comparison]
+    if not compared:
+        return None
+    ends = [v for _, c in compared for v in (c.deployed.low, c.deployed.high)]
+    scale = axis(min(0.0, *ends), max(0.0, *ends), scale=100, signed=True)
+    marks = {}
+    for key, c in compared:
+        style = "open" if not c.is_shown else "up" if c.deployed.estimate > 0 else "down"
+        places = (scale.at(v) for v in (c.deployed.low, c.deployed.estimate, c.deployed.high))
+        marks[key] = (Mark(*places, style, f"{words.effect_text(c.deployed)} points: {c.verdict}"),)
+    return Forest(scale, marks, scale.at(0.0))
+
+
+def learning_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Deployed score over steps: one chart a family, or one an arm (baseline in grey) where there are many."""
+    return _charts([(row, row.learning) for row in rows], rows, "Deployed score (%)", scale=100)
+
+
+def sigma_chart(rows: Sequence[Row]) -> Chart | None:
+    """Sigma of AQN over steps, each different curve once."""
+    curves: dict[Curve, list[str]] = {}
+    for row in rows:
+        if row.sigma:
+            curves.setdefault(row.sigma, []).append(row.name)
+    if not curves:
+        return None
+    named = [
+        (names[0] if len(names) == 1 else f"{names[0]} and {words.number(len(names) - 1, 'other')}", curve)
+        for curve, names in curves.items()
+    ]
+    return _chart("AQN sigma (standard deviation)", named[:COLOURS], scale=1, from_zero=True, pointed=False)
+
+
+def diagnostic_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Each quantity of `DIAGNOSTICS` over steps; only the first arms are drawn where there are many."""
+    charts = []
+    for key, title in DIAGNOSTICS.items():
+        found = [(row.name, row.diagnostics[key]) for row in rows if key in row.diagnostics][:COLOURS]
+        if found and any(value != curve.mean[0] for _, curve in found for value in curve.mean):
+            charts.append(_chart(title, found, scale=1, pointed=False))
+    return charts
+
+
+def _charts(found: Sequence[tuple[Row, Curve | None]], rows: Sequence[Row], title: str, *, scale: float) -> list[Chart]:
+    drawn = [(row, curve) for row, curve in found if curve and len(curve.steps) > 1]
+    if not drawn:
+        return []
+    if len(drawn) <= COLOURS:
+        return [_chart(title, [(row.name, curve) for row, curve in drawn], scale=scale)]
+    curves = {row.id: curve for row, curve in drawn}
+    ends = [v for _, curve in drawn for v in (*curve.low, *curve.high)]
+    charts = []
+    for row, curve in drawn:
+        under = curves.get(row.baseline or "")
+        background = [(row.baseline or "", under)] if under else []
+        charts.append(
+            _chart(row.name, [(row.name, curve)], scale=scale, background=background, limits=(min(ends), max(ends)))
+        )
+    return charts
+
+
+def _chart(
+    title: str,
+    named: Sequence[tuple[str, Curve]],
+    *,
+    scale: float,
+    background: Sequence[tuple[str, Curve]] = (),
+    limits: tuple[float, float] | None = None,
+    from_zero: bool = False,
+    pointed: bool = True,
+) -> Chart:
+    every = [*(curve for _, curve in background), *(curve for _, curve in named)]
+    low = min(min(curve.low) for curve in every) if limits is None else limits[0]
+    high = max(max(curve.high) for curve in every) if limits is None else limits[1]
+    y = axis(0.0 if from_zero else low, high, scale=scale, wanted=4)
+    last = max(curve.steps[-1] for curve in every)
+    x = axis(min(curve.steps[0] for curve in every) if last > 1 else 0.0, last, wanted=4)
+    x = Axis(x.low, last, tuple(Tick(x_at, t.label) for t in x.ticks if (x_at := _rescaled(t, x, last)) <= 100.01))
+    lines = [_line(label, -1, curve, x, y, scale, pointed) for label, curve in background]
+    lines += [_line(label, i, curve, x, y, scale, pointed) for i, (label, curve) in enumerate(named)]
+    return Chart(title, "training step", x, y, tuple(lines))
+
+
+def _rescaled(tick: Tick, old: Axis, high: float) -> float:
+    value = old.low + tick.at / 100 * (old.high - old.low)
+    return round(100 * (value - old.low) / (high - old.low), 2)
+
+
+def _line(label: str, colour: int, curve: Curve, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
+    def place(step: float, value: float) -> tuple[float, float]:
+        return x.at(step), round(100 - y.at(value), 2)
+
+    def path(values: Sequence[float], steps: Sequence[float]) -> str:
+        inside = (place(s, v) for s, v in zip(steps, values, strict=True))
+        return " ".join(f"{a * BOX / 100:.0f},{b * BOX / 100:.0f}" for a, b in inside)
+
+    band = ""
+    if curve.seeds > 1:
+        band = f"M{path(curve.low, curve.steps)} L{path(curve.high[::-1], curve.steps[::-1])}Z"
+    points = []
+    for step, mean, low, high in zip(curve.steps, curve.mean, curve.low, curve.high, strict=True):
+        shown = f"{label}, step {step:g}: {mean * scale:.4g}"
+        tip = shown + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
+        points.append((*place(step, mean), tip))
+    return Line(label, colour, f"M{path(curve.mean, curve.steps)}", band, tuple(points) if pointed else ())

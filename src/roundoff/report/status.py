@@ -1,0 +1,79 @@
+"""Where the runs of an arm stand, in data and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from roundoff.report.arms import Arm
+from roundoff.report.compare import start_scores
+from roundoff.run_dir import Run
+
+ENDED = {
+    "failed": "failed",
+    "interrupted": "ended early",
+    "running": "running",
+    "unscored": "complete but not evaluated at its last step",
+}
+"""Words for the states that carry no score."""
+
+
+@dataclass(frozen=True)
+class SeedRow:
+    """One run: where it stands and what its last evaluation gave."""
+
+    seed: int
+    state: str
+    """complete | running | failed | interrupted | unscored (complete, but its last step was not evaluated)."""
+    step: int
+    total_steps: int
+    reason: str
+    start: float | None
+    """Deployed score before training (fraction)."""
+    deployed: float | None
+    """Deployed score at the last evaluation (fraction): final only where the state is complete."""
+    clean: float | None
+    seconds: float
+    path: str
+
+    @property
+    def words(self) -> str:
+        """Its state in words, with the step and the reason where it has no score."""
+        if self.state == "complete":
+            return "complete"
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{ENDED[self.state]} at step {self.step} of {self.total_steps}{reason}"
+
+
+def seed_row(run: Run) -> SeedRow:
+    """State and last scores of one run."""
+    scored = [row for row in run.metrics if row.get("deployed") is not None]
+    last = scored[-1] if scored else {}
+    complete = run.status.state == "complete"
+    return SeedRow(
+        seed=run.seed,
+        state="unscored" if complete and not run.is_final else run.status.state,
+        step=run.status.step,
+        total_steps=run.status.total_steps,
+        reason=run.status.reason,
+        start=start_scores(run)[0],
+        deployed=last.get("deployed"),
+        clean=last.get("clean"),
+        seconds=run.status.seconds,
+        path=str(run.path),
+    )
+
+
+def arm_status(arm: Arm, arms: Sequence[Arm]) -> tuple[str, bool]:
+    """Status of an arm in words, and whether it is whole: every seed that its family ran is complete and scored."""
+    family = (arm.experiment.family, arm.profile.name)
+    wanted = {
+        run.seed for other in arms if (other.experiment.family, other.profile.name) == family for run in other.runs
+    }
+    missing = sorted(wanted - {run.seed for run in arm.runs})
+    rows = [seed_row(run) for run in arm.runs]
+    done = sum(row.state == "complete" for row in rows)
+    parts = [f"{done} complete"] if done else []
+    parts += [f"seed {row.seed} {row.words}" for row in rows if row.state != "complete"]
+    parts += [f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} missing"] if missing else []
+    return "; ".join(parts), done == len(wanted)

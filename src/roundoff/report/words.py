@@ -1,0 +1,187 @@
+"""Numbers and conclusions in words: the same in the page, the summary and the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from roundoff.report.compare import Comparison
+from roundoff.report.tables import Report, Row
+from roundoff.stats import Interval
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "\N{EN DASH}"
+LISTED = 3
+"""Effects of one kind that an answer lists one by one; more are counted."""
+
+GLOSSARY = {
+    "rollout": "A sampled completion. A group is the rollouts of one prompt.",
+    "hardware": "What the chip does to the arithmetic: precision, matmul noise, deadzone. Active in rollout, training "
+    "and evaluation.",
+    "matmul noise": "y + s·|y|·ε with ε ~ N(0, 1) on the output of every matrix product; s is given in percent.",
+    "deployed score": "Accuracy with the hardware on: the headline.",
+    "clean score": "Accuracy of the same weights with the hardware off.",
+    "start": "Deployed score before any training.",
+    "cost": "Deployed score minus that of the same training on plain arithmetic.",
+    "benefit": "Deployed score minus that of the declared baseline on the same hardware: what the remedy does.",
+    "interval": "95 %: where the mean would lie with other seeds on other problems of this kind. With fewer than three "
+    "seeds it carries problem variance only and is marked †.",
+    "p": "Probability of a difference this large if there were none, corrected over all comparisons of this report "
+    "(Holm). Not given below three seeds.",
+    "best": "Said only of an arm whose difference to every other arm of its family on the same hardware excludes zero.",
+    "AQN": "Adaptive Quantization Noise: scheduled noise of standard deviation sigma on RMSNorm weights, in rollouts "
+    "only.",
+    "SRDD": "Static Relative Deadzone Detection: one scan that measures each layer's quantization error and turns it "
+    "into per-layer multipliers of AQN, or into the layers to keep in high precision.",
+    "importance ratio": "New over old probability of a sampled token. Its effective sample size falls where noise makes "
+    "the two disagree.",
+    "flip": "A problem that one arm solves and the other does not.",
+}
+"""Words of the report (design section 1), in the order in which they are explained."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one family of experiments asked, and the answer, a sentence each."""
+
+    family: str
+    asked: str
+    answer: str
+
+
+def percent(value: float | None) -> str:
+    """`64.3 %`, or a dash."""
+    return NONE if value is None else f"{100 * value:.1f} %"
+
+
+def score_text(interval: Interval | None) -> str:
+    """`64.3 % [61.0, 67.4]`, with † where the interval carries problem variance only."""
+    if interval is None:
+        return NONE
+    mark = "" if interval.covers == "seeds and problems" else " †"
+    return f"{percent(interval.estimate)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{mark}"
+
+
+def points(value: float) -> str:
+    """`+1.2` or `−1.2` points, with a true minus sign and no signed zero."""
+    shown = f"{abs(100 * value):.1f}"
+    sign = "" if float(shown) == 0 else "+" if value > 0 else MINUS
+    return sign + shown
+
+
+def effect_text(interval: Interval) -> str:
+    """`−5.2 [−8.3, −2.1]` points, marked like a score."""
+    mark = "" if interval.covers == "seeds and problems" else " †"
+    return f"{points(interval.estimate)} [{points(interval.low)}, {points(interval.high)}]{mark}"
+
+
+def p_text(p: float | None) -> str:
+    """`0.03`, `< 0.001` or a dash."""
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def seeds_text(row: Row) -> str:
+    """Complete runs over runs begun, such as `3` or `2 of 3`."""
+    done = sum(seed.state == "complete" for seed in row.seeds)
+    return str(done) if done == len(row.seeds) else f"{done} of {len(row.seeds)}"
+
+
+def number(count: int, noun: str) -> str:
+    """`1 run`, `1,024 problems`: a count with its noun in the right number."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def answers(report: Report) -> tuple[Answer, ...]:
+    """Question and answer of every family, in order of appearance."""
+    return tuple(
+        Answer(family, _asked(rows), _answered([row for row in rows if row.comparison], rows))
+        for family, rows in report.families.items()
+    )
+
+
+def overview(report: Report) -> str:
+    """One line on what the report rests on."""
+    whole = sum(seed.state == "complete" for row in report.rows for seed in row.seeds)
+    unfinished = report.runs - whole
+    rest = f", {unfinished} of them without a final score" if unfinished else ""
+    missing = sum(not row.seeds for row in report.rows)
+    absent = f"; {number(missing, 'declared experiment')} not run" if missing else ""
+    return f"{number(report.runs, 'run')} of {number(len(report.rows) - missing, 'experiment')}{rest}{absent}"
+
+
+def _asked(rows: Sequence[Row]) -> str:
+    kinds = {row.comparison.kind for row in rows if row.comparison}
+    question = {
+        frozenset({"cost"}): "How much deployed accuracy does each hardware cost",
+        frozenset({"benefit"}): "Does each remedy raise the deployed accuracy on the same hardware",
+        frozenset({"cost", "benefit"}): "How much deployed accuracy does each hardware cost, and do the remedies help",
+    }.get(frozenset(kinds), "What deployed accuracy does each experiment reach")
+    scored = [row for row in rows if row.deployed]
+    if not scored:
+        return f"{question}?"
+    models = ", ".join(dict.fromkeys(row.settings.model for row in scored))
+    tasks = ", ".join(dict.fromkeys(row.settings.task for row in scored))
+    seeds = sorted({row.deployed.seeds for row in scored if row.deployed})
+    problems = sorted({row.deployed.problems for row in scored if row.deployed})
+    return (
+        f"{question}, for model {models} on {tasks} ({_span(seeds)} seed{'' if seeds == [1] else 's'}, "
+        f"{_span(problems)} problems)?"
+    )
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]:,}" if values[0] == values[-1] else f"{values[0]:,} to {values[-1]:,}"
+
+
+def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
+    if not compared:
+        scored = [row for row in rows if row.deployed]
+        if not scored:
+            return "No run of this family is complete yet."
+        if len(scored) > LISTED:
+            low, high = (f(row.deployed.estimate for row in scored if row.deployed) for f in (min, max))
+            return f"{len(scored)} experiments score between {percent(low)} and {percent(high)}; none was compared."
+        return "; ".join(f"{row.name}: {score_text(row.deployed)}" for row in scored) + "."
+    parts = []
+    for kind in ("cost", "benefit"):
+        mine = [(row, row.comparison) for row in compared if row.comparison and row.comparison.kind == kind]
+        if 0 < len(mine) <= LISTED:
+            parts += [effect_sentence(row, comparison) for row, comparison in mine]
+        elif mine:
+            parts.append(_counted(mine))
+    return "; ".join(parts) + "."
+
+
+def effect_sentence(row: Row, comparison: Comparison) -> str:
+    """`10 % matmul noise costs 5.2 points (2.1 to 8.3)` and the like, without a full stop."""
+    effect = comparison.deployed
+    size = f"{abs(100 * effect.estimate):.1f} points"
+    if comparison.is_shown:
+        bounds = sorted((abs(100 * effect.low), abs(100 * effect.high)))
+        verb = {"cost": ("gains", "costs"), "benefit": ("wins", "loses")}[comparison.kind][effect.estimate < 0]
+        return f"{row.name} {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f})"
+    between = f"{points(effect.low)} to {points(effect.high)} points"
+    if effect.p is None:
+        side = "below" if effect.estimate < 0 else "above"
+        return f"{row.name} lies {size} {side} its baseline ({comparison.verdict})"
+    return f"{row.name}: {comparison.verdict} ({points(effect.estimate)}; {between})"
+
+
+def _counted(mine: Sequence[tuple[Row, Comparison]]) -> str:
+    kind = mine[0][1].kind
+    shown = [(row, c) for row, c in mine if c.is_shown]
+    tested = [c for _, c in mine if c.deployed.p is not None]
+    nouns = {"cost": "hardware settings", "benefit": "remedies"}[kind]
+    if not tested:
+        return f"{len(mine)} {nouns} were run, none with the three seeds that a test needs"
+    down = [(row, c) for row, c in shown if c.deployed.estimate < 0]
+    up = [(row, c) for row, c in shown if c.deployed.estimate > 0]
+    words = {"cost": ("cost accuracy", "gain accuracy"), "benefit": ("hurt", "help")}[kind]
+    parts = []
+    for found, word in ((down, words[0]), (up, words[1])):
+        if found:
+            row, most = max(found, key=lambda pair: abs(pair[1].deployed.estimate))
+            parts.append(f"{len(found)} {word}, most of all {row.name} ({points(most.deployed.estimate)} points)")
+    rest = len(tested) - len(shown)
+    parts += [f"{rest} show no effect beyond their error"] if rest else []
+    return f"of {len(tested)} {nouns} tested, " + ", ".join(parts)
