@@ -1,0 +1,213 @@
+"""What a scan found: damage per decoder layer and per Linear, in several metrics, each with its unit and label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from roundoff.config import ConfigError, Hardware, nearest
+from roundoff.srdd.multipliers import TARGETED_SHARE, multipliers, ranking
+
+AGREEMENT_WARNING = 0.8
+"""Rank correlation of the two halves of the calibration text below which a ranking is warned about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One column of a scan."""
+
+    title: str
+    unit: str
+    meaning: str
+    classic: bool = False
+    """Kept because published work uses it; misleading (see docs/srdd.md)."""
+    decibel: bool = False
+    """The value is a signal-to-noise ratio: the damage is `10^(-value/10)`."""
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "gradient": Metric(
+            "gradient score",
+            "nats^2/token",
+            "mean over tokens of (g_t . e_t)^2: e_t the layer's output error, g_t the loss gradient there",
+        ),
+        "energy_error": Metric(
+            "energy error",
+            "fraction",
+            "mean over tokens of |Q(x_t) - x_t|^2 / |x_t|^2 at the inputs of the layer's Linears, sink tokens left out",
+        ),
+        "shadow": Metric("shadow score", "fraction", "mean over tokens of |L_q(h_t) - L(h_t)| / |L(h_t)|"),
+        "deadzone_ratio": Metric("deadzone", "fraction", "share of non-zero Linear inputs that become zero"),
+        "saturation_ratio": Metric(
+            "saturation", "fraction", "share of Linear inputs beyond the format's largest number"
+        ),
+        "weight_error": Metric("weight error", "fraction", "|Q(W) - W|^2 / |W|^2 over the layer's Linears"),
+        "exact": Metric("exact KL", "nats/token", "KL to the clean model when this layer alone is perturbed"),
+        "relative_error": Metric(
+            "relative error (classic)", "fraction", "mean of |q - x| / |x| over the layer's output", classic=True
+        ),
+        "sqnr": Metric("SQNR (classic)", "dB", "SQNR of the layer's whole output tensor", classic=True, decibel=True),
+    }
+)
+"""The metrics of a decoder layer by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMetrics:
+    """Damage of one decoder layer; units and definitions in `METRICS`.
+
+    A metric is None where the scan did not measure it or the hardware does not touch it.
+    """
+
+    layer: int
+    gradient: float | None = None
+    energy_error: float | None = None
+    shadow: float | None = None
+    deadzone_ratio: float | None = None
+    saturation_ratio: float | None = None
+    weight_error: float | None = None
+    exact: float | None = None
+    relative_error: float | None = None
+    sqnr: float | None = None
+    exact_se: float | None = None
+    """Standard error of `exact` over calibration texts (nats/token)."""
+    sink_share: float = 0.0
+    """Share of tokens left out of `energy_error` because they are attention sinks (fraction)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearMetrics:
+    """Damage at the operands of one Linear (fractions); None where the hardware leaves that operand alone."""
+
+    name: str
+    layer: int
+    weight_error: float | None
+    energy_error: float | None
+    deadzone_ratio: float | None
+    saturation_ratio: float | None
+
+
+@dataclass(frozen=True)
+class LayerScan:
+    """The result of `scan`."""
+
+    hardware: Hardware
+    """What the layers were scanned under (with nothing kept in high precision)."""
+    tokens: int
+    """Calibration tokens, padding not counted."""
+    layers: tuple[LayerMetrics, ...]
+    halves: tuple[tuple[LayerMetrics, ...], ...]
+    """The same measured on two disjoint halves of the calibration text; empty if there was one text only."""
+    linears: tuple[LinearMetrics, ...]
+    rank_by: str
+    """The metric that ranks where no other is named."""
+
+    def metric_names(self) -> tuple[str, ...]:
+        """Metrics that this scan measured."""
+        return tuple(name for name in METRICS if all(getattr(row, name) is not None for row in self.layers))
+
+    def values(self, metric: str | None = None) -> dict[int, float]:
+        """The metric of each decoder layer, in the unit of `METRICS`.
+
+        Raises:
+            ConfigError: if the scan does not have this metric.
+        """
+        return self._column(self.layers, metric)
+
+    def damage(self, metric: str | None = None) -> dict[int, float]:
+        """The metric of each layer, larger meaning worse, 0 or more (a ratio in dB as noise over signal)."""
+        return self._damage(self.layers, metric)
+
+    def ranking(self, metric: str | None = None, direction: str = "sensitive") -> tuple[int, ...]:
+        """All decoder layers, the most damaged first (`robust`: last)."""
+        return tuple(ranking(self.damage(metric), direction))
+
+    def most_sensitive(self, k: int, metric: str | None = None) -> tuple[int, ...]:
+        """The k most damaged layers, in the model's order.
+
+        Raises:
+            ConfigError: if k is not in 1 .. number of layers.
+        """
+        if not 1 <= k <= len(self.layers):
+            raise ConfigError(f"k must be in 1 to {len(self.layers)} (the model's decoder layers), but is {k}")
+        return tuple(sorted(self.ranking(metric)[:k]))
+
+    def multipliers(
+        self,
+        mode: str,
+        *,
+        metric: str | None = None,
+        direction: str = "sensitive",
+        share: float = TARGETED_SHARE,
+        progress: float = 0.0,
+    ) -> dict[int, float]:
+        """AQN's multiplier of each decoder layer; see `roundoff.srdd.multipliers`."""
+        return multipliers(self.damage(metric), mode, direction=direction, share=share, progress=progress)
+
+    def agreement(self, metric: str | None = None) -> float | None:
+        """Spearman's rank correlation of the metric on the two halves; None for one text, or a constant metric."""
+        if len(self.halves) < 2:
+            return None
+        first, second = (self._damage(half, metric) for half in self.halves)
+        return rank_correlation(list(first.values()), list(second.values()))
+
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the ranking must know."""
+        found = self.agreement()
+        title = METRICS[self.rank_by].title
+        if not self.halves:
+            return (f"calibrated on one text: whether the ranking by {title} is stable is not known; give more texts",)
+        if found is None:
+            return (f"{title} is the same for every layer of a half: it ranks nothing",)
+        if found < AGREEMENT_WARNING:
+            return (
+                f"the two halves of the calibration text rank the layers differently by {title} (Spearman {found:.2f}, "
+                f"below {AGREEMENT_WARNING}): give more text",
+            )
+        return ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "hardware": self.hardware.model_dump(mode="json"),
+            "tokens": self.tokens,
+            "rank_by": self.rank_by,
+            "ranking": list(self.ranking()),
+            "agreement": {name: self.agreement(name) for name in self.metric_names()},
+            "warnings": list(self.warnings()),
+            "metrics": {name: asdict(METRICS[name]) for name in self.metric_names()},
+            "layers": [asdict(row) for row in self.layers],
+            "halves": [[asdict(row) for row in half] for half in self.halves],
+            "linears": [asdict(row) for row in self.linears],
+        }
+
+    def _column(self, rows: Sequence[LayerMetrics], metric: str | None) -> dict[int, float]:
+        name = self.rank_by if metric is None else metric
+        if name not in self.metric_names():
+            known = self.metric_names()
+            reason = "was not measured by this scan" if name in METRICS else "is not a metric"
+            raise ConfigError(f"{name!r} {reason}{nearest(name, known)} (measured: {', '.join(known)})")
+        return {row.layer: getattr(row, name) for row in rows}
+
+    def _damage(self, rows: Sequence[LayerMetrics], metric: str | None) -> dict[int, float]:
+        values = self._column(rows, metric)
+        if METRICS[self.rank_by if metric is None else metric].decibel:
+            return {layer: 10.0 ** (-value / 10.0) for layer, value in values.items()}
+        return values
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rank correlation, ties at their mean rank; None where either side is constant or not finite."""
+    if len(first) < 2 or not all(map(math.isfinite, (*first, *second))):
+        return None
+    ranks = np.stack([rankdata(first), rankdata(second)])
+    if (ranks == ranks[:, :1]).all(axis=1).any():
+        return None
+    return float(np.corrcoef(ranks)[0, 1])
