@@ -1,7 +1,7 @@
-"""Geometry of every plot, apart from its drawing: positions in percent of the drawing area, ticks, colours, hover texts.
+"""Geometry of every plot, apart from its drawing: positions in percent of the drawing area, ticks, colours, hovers.
 
-Templates draw these as inline SVG. Positions along the width are percentages, so a plot fits any screen without shrinking
-its text; lines are paths in a box of `BOX` units that the template stretches.
+Templates draw these as inline SVG. Positions along the width are percentages, so that a plot fits any screen without
+shrinking its text; lines are paths in a box of `BOX` units that the template stretches.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Axis:
 class Mark:
     """An estimate with its interval on a forest plot (positions in percent)."""
 
+    style: str
+    """Class that the style sheet colours: `start`, `deployed`, `clean`, `up`, `down`, `open`."""
+    tip: str
     low: float
     mid: float
     high: float
-    style: str
-    """Class that the style sheet colours: `deployed`, `clean`, `up`, `down`, `open`."""
-    tip: str
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,7 @@ def axis(low: float, high: float, *, scale: float = 1.0, signed: bool = False, w
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if round(step / power, 1) == 2.5 and power <= 1 else 0)
     values = [i * step for i in range(first, last + 1)]
     span = values[-1] - values[0]
-    labels = [
-        f"{value:+.{digits}f}" if signed and value else f"{abs(value) if not value else value:.{digits}f}"
-        for value in values
-    ]
+    labels = [f"{value:+.{digits}f}" if signed and value else f"{value:.{digits}f}" for value in values]
     ticks = (
         Tick(round(100 * (v - values[0]) / span, 2), label.replace("-", words.MINUS))
         for v, label in zip(values, labels, strict=True)
@@ -120,12 +117,12 @@ def score_forest(rows: Sequence[Row]) -> Forest | None:
     marks = {}
     for row in scored:
         found = [
-            Mark(*(scale.at(v) for v in (i.low, i.estimate, i.high)), style, f"{style} {words.score_text(i)}")
+            Mark(style, f"{style} {words.score_text(i)}", *(scale.at(v) for v in (i.low, i.estimate, i.high)))
             for style, i in (("clean", row.clean), ("deployed", row.deployed))
             if i
         ]
         if row.start is not None:
-            found.insert(0, Mark(*[scale.at(row.start)] * 3, "start", f"start {words.percent(row.start)}"))
+            found.insert(0, Mark("start", f"start {words.percent(row.start)}", *[scale.at(row.start)] * 3))
         marks[row.key] = tuple(found)
     return Forest(scale, marks, None)
 
@@ -137,11 +134,11 @@ def effect_forest(rows: Sequence[Row]) -> Forest | None:
         return None
     ends = [v for _, c in compared for v in (c.deployed.low, c.deployed.high)]
     scale = axis(min(0.0, *ends), max(0.0, *ends), scale=100, signed=True)
-    marks = {}
+    marks: dict[str, tuple[Mark, ...]] = {}
     for key, c in compared:
         style = "open" if not c.is_shown else "up" if c.deployed.estimate > 0 else "down"
         places = (scale.at(v) for v in (c.deployed.low, c.deployed.estimate, c.deployed.high))
-        marks[key] = (Mark(*places, style, f"{words.effect_text(c.deployed)} points: {c.verdict}"),)
+        marks[key] = (Mark(style, f"{words.effect_text(c.deployed)} points: {c.verdict}", *places),)
     return Forest(scale, marks, scale.at(0.0))
 
 

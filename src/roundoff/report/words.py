@@ -33,8 +33,8 @@ GLOSSARY = {
     "only.",
     "SRDD": "Static Relative Deadzone Detection: one scan that measures each layer's quantization error and turns it "
     "into per-layer multipliers of AQN, or into the layers to keep in high precision.",
-    "importance ratio": "New over old probability of a sampled token. Its effective sample size falls where noise makes "
-    "the two disagree.",
+    "importance ratio": "New over old probability of a sampled token. Its effective sample size falls where noise "
+    "makes the two disagree.",
     "flip": "A problem that one arm solves and the other does not.",
 }
 """Words of the report (design section 1), in the order in which they are explained."""
@@ -62,6 +62,26 @@ def score_text(interval: Interval | None) -> str:
     return f"{percent(interval.estimate)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{mark}"
 
 
+def bounds_text(interval: Interval) -> str:
+    """`61.0 to 67.4` of a score in percent, marked like it."""
+    mark = "" if interval.covers == "seeds and problems" else " †"
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}{mark}"
+
+
+def effect_bounds_text(interval: Interval) -> str:
+    """`−8.3 to −2.1` of a difference in points, marked like a score."""
+    mark = "" if interval.covers == "seeds and problems" else " †"
+    return f"{points(interval.low)} to {points(interval.high)}{mark}"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min` or `2 h 20 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def points(value: float) -> str:
     """`+1.2` or `−1.2` points, with a true minus sign and no signed zero."""
     shown = f"{abs(100 * value):.1f}"
@@ -86,9 +106,9 @@ def seeds_text(row: Row) -> str:
     return str(done) if done == len(row.seeds) else f"{done} of {len(row.seeds)}"
 
 
-def number(count: int, noun: str) -> str:
+def number(count: int, noun: str, plural: str = "") -> str:
     """`1 run`, `1,024 problems`: a count with its noun in the right number."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def answers(report: Report) -> tuple[Answer, ...]:
@@ -153,18 +173,18 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
 
 
 def effect_sentence(row: Row, comparison: Comparison) -> str:
-    """`10 % matmul noise costs 5.2 points (2.1 to 8.3)` and the like, without a full stop."""
+    """`10 % matmul noise: costs 5.2 points (2.1 to 8.3)` and the like, without a full stop."""
     effect = comparison.deployed
     size = f"{abs(100 * effect.estimate):.1f} points"
     if comparison.is_shown:
         bounds = sorted((abs(100 * effect.low), abs(100 * effect.high)))
         verb = {"cost": ("gains", "costs"), "benefit": ("wins", "loses")}[comparison.kind][effect.estimate < 0]
-        return f"{row.name} {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f})"
-    between = f"{points(effect.low)} to {points(effect.high)} points"
+        return f"{row.name}: {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f})"
     if effect.p is None:
         side = "below" if effect.estimate < 0 else "above"
-        return f"{row.name} lies {size} {side} its baseline ({comparison.verdict})"
-    return f"{row.name}: {comparison.verdict} ({points(effect.estimate)}; {between})"
+        return f"{row.name}: {size} {side} its baseline ({comparison.verdict})"
+    between = f"{points(effect.low)} to {points(effect.high)}"
+    return f"{row.name}: {comparison.verdict} ({points(effect.estimate)} points, {between})"
 
 
 def _counted(mine: Sequence[tuple[Row, Comparison]]) -> str:

@@ -1,0 +1,216 @@
+"""Writes a report: `summary.md`, `results.csv`, `results.json` and `report.html`, and the table for a terminal.
+
+The page is one file: style, script and plots are inside it, a content security policy forbids any request, and every
+text that comes from a run is escaped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from roundoff import __version__
+from roundoff.checkpoint import write_atomic
+from roundoff.report import plots, words
+from roundoff.report.tables import Report, Row
+
+COLUMNS = (
+    *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),
+    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "ratio"),
+    *("seeds", "problems", "start", "deployed", "deployed_low", "deployed_high", "clean", "clean_low", "clean_high"),
+    *("interval_covers", "truncated", "baseline", "kind", "difference", "difference_low", "difference_high", "p"),
+    *("p_holm", "tests", "verdict", "clean_difference", "best", "status"),
+)
+"""Columns of results.csv; scores and differences are fractions."""
+
+
+def write_report(report: Report, out: Path) -> list[Path]:
+    """Write the four files into `out`, each whole or not at all, and return their paths."""
+    contents = {
+        "summary.md": markdown(report),
+        "results.csv": table_csv(report),
+        "results.json": json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n",
+        "report.html": page(report),
+    }
+    for name, content in contents.items():
+        write_atomic(out / name, content)
+    return [out / name for name in contents]
+
+
+def page(report: Report) -> str:
+    """The self-contained HTML page."""
+    environment = _environment(autoescape=True)
+    template = files("roundoff.report") / "templates"
+    return environment.get_template("report.html.j2").render(
+        **_context(report),
+        style=Markup((template / "style.css").read_text("utf-8")),
+        script=Markup((template / "script.js").read_text("utf-8")),
+        score_forest=plots.score_forest(report.rows),
+        effect_forest=plots.effect_forest(report.rows),
+        learning={name: plots.learning_charts(rows) for name, rows in report.families.items()},
+        sigma={name: plots.sigma_chart(rows) for name, rows in report.families.items()},
+        diagnostics={name: plots.diagnostic_charts(rows) for name, rows in report.families.items()},
+        box=plots.BOX,
+    )
+
+
+def markdown(report: Report) -> str:
+    """The summary in Markdown."""
+    environment = _environment(autoescape=False)
+    environment.filters["cell"] = _cell
+    return environment.get_template("summary.md.j2").render(**_context(report))
+
+
+def table_csv(report: Report) -> str:
+    """One line an experiment, with every setting and score."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in report.rows:
+        writer.writerow({k: _plain(v) for k, v in flat(row).items()})
+    return buffer.getvalue()
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """A row as the columns of results.csv; None where there is nothing to say."""
+    settings, effect, comparison = asdict(row.settings), row.comparison and row.comparison.deployed, row.comparison
+    values: dict[str, Any] = {
+        **{name: settings[name] for name in COLUMNS if name in settings},
+        "family": row.family,
+        "id": row.id,
+        "title": row.title,
+        "seeds": row.deployed.seeds if row.deployed else 0,
+        "problems": row.deployed.problems if row.deployed else None,
+        "start": row.start,
+        "interval_covers": row.deployed.covers if row.deployed else None,
+        "truncated": row.truncated,
+        "baseline": row.baseline,
+        "verdict": comparison.verdict if comparison else row.no_comparison,
+        "best": row.is_best,
+        "status": row.status,
+    }
+    for name, interval in (("deployed", row.deployed), ("clean", row.clean), ("difference", effect)):
+        if interval:
+            values |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    if comparison and effect:
+        values |= {"kind": comparison.kind, "p": effect.p, "p_holm": comparison.p_holm, "tests": comparison.tests}
+        values["clean_difference"] = comparison.clean.estimate
+    return values
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything in the report as plain data; fractions, not percent."""
+    rows = []
+    for row in report.rows:
+        content = asdict(row)
+        if row.comparison:
+            content["comparison"] |= {"verdict": row.comparison.verdict, "is_shown": row.comparison.is_shown}
+        rows.append(content)
+    return {
+        "roundoff": __version__,
+        "overview": words.overview(report),
+        "answers": [asdict(answer) for answer in words.answers(report)],
+        "tests": report.tests,
+        "updated": report.updated,
+        "rows": rows,
+        "sources": [asdict(source) for source in report.sources],
+        "skipped": list(report.skipped),
+    }
+
+
+def terminal_table(report: Report) -> RenderableType:
+    """Scores, comparisons and answers for a terminal, by `rich`; 80 columns are enough."""
+    parts: list[RenderableType] = [_score_table(report)]
+    if any(row.baseline for row in report.rows):
+        parts.append(_effect_table(report))
+    parts += [Text.assemble((answer.asked, "dim"), "\n", answer.answer) for answer in words.answers(report)]
+    notes = [f"{row.id}: {row.status}" for row in report.rows if not row.is_whole]
+    notes += [f"skipped: {line}" for line in report.skipped]
+    parts += [Text("\n".join(notes), style="yellow")] if notes else []
+    if any(row.deployed and row.deployed.covers == "problems only" for row in report.rows):
+        parts.append(Text("† below three seeds: the interval carries problem variance only", style="dim"))
+    return Group(*(line for part in parts for line in (part, Text(""))))
+
+
+def _score_table(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("Experiment")
+    for name in ("Seeds", "Start"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Deployed [95 %]", no_wrap=True)
+    table.add_column("Clean", justify="right", no_wrap=True)
+    for family, rows in report.families.items():
+        if len(report.families) > 1:
+            table.add_row(Text(family or "no family", style="italic"))
+        for row in rows:
+            table.add_row(
+                Text(row.name + (" (best)" if row.is_best else "")),
+                Text(words.seeds_text(row)),
+                Text(words.percent(row.start)),
+                Text(words.score_text(row.deployed), style="bold"),
+                Text(words.percent(row.clean.estimate if row.clean else None)),
+            )
+    return table
+
+
+def _effect_table(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("Against its baseline")
+    table.add_column("Points [95 %]", no_wrap=True)
+    table.add_column("p", justify="right", no_wrap=True)
+    table.add_column("Verdict", min_width=14)
+    for row in report.rows:
+        if row.comparison:
+            effect, shown = row.comparison.deployed, row.comparison.is_shown
+            style = ("green" if effect.estimate > 0 else "red") if shown else ""
+            cells = (words.effect_text(effect), words.p_text(row.comparison.p_holm), row.comparison.verdict)
+            table.add_row(Text(row.name), *(Text(cell, style=style) for cell in cells))
+        elif row.baseline:
+            table.add_row(Text(row.name), words.NONE, words.NONE, Text(row.no_comparison, style="yellow"))
+    return table
+
+
+def _context(report: Report) -> dict[str, Any]:
+    """What both templates use."""
+    return {
+        "report": report,
+        "version": __version__,
+        "answers": words.answers(report),
+        "overview": words.overview(report),
+        "glossary": words.GLOSSARY,
+        "words": words,
+    }
+
+
+def _environment(*, autoescape: bool) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("roundoff.report"),
+        autoescape=autoescape,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+def _cell(text: object) -> str:
+    """Text that cannot break out of a Markdown table cell, nor be read as HTML."""
+    shown = " ".join(str(text).split())
+    for special, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
+        shown = shown.replace(special, escaped)
+    return shown
+
+
+def _plain(value: Any) -> Any:
+    return "" if value is None else round(value, 6) if isinstance(value, float) else value
