@@ -1,7 +1,7 @@
 """Tokens per second of `sample` beside `model.generate`: same model, prompts and limits, one thread, taken in turn.
 
 Two models: `tiny` with the prompts of its task, 32 x 8 rollouts; and one of SmolLM2-135M's shape with random weights,
-32 prompts of 16 to 128 tokens, where a token ends the response with probability 1/24. Tokens are counted up to the end
+32 prompts of 8 to 64 tokens, where a token ends the response with probability 1/24. Tokens are counted up to the end
 token; `generate` computes padding until its last rollout has ended. "In forward" is time inside `model(...)`: no
 sampler that calls the model can be faster.
 """
@@ -83,9 +83,9 @@ def smol() -> Case:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE_135M)).eval()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = list(range(0, SHAPE_135M["vocab_size"], 24))
-    lengths = torch.linspace(16, 128, 32).int().tolist()
+    lengths = torch.linspace(8, 64, 32).int().tolist()
     prompts = [" ".join(str(int(t)) for t in torch.randint(1, 24, (length,))) for length in lengths]
-    return Case("135M shape, 32 x 1", model, NumberTokenizer(), prompts, 1, 48, 3)
+    return Case("135M shape, 32 x 1", model, NumberTokenizer(), prompts, 1, 48, 2)
 
 
 def ours(case: Case, seed: int) -> int:
