@@ -81,6 +81,19 @@ def test_paths_agree_on_a_hundred_million(name):
 
 
 @pytest.mark.parametrize("name", BLOCKS)
+def test_paths_agree_on_the_smallest_bfloat16(name):
+    # Subnormal numbers and those just above, alone and beside larger ones.
+    generator = torch.Generator().manual_seed(9)
+    bits = torch.randint(0, 0x0A00, (400, 64), generator=generator)
+    bits[200:] >>= torch.randint(0, 8, (200, 64), generator=generator)
+    sign = torch.randint(0, 2, (400, 64), generator=generator)
+    x = (bits - (sign << 15)).to(torch.int16).view(torch.bfloat16)
+    for scale in (None, "row"):
+        expected, q = both(lambda scale=scale: quantize(x, name, tensor_scale=scale))
+        assert same(expected, q), scale
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_stochastic_rounding_and_odd_shapes(name):
     for shape in ((7, 3), (3, 70), (2, 257), (40, 64)):
         x = random_blocks(*shape, seed=5)

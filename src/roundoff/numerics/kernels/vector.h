@@ -68,16 +68,6 @@ static inline H narrow(F v) {
     return __builtin_convertvector(rounded, H);
 }
 
-static inline bool any(I mask) {
-#if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-    int32_t all = 0;
-    for (int i = 0; i < LANES; ++i) all |= mask[i];
-    return all != 0;
-#endif
-}
-
 // STREAM writes around the cache: an output much larger than the cache then costs no read of its lines.
 template <bool STREAM> static inline void store(float* p, F v) {
 #if defined(__AVX512F__)
