@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from roundoff.config import Experiment, Profile
+from roundoff.run_dir import Evaluation, Outcome, RunDirectory, Status
 
 Array = NDArray[np.float64]
 
@@ -52,7 +55,94 @@ class World:
         return float((weights * solved(self.mean + effect + spread * nodes)).sum() / weights.sum())
 
 
-def repeat(count: int, seed: int, once: Callable[[np.random.Generator], bool]) -> float:
-    """Share of `count` independent repeats in which `once` is true."""
-    rng = np.random.default_rng(seed)
-    return sum(once(rng) for _ in range(count)) / count
+PROVENANCE = {
+    "command": "roundoff run simulated --seeds 0-2",
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "python": "3.11.7",
+    "machine": {"system": "Linux", "processor": "a simulated processor"},
+    "versions": {"roundoff": "0.1.0", "torch": "2.13.0"},
+}
+
+
+def profile(**training: int) -> Profile:
+    sizes = {"prompts_per_step": 32, "learning_rate": 1e-4, "lora_learning_rate": 1e-3, "max_prompt_tokens": 16}
+    lengths = {"max_new_tokens": 24, "evaluate_every": 10, "checkpoint_every": 10}
+    return Profile.model_validate(
+        {"name": "tiny", "model": "tiny", "task": {"name": "arithmetic"}, "training": sizes | lengths | training}
+    )
+
+
+def experiment(name: str, **settings: object) -> Experiment:
+    return Experiment.model_validate({"id": name, "algorithm": {"name": "GRPO"}, **settings})
+
+
+def evaluation(step: int, deployed: Array, clean: Array, *, text: str = "") -> Evaluation:
+    """Outcomes `[P]` of 0 and 1 as an evaluation of problems whose answer is their number."""
+    outcomes = []
+    for i, (on, off) in enumerate(zip(deployed, clean, strict=True)):
+        shown = f"{i}>{i if on else i + 1}{text}"
+        outcomes.append(
+            Outcome(f"sum/{i:04}", f"{i}+0=", str(i), (int(on),), int(off), shown, f"{i if off else i + 1}")
+        )
+    return Evaluation(step, tuple(outcomes))
+
+
+def write_run(
+    root: Path,
+    what: Experiment,
+    seed: int,
+    deployed: Array,
+    clean: Array,
+    *,
+    state: str = "complete",
+    steps: int = 40,
+    reached: int | None = None,
+    scale: Profile | None = None,
+    text: str = "",
+) -> Path:
+    """A run directory whose last evaluation has these outcomes `[P]`; the score rises to it from 60 % of it."""
+    reached = steps if reached is None else reached
+    last, last_clean = float(deployed.mean()), float(clean.mean())
+    with RunDirectory(root, what, scale or profile(), seed) as run:
+        run.start(PROVENANCE, steps)
+        for step in range(reached + 1):
+            done = 1 - np.exp(-3 * step / steps)
+            row: dict[str, object] = {"step": step}
+            if step:
+                sigma = 0.05 * 0.01 ** ((step - 1) // 4 / 9) if what.aqn and step > 4 else 0.0
+                ratio = {"ratio_std": 0.02 + 0.01 * np.sin(step + seed), "ratio_ess": 0.98, "kl": 0.001 * step}
+                row |= {"reward": last * (0.6 + 0.4 * done), "sigma": sigma, "response_tokens": 5.0, **ratio}
+            if step % 10 == 0 or step == steps:
+                wobble = 0.01 * np.sin(3 * step + seed) if 0 < step < steps else 0.0
+                shape = (0.6 + 0.4 * done) if step < steps else 1.0
+                row |= {"deployed": last * shape + wobble, "clean": last_clean * shape + wobble}
+            run.append_metrics(row)
+        for step in {0, reached - reached % 10, reached} if state == "complete" else {0, reached - reached % 10}:
+            run.write_evaluation(evaluation(step, deployed, clean, text=text))
+        run.set_status(Status(state, reached, steps, "" if state == "complete" else "killed", 63.0))  # type: ignore[arg-type]
+    return run.path
+
+
+def quickstart(root: Path, *, seeds: int = 3, problems: int = 300, noise: float = -1.0, aqn: float = 0.6) -> None:
+    """Four experiments: plain; MXFP4; matmul noise, which costs `noise` logits; with AQN, which wins back `aqn`."""
+    rng = np.random.default_rng(0)
+    world = World()
+    difficulty = world.difficulty(rng, problems)
+    noisy = {"matmul_noise": {"relative_std": 0.1}}
+    formats = {"precision": {"weight": "mxfp4", "activation": "mxfp4"}}
+    schedule = {"sigma_start": 0.05, "sigma_end": 0.0005}
+    arms: list[tuple[str, float, dict[str, object]]] = [
+        ("plain", 0.0, {"title": "Plain arithmetic"}),
+        ("mxfp4", -0.1, {"title": "MXFP4 weights and activations", "hardware": formats, "baseline": "plain"}),
+        ("noise", noise, {"title": "10 % matmul noise", "hardware": noisy, "baseline": "plain"}),
+        (
+            "noise-aqn",
+            noise + aqn,
+            {"title": "10 % matmul noise, with AQN", "hardware": noisy, "baseline": "noise", "aqn": schedule},
+        ),
+    ]
+    for name, effect, settings in arms:
+        deployed = world.arm(rng, difficulty, seeds, effect=effect)
+        clean = deployed if effect == 0.0 else world.arm(rng, difficulty, seeds, effect=effect / 2)
+        for seed in range(seeds):
+            write_run(root, experiment(name, family="simulated", **settings), seed, deployed[seed], clean[seed])

@@ -19,6 +19,8 @@ BOX = 1000
 COLOURS = 6
 """Lines of different colours in one chart; a family with more arms gets one small chart an arm."""
 
+GREY = -1
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -64,12 +66,21 @@ class Forest:
 
 
 @dataclass(frozen=True)
+class Named:
+    """A curve with its name and colour, the same in every chart of a family."""
+
+    label: str
+    curve: Curve
+    colour: int
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of a chart: path, band and points."""
 
     label: str
     colour: int
-    """Index of the palette; -1 is grey, for a baseline in the background."""
+    """Index of the palette, or `GREY` for a baseline in the background."""
     path: str
     band: str
     points: tuple[tuple[float, float, str], ...]
@@ -144,71 +155,72 @@ def effect_forest(rows: Sequence[Row]) -> Forest | None:
 
 def learning_charts(rows: Sequence[Row]) -> list[Chart]:
     """Deployed score over steps: one chart a family, or one an arm (baseline in grey) where there are many."""
-    return _charts([(row, row.learning) for row in rows], rows, "Deployed score (%)", scale=100)
+    drawn = [(row, row.learning) for row in rows if row.learning and len(row.learning.steps) > 1]
+    return _charts(drawn, rows, "Deployed score (%)", scale=100)
 
 
 def sigma_chart(rows: Sequence[Row]) -> Chart | None:
     """Sigma of AQN over steps, each different curve once."""
-    curves: dict[Curve, list[str]] = {}
-    for row in rows:
+    curves: dict[Curve, list[int]] = {}
+    for i, row in enumerate(rows):
         if row.sigma:
-            curves.setdefault(row.sigma, []).append(row.name)
+            curves.setdefault(row.sigma, []).append(i)
     if not curves:
         return None
-    named = [
-        (names[0] if len(names) == 1 else f"{names[0]} and {words.number(len(names) - 1, 'other')}", curve)
-        for curve, names in curves.items()
-    ]
-    return _chart("AQN sigma (standard deviation)", named[:COLOURS], scale=1, from_zero=True, pointed=False)
+    named: list[Named] = []
+    for curve, places in list(curves.items())[:COLOURS]:
+        others = f" and {words.number(len(places) - 1, 'other')}" if len(places) > 1 else ""
+        colour = places[0] if len(rows) <= COLOURS else len(named)
+        named.append(Named(rows[places[0]].name + others, curve, colour))
+    return _chart("AQN sigma (standard deviation)", named, scale=1, from_zero=True, pointed=False)
 
 
 def diagnostic_charts(rows: Sequence[Row]) -> list[Chart]:
     """Each quantity of `DIAGNOSTICS` over steps; only the first arms are drawn where there are many."""
     charts = []
     for key, title in DIAGNOSTICS.items():
-        found = [(row.name, row.diagnostics[key]) for row in rows if key in row.diagnostics][:COLOURS]
-        if found and any(value != curve.mean[0] for _, curve in found for value in curve.mean):
+        found = [
+            Named(row.name, row.diagnostics[key], i) for i, row in enumerate(rows[:COLOURS]) if key in row.diagnostics
+        ]
+        if any(value != item.curve.mean[0] for item in found for value in item.curve.mean):
             charts.append(_chart(title, found, scale=1, pointed=False))
     return charts
 
 
-def _charts(found: Sequence[tuple[Row, Curve | None]], rows: Sequence[Row], title: str, *, scale: float) -> list[Chart]:
-    drawn = [(row, curve) for row, curve in found if curve and len(curve.steps) > 1]
+def _charts(drawn: Sequence[tuple[Row, Curve]], rows: Sequence[Row], title: str, *, scale: float) -> list[Chart]:
     if not drawn:
         return []
-    if len(drawn) <= COLOURS:
-        return [_chart(title, [(row.name, curve) for row, curve in drawn], scale=scale)]
+    if len(rows) <= COLOURS:
+        places = {row.key: i for i, row in enumerate(rows)}
+        return [_chart(title, [Named(row.name, curve, places[row.key]) for row, curve in drawn], scale=scale)]
     curves = {row.id: curve for row, curve in drawn}
     ends = [v for _, curve in drawn for v in (*curve.low, *curve.high)]
     charts = []
     for row, curve in drawn:
         under = curves.get(row.baseline or "")
-        background = [(row.baseline or "", under)] if under else []
-        charts.append(
-            _chart(row.name, [(row.name, curve)], scale=scale, background=background, limits=(min(ends), max(ends)))
-        )
+        named = [Named(row.baseline or "", under, GREY)] if under else []
+        named.append(Named(row.name, curve, 0))
+        charts.append(_chart(f"{row.name}: deployed score (%)", named, scale=scale, limits=(min(ends), max(ends))))
     return charts
 
 
 def _chart(
     title: str,
-    named: Sequence[tuple[str, Curve]],
+    named: Sequence[Named],
     *,
     scale: float,
-    background: Sequence[tuple[str, Curve]] = (),
     limits: tuple[float, float] | None = None,
     from_zero: bool = False,
     pointed: bool = True,
 ) -> Chart:
-    every = [*(curve for _, curve in background), *(curve for _, curve in named)]
+    every = [item.curve for item in named]
     low = min(min(curve.low) for curve in every) if limits is None else limits[0]
     high = max(max(curve.high) for curve in every) if limits is None else limits[1]
     y = axis(0.0 if from_zero else low, high, scale=scale, wanted=4)
     last = max(curve.steps[-1] for curve in every)
     x = axis(min(curve.steps[0] for curve in every) if last > 1 else 0.0, last, wanted=4)
     x = Axis(x.low, last, tuple(Tick(x_at, t.label) for t in x.ticks if (x_at := _rescaled(t, x, last)) <= 100.01))
-    lines = [_line(label, -1, curve, x, y, scale, pointed) for label, curve in background]
-    lines += [_line(label, i, curve, x, y, scale, pointed) for i, (label, curve) in enumerate(named)]
+    lines = [_line(item, x, y, scale, pointed) for item in named]
     return Chart(title, "training step", x, y, tuple(lines))
 
 
@@ -217,7 +229,9 @@ def _rescaled(tick: Tick, old: Axis, high: float) -> float:
     return round(100 * (value - old.low) / (high - old.low), 2)
 
 
-def _line(label: str, colour: int, curve: Curve, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
+def _line(item: Named, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
+    label, curve = item.label, item.curve
+
     def place(step: float, value: float) -> tuple[float, float]:
         return x.at(step), round(100 - y.at(value), 2)
 
@@ -233,4 +247,4 @@ def _line(label: str, colour: int, curve: Curve, x: Axis, y: Axis, scale: float,
         shown = f"{label}, step {step:g}: {mean * scale:.4g}"
         tip = shown + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
         points.append((*place(step, mean), tip))
-    return Line(label, colour, f"M{path(curve.mean, curve.steps)}", band, tuple(points) if pointed else ())
+    return Line(label, item.colour, f"M{path(curve.mean, curve.steps)}", band, tuple(points) if pointed else ())

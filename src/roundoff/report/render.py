@@ -35,6 +35,24 @@ COLUMNS = (
 """Columns of results.csv; scores and differences are fractions."""
 
 
+SETTINGS = (
+    ("Experiment", "id"),
+    ("Algorithm", "algorithm"),
+    ("Epochs", "epochs"),
+    ("LoRA", "lora"),
+    ("Weights", "weight_format"),
+    ("Activations", "activation_format"),
+    ("High precision", "keep"),
+    ("Matmul noise", "matmul_noise"),
+    ("Other hardware", "other_hardware"),
+    ("AQN (sigma)", "aqn"),
+    ("Ratio", "ratio"),
+    ("Profile", "profile"),
+)
+"""Columns of the page's table of settings, each with the field of `Settings` that it shows."""
+SHOWN_IF_SET = {"keep", "other_hardware"}
+
+
 def write_report(report: Report, out: Path) -> list[Path]:
     """Write the four files into `out`, each whole or not at all, and return their paths."""
     contents = {
@@ -56,6 +74,9 @@ def page(report: Report) -> str:
         **_context(report),
         style=Markup((template / "style.css").read_text("utf-8")),
         script=Markup((template / "script.js").read_text("utf-8")),
+        columns=[
+            (n, k) for n, k in SETTINGS if k not in SHOWN_IF_SET or any(asdict(r.settings)[k] for r in report.rows)
+        ],
         score_forest=plots.score_forest(report.rows),
         effect_forest=plots.effect_forest(report.rows),
         learning={name: plots.learning_charts(rows) for name, rows in report.families.items()},

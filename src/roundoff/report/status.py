@@ -35,6 +35,8 @@ class SeedRow:
     clean: float | None
     seconds: float
     path: str
+    warnings: tuple[str, ...] = ()
+    """What went wrong in the run and was survived."""
 
     @property
     def words(self) -> str:
@@ -61,6 +63,7 @@ def seed_row(run: Run) -> SeedRow:
         clean=last.get("clean"),
         seconds=run.status.seconds,
         path=str(run.path),
+        warnings=tuple(run.status.warnings),
     )
 
 
