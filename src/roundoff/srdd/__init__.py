@@ -2,6 +2,7 @@
 
 from roundoff.srdd.decoder import calibration_batches, decoder_layers
 from roundoff.srdd.exact import Divergence, FrontierPoint, frontier
+from roundoff.srdd.faults import Alarm, FaultReport, find_faults
 from roundoff.srdd.keep import needs_scan, resolve_keep
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics, rank_correlation
 from roundoff.srdd.multipliers import DIRECTIONS, MODES
@@ -11,13 +12,16 @@ __all__ = [
     "DIRECTIONS",
     "METRICS",
     "MODES",
+    "Alarm",
     "Divergence",
+    "FaultReport",
     "FrontierPoint",
     "LayerMetrics",
     "LayerScan",
     "LinearMetrics",
     "calibration_batches",
     "decoder_layers",
+    "find_faults",
     "frontier",
     "needs_scan",
     "rank_correlation",

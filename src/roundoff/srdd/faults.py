@@ -1,0 +1,274 @@
+"""Fault finding without a reference machine: one forward pass in which every Linear and every layer is checked.
+
+Sites are visited in forward order and the checks of a site in the order of `roundoff.srdd.checks`. Every check judges a
+site by its own inputs, so an error made upstream does not raise alarms downstream; the first alarm names the suspect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roundoff.config import ConfigError
+from roundoff.hardware.installed import installed
+from roundoff.hardware.inventory import layer_index, plain_name
+from roundoff.hardware.linear import HardwareLinear
+from roundoff.numerics.rng import Key
+from roundoff.srdd import checks
+from roundoff.srdd.decoder import Calibration, decoder_layers, evaluation_mode, read_batches
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn")
+MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""In models that have the second of them, these are what a layer adds to its input (Gemma 2 and 3, OLMo 2)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One check that failed at one site."""
+
+    check: str
+    site: str
+    """Dotted name of the Linear or of the decoder layer."""
+    layer: int | None
+    value: float
+    limit: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaultReport:
+    """What a fault scan found."""
+
+    alarms: tuple[Alarm, ...]
+    """In forward order."""
+    checked: tuple[str, ...]
+    """Sites that were checked."""
+    unchecked: tuple[str, ...]
+    """What could not be checked, each with the reason."""
+
+    @property
+    def suspect(self) -> Alarm | None:
+        """The first alarm; None on a machine without a finding."""
+        return self.alarms[0] if self.alarms else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return asdict(self) | {"suspect": None if self.suspect is None else self.suspect.site}
+
+
+def find_faults(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, replays: int = 2, seed: int = 0, host: bool = True
+) -> FaultReport:
+    """Alarms of every Linear and decoder layer on the machine that the model runs on, in forward order.
+
+    The model runs as it is: on the device it lies on, with the hardware that is installed and in force.
+
+    Args:
+        model: a causal model.
+        batches: what a tokenizer returns (`input_ids` [N, S], `attention_mask` [N, S]).
+        replays: how often each product is repeated with the same input.
+        seed: of the random signs of the checksum.
+        host: compute the checks on the CPU.
+
+    Raises:
+        ConfigError: if there is no decoder layer or no token, or if matmul noise is installed, which a check could not
+            tell from a fault.
+    """
+    found = installed(model)
+    if found is not None and found.is_on and found.hardware.matmul_noise.relative_std > 0:
+        raise ConfigError(
+            "hardware.matmul_noise is installed: declared noise cannot be told from a fault, so take it off first"
+        )
+    inspector = Inspector(model, decoder_layers(model), replays, Key.from_seed(seed).fold("checksum"), host)
+    with evaluation_mode(model), torch.no_grad():
+        for batch in read_batches(batches, next(model.parameters()).device):
+            inspector.forward(batch)
+    return inspector.report()
+
+
+@dataclass(eq=False)
+class Inspector:
+    """Hooks that check every Linear and decoder layer of a model."""
+
+    model: nn.Module
+    layers: Mapping[int, nn.Module]
+    replays: int
+    key: Key
+    host: bool
+    alarms: dict[tuple[str, str], Alarm] = field(default_factory=dict)
+    checked: dict[str, None] = field(default_factory=dict)
+    unchecked: dict[str, None] = field(default_factory=dict)
+    _order: dict[str, None] = field(default_factory=dict)
+    _mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    _listening: bool = True
+    _parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.names = {id(module): name for name, module in self.model.named_modules()}
+        self._contributions = {index: _contributions(layer) for index, layer in self.layers.items()}
+
+    def forward(self, batch: Calibration) -> None:
+        """One pass over a batch, with every check."""
+        self._mask = batch.mask
+        with self._hooks():
+            self.model(**batch.inputs())
+
+    def report(self) -> FaultReport:
+        """What was found so far; alarms in the order in which the sites are computed."""
+        order = list(self._order)
+        alarms = sorted(self.alarms.values(), key=lambda alarm: order.index(alarm.site))
+        failed = [alarm for alarm in alarms if alarm.check == "residual"]
+        unchecked = list(self.unchecked)
+        if len(failed) == len(self.layers) > 1:  # not a fault: these layers add something else
+            alarms = [alarm for alarm in alarms if alarm.check != "residual"]
+            unchecked.append("residual identity: no layer's output is the sum of its input, attention and MLP")
+        return FaultReport(tuple(alarms), tuple(self.checked), tuple(unchecked))
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = []
+        try:
+            for name, module in self.model.named_modules():
+                if isinstance(module, nn.Linear):
+                    handles.append(module.register_forward_hook(self._on_linear(name)))
+                elif layer_index(plain_name(name)) is not None and _has_matrix(module):
+                    self.unchecked[f"{name}: {type(module).__name__} is not a Linear"] = None
+            for index, layer in self.layers.items():
+                parts = self._contributions[index]
+                if parts is None:
+                    self.unchecked[f"{self.names[id(layer)]}: attention and MLP were not recognized"] = None
+                for name, module in (parts or {}).items():
+                    handles.append(module.register_forward_hook(self._on_part(name)))
+                handles.append(layer.register_forward_hook(self._on_layer(index), with_kwargs=True))
+            yield
+        finally:
+            self._parts = {}
+            for handle in handles:
+                handle.remove()
+
+    def _alarm(self, check: str, site: str, value: float, limit: float, detail: str) -> None:
+        known = self.alarms.get((check, site))
+        if known is None or value > known.value:
+            self.alarms[check, site] = Alarm(check, site, layer_index(plain_name(site)), value, limit, detail)
+
+    def _site(self, name: str) -> None:
+        self._order.setdefault(name)
+        self.checked.setdefault(name)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """[T, K] without padding, on the CPU if asked for."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        if flat.shape[0] == self._mask.numel():
+            flat = flat[self._mask.flatten()]
+        return flat.cpu() if self.host else flat
+
+    def _on_part(self, name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self._listening:
+                self._parts[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _on_linear(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not self._listening:
+                return
+            self._site(name)
+            x, weight = _operands(module, inputs[0])
+            finite = bool(x.isfinite().all()) and bool(weight.isfinite().all())
+            self._replay(name, lambda: module.forward(inputs[0]), output)
+            x, y = self._tokens(x), self._tokens(output)
+            weight = weight.cpu() if self.host else weight
+            bias = None if module.bias is None else module.bias.detach().to(weight.device)
+            live = (weight != 0).any(-1)
+            if not finite or not self._statistics(name, x, y, live):
+                return
+            excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
+            if excess > checks.CHECKSUM_LIMIT:
+                text = f"sum of outputs is off by {excess:.3g} rounding units"
+                self._alarm("checksum", name, excess, checks.CHECKSUM_LIMIT, text)
+
+        return hook
+
+    def _on_layer(self, index: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._listening:
+                return
+            name = self.names[id(layer)]
+            self._site(name)
+            h = output[0] if isinstance(output, tuple) else output
+            before = args[0] if args else kwargs["hidden_states"]
+            inner = any(check == "replay" and site.startswith(f"{name}.") for check, site in self.alarms)
+            if not inner:  # one of its Linears would make the layer differ, too
+                self._replay(name, lambda: layer.forward(*args, **kwargs), h)
+            x, y = self._tokens(before), self._tokens(h)
+            live = torch.ones(y.shape[-1], dtype=torch.bool, device=y.device)
+            finite = bool(x.isfinite().all()) and all(bool(part.isfinite().all()) for part in self._parts.values())
+            if finite and self._statistics(name, x, y, live) and self._contributions[index] is not None:
+                parts = [self._tokens(part) for part in self._parts.values()]
+                excess = checks.residual_excess(x, parts, y)
+                if excess > checks.RESIDUAL_LIMIT:
+                    text = f"output differs from input + attention + mlp by {excess:.3g} rounding bounds"
+                    self._alarm("residual", name, excess, checks.RESIDUAL_LIMIT, text)
+            self._parts = {}
+
+        return hook
+
+    def _replay(self, name: str, again: Callable[[], Any], output: Tensor) -> None:
+        """Compare with the same computation repeated."""
+        self._listening = False
+        try:
+            for _ in range(self.replays):
+                found = again()
+                found = found[0] if isinstance(found, tuple) else found
+                if not checks.same_bits(found, output):
+                    share = float((found != output).double().mean())
+                    self._alarm("replay", name, share, 0.0, f"{share:.2%} of outputs differ when repeated")
+        finally:
+            self._listening = True
+
+    def _statistics(self, name: str, x: Tensor, y: Tensor, live: Tensor) -> bool:
+        """Zero, constant and tie statistics of outputs [T, N]; False if there are outputs that are not finite."""
+        bad = float((~y.isfinite()).double().mean())
+        if bad:
+            self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, of finite inputs")
+            return False
+        zeros = checks.zero_share(y[(x != 0).any(-1)], live) if bool((x != 0).any()) else 0.0
+        if zeros > checks.ZERO_LIMIT:
+            self._alarm("zero", name, zeros, checks.ZERO_LIMIT, f"{zeros:.2%} of outputs are exactly zero")
+        if bool((x != x[:1]).any()):
+            constant = int(checks.constant_channels(y, live).sum())
+            if constant:
+                self._alarm("constant", name, constant, 0, f"{constant} channels give one value for all tokens")
+        ties = checks.tie_share(y)
+        if ties > checks.TIE_LIMIT:
+            self._alarm("tie", name, ties, checks.TIE_LIMIT, f"{ties:.2%} of tokens have ties at their maximum")
+        return True
+
+
+def _operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is multiplied: on installed hardware the quantized input and weight."""
+    if isinstance(module, HardwareLinear) and module.hardware_state.runtime.on:
+        state = module.hardware_state
+        return state.quantized_input(x), state.quantized_weight(module.weight)
+    return x.detach(), module.weight.detach()
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+
+
+def _contributions(layer: nn.Module) -> dict[str, nn.Module] | None:
+    """The modules whose outputs a decoder layer adds to its input; None where they are not recognized."""
+    children = dict(layer.named_children())
+    if POST_NORMS[1] in children:
+        names = [name for name in POST_NORMS if name in children]
+    else:
+        names = [next((n for n in kind if n in children), "") for kind in (ATTENTION_NAMES, MLP_NAMES)]
+    return {name: children[name] for name in names} if len(names) == 2 and all(names) else None
