@@ -155,6 +155,21 @@ def load_latest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def load_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the last undamaged one.
+
+    Raises:
+        DamagedCheckpointError: if it is missing or damaged.
+    """
+    if step is not None:
+        state, tensors = read_checkpoint(checkpoint_path(directory, step))
+        return Checkpoint(state["step"], tensors, state, ())
+    found = load_latest(directory)
+    if found is None:
+        raise DamagedCheckpointError(f"there is no checkpoint in {directory}")
+    return found
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """State and tensors of one checkpoint directory.
 

@@ -7,11 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from roundoff import __version__
 from roundoff.config import ConfigError
+
+if TYPE_CHECKING:
+    from roundoff.scale.local_grid import RunRequest
 
 RUNS = Path("runs")
 REPORT = Path("report")
@@ -34,6 +38,17 @@ set_option = click.option(
     metavar="PATH=VALUE",
     help="Replace a setting, such as hardware.matmul_noise.relative_std=0.2 or profile.training.evaluate_every=5.",
 )
+
+
+seeds_option = click.option("--seeds", default="0-2", show_default=True, help="Seeds: 3, 0-2 or 0,4,7.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Runs at a time. [default: cores / threads of a run]"
+)
+tracker_option = click.option(
+    "--tracker", default="tensorboard", show_default=True, help="Tracker: tensorboard or none."
+)
+run_argument = click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the last]")
 
 
 class Commands(click.Group):
@@ -101,11 +116,11 @@ def show(name: str, profile_name: str, assignments: Sequence[str], layers: bool)
 @cli.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @profile_option
-@click.option("--seeds", default="0-2", show_default=True, help="Seeds: 3, 0-2 or 0,4,7.")
+@seeds_option
 @set_option
 @runs_option
-@click.option("--workers", type=click.IntRange(min=1), help="Runs at a time. [default: cores / threads of a run]")
-@click.option("--tracker", default="tensorboard", show_default=True, help="Tracker: tensorboard or none.")
+@workers_option
+@tracker_option
 def run(
     names: Sequence[str],
     profile_name: str,
@@ -116,24 +131,35 @@ def run(
     tracker: str,
 ) -> None:
     """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
-    from rich.console import Console
-
     from roundoff.experiments import load_profile, select, with_overrides
     from roundoff.provenance import provenance
-    from roundoff.scale.local_grid import RunRequest, run_grid
+    from roundoff.scale.local_grid import RunRequest
+
+    experiments, profile = with_overrides(select(names), load_profile(profile_name), assignments)
+    source = provenance()
+    _make_runs(
+        [
+            RunRequest(experiment, profile, seed, root, source, tracker)
+            for seed in parse_seeds(seeds)
+            for experiment in experiments
+        ],
+        workers,
+    )
+
+
+def _make_runs(requests: list[RunRequest], workers: int | None) -> None:
+    """Make the runs, say what became of them, and exit."""
+    from rich.console import Console
+
+    from roundoff.scale.local_grid import run_grid
     from roundoff.scale.progress import Progress
     from roundoff.trackers import TRACKERS
 
+    tracker = requests[0].tracker
     if tracker not in TRACKERS:
         raise ConfigError(f"--tracker must be one of {', '.join(TRACKERS)}, but is {tracker!r}")
-    experiments, profile = with_overrides(select(names), load_profile(profile_name), assignments)
-    source = provenance()
-    requests = [
-        RunRequest(experiment, profile, seed, root, source, tracker)
-        for seed in parse_seeds(seeds)
-        for experiment in experiments
-    ]
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // profile.threads)
+    threads = max(request.profile.threads for request in requests)
+    workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
     progress = Progress(Console(), workers)
     with progress.shown():
         jobs = run_grid(requests, workers=workers, watch=progress.update)
@@ -145,6 +171,84 @@ def run(
     if stopped:
         click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
     sys.exit(1 if failed else 130 if stopped else 0)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--epochs", type=int, required=True, help="Epochs of the whole, those already made included.")
+@workers_option
+@tracker_option
+def extend(paths: Sequence[Path], epochs: int, workers: int | None, tracker: str) -> None:
+    """Take complete runs further as new runs beside them; what was made is not repeated and stays as it is."""
+    from roundoff.extension import begin_extension, differences
+    from roundoff.provenance import provenance
+    from roundoff.run_dir import find_runs
+    from roundoff.scale.local_grid import RunRequest
+
+    parents, skipped = find_runs(paths)
+    if not parents or skipped:
+        raise ConfigError("\n".join(skipped) or f"there is no run in {', '.join(map(str, paths))}")
+    source = provenance()
+    requests = []
+    for parent in parents:
+        experiment, root = begin_extension(parent, epochs, source)
+        requests.append(RunRequest(experiment, parent.profile, parent.seed, root, source, tracker))
+        if (difference := differences(parent, epochs)) is not None:
+            click.echo(f"not a run of {epochs} epochs from scratch: {difference}", err=True)
+    _make_runs(requests, workers)
+
+
+@cli.command("eval")
+@click.argument("target", metavar="RUN|MODEL_DIR")
+@step_option
+@click.option("--hardware", help="Of an experiment, a TOML file, or `none`. [default: the run's own; none for a model]")
+@click.option("--profile", "profile_name", help="Task, lengths and draws. [default: the run's own; tiny for a model]")
+@click.option("--task", help="Another task, with its default settings.")
+@set_option
+@click.option("--draws", type=click.IntRange(min=1), help="Noise draws of the deployed score. [default: the profile's]")
+@click.option("--samples", type=click.IntRange(min=1), help="Sample so many responses to each problem, for pass@k.")
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Seed of noise and samples. [default: the run's own; 0 for a model]")
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file for scores and per-problem outcomes.")
+def eval_command(
+    target: str,
+    step: int | None,
+    hardware: str | None,
+    profile_name: str | None,
+    task: str | None,
+    assignments: Sequence[str],
+    draws: int | None,
+    samples: int | None,
+    temperature: float,
+    seed: int | None,
+    out: Path | None,
+) -> None:
+    """Score a run, one of its checkpoints, an adapter or a model, deployed (on the hardware) and clean."""
+    from roundoff import evaluation_command as command
+
+    if out is not None and out.exists():
+        raise ConfigError(f"{out} exists: name another file")
+    subject = command.open_subject(
+        target, step=step, profile=profile_name, seed=seed, hardware=hardware, task=task, assignments=assignments
+    )
+    result = command.score_subject(subject, draws=draws, samples=samples or 0, temperature=temperature)
+    click.echo(command.describe(result))
+    if out is not None:
+        command.save(result, out)
+        click.echo(f"wrote {out}")
+
+
+@cli.command()
+@run_argument
+@click.argument("out", type=click.Path(path_type=Path))
+@step_option
+def export(path: Path, out: Path, step: int | None) -> None:
+    """Write a run's model and tokenizer to OUT, a Hugging Face directory; adapters are merged."""
+    from roundoff.export import export as write_model
+    from roundoff.run_dir import read_run
+
+    for line in write_model(read_run(path), out, step=step):
+        click.echo(line)
 
 
 @cli.command()
@@ -182,6 +286,8 @@ def runs(root: Path) -> None:
         scores = f"deployed {scored[-1]['deployed']:.1%}  clean {scored[-1]['clean']:.1%}" if scored else ""
         at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
         click.echo(f"{item.path}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
+        for line in item.status.warnings:
+            click.echo(f"  warning: {line}")
     for line in skipped:
         click.echo(f"skipped: {line}", err=True)
 

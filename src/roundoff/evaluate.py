@@ -1,4 +1,7 @@
-"""The only scorer: greedy accuracy of a model on a test set, with the hardware on (deployed) and off (clean).
+"""The only scorer: accuracy of a model on a test set, with the hardware on (deployed) and off (clean).
+
+`evaluate` decodes greedily: the score of training curves and of the report. `evaluate_samples` draws several responses
+to each problem and gives pass@k, the probability that at least one of k is right.
 
 The noise of an evaluation is keyed by the run's seed and the number of the draw, not by the step: two steps, or two
 arms with one seed, meet the same draws, so that their difference is that of the models. Training noise has other keys.
@@ -15,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from roundoff.aqn import is_aqn_active
 from roundoff.hardware.install import hardware_off, installed
 from roundoff.numerics.rng import Key
-from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, Outcome
 from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
@@ -69,39 +71,128 @@ def evaluate(
     Raises:
         RuntimeError: if AQN is in force: its noise belongs to rollouts alone.
     """
-    if is_aqn_active(model):
-        raise RuntimeError("evaluate was called inside aqn_noise: a score must never carry the noise of a remedy")
+    _check_no_aqn(model)
     problems = task.test()
 
-    def greedy(draw: int) -> Rollouts:
-        return sample(
-            model,
-            tokenizer,
-            [problem.prompt for problem in problems],
-            group_size=1,
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-            key=key.fold("evaluation", draw),
-        )
+    def greedy(draw: int) -> _Answers:
+        return _answers(model, tokenizer, task, key.fold("evaluation", draw), max_new_tokens)
 
     deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
     clean = deployed[0]
     if installed(model) is not None:
         with hardware_off(model):
             clean = greedy(0)
-    solved = [score_responses(task, problems, rollouts.texts).rewards for rollouts in deployed]
-    solved_clean = score_responses(task, problems, clean.texts).rewards
     outcomes = tuple(
         Outcome(
             id=problem.id,
             prompt=problem.prompt,
             answer=problem.answer,
-            deployed=tuple(int(draw[i] == 1.0) for draw in solved),
-            clean=int(solved_clean[i] == 1.0),
+            deployed=tuple(answers.solved[i] for answers in deployed),
+            clean=clean.solved[i],
             response=deployed[0].texts[i],
             clean_response=clean.texts[i],
-            truncated=bool(deployed[0].truncated[i]),
+            truncated=deployed[0].truncated[i],
         )
         for i, problem in enumerate(problems)
     )
     return Evaluation(step, outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledOutcome:
+    """What became of the sampled responses to one test problem."""
+
+    id: str
+    prompt: str
+    answer: str
+    deployed: tuple[int, ...]
+    """1 where solved with the hardware on, one entry a sample, each under noise of its own."""
+    clean: tuple[int, ...]
+    """1 where solved with the hardware off, one entry a sample."""
+
+
+def pass_at_k(samples: int, solved: int, k: int) -> float:
+    """Probability that at least one of k of the samples, drawn without replacement, is among the solved ones.
+
+    The unbiased estimator `1 - C(n - c, k) / C(n, k)` of pass@k (Chen et al. 2021, arXiv:2107.03374, equation 1);
+    k = 1 is the mean. `1 - (1 - c/n)^k`, which one meets as well, is biased downwards.
+
+    Raises:
+        ValueError: unless 1 <= k <= samples and 0 <= solved <= samples.
+    """
+    if not (1 <= k <= samples and 0 <= solved <= samples):
+        raise ValueError(f"pass@k needs 1 <= k <= samples and solved <= samples, but is {k=}, {samples=}, {solved=}")
+    return 1 - math.comb(samples - solved, k) / math.comb(samples, k)
+
+
+def evaluate_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    *,
+    key: Key,
+    max_new_tokens: int,
+    samples: int,
+    temperature: float,
+) -> tuple[SampledOutcome, ...]:
+    """Outcomes of `samples` responses to every test problem at a temperature, deployed and clean.
+
+    Deployed and clean responses are drawn by the same uniform numbers: where they differ, the hardware did it.
+
+    Raises:
+        RuntimeError: if AQN is in force.
+    """
+    _check_no_aqn(model)
+    problems = task.test()
+
+    def drawn() -> list[tuple[int, ...]]:
+        own = key.fold("evaluation", "samples")
+        found = _answers(model, tokenizer, task, own, max_new_tokens, samples=samples, temperature=temperature).solved
+        return [found[i : i + samples] for i in range(0, len(found), samples)]
+
+    deployed = clean = drawn()
+    if installed(model) is not None:
+        with hardware_off(model):
+            clean = drawn()
+    return tuple(
+        SampledOutcome(problem.id, problem.prompt, problem.answer, with_hardware, without)
+        for problem, with_hardware, without in zip(problems, deployed, clean, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """Responses to the test problems, `samples` to each, next to each other."""
+
+    texts: list[str]
+    solved: tuple[int, ...]
+    truncated: list[bool]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    key: Key,
+    max_new_tokens: int,
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+) -> _Answers:
+    problems = task.test()
+    rollouts = sample(
+        model,
+        tokenizer,
+        [problem.prompt for problem in problems],
+        group_size=samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        key=key,
+    )
+    rewards = score_responses(task, [p for p in problems for _ in range(samples)], rollouts.texts).rewards
+    return _Answers(rollouts.texts, tuple(int(r == 1.0) for r in rewards), rollouts.truncated.tolist())
+
+
+def _check_no_aqn(model: PreTrainedModel) -> None:
+    if is_aqn_active(model):
+        raise RuntimeError("the model is inside aqn_noise: a score must never carry the noise of a remedy")

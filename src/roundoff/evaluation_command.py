@@ -1,0 +1,278 @@
+"""What `roundoff eval` does: scores a run, a checkpoint, an adapter or a model directory, on any hardware.
+
+A run is loaded by the code that trains it and scored by the code that scores its training curve, so that the two agree
+problem by problem; where the run has an evaluation of that step under the same settings, the result says whether it
+does.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from roundoff.checkpoint import load_checkpoint, write_atomic
+from roundoff.config import ConfigError, Experiment, Hardware, Profile, Task, validate
+from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
+from roundoff.experiments import load_experiment, load_profile, with_overrides
+from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
+from roundoff.numerics.rng import Key
+from roundoff.run_dir import Evaluation, Run, read_run
+from roundoff.session import load_policy, make_task, put_weights
+from roundoff.stats import Interval, score
+
+PLAIN = "none"
+"""Name of the hardware that changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is scored, and with what."""
+
+    name: str
+    experiment: Experiment
+    profile: Profile
+    seed: int
+    run: Run | None = None
+    """The run that it is a state of."""
+    step: int = 0
+    """Training steps that it has behind it."""
+    weights: Mapping[str, torch.Tensor] | None = None
+    """What the run trained, over the model of the profile."""
+    adapter: Path | None = None
+    """An adapter directory, over the model of the profile."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Outcomes and what they add up to."""
+
+    subject: Subject
+    evaluation: Evaluation
+    samples: tuple[SampledOutcome, ...]
+    """Empty unless responses were sampled."""
+    temperature: float
+    agrees: bool | None
+    """Whether the run recorded the same outcomes; None where it has none to compare with."""
+
+    def scores(self) -> dict[str, tuple[Interval, Interval]]:
+        """By name: score with its 95 % interval over problems, deployed and clean."""
+        outcomes = self.evaluation.outcomes
+        greedy = ([sum(o.deployed) / len(o.deployed) for o in outcomes], [float(o.clean) for o in outcomes])
+        rows = {"greedy pass@1": greedy}
+        for k in _powers_of_two(len(self.samples[0].deployed) if self.samples else 0):
+            both = [[pass_at_k(len(s), sum(s), k) for s in (o.deployed, o.clean)] for o in self.samples]
+            rows[f"sampled pass@{k}"] = ([d for d, _ in both], [c for _, c in both])
+        return {name: (score([deployed]), score([clean])) for name, (deployed, clean) in rows.items()}
+
+
+def open_subject(
+    target: str,
+    *,
+    step: int | None = None,
+    profile: str | None = None,
+    seed: int | None = None,
+    hardware: str | None = None,
+    task: str | None = None,
+    assignments: Sequence[str] = (),
+) -> Subject:
+    """The subject that a path or model name means; what is not given is the run's own, or that of profile `tiny`.
+
+    Raises:
+        ConfigError: if the settings cannot be used.
+        DamagedRunError: if the run cannot be read.
+        DamagedCheckpointError: if it has no usable checkpoint.
+    """
+    subject = _find(target, step, profile)
+    experiment, scale = subject.experiment, subject.profile
+    if hardware is not None:
+        experiment = experiment.model_copy(update={"hardware": load_hardware(hardware)})
+    if task is not None and task != scale.task.name:
+        scale = scale.model_copy(update={"task": Task(name=task)})
+    (changed,), scale = with_overrides([experiment], scale, assignments)
+    experiment = experiment.model_copy(update={"hardware": changed.hardware})
+    return replace(subject, experiment=experiment, profile=scale, seed=subject.seed if seed is None else seed)
+
+
+def load_hardware(name: str) -> Hardware:
+    """The hardware of an experiment (packaged or a TOML file), of a TOML file of its own, or `none`.
+
+    Raises:
+        ConfigError: if there is none of that name, or a setting is wrong.
+    """
+    if name == PLAIN:
+        return Hardware()
+    path = Path(name)
+    if name.endswith(".toml") and path.is_file():
+        try:
+            content = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: is not TOML: {error}") from None
+        if "extends" not in content and "algorithm" not in content:
+            return validate(Hardware, content.get("hardware", content), source=name)
+    return load_experiment(name).hardware
+
+
+def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 0, temperature: float = 1.0) -> Result:
+    """Greedy outcomes averaged over noise draws, and those of `samples` responses to each problem if asked for.
+
+    Raises:
+        ConfigError: if the settings do not fit the model.
+    """
+    experiment, profile = subject.experiment, subject.profile
+    torch.set_num_threads(profile.threads)
+    task = make_task(profile)
+    if not task.test():
+        raise ConfigError(f"task {task.name!r} has no test problems")
+    policy = load_policy(experiment, profile, subject.seed)
+    if subject.weights is not None:
+        put_weights(policy.model, subject.weights)
+    if subject.adapter is not None:
+        load_adapters(policy.model, subject.adapter)
+    key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
+    evaluation = evaluate(
+        policy.model,
+        policy.loaded.tokenizer,
+        task,
+        key=key,
+        max_new_tokens=limit,
+        noise_draws=draws or profile.training.noise_draws,
+        noisy=experiment.hardware.is_noisy,
+        step=subject.step,
+    )
+    sampled: tuple[SampledOutcome, ...] = ()
+    if samples:
+        sampled = evaluate_samples(
+            policy.model,
+            policy.loaded.tokenizer,
+            task,
+            key=key,
+            max_new_tokens=limit,
+            samples=samples,
+            temperature=temperature,
+        )
+    return Result(subject, evaluation, sampled, temperature, _agrees(subject, evaluation, draws))
+
+
+def describe(result: Result) -> str:
+    """The scores as text."""
+    subject, outcomes = result.subject, result.evaluation.outcomes
+    draws = len(outcomes[0].deployed)
+    how = f"greedy, {draws} noise draw{'s' if draws > 1 else ''}"
+    if result.samples:
+        how += f"; {len(result.samples[0].deployed)} samples at temperature {result.temperature:g}"
+    lines = [
+        *subject.notes,
+        subject.name,
+        f"hardware: {_shown(subject.experiment.hardware)}",
+        f"task {subject.profile.task.name}: {len(outcomes)} test problems; {how}; [95 % interval over problems]",
+        "",
+        f"{'':<18}{'deployed':<24}clean",
+    ]
+    for name, scores in result.scores().items():
+        shown = [f"{s.estimate:6.1%}  [{s.low:.1%}, {s.high:.1%}]" for s in scores]
+        lines.append(f"{name:<18}{shown[0]:<24}{shown[1]}".rstrip())
+    if result.agrees is not None:
+        said = "equal to" if result.agrees else "NOT EQUAL to"
+        lines += ["", f"{said} what the run recorded at step {subject.step}, problem by problem"]
+    return "\n".join(lines)
+
+
+def save(result: Result, path: Path) -> None:
+    """Write settings, scores and per-problem outcomes as JSON.
+
+    Raises:
+        ConfigError: if the file is there already.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} exists: name another file")
+    subject = result.subject
+    content: dict[str, Any] = {
+        "subject": subject.name,
+        "step": subject.step,
+        "seed": subject.seed,
+        "hardware": subject.experiment.hardware.model_dump(mode="json"),
+        "profile": subject.profile.model_dump(mode="json"),
+        "temperature": result.temperature if result.samples else None,
+        "agrees_with_run": result.agrees,
+        "scores": {
+            name: {"deployed": _numbers(deployed), "clean": _numbers(clean)}
+            for name, (deployed, clean) in result.scores().items()
+        },
+        "outcomes": [asdict(outcome) for outcome in result.evaluation.outcomes],
+        "samples": [asdict(outcome) for outcome in result.samples],
+    }
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def _find(target: str, step: int | None, profile: str | None) -> Subject:
+    path = Path(target)
+    if path.parent.name == "checkpoints" and (path.parents[1] / "experiment.toml").exists():
+        if step is not None:
+            raise ConfigError(f"{path} is the checkpoint of one step: leave out --step")
+        path, step = path.parents[1], int(path.name.rpartition("-")[2])
+    if (path / "experiment.toml").exists():
+        return _state_of_run(read_run(path), step, profile)
+    if step is not None:
+        raise ConfigError(f"--step chooses a checkpoint of a run, but {target} is none")
+    scale = load_profile(profile or "tiny")
+    model, adapter = target, None
+    if (path / ADAPTER_CONFIG).exists():
+        adapter = path
+        try:
+            model = str(json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{path / ADAPTER_CONFIG} does not name its base model: {error}") from None
+    settings = {"id": path.name, "algorithm": {"name": "GRPO"}}
+    experiment = validate(Experiment, settings, source=target)
+    name = f"adapter {target} over {model}" if adapter else f"model {target}"
+    return Subject(name, experiment, scale.model_copy(update={"model": model}), 0, adapter=adapter)
+
+
+def _state_of_run(run: Run, step: int | None, profile: str | None) -> Subject:
+    checkpoint = load_checkpoint(run.path / "checkpoints", step)
+    scale = run.profile
+    if profile is not None:
+        kept = {name: getattr(scale, name) for name in ("model", "dtype", "device", "threads")}
+        scale = load_profile(profile).model_copy(update=kept)
+    name = f"{run.experiment.id} seed {run.seed}, step {checkpoint.step} of {run.status.total_steps} ({run.path})"
+    notes = tuple(f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped)
+    weights = checkpoint.tensors["model"]
+    return Subject(name, run.experiment, scale, run.seed, run, checkpoint.step, weights, notes=notes)
+
+
+def _agrees(subject: Subject, evaluation: Evaluation, draws: int | None) -> bool | None:
+    """Whether the run recorded these outcomes; None where anything but the code differs, or it has none."""
+    run = subject.run
+    if run is None or subject.step not in run.evaluated_steps or subject.seed != run.seed:
+        return None
+    own = subject.profile == run.profile and draws in (None, run.profile.training.noise_draws)
+    same = own and subject.experiment.hardware == run.experiment.hardware
+    return run.evaluation(subject.step) == evaluation if same else None
+
+
+def _shown(hardware: Hardware) -> str:
+    """Settings in force, in one line."""
+    if hardware.changes_nothing:
+        return "none (plain arithmetic)"
+    precision, noise = hardware.precision, hardware.matmul_noise
+    parts = [f"{name} {fmt}" for name in ("weight", "activation") if (fmt := getattr(precision, name))]
+    parts += [f"layers {precision.keep} kept"] if precision.keep else []
+    parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
+    parts += [f"deadzone {hardware.deadzone.threshold:g}"] if hardware.deadzone else []
+    parts += [f"fault {fault.kind} in layer {fault.layer}" for fault in hardware.faults]
+    return ", ".join(parts) or "noise in the backward pass alone"
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**n for n in range(most.bit_length())]
+
+
+def _numbers(interval: Interval) -> dict[str, float]:
+    return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}

@@ -1,0 +1,42 @@
+"""What `roundoff export` does: the model of a run as a Hugging Face directory, for any tool that reads one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from roundoff.checkpoint import load_checkpoint, write_directory
+from roundoff.config import ConfigError, Hardware
+from roundoff.run_dir import Run
+from roundoff.session import load_policy, put_weights
+
+MERGED = (
+    "the adapters are merged into the weights: quantized hardware rounds the sum, while in the run it rounded the base "
+    "alone; the run's adapter/ keeps them apart"
+)
+
+
+def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
+    """Write model and tokenizer after `step` (default: the last saved) to `out`; returns what is worth saying.
+
+    The weights are the run's own in its dtype, neither quantized nor noisy: hardware is not part of a model.
+
+    Raises:
+        ConfigError: if `out` is there already.
+        DamagedCheckpointError: if there is no usable checkpoint.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists: name a directory that does not")
+    checkpoint = load_checkpoint(run.path / "checkpoints", step)
+    plain = run.experiment.model_copy(update={"hardware": Hardware()})
+    policy = load_policy(plain, run.profile.model_copy(update={"device": "cpu"}), run.seed)
+    put_weights(policy.model, checkpoint.tensors["model"])
+    model = policy.model if policy.adapters is None else policy.adapters.merge()
+
+    def fill(directory: Path) -> None:
+        model.save_pretrained(str(directory))
+        policy.loaded.tokenizer.save_pretrained(str(directory))
+
+    write_directory(out, fill)
+    said = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
+    said.append(f"wrote {out}: {run.experiment.id} seed {run.seed} after step {checkpoint.step}")
+    return (*said, *([MERGED] if policy.adapters is not None else []))

@@ -1,0 +1,107 @@
+"""A complete run taken further: the first epoch is not repeated, the first run is left as it was."""
+
+import pytest
+
+from roundoff.algorithms.schedule import sigma_curve
+from roundoff.checkpoint import DamagedCheckpointError
+from roundoff.config import ConfigError, LoRA
+from roundoff.experiments import load_experiment
+from roundoff.extension import begin_extension, differences, extended
+from roundoff.run_dir import read_run, run_path
+from tests.test_survival import left
+from tests.test_train import reproducible, run, with_training
+
+
+def content(path) -> dict:
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def extend(parent, epochs, **options):
+    experiment, root = begin_extension(parent, epochs, {"command": "test"})
+    return run(root, experiment, parent.profile, seed=parent.seed, **options)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=4, dropout=0.1)])
+def test_one_epoch_extended_is_two_from_scratch_to_the_bit(tmp_path, small, lora):
+    experiment = load_experiment("quickstart-noise").model_copy(update={"lora": lora})
+    profile = with_training(small, evaluate_every=2)  # so that the end of the first epoch is evaluated in both
+    scratch = run(tmp_path / "scratch", experiment.model_copy(update={"epochs": 2}), profile)
+    parent = run(tmp_path / "parts", experiment, profile)
+    before = content(parent.path)
+    longer = extend(parent, 2)
+    assert content(parent.path) == before
+    assert longer.is_final
+    assert longer.path != parent.path
+    assert longer.experiment.id == "quickstart-noise+epochs=1to2"
+    assert left(longer.path) == left(scratch.path)
+    assert differences(parent, 2) is None
+    origin = longer.provenance["parent"]
+    assert (origin["run"], origin["step"], origin["epochs"]) == (str(parent.path), 2, 1)
+
+
+def test_what_was_made_is_not_made_again_and_a_stop_goes_on(tmp_path, small):
+    parent = run(tmp_path, load_experiment("quickstart-clean"), small)
+    stopped = extend(parent, 3, stop_after=1)
+    assert (stopped.status.state, stopped.status.step) == ("interrupted", 3)
+    assert stopped.metrics[: len(parent.metrics)] == parent.metrics  # their times too: they are copies
+    finished = extend(parent, 3)
+    assert finished.is_final
+    assert [row["step"] for row in finished.metrics] == list(range(7))
+    assert {row["epoch"] for row in finished.metrics[1:]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("schedule", "same"), [("epoch", False), ("linear", False), ("constant", True)])
+def test_aqn_goes_on_with_the_sigma_of_the_longer_run_and_says_where_it_differs(tmp_path, small, schedule, same):
+    settings = load_experiment("quickstart-noise-aqn")
+    aqn = settings.aqn.model_copy(update={"schedule": schedule, "stages": 3})
+    profile = with_training(small, prompts_per_step=4)  # four steps an epoch
+    parent = run(tmp_path, settings.model_copy(update={"aqn": aqn}), profile)
+    longer = extend(parent, 2)
+    sigmas = [row["sigma"] for row in longer.metrics[1:]]
+    assert sigmas[:4] == [row["sigma"] for row in parent.metrics[1:]]
+    scratch = sigma_curve(8, 4, aqn)
+    assert sigmas[4:] == scratch[4:]
+    assert (sigmas == scratch) == same
+    said = differences(parent, 2)
+    assert (said is None) == same
+    assert said is None or "steps 1 to 4 had the sigma of a run of 1 epochs" in said
+
+
+def test_names():
+    experiment = load_experiment("quickstart-noise")
+    twice = extended(experiment, 2)
+    assert (twice.id, twice.baseline) == ("quickstart-noise+epochs=1to2", "quickstart-clean+epochs=1to2")
+    again = extended(twice, 4)
+    assert (again.id, again.baseline) == ("quickstart-noise+epochs=1to2to4", "quickstart-clean+epochs=1to2to4")
+    with pytest.raises(ConfigError, match="--epochs must be above the 4"):
+        extended(again, 4)
+
+
+def test_what_cannot_be_extended(tmp_path, small):
+    experiment = load_experiment("quickstart-clean")
+    stopped = run(tmp_path / "stopped", experiment, small, stop_after=1)
+    with pytest.raises(ConfigError, match="is interrupted, not complete"):
+        begin_extension(stopped, 2, {})
+    parent = run(tmp_path / "damaged", experiment, small)
+    victim = parent.path / "checkpoints" / "step-000002" / "model.safetensors"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpointError, match="step-000002"):
+        begin_extension(parent, 2, {})
+    path = run_path(tmp_path / "damaged", extended(experiment, 2), small, 0)
+    assert not (path / "status.json").exists()
+
+
+def test_a_kill_while_the_directory_is_made_is_made_good(tmp_path, small, monkeypatch):
+    parent = run(tmp_path, load_experiment("quickstart-clean"), small)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("roundoff.run_dir.RunDirectory._describe", die)
+        with pytest.raises(KeyboardInterrupt):
+            begin_extension(parent, 2, {})
+    longer = extend(parent, 2)
+    assert longer.is_final
+    assert [row["step"] for row in reproducible(longer.path)] == list(range(5))
+    assert read_run(parent.path).is_final
