@@ -1,0 +1,69 @@
+"""Axes with round numbers, and geometry that stays inside its box."""
+
+import pytest
+
+from roundoff.report import plots
+from roundoff.report.curves import MOST_POINTS, Curve
+from roundoff.report.tables import build_report
+from roundoff.run_dir import find_runs
+from tests.simulated import quickstart
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "scale", "labels"),
+    [
+        (0.212, 0.638, 100, ["20", "30", "40", "50", "60", "70"]),
+        (0.0, 0.05, 1, ["0.00", "0.01", "0.02", "0.03", "0.04", "0.05"]),
+        (0.0, 40.0, 1, ["0", "10", "20", "30", "40"]),
+        (0.5, 0.5, 100, ["49.4", "49.6", "49.8", "50.0", "50.2", "50.4", "50.6"]),
+        (0.0, 0.012, 1, ["0.0000", "0.0025", "0.0050", "0.0075", "0.0100", "0.0125"]),
+        (0.0, 1e-6, 1, ["0.0000000", "0.0000002", "0.0000004", "0.0000006", "0.0000008", "0.0000010"]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_data(low: float, high: float, scale: float, labels: list[str]) -> None:
+    found = plots.axis(low, high, scale=scale)
+    assert [tick.label for tick in found.ticks] == labels
+    assert found.low <= low and found.high >= high
+    assert (found.ticks[0].at, found.ticks[-1].at) == (0, 100)
+
+
+def test_signed_ticks_use_a_true_minus_and_zero_has_no_sign() -> None:
+    assert [tick.label for tick in plots.axis(-0.11, 0.09, scale=100, signed=True).ticks] == [
+        "−15", "−10", "−5", "0", "+5", "+10"
+    ]  # fmt: skip
+
+
+def test_every_mark_lies_on_the_axis_and_its_interval_around_it(tmp_path) -> None:
+    quickstart(tmp_path)
+    rows = build_report(*find_runs([tmp_path])).rows
+    scores, effects = plots.score_forest(rows), plots.effect_forest(rows)
+    assert scores and effects and effects.reference is not None
+    for mark in [m for forest in (scores, effects) for found in forest.marks.values() for m in found]:
+        assert 0 <= mark.low <= mark.mid <= mark.high <= 100
+    (chart,) = plots.learning_charts(rows)
+    assert [line.colour for line in chart.lines] == [0, 1, 2, 3]
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for line in chart.lines for x, y, _ in line.points)
+    sigma = plots.sigma_chart(rows)
+    assert sigma is not None and [line.colour for line in sigma.lines] == [3]
+    shown = effects.marks[rows[2].key][0]
+    assert rows[2].comparison is not None
+    at = effects.axis.low + shown.mid / 100 * (effects.axis.high - effects.axis.low)
+    assert at == pytest.approx(rows[2].comparison.deployed.estimate, abs=1e-4)
+
+
+def test_sigma_is_a_staircase(tmp_path) -> None:
+    quickstart(tmp_path, seeds=1, problems=20)
+    curve = next(row.sigma for row in build_report(*find_runs([tmp_path])).rows if row.sigma)
+    assert curve.mean[0] == 0.0
+    for i in range(1, len(curve.steps)):
+        assert curve.steps[i] == curve.steps[i - 1] or curve.mean[i] == curve.mean[i - 1]
+
+
+def test_long_curves_are_averaged_in_bins(tmp_path) -> None:
+    from roundoff.report.curves import _bins
+
+    values = [float(i) for i in range(1000)]
+    found = _bins(values)
+    assert len(found) <= MOST_POINTS
+    assert found[0] == pytest.approx(sum(range(9)) / 9)
+    assert isinstance(Curve(found, found, found, found, 1), Curve)
