@@ -11,9 +11,10 @@
 | residual | `h_out = h_in + attention + mlp`, element by element | errors inside attention or a norm |
 
 Checks compute in float64, on the CPU if `host` is set, so that a faulty accelerator does not judge itself. The residual
-bound is rigorous: two roundings. The checksum's is statistical: rounding errors of the products are independent, so the
-sum of them is measured in units of `eps * sqrt(sum_j y_j^2 + sum_jk (x_k W_jk)^2)`, eps the unit roundoff of the
-dtype, and `CHECKSUM_LIMIT` such units are an alarm (healthy models stay below 3: docs/srdd.md).
+bound is rigorous: two roundings. The checksum's is statistical: rounding errors are taken as independent, one of y's
+unit roundoff u for each output and K of float32's unit roundoff v for each sum of K products, so a checksum is measured
+in units of `sqrt(u^2 sum_j y_j^2 + K v^2 sum_jk (x_k W_jk)^2)`. `CHECKSUM_LIMIT` such units are an alarm; healthy
+models stay below 2 (docs/srdd.md). Products that accumulate in less than float32 (TF32, say) would raise it rightly.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from torch import Tensor
 from roundoff.numerics.rng import Key, uniform
 
 ZERO_LIMIT = 1e-3
-"""Share of exact zeros above which a product is suspect (fraction)."""
+"""Share of exact zeros above which a result is suspect (fraction), to which `ZERO_ROUNDINGS` * u are added."""
+ZERO_ROUNDINGS = 8.0
+"""Sums of few bits cancel to exactly zero: 0.1 % of a bfloat16 residual stream."""
 TIE_LIMIT = 0.05
 """Share of tokens with `TIED` or more elements at the maximum above which a product is suspect (fraction)."""
 TIED = 3
 MIN_TOKENS = 8
 """Tokens below which a constant channel says nothing."""
-CHECKSUM_LIMIT = 12.0
+CHECKSUM_LIMIT = 5.0
 """Rounding units above which a checksum is an alarm."""
 RESIDUAL_LIMIT = 1.0
 """Multiple of the rigorous rounding bound above which a residual sum is an alarm."""
@@ -39,6 +42,11 @@ RESIDUAL_LIMIT = 1.0
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of rounding to nearest."""
     return torch.finfo(dtype).eps / 2
+
+
+def zero_limit(dtype: torch.dtype) -> float:
+    """Share of exact zeros above which a result of this dtype is suspect (fraction)."""
+    return ZERO_LIMIT + ZERO_ROUNDINGS * unit_roundoff(dtype)
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -68,14 +76,12 @@ def tie_share(y: Tensor) -> float:
     return float((((size == largest) & (largest > 0)).sum(-1) >= TIED).double().mean())
 
 
-def checksum_excess(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, key: Key, *, eps: float | None = None
-) -> float:
+def checksum_excess(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, key: Key) -> float:
     """Largest deviation of a checksum of `y = x W^T + b` over tokens, in rounding units (see the module's docstring).
 
-    Shapes: x [T, in], weight [out, in], bias [out], y [T, out]. `eps` None: that of y's dtype.
+    Shapes: x [T, in], weight [out, in], bias [out], y [T, out].
     """
-    eps = unit_roundoff(y.dtype) if eps is None else eps
+    output_eps, sum_eps = unit_roundoff(y.dtype), unit_roundoff(torch.float32)
     x, y = x.double(), y.double()
     signs = torch.where(uniform(key, (1, y.shape[-1]), device=y.device) < 0.5, -1.0, 1.0).double()
     projections = torch.cat([torch.ones_like(signs), signs])  # [2, out]
@@ -86,12 +92,12 @@ def checksum_excess(
         columns += signed @ wide
         energy += wide.square_().sum(0)
     expected = x @ columns.T
-    units = y.square().sum(-1) + x.square() @ energy
+    units = output_eps**2 * y.square().sum(-1) + x.shape[-1] * sum_eps**2 * (x.square() @ energy)
     if bias is not None:
         expected = expected + projections @ bias.double()
-        units = units + bias.double().square().sum()
+        units = units + output_eps**2 * bias.double().square().sum()
     deviation = (y @ projections.T - expected).abs()
-    return float((deviation / (eps * units.sqrt() + 1e-300)[:, None]).nan_to_num(torch.inf).amax())
+    return float((deviation / (units.sqrt() + 1e-300)[:, None]).nan_to_num(torch.inf).amax())
 
 
 def residual_excess(before: Tensor, parts: list[Tensor], after: Tensor) -> float:

@@ -7,7 +7,7 @@ site by its own inputs, so an error made upstream does not raise alarms downstre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,7 +63,13 @@ class FaultReport:
 
 
 def find_faults(
-    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], *, replays: int = 2, seed: int = 0, host: bool = True
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    replays: int = 2,
+    seed: int = 0,
+    host: bool = True,
+    stop_at_first: bool = False,
 ) -> FaultReport:
     """Alarms of every Linear and decoder layer on the machine that the model runs on, in forward order.
 
@@ -75,6 +81,7 @@ def find_faults(
         replays: how often each product is repeated with the same input.
         seed: of the random signs of the checksum.
         host: compute the checks on the CPU.
+        stop_at_first: leave after the first site with an alarm; what comes after it is not checked.
 
     Raises:
         ConfigError: if there is no decoder layer or no token, or if matmul noise is installed, which a check could not
@@ -85,11 +92,16 @@ def find_faults(
         raise ConfigError(
             "hardware.matmul_noise is installed: declared noise cannot be told from a fault, so take it off first"
         )
-    inspector = Inspector(model, decoder_layers(model), replays, Key.from_seed(seed).fold("checksum"), host)
-    with evaluation_mode(model), torch.no_grad():
+    key = Key.from_seed(seed).fold("checksum")
+    inspector = Inspector(model, decoder_layers(model), replays, key, host, stop_at_first)
+    with evaluation_mode(model), torch.no_grad(), suppress(_Stopped):
         for batch in read_batches(batches, next(model.parameters()).device):
             inspector.forward(batch)
     return inspector.report()
+
+
+class _Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """Leaves a forward pass after the first site with an alarm."""
 
 
 @dataclass(eq=False)
@@ -101,6 +113,7 @@ class Inspector:
     replays: int
     key: Key
     host: bool
+    stop_at_first: bool = False
     alarms: dict[tuple[str, str], Alarm] = field(default_factory=dict)
     checked: dict[str, None] = field(default_factory=dict)
     unchecked: dict[str, None] = field(default_factory=dict)
@@ -180,21 +193,30 @@ class Inspector:
             if not self._listening:
                 return
             self._site(name)
-            x, weight = _operands(module, inputs[0])
-            finite = bool(x.isfinite().all()) and bool(weight.isfinite().all())
-            self._replay(name, lambda: module.forward(inputs[0]), output)
-            x, y = self._tokens(x), self._tokens(output)
-            weight = weight.cpu() if self.host else weight
-            bias = None if module.bias is None else module.bias.detach().to(weight.device)
-            live = (weight != 0).any(-1)
-            if not finite or not self._statistics(name, x, y, live):
-                return
-            excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
-            if excess > checks.CHECKSUM_LIMIT:
-                text = f"sum of outputs is off by {excess:.3g} rounding units"
-                self._alarm("checksum", name, excess, checks.CHECKSUM_LIMIT, text)
+            self._check_linear(name, module, inputs[0], output)
+            self._leave(name)
 
         return hook
+
+    def _leave(self, name: str) -> None:
+        """The site is done; with `stop_at_first` so is the pass, if it raised an alarm."""
+        if self.stop_at_first and any(site == name for _, site in self.alarms):
+            raise _Stopped
+
+    def _check_linear(self, name: str, module: nn.Linear, given: Tensor, output: Tensor) -> None:
+        x, weight = _operands(module, given)
+        finite = bool(x.isfinite().all()) and bool(weight.isfinite().all())
+        self._replay(name, lambda: module.forward(given), output)
+        x, y = self._tokens(x), self._tokens(output)
+        weight = weight.cpu() if self.host else weight
+        bias = None if module.bias is None else module.bias.detach().to(weight.device)
+        live = (weight != 0).any(-1)
+        if not finite or not self._statistics(name, x, y, live):
+            return
+        excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
+        if excess > checks.CHECKSUM_LIMIT:
+            text = f"sum of outputs is off by {excess:.3g} rounding units"
+            self._alarm("checksum", name, excess, checks.CHECKSUM_LIMIT, text)
 
     def _on_layer(self, index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -217,6 +239,7 @@ class Inspector:
                     text = f"output differs from input + attention + mlp by {excess:.3g} rounding bounds"
                     self._alarm("residual", name, excess, checks.RESIDUAL_LIMIT, text)
             self._parts = {}
+            self._leave(name)
 
         return hook
 
@@ -240,8 +263,9 @@ class Inspector:
             self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, of finite inputs")
             return False
         zeros = checks.zero_share(y[(x != 0).any(-1)], live) if bool((x != 0).any()) else 0.0
-        if zeros > checks.ZERO_LIMIT:
-            self._alarm("zero", name, zeros, checks.ZERO_LIMIT, f"{zeros:.2%} of outputs are exactly zero")
+        limit = checks.zero_limit(y.dtype)
+        if zeros > limit:
+            self._alarm("zero", name, zeros, limit, f"{zeros:.2%} of outputs are exactly zero")
         if bool((x != x[:1]).any()):
             constant = int(checks.constant_channels(y, live).sum())
             if constant:
