@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from roundoff import stats
 from roundoff.config import Experiment, Profile
 from roundoff.run_dir import Evaluation, Outcome, RunDirectory, Status
 
@@ -53,6 +54,32 @@ class World:
         nodes, weights = np.polynomial.hermite_e.hermegauss(80)
         spread = np.sqrt(self.problem**2 + self.problem_by_arm**2 + self.seed**2 + self.residual**2)
         return float((weights * solved(self.mean + effect + spread * nodes)).sum() / weights.sum())
+
+
+WORLDS = {
+    "typical": World(),
+    "seeds differ much": World(seed=0.3),
+    "seeds hardly differ": World(seed=0.03),
+    "arms suit other problems": World(problem_by_arm=1.0, seed=0.05),
+    "near the ceiling": World(mean=3.0, problem=1.0),
+    "no seed effect at all": World(seed=0.0, problem_by_arm=0.0, residual=0.0),
+}
+
+
+def rates(world: World, seeds: int, *, repeats: int, problems: int, start: int) -> tuple[float, float, float]:
+    """Rejection rate of a true null, coverage of a benefit, coverage of a score."""
+    rng = np.random.default_rng(start)
+    effect, rejected, held, score_held = 0.4, 0, 0, 0
+    true_benefit, true_score = world.score(effect) - world.score(), world.score()
+    for _ in range(repeats):
+        difficulty = world.difficulty(rng, problems)
+        baseline, other = (world.arm(rng, difficulty, seeds) for _ in range(2))
+        better = world.arm(rng, difficulty, seeds, effect=effect)
+        rejected += stats.paired_benefit(other, baseline).excludes_zero
+        benefit, score = stats.paired_benefit(better, baseline), stats.score(baseline)
+        held += benefit.low <= true_benefit <= benefit.high
+        score_held += score.low <= true_score <= score.high
+    return rejected / repeats, held / repeats, score_held / repeats
 
 
 PROVENANCE = {

@@ -5,19 +5,10 @@ import pytest
 from scipy import stats as reference
 
 from roundoff import stats
-from tests.simulated import World
+from tests.simulated import WORLDS, World, rates
 
 ARM = np.array([[1, 1, 0, 1], [1, 0, 0, 1], [1, 1, 1, 1.0]])
 OTHER = np.array([[0, 1, 0, 1], [1, 0, 0, 0], [1, 0, 1, 0.0]])
-
-WORLDS = {
-    "typical": World(),
-    "seeds differ much": World(seed=0.3),
-    "seeds hardly differ": World(seed=0.03),
-    "arms suit other problems": World(problem_by_arm=1.0, seed=0.05),
-    "near the ceiling": World(mean=3.0, problem=1.0),
-    "no seed effect at all": World(seed=0.0, problem_by_arm=0.0, residual=0.0),
-}
 
 
 def test_benefit_by_hand() -> None:
@@ -170,22 +161,6 @@ def test_variance_components_are_recovered() -> None:
     assert found.seed == pytest.approx(4e-4, rel=0.9)
     assert found.problem == pytest.approx(25e-4, rel=0.1)
     assert found.residual == pytest.approx(1e-2, rel=0.02)
-
-
-def rates(world: World, seeds: int, *, repeats: int, problems: int, start: int) -> tuple[float, float, float]:
-    """Rejection rate of a true null, coverage of a benefit, coverage of a score."""
-    rng = np.random.default_rng(start)
-    effect, rejected, held, score_held = 0.4, 0, 0, 0
-    true_benefit, true_score = world.score(effect) - world.score(), world.score()
-    for _ in range(repeats):
-        difficulty = world.difficulty(rng, problems)
-        baseline, other = (world.arm(rng, difficulty, seeds) for _ in range(2))
-        better = world.arm(rng, difficulty, seeds, effect=effect)
-        rejected += stats.paired_benefit(other, baseline).excludes_zero
-        benefit, score = stats.paired_benefit(better, baseline), stats.score(baseline)
-        held += benefit.low <= true_benefit <= benefit.high
-        score_held += score.low <= true_score <= score.high
-    return rejected / repeats, held / repeats, score_held / repeats
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])

@@ -128,9 +128,15 @@ def score(outcomes: ArrayLike) -> Interval:
     t = float(distributions.t.ppf((1 + LEVEL) / 2, df))
     spread = mean * (1 - mean)
     n = max(spread / se**2, 1.0) if se > _SMALL and spread > _SMALL else float(problems)
-    centre = (mean + t * t / (2 * n)) / (1 + t * t / n)
-    half = t / (1 + t * t / n) * math.sqrt(spread / n + t * t / (4 * n * n))
+    centre, half = wilson(mean, n, t)
     return Interval(mean, max(0.0, centre - half), min(1.0, centre + half), None, seeds, problems)
+
+
+def wilson(rate: float, n: float, quantile: float) -> tuple[float, float]:
+    """Centre and half-width of Wilson's interval of a rate over `n` independent problems (1927, JASA 22:209)."""
+    shrink = 1 + quantile**2 / n
+    half = quantile / shrink * math.sqrt(rate * (1 - rate) / n + quantile**2 / (4 * n * n))
+    return (rate + quantile**2 / (2 * n)) / shrink, half
 
 
 def paired_benefit(treatment: ArrayLike, baseline: ArrayLike) -> Interval:

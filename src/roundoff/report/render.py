@@ -89,7 +89,7 @@ def page(report: Report) -> str:
 def markdown(report: Report) -> str:
     """The summary in Markdown."""
     environment = _environment(autoescape=False)
-    environment.filters["cell"] = _cell
+    environment.filters["cell"] = words.cell
     return environment.get_template("summary.md.j2").render(**_context(report))
 
 
@@ -223,14 +223,6 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-
-def _cell(text: object) -> str:
-    """Text that cannot break out of a Markdown table cell, nor be read as HTML."""
-    shown = " ".join(str(text).split())
-    for special, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
-        shown = shown.replace(special, escaped)
-    return shown
 
 
 def _plain(value: Any) -> Any:

@@ -111,6 +111,14 @@ def number(count: int, noun: str, plural: str = "") -> str:
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
+def cell(text: object) -> str:
+    """Text that cannot break out of a Markdown table cell, nor be read as HTML."""
+    shown = " ".join(str(text).split())
+    for special, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
+        shown = shown.replace(special, escaped)
+    return shown
+
+
 def answers(report: Report) -> tuple[Answer, ...]:
     """Question and answer of every family, in order of appearance."""
     return tuple(

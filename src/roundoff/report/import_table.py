@@ -1,0 +1,243 @@
+"""Reads a table of scores from elsewhere (CSV or Markdown) and says what its intervals allow to conclude.
+
+Such a table has one score an experiment and no per-problem outcomes, so that only the sampling error of the test set
+can be told: Wilson's interval for a score, Newcombe's for a difference of independent proportions (Newcombe 1998,
+Statist. Med. 17:873, method 10). The same problems in both arms would make the true error smaller, another seed would
+make it larger; a difference that exceeds its error here is one that the test set alone does not explain. `seed_limit`
+says how much seeds may vary before it is explained.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from scipy import stats as distributions
+
+from roundoff import stats
+from roundoff.config import ConfigError
+from roundoff.report import words
+
+NAMES = {
+    "id": ("id", "name", "experiment", "run"),
+    "score": ("score", "accuracy", "score_percent", "reference_score_percent", "reference_score"),
+    "problems": ("n", "problems", "questions"),
+    "baseline": ("baseline", "against"),
+}
+"""Headings under which each column is looked for, whatever their case."""
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class ImportedRow:
+    """One score from elsewhere, and its difference to its baseline."""
+
+    id: str
+    score: stats.Interval | None
+    """None where the table has no score."""
+    baseline: str | None
+    difference: stats.Interval | None
+    """Difference to the baseline (fraction); its interval carries the error of the test set only."""
+    seed_limit: float | None
+    """Largest standard deviation between seeds (fraction) at which the difference still exceeds its error."""
+    no_difference: str
+    """Why there is none; empty where there is one or no baseline."""
+    p_holm: float | None = None
+
+    @property
+    def exceeds_error(self) -> bool:
+        """Whether the difference is more than the test set explains, corrected over the table."""
+        d = self.difference
+        return d is not None and (d.low > 0 or d.high < 0) and self.p_holm is not None and self.p_holm < ALPHA
+
+    @property
+    def verdict(self) -> str:
+        """The conclusion in a few words."""
+        d = self.difference
+        if d is None:
+            return self.no_difference
+        if self.exceeds_error:
+            return "exceeds the error of the test set"
+        if d.low > 0 or d.high < 0:
+            return "hint only: not after correction"
+        return "within its error"
+
+
+@dataclass(frozen=True)
+class ImportedTable:
+    """A table from elsewhere with what it allows to conclude."""
+
+    source: str
+    rows: tuple[ImportedRow, ...]
+
+    @property
+    def conclusion(self) -> str:
+        """One or two sentences."""
+        compared = [row for row in self.rows if row.difference]
+        if not compared:
+            return "No row can be compared with a baseline that has a score."
+        beyond = [row.id for row in compared if row.exceeds_error]
+        named = f": {', '.join(beyond)}" if beyond else ""
+        count = f"{len(beyond)} of {words.number(len(compared), 'published difference')}"
+        return (
+            f"{count} exceed{'s' if len(beyond) == 1 else ''} the error of the test set (corrected over the table)"
+            f"{named}. With one run each none is testable against another seed."
+        )
+
+
+def read_table(path: Path, *, problems: int | None = None, baseline: str | None = None) -> ImportedTable:
+    """The table in a CSV or Markdown file with the columns id, score and, if given, n and baseline.
+
+    Scores are percent if any is above 1, fractions otherwise. `problems` stands in for a missing n; `baseline` is the
+    id that every row without one of its own is compared with.
+
+    Raises:
+        ConfigError: if the file cannot be read, or a column, a number of problems or a score is missing or wrong.
+    """
+    cells = _cells(path)
+    raw = [_number(row["score"], f"{path}, {row['id']}: score") for row in cells]
+    percent = any(value is not None and value > 1 for value in raw)
+    scores: dict[str, stats.Interval | None] = {}
+    for row, value in zip(cells, raw, strict=True):
+        if row["id"] in scores:
+            raise ConfigError(f"{path}: the id {row['id']!r} stands in the table twice")
+        scores[row["id"]] = None if value is None else _score(value / (100 if percent else 1), row, problems, path)
+    if baseline is not None and baseline not in scores:
+        raise ConfigError(f"{path}: there is no row {baseline!r} to compare with")
+    rows = [_row(row, scores, baseline) for row in cells]
+    adjusted = stats.holm([row.difference.p if row.difference else None for row in rows])
+    return ImportedTable(path.name, tuple(replace(r, p_holm=p) for r, p in zip(rows, adjusted, strict=True)))
+
+
+def difference(new: stats.Interval, old: stats.Interval) -> stats.Interval:
+    """Newcombe's interval of the difference of two independent proportions, with the two-sided p of the score test."""
+    estimate = new.estimate - old.estimate
+    low = estimate - math.hypot(new.estimate - new.low, old.high - old.estimate)
+    high = estimate + math.hypot(new.high - new.estimate, old.estimate - old.low)
+    pooled = (new.estimate * new.problems + old.estimate * old.problems) / (new.problems + old.problems)
+    se = math.sqrt(pooled * (1 - pooled) * (1 / new.problems + 1 / old.problems))
+    p = float(2 * distributions.norm.sf(abs(estimate) / se)) if se > 0 else 1.0
+    return stats.Interval(estimate, low, high, p, 1, min(new.problems, old.problems))
+
+
+def imported_table(table: ImportedTable) -> RenderableType:
+    """The table and its conclusion for a terminal, by `rich`."""
+    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for name in ("Id", "Score [95 %]", "Against", "Points [95 %]", "p"):
+        grid.add_column(name, no_wrap=name != "Id", justify="right" if name == "p" else "left")
+    grid.add_column("Verdict", min_width=16)
+    for row in table.rows:
+        grid.add_row(
+            *(Text(cell) for cell in _shown(row)), Text(row.verdict, style="bold" if row.exceeds_error else "")
+        )
+    return Group(grid, Text(""), Text(table.conclusion))
+
+
+def imported_markdown(table: ImportedTable) -> str:
+    """The table and its conclusion in Markdown."""
+    lines = [f"# {table.source}", "", table.conclusion, ""]
+    lines += ["| Id | Score (95 %) | Baseline | Points (95 %) | p | Verdict | Holds if seeds vary by less than |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in table.rows:
+        limit = words.NONE if row.seed_limit is None else f"{100 * row.seed_limit:.1f} points"
+        lines.append("| " + " | ".join(words.cell(text) for text in (*_shown(row), row.verdict, limit)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(row: ImportedRow) -> tuple[str, ...]:
+    score, change = row.score, row.difference
+    return (
+        row.id,
+        f"{words.percent(score.estimate)} [{100 * score.low:.1f}, {100 * score.high:.1f}]" if score else words.NONE,
+        row.baseline or words.NONE,
+        f"{words.points(change.estimate)} [{words.points(change.low)}, {words.points(change.high)}]"
+        if change
+        else words.NONE,
+        words.p_text(row.p_holm),
+    )
+
+
+def _row(row: Mapping[str, str], scores: Mapping[str, stats.Interval | None], default: str | None) -> ImportedRow:
+    against = row["baseline"] or (default if default != row["id"] else None)
+    score, under = scores[row["id"]], scores.get(against) if against else None
+    if against is None or score is None or under is None:
+        reason = "" if against is None else "no score" if score is None else f"{against} has no score in this table"
+        return ImportedRow(row["id"], score, against, None, None, reason)
+    found = difference(score, under)
+    half = (found.high - found.estimate) if found.estimate < 0 else (found.estimate - found.low)
+    room = found.estimate**2 - half**2
+    # estimate^2 = half^2 + (1.96 * sqrt(2) * seed)^2 at the limit
+    limit = math.sqrt(room / 2) / float(distributions.norm.ppf(1 - ALPHA / 2)) if room > 0 else None
+    return ImportedRow(row["id"], score, against, found, limit, "")
+
+
+def _score(value: float, row: Mapping[str, str], problems: int | None, path: Path) -> stats.Interval:
+    given = _number(row["problems"], f"{path}, {row['id']}: n")
+    n = int(given) if given is not None else problems
+    if n is None or n < 1:
+        raise ConfigError(f"{path}, {row['id']}: the number of problems is missing: add a column n, or give --n")
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{path}, {row['id']}: score must be 0 to 100 % or a fraction, but is {row['score']}")
+    z = float(distributions.norm.ppf((1 + stats.LEVEL) / 2))
+    centre, half = stats.wilson(value, n, z)
+    return stats.Interval(value, max(0.0, centre - half), min(1.0, centre + half), None, 1, n)
+
+
+def _number(text: str, name: str) -> float | None:
+    cleaned = text.strip().strip("*_`").rstrip("%").strip().replace(",", "" if re.search(r"\d,\d{3}$", text) else ".")
+    if cleaned in ("", "-", words.NONE, "\N{EM DASH}", "n/a", "N/A"):
+        return None
+    try:
+        value = float(cleaned)
+    except ValueError:
+        raise ConfigError(f"{name} must be a number, but is {text!r}") from None
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} must be a finite number, but is {text!r}")
+    return value
+
+
+def _cells(path: Path) -> list[dict[str, str]]:
+    """Rows of the file with the keys id, score, problems and baseline; absent cells are empty."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    lines = _markdown(text) if path.suffix.lower() in (".md", ".markdown") else list(csv.reader(io.StringIO(text)))
+    lines = [line for line in lines if any(cell.strip() for cell in line)]
+    if len(lines) < 2:
+        raise ConfigError(f"{path} holds no table: it needs a heading with id and score, and rows below it")
+    places = {key: _place(lines[0], names) for key, names in NAMES.items()}
+    for key in ("id", "score"):
+        if places[key] is None:
+            heads = ", ".join(cell.strip() for cell in lines[0])
+            raise ConfigError(f"{path} has no column {key} (one of {', '.join(NAMES[key])}); its columns are {heads}")
+    return [
+        {key: line[at].strip() if at is not None and at < len(line) else "" for key, at in places.items()}
+        for line in lines[1:]
+    ]
+
+
+def _place(heads: Sequence[str], names: Sequence[str]) -> int | None:
+    cleaned = [re.sub(r"[^a-z0-9]+", "_", head.lower()).strip("_") for head in heads]
+    return next((cleaned.index(name) for name in names if name in cleaned), None)
+
+
+def _markdown(text: str) -> list[list[str]]:
+    """Cells of the first Markdown table of a text."""
+    lines = []
+    for line in text.splitlines():
+        if line.strip().startswith("|"):
+            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+            if not all(re.fullmatch(r":?-+:?", cell) for cell in cells):
+                lines.append(cells)
+        elif lines:
+            break
+    return lines
