@@ -67,7 +67,7 @@ def test_run_report_and_runs_from_end_to_end(tmp_path):
     again = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
     assert again.stdout.count("complete (was complete)") == 6
     table = roundoff("report", cwd=tmp_path).stdout
-    assert "quickstart-noise-aqn" in table
+    assert "10 % matmul noise, with AQN" in table
     for name in ("summary.md", "results.csv", "results.json", "report.html"):
         assert (tmp_path / "report" / name).stat().st_size > 0
     rows = {row["id"]: row for row in csv.DictReader((tmp_path / "report" / "results.csv").open())}

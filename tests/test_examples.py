@@ -1,0 +1,33 @@
+"""The examples run as they stand, and the README shows the same code."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from roundoff.experiments import load_experiment
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_example_in_python_prints_both_scores():
+    done = subprocess.run(
+        [sys.executable, "examples/from_python.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    deployed, clean = map(float, re.findall(r"(\d+\.\d)%", done.stdout))
+    assert 0 < deployed < clean < 100
+
+
+def test_the_readme_shows_the_example():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL).group(1)
+    example = (ROOT / "examples" / "from_python.py").read_text("utf-8").split('"""')[2]
+    assert code.strip() == example.strip()
+
+
+def test_the_example_experiment_is_valid():
+    mine = load_experiment(str(ROOT / "examples" / "my-noise.toml"))
+    assert (mine.id, mine.hardware.matmul_noise.relative_std, mine.hardware.matmul_noise.backward) == (
+        "my-noise",
+        0.05,
+        False,
+    )
