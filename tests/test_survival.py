@@ -81,6 +81,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, small, lora):
     if lora:
         experiment = experiment.model_copy(update={"lora": LoRA(rank=4, dropout=0.1)})
     profile = with_training(small, evaluate_every=3, checkpoint_every=2)
+    child(tmp_path / "warm", experiment, profile, 0)  # the first child waits until its server has imported torch
     began = time.monotonic()
     assert child(tmp_path / "whole", experiment, profile) == 0
     duration = time.monotonic() - began
@@ -97,6 +98,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, small, lora):
             steps.add(len(reproducible(path)) if (path / "metrics.jsonl").exists() else -1)
         assert read_run(path).is_final
         assert left(path) == expected
+    print(f"{kills} kills in {number} runs, after {sorted(steps)} lines of metrics")
     assert len(steps) > 3, steps  # they fell on different steps
 
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # PEFT draws A from the global generator of the CPU
+    with _peft_at_work():
         torch.default_generator.manual_seed(key.fold("lora").value)
         peft = get_peft_model(model, settings)
     return _finished(model, peft, lora.dropout)
@@ -100,11 +101,22 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
     from peft import PeftModel
 
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws values before it reads them
+        with _peft_at_work():
             peft = PeftModel.from_pretrained(model, str(directory))
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise ConfigError(f"the adapter in {directory} does not fit the model: {error}") from error
     return _finished(model, peft, 0.0)
+
+
+@contextmanager
+def _peft_at_work() -> Iterator[None]:
+    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards.
+
+    PEFT 0.21 asks transformers 5.23 by a name that is going out of use; no user can do anything about that.
+    """
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _finished(model: PreTrainedModel, peft: PeftModel, dropout: float) -> Adapters:

@@ -1,0 +1,103 @@
+"""A session with adapters: what the optimizer moves, what the policy is compared with, what is saved."""
+
+import pytest
+import torch
+
+from roundoff.checkpoint import DamagedCheckpointError, load_checkpoint
+from roundoff.config import ConfigError, LoRA
+from roundoff.experiments import load_experiment
+from roundoff.session import prepare, put_weights
+from roundoff.train import _before_update, _minibatches, _sample_batch, take_step
+from tests.test_survival import left
+from tests.test_train import run, with_algorithm, with_training
+
+NOISE = load_experiment("quickstart-noise")
+
+
+def with_lora(experiment=NOISE, **settings):
+    return experiment.model_copy(update={"lora": LoRA(**{"rank": 4, **settings})})
+
+
+def test_adapters_alone_are_moved_at_their_own_learning_rate(small):
+    session = prepare(with_lora(), with_training(small, lora_learning_rate=0.01), 0)
+    before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
+    row = take_step(session, 1, None)
+    assert row["learning_rate"] == 0.01
+    assert row["trained"]
+    moved = {name for name, p in session.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(".lora_" in name for name in moved)
+    assert len(session.optimizer.param_groups[0]["params"]) == 84
+
+
+def test_the_reference_is_the_base_and_no_second_model(small):
+    profile = with_training(small, lora_learning_rate=0.01)
+    lora, full = prepare(with_lora(), profile, 0), prepare(NOISE, profile, 0)
+    assert lora.reference is None
+    assert full.reference is not None
+    part = _minibatches(full, _sample_batch(full, 1))[0][0]
+    for step in (1, 2):
+        take_step(lora, step, None)  # the policy leaves its reference
+    expected = _before_update(full, 3, part, first=False)
+    found = _before_update(lora, 3, part, first=False)
+    assert torch.equal(found.reference, expected.reference)  # same noise keys, same quantized weights
+    assert not torch.equal(found.old, expected.old)
+    assert torch.equal(expected.old, expected.reference)  # the full model has not been trained
+
+
+def test_without_a_kl_penalty_there_is_no_reference_pass(small):
+    session = prepare(with_algorithm(with_lora(), kl_coefficient=0.0), small, 0)
+    part = _minibatches(session, _sample_batch(session, 1))[0][0]
+    assert _before_update(session, 1, part, first=True).reference is None
+
+
+@pytest.mark.parametrize("ratio", ["replayed", "recomputed"])
+def test_dropout_belongs_to_the_key_of_its_pass(small, ratio):
+    experiment = with_algorithm(with_lora(load_experiment("quickstart-clean"), dropout=0.3), ratio=ratio)
+    session = prepare(experiment, with_training(small, minibatches=1, lora_learning_rate=0.01), 0)
+    first, second = (take_step(session, step, None) for step in (1, 2))
+    assert (first["ratio_mean"], first["ratio_std"]) == (1.0, 0.0)  # B is zero: there is nothing to drop yet
+    assert (second["ratio_std"] == 0.0) == (ratio == "replayed")
+
+
+def test_dropout_does_not_depend_on_micro_batches(small):
+    updated = []
+    for micro_batch in (0, 12):
+        profile = with_training(small, micro_batch=micro_batch, lora_learning_rate=0.01, minibatches=1)
+        session = prepare(with_lora(load_experiment("quickstart-clean"), dropout=0.3), profile, 0)
+        updated.append([take_step(session, step, None) for step in (1, 2)][1])
+    # sums of float32 products in another order
+    assert updated[0]["loss"] == pytest.approx(updated[1]["loss"], abs=1e-5)
+    assert updated[0]["grad_norm"] == pytest.approx(updated[1]["grad_norm"], rel=1e-3)
+
+
+def test_checkpoints_hold_adapters_alone_and_a_stopped_run_goes_on_to_the_same_bits(tmp_path, small):
+    experiment = with_lora(load_experiment("quickstart-noise-aqn"), dropout=0.1)
+    whole = run(tmp_path / "whole", experiment, small)
+    run(tmp_path / "parts", experiment, small, stop_after=1)
+    resumed = run(tmp_path / "parts", experiment, small)
+    assert left(resumed.path) == left(whole.path)
+    checkpoint = load_checkpoint(whole.path / "checkpoints")
+    assert len(checkpoint.tensors["model"]) == 84
+    assert all(".lora_" in name for group in checkpoint.tensors.values() for name in group)
+    assert sorted(p.name for p in (whole.path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(tmp_path, small):
+    with pytest.raises(ConfigError, match=r"lora\.targets names 'q_prj'.*did you mean 'q_proj'"):
+        run(tmp_path, with_lora(targets=("q_prj",)), small)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"] == []
+
+
+def test_weights_of_another_model_are_refused_by_name(small):
+    session = prepare(with_lora(), small, 0)
+    weights = {name: p.detach().clone() for name, p in session.trainable.items()}
+    name, value = next(iter(weights.items()))
+    put_weights(session.model, weights)
+    with pytest.raises(DamagedCheckpointError, match=name):
+        put_weights(session.model, {**weights, name: value[:1]})
+    with pytest.raises(DamagedCheckpointError, match=name):
+        put_weights(session.model, {n: w for n, w in weights.items() if n != name})
