@@ -342,3 +342,12 @@ def test_diagnose_names_where_it_starts():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
     assert found.check_weights() == ("model.layers.1.mlp.up_proj.weight",)
     assert found.diagnose(**batch.inputs())[0] == "model.layers.1.mlp.up_proj"
+
+
+def test_summary_names_layers_and_modules():
+    model = build("qwen2")
+    kept = Hardware.model_validate({"precision": {"weight": "mxfp4", "keep": [0]}})
+    text = install(model, kept, seed=0).summary()
+    last = model.config.num_hidden_layers - 1
+    shown = f"layers 1-{last}: " if last > 1 else "layers 1: "
+    assert shown + "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp." in text

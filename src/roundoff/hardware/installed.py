@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware.draw import Draw, Runtime
-from roundoff.hardware.inventory import Entry, Skipped
+from roundoff.hardware.inventory import Entry, Skipped, plain_name, within_layer
 from roundoff.hardware.linear import LinearState
 from roundoff.numerics.rng import Key
 
@@ -85,8 +85,11 @@ class InstalledHardware:
 
     def summary(self) -> str:
         """A few lines: what is computed how, on how many modules, and what was left alone for which reason."""
-        kinds = Counter(_describe(entry) for entry in self.entries)
-        lines = [f"{count:4d} modules: {kind}" for kind, count in kinds.items()] or ["no module: nothing to simulate"]
+        kinds: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            kinds.setdefault(_describe(entry), []).append(entry)
+        lines = [f"{len(e):4d} modules: {kind}\n     {_where(e)}" for kind, e in kinds.items()]
+        lines = lines or ["no module: nothing to simulate"]
         if self.attention_modules:
             std = self.hardware.matmul_noise.relative_std
             lines.append(f"{len(self.attention_modules):4d} attention layers: noise {std:g} on QK^T and PV")
@@ -139,6 +142,20 @@ class InstalledHardware:
         self.runtime.shared = None
         for switch in self.switches:
             setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
+
+
+def _where(entries: Sequence[Entry]) -> str:
+    """Layers and module names, such as `layers 0-5: mlp.down_proj, mlp.up_proj`."""
+    layers = sorted({entry.layer for entry in entries if entry.layer is not None})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    names = dict.fromkeys(within_layer(plain_name(entry.name)) for entry in entries)
+    return (f"layers {shown}: " if shown else "") + ", ".join(names)
 
 
 def _describe(entry: Entry) -> str:
