@@ -13,6 +13,7 @@ import click
 
 from roundoff import __version__
 from roundoff.config import ConfigError
+from roundoff.scan_command import scan_command
 
 if TYPE_CHECKING:
     from roundoff.scale.local_grid import RunRequest
@@ -290,6 +291,9 @@ def runs(root: Path) -> None:
             click.echo(f"  warning: {line}")
     for line in skipped:
         click.echo(f"skipped: {line}", err=True)
+
+
+cli.add_command(scan_command)
 
 
 @cli.command("build-tiny")
