@@ -1,11 +1,16 @@
 """A session with adapters: what the optimizer moves, what the policy is compared with, what is saved."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from roundoff.checkpoint import DamagedCheckpointError, load_checkpoint
+from roundoff.checkpoint import Checkpoint, DamagedCheckpointError, load_checkpoint
 from roundoff.config import ConfigError, LoRA
+from roundoff.evaluation_command import open_subject, score_subject
 from roundoff.experiments import load_experiment
+from roundoff.models.load import TINY_DIRECTORY
 from roundoff.session import prepare, put_weights
 from roundoff.train import _before_update, _minibatches, _sample_batch, take_step
 from tests.test_survival import left
@@ -96,8 +101,35 @@ def test_weights_of_another_model_are_refused_by_name(small):
     session = prepare(with_lora(), small, 0)
     weights = {name: p.detach().clone() for name, p in session.trainable.items()}
     name, value = next(iter(weights.items()))
-    put_weights(session.model, weights)
+
+    def put(given, base=session.policy.base):
+        put_weights(session.policy, Checkpoint(0, {"model": given}, {"base": base}, ()))
+
+    put(weights)
     with pytest.raises(DamagedCheckpointError, match=name):
-        put_weights(session.model, {**weights, name: value[:1]})
+        put({**weights, name: value[:1]})
     with pytest.raises(DamagedCheckpointError, match=name):
-        put_weights(session.model, {n: w for n, w in weights.items() if n != name})
+        put({n: w for n, w in weights.items() if n != name})
+    with pytest.raises(ConfigError, match="model 'tiny' has changed"):
+        put(weights, base="0")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_model_that_changed_under_a_run_ends_it_and_not_its_full_score(tmp_path, small, lora):
+    model = tmp_path / "model"
+    shutil.copytree(TINY_DIRECTORY, model, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    profile = small.model_copy(update={"model": str(model)})
+    experiment = with_lora() if lora else NOISE
+    stopped = run(tmp_path / "runs", experiment, profile, stop_after=1)
+    content = load_file(model / "model.safetensors")
+    content["model.norm.weight"][0] += 1
+    save_file(content, model / "model.safetensors", metadata={"format": "pt"})
+    before = left(stopped.path)
+    with pytest.raises(ConfigError, match="has changed since this run began"):
+        run(tmp_path / "runs", experiment, profile)
+    assert left(stopped.path) == before
+    if lora:  # the adapters are worth nothing without their base; whole weights replace it
+        with pytest.raises(ConfigError, match="has changed since this run began"):
+            score_subject(open_subject(str(stopped.path)))
+    else:
+        assert score_subject(open_subject(str(stopped.path), step=0)).agrees

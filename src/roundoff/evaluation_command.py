@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from roundoff.checkpoint import load_checkpoint, write_atomic
+from roundoff.checkpoint import Checkpoint, load_checkpoint, write_atomic
 from roundoff.config import ConfigError, Experiment, Hardware, Profile, Task, validate
 from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.experiments import load_experiment, load_profile, with_overrides
@@ -42,8 +42,8 @@ class Subject:
     """The run that it is a state of."""
     step: int = 0
     """Training steps that it has behind it."""
-    weights: Mapping[str, torch.Tensor] | None = None
-    """What the run trained, over the model of the profile."""
+    checkpoint: Checkpoint | None = None
+    """What the run had trained by then, over the model of the profile."""
     adapter: Path | None = None
     """An adapter directory, over the model of the profile."""
     notes: tuple[str, ...] = ()
@@ -131,8 +131,8 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
     policy = load_policy(experiment, profile, subject.seed)
-    if subject.weights is not None:
-        put_weights(policy.model, subject.weights)
+    if subject.checkpoint is not None:
+        put_weights(policy, subject.checkpoint)
     if subject.adapter is not None:
         load_adapters(policy.model, subject.adapter)
     key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
@@ -243,8 +243,7 @@ def _state_of_run(run: Run, step: int | None, profile: str | None) -> Subject:
         scale = load_profile(profile).model_copy(update=kept)
     name = f"{run.experiment.id} seed {run.seed}, step {checkpoint.step} of {run.status.total_steps} ({run.path})"
     notes = tuple(f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped)
-    weights = checkpoint.tensors["model"]
-    return Subject(name, run.experiment, scale, run.seed, run, checkpoint.step, weights, notes=notes)
+    return Subject(name, run.experiment, scale, run.seed, run, checkpoint.step, checkpoint, notes=notes)
 
 
 def _agrees(subject: Subject, evaluation: Evaluation, draws: int | None) -> bool | None:

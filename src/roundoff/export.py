@@ -6,6 +6,7 @@ from pathlib import Path
 
 from roundoff.checkpoint import load_checkpoint, write_directory
 from roundoff.config import ConfigError, Hardware
+from roundoff.models.load import no_progress_bar
 from roundoff.run_dir import Run
 from roundoff.session import load_policy, put_weights
 
@@ -29,11 +30,12 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
     plain = run.experiment.model_copy(update={"hardware": Hardware()})
     policy = load_policy(plain, run.profile.model_copy(update={"device": "cpu"}), run.seed)
-    put_weights(policy.model, checkpoint.tensors["model"])
+    put_weights(policy, checkpoint)
     model = policy.model if policy.adapters is None else policy.adapters.merge()
 
     def fill(directory: Path) -> None:
-        model.save_pretrained(str(directory))
+        with no_progress_bar():
+            model.save_pretrained(str(directory))
         policy.loaded.tokenizer.save_pretrained(str(directory))
 
     write_directory(out, fill)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ class Policy:
     loaded: LoadedModel
     installed: InstalledHardware | None
     adapters: Adapters | None
+    base: str
+    """SHA-256 of the weights that the model had when it was loaded."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -143,12 +146,13 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int) -> Policy:
     """
     device = resolve_device(profile.device)
     loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
+    base = _digest(loaded.model)
     installed = None
     if not experiment.hardware.changes_nothing:
         installed = install(loaded.model, experiment.hardware, seed=seed)
     lora = experiment.lora
     adapters = attach(loaded.model, lora, Key.from_seed(seed)) if lora is not None else None
-    return Policy(loaded, installed, adapters)
+    return Policy(loaded, installed, adapters, base)
 
 
 def learning_rate(experiment: Experiment, profile: Profile) -> float:
@@ -203,19 +207,25 @@ def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Pr
 
 def save(session: Session, run_dir: RunDirectory, step: int) -> None:
     """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
-    state = session.optimizer.state
     moments: dict[str, Tensor] = {
-        f"{name}/{field}": value for name, p in session.trainable.items() for field, value in state[p].items()
+        f"{name}/{field}": value
+        for name, p in session.trainable.items()
+        for field, value in session.optimizer.state[p].items()
     }
     tensors = {"model": {name: p.detach() for name, p in session.trainable.items()}, "optimizer": moments}
-    run_dir.save_checkpoint(
-        step, tensors, {"position": session.position}, keep=session.profile.training.keep_checkpoints
-    )
+    state = {"position": session.position, "base": session.policy.base}
+    run_dir.save_checkpoint(step, tensors, state, keep=session.profile.training.keep_checkpoints)
 
 
 def restore(session: Session, checkpoint: Checkpoint) -> int:
-    """Put a checkpoint's content in place, bit for bit; returns its step."""
-    put_weights(session.model, checkpoint.tensors["model"])
+    """Put a checkpoint's content in place, bit for bit; returns its step.
+
+    Raises:
+        ConfigError: if the profile's model has changed since the run began.
+        DamagedCheckpointError: if the checkpoint holds the weights of another model.
+    """
+    _check_base(session.policy, checkpoint)
+    put_weights(session.policy, checkpoint)
     for path, value in checkpoint.tensors["optimizer"].items():
         name, _, field = path.rpartition("/")
         session.optimizer.state[session.trainable[name]][field] = value
@@ -223,18 +233,39 @@ def restore(session: Session, checkpoint: Checkpoint) -> int:
     return checkpoint.step
 
 
-def put_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+def put_weights(policy: Policy, checkpoint: Checkpoint) -> None:
     """Put the weights that a checkpoint holds in place, bit for bit: all that a run trains.
 
     Raises:
+        ConfigError: if they are adapters, and the base has changed since the run began.
         DamagedCheckpointError: if they are those of another model.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if policy.adapters is not None:
+        _check_base(policy, checkpoint)
+    weights = checkpoint.tensors["model"]
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     expected = {name: tuple(p.shape) for name, p in trained.items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     if found != expected:
-        differing = sorted(name for name, _ in expected.items() ^ found.items())
+        differing = sorted({name for name, _ in expected.items() ^ found.items()})
         raise DamagedCheckpointError(f"a checkpoint holds the weights of another model: {', '.join(differing[:4])}")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(weights[name])
+
+
+def _check_base(policy: Policy, checkpoint: Checkpoint) -> None:
+    if checkpoint.state["base"] != policy.base:
+        raise ConfigError(
+            f"model {policy.loaded.name!r} has changed since this run began: bring the old one back to go on, or move "
+            "the run's directory away to begin again"
+        )
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 over names and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -64,7 +64,7 @@ def load_model(
     if local:
         _check_directory(Path(location), name)
     options = {} if attention is None else {"attn_implementation": attention}
-    with _no_progress_bar():
+    with no_progress_bar():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,
@@ -167,8 +167,8 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, nam
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Hides the "Loading weights" bar of transformers, and restores what was set before."""
+def no_progress_bar() -> Iterator[None]:
+    """Hides the bars of transformers while it loads or saves weights, and restores what was set before."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
