@@ -137,6 +137,16 @@ def test_flips_show_the_responses_that_made_them(simulated: Report) -> None:
     assert flips.gained == pytest.approx(sum(f.gained for f in comparison.flips) / 3)
 
 
+def test_an_arm_that_loses_nothing_shows_no_losses(tmp_path: Path) -> None:
+    more = (np.arange(100) < 52).astype(float)
+    for seed in range(3):
+        write_run(tmp_path, experiment("a"), seed, FIRST_HALF, FIRST_HALF)
+        write_run(tmp_path, experiment("b", baseline="a", lora={}), seed, more, more)
+    flips = report_on(tmp_path).rows[1].flips
+    assert flips is not None and (flips.gained, flips.lost) == (2.0, 0.0)
+    assert [(flip.problem, flip.gained) for flip in flips.shown] == [("sum/0050", True), ("sum/0051", True)]
+
+
 def test_answers_say_what_was_found(simulated: Report) -> None:
     (answer,) = words.answers(simulated)
     assert "3 seeds, 300 problems" in answer.asked

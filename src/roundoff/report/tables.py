@@ -181,7 +181,7 @@ def _best(arms: Sequence[Arm]) -> set[str]:
             except ConfigError:
                 continue
             result = stats.paired_benefit(new.deployed, old.deployed)
-            leads &= result.estimate > 0 and result.excludes_zero
+            leads &= result.estimate > 0
             p_values.append(result.p)
         if leads and p_values and all(p is not None and p < ALPHA for p in stats.holm(p_values)):
             best.add(arm.key)
