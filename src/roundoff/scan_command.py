@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,10 @@ def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -
     from roundoff.report.scan_picture import scan_picture
     from roundoff.report.scan_tables import linear_table, scan_table
     from roundoff.srdd import scan
+    from roundoff.srdd.multipliers import check_mode
 
+    if options["mode"] is not None:
+        check_mode(options["mode"], options["direction"])
     subject = _open(model, options)
     found = scan(
         subject.loaded.model,
@@ -188,7 +192,7 @@ def _find_faults(model: str, options: dict[str, Any]) -> None:
         click.echo(line)
     _write_json(options["json_file"], data)
     if report.alarms:
-        raise click.exceptions.Exit(1)
+        sys.exit(1)
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:

@@ -211,7 +211,7 @@ class Inspector:
         weight = weight.cpu() if self.host else weight
         bias = None if module.bias is None else module.bias.detach().to(weight.device)
         live = (weight != 0).any(-1)
-        if not finite or not self._statistics(name, x, y, live):
+        if not finite or not self._statistics(name, x, y, live, coarse=_is_coarse(module)):
             return
         excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
         if excess > checks.CHECKSUM_LIMIT:
@@ -256,20 +256,28 @@ class Inspector:
         finally:
             self._listening = True
 
-    def _statistics(self, name: str, x: Tensor, y: Tensor, live: Tensor) -> bool:
-        """Zero, constant and tie statistics of outputs [T, N]; False if there are outputs that are not finite."""
+    def _statistics(self, name: str, x: Tensor, y: Tensor, live: Tensor, *, coarse: bool = False) -> bool:
+        """Zero, constant and tie statistics of outputs [T, N]; False if there are outputs that are not finite.
+
+        Products of coarse numbers (4 bits) are exactly zero, and equal, now and then: zeros and ties say nothing there.
+        """
         bad = float((~y.isfinite()).double().mean())
         if bad:
             self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, of finite inputs")
             return False
-        zeros = checks.zero_share(y[(x != 0).any(-1)], live) if bool((x != 0).any()) else 0.0
-        limit = checks.zero_limit(y.dtype)
-        if zeros > limit:
-            self._alarm("zero", name, zeros, limit, f"{zeros:.2%} of outputs are exactly zero")
         if bool((x != x[:1]).any()):
             constant = int(checks.constant_channels(y, live).sum())
             if constant:
                 self._alarm("constant", name, constant, 0, f"{constant} channels give one value for all tokens")
+        if coarse:
+            return True
+        live_rows = (x != 0).any(-1)
+        zeros, limit = (
+            checks.zero_share(y[live_rows], live) if bool(live_rows.any()) else 0.0,
+            checks.zero_limit(y.dtype),
+        )
+        if zeros > limit:
+            self._alarm("zero", name, zeros, limit, f"{zeros:.2%} of outputs are exactly zero")
         ties = checks.tie_share(y)
         if ties > checks.TIE_LIMIT:
             self._alarm("tie", name, ties, checks.TIE_LIMIT, f"{ties:.2%} of tokens have ties at their maximum")
@@ -282,6 +290,13 @@ def _operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
         state = module.hardware_state
         return state.quantized_input(x), state.quantized_weight(module.weight)
     return x.detach(), module.weight.detach()
+
+
+def _is_coarse(module: nn.Linear) -> bool:
+    """Whether installed hardware multiplies numbers of a format."""
+    if not (isinstance(module, HardwareLinear) and module.hardware_state.runtime.on):
+        return False
+    return bool(module.hardware_state.weight_format or module.hardware_state.activation_format)
 
 
 def _has_matrix(module: nn.Module) -> bool:

@@ -34,14 +34,25 @@ ZONE_SWITCH = 0.5
 """Fraction of the run's steps at which the zones change places."""
 
 
+def check_mode(mode: str, direction: str = DIRECTIONS[0]) -> None:
+    """Refuse what is no mode or direction.
+
+    Raises:
+        ConfigError: naming the alternatives.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode must be one of {', '.join(MODES)}, but is {mode!r}{nearest(mode, MODES)}")
+    if direction not in DIRECTIONS:
+        raise ConfigError(f"direction must be one of {', '.join(DIRECTIONS)}, but is {direction!r}")
+
+
 def ranking(values: Mapping[int, float], direction: str = "sensitive") -> list[int]:
     """Layers by falling damage (`robust`: by rising damage); among equals the earlier layer first.
 
     Raises:
         ConfigError: if there is no such direction.
     """
-    if direction not in DIRECTIONS:
-        raise ConfigError(f"direction must be one of {', '.join(DIRECTIONS)}, but is {direction!r}")
+    check_mode(MODES[0], direction)
     sign = -1.0 if direction == "sensitive" else 1.0
     return sorted(values, key=lambda layer: (sign * values[layer], layer))
 
@@ -66,8 +77,7 @@ def multipliers(
     Raises:
         ConfigError: if mode, direction or share cannot be used, or the values do not allow the mode.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode must be one of {', '.join(MODES)}, but is {mode!r}{nearest(mode, MODES)}")
+    check_mode(mode, direction)
     if not 0 < share < 1:
         raise ConfigError(f"share must be in (0, 1), but is {share}")
     if not 0 <= progress <= 1:
