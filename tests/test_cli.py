@@ -12,7 +12,7 @@ import pytest
 
 from roundoff.cli import parse_seeds
 from roundoff.config import ConfigError
-from roundoff.experiments import experiment_ids
+from roundoff.experiments import experiment_ids, families
 
 SMALL = [
     "--set=profile.training.prompts_per_step=8",
@@ -71,7 +71,8 @@ def test_run_report_and_runs_from_end_to_end(tmp_path):
     for name in ("summary.md", "results.csv", "results.json", "report.html"):
         assert (tmp_path / "report" / name).stat().st_size > 0
     rows = {row["id"]: row for row in csv.DictReader((tmp_path / "report" / "results.csv").open())}
-    assert set(rows) == set(names)
+    assert set(rows) == set(families()["quickstart"])
+    assert {name for name, row in rows.items() if "missing" in row["status"]} == set(rows) - set(names)
     listed = roundoff("runs", cwd=tmp_path).stdout.splitlines()
     assert len(listed) == 6
     assert all("complete  step 2/2  deployed" in line for line in listed)
@@ -120,3 +121,12 @@ def test_seeds(text, seeds):
 def test_wrong_seeds(text):
     with pytest.raises(ConfigError, match="--seeds must"):
         parse_seeds(text)
+
+
+def test_a_table_from_elsewhere_is_judged_by_its_intervals(tmp_path):
+    # 80 % against 70 % on 1,000 problems each: 10 points with a standard error of 1.9, far beyond it; 71 % is not
+    (tmp_path / "scores.csv").write_text("id,baseline,score\nplain,,70.0\nbetter,plain,80.0\nsame,plain,71.0\n")
+    done = roundoff("import-table", "scores.csv", "--n", "1000", cwd=tmp_path).stdout
+    lines = {line.split()[0]: line for line in done.splitlines() if line.strip()}
+    assert "exceeds the error" in lines["better"]
+    assert "within its error" in lines["same"]

@@ -16,6 +16,8 @@ from roundoff.config import ConfigError
 from roundoff.scan_command import scan_command
 
 if TYPE_CHECKING:
+    from roundoff.config import Experiment
+    from roundoff.run_dir import Run
     from roundoff.scale.local_grid import RunRequest
 
 RUNS = Path("runs")
@@ -268,11 +270,32 @@ def report(roots: Sequence[Path], out: Path) -> None:
     if not runs:
         reasons = "".join(f"\n  {line}" for line in skipped)
         raise ConfigError(f"there are no runs in {', '.join(map(str, chosen))}: `roundoff run` makes them{reasons}")
-    built = build_report(runs, skipped)
+    built = build_report(runs, skipped, _declared_beside(runs))
     written = write_report(built, out)
     Console().print(terminal_table(built))
     for path in written:
         click.echo(f"wrote {path}")
+
+
+def _declared_beside(runs: Sequence[Run]) -> list[Experiment]:
+    """Declared experiments of the families that the runs belong to: one without runs is reported as missing."""
+    from roundoff.experiments import families, load_experiment
+
+    present = {run.experiment.family for run in runs}
+    return [load_experiment(name) for family, ids in families().items() if family in present for name in ids]
+
+
+@cli.command("import-table")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--n", "problems", type=click.IntRange(min=1), help="Test problems behind each score, if no column says.")
+@click.option("--baseline", help="Id of the row to compare with, for rows that name none.")
+def import_table(file: Path, problems: int | None, baseline: str | None) -> None:
+    """Read a table of scores from elsewhere (CSV or Markdown) and say which differences exceed their error."""
+    from rich.console import Console
+
+    from roundoff.report.import_table import imported_table, read_table
+
+    Console().print(imported_table(read_table(file, problems=problems, baseline=baseline)))
 
 
 @cli.command()
