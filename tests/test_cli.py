@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from roundoff.cli import parse_seeds
+from roundoff.cli import main, parse_seeds
 from roundoff.config import ConfigError
 from roundoff.experiments import experiment_ids, families
 
@@ -76,6 +76,36 @@ def test_run_report_and_runs_from_end_to_end(tmp_path):
     listed = roundoff("runs", cwd=tmp_path).stdout.splitlines()
     assert len(listed) == 6
     assert all("complete  step 2/2  deployed" in line for line in listed)
+
+
+def test_eval_export_and_extend_from_end_to_end(tmp_path, small, monkeypatch, capfd):
+    path = str(make_run(tmp_path / "runs", load_experiment("quickstart-noise"), small).path)
+    monkeypatch.chdir(tmp_path)
+
+    def main_with(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["roundoff", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, "".join(capfd.readouterr())
+
+    code, scored = main_with("eval", path, "--samples", "2", "--out", "scores.json")
+    assert code == 0
+    assert "equal to what the run recorded at step 2" in scored
+    assert "sampled pass@2" in scored
+    assert Path("scores.json").exists()
+    assert main_with("eval", path, "--out", "scores.json") == (2, "roundoff: scores.json exists: name another file\n")
+    assert main_with("export", path, "model") == (0, "wrote model: quickstart-noise seed 0 after step 2\n")
+    code, scored = main_with("eval", "model", "--hardware", "quickstart-mxfp4", SMALL[1])
+    assert "weight mxfp4, activation mxfp4" in scored
+    code, extended = main_with("extend", path, "--epochs", "2", "--tracker", "none")
+    assert (code, "step 4/4 deployed" in extended) == (0, True)
+    code, refused = main_with("extend", path, "--epochs", "1")
+    assert (code, "--epochs must be above the 1" in refused) == (2, True)
+    code, refused = main_with("eval", "nothing-here")
+    assert (code, "model 'nothing-here' is neither" in refused) == (2, True)
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
