@@ -12,7 +12,8 @@ import pytest
 
 from roundoff.cli import main, parse_seeds
 from roundoff.config import ConfigError
-from roundoff.experiments import experiment_ids, families
+from roundoff.experiments import experiment_ids, families, load_experiment
+from tests.test_train import run as make_run
 
 SMALL = [
     "--set=profile.training.prompts_per_step=8",

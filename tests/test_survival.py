@@ -157,15 +157,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(tmp_path, small, whole
     assert read_run(path).status.warnings == (line,)
 
 
-def test_a_damaged_checkpoint_later_than_the_next_stop_does_not_count_as_kept(tmp_path, small):
-    experiment = load_experiment("quickstart-clean").model_copy(update={"epochs": 2})
-    path = run(tmp_path, experiment, small, stop_after=3).path
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path, small):
+    experiment = load_experiment("quickstart-clean").model_copy(update={"epochs": 3})
+    profile = with_training(small, checkpoint_every=2)
+    path = run(tmp_path, experiment, profile, stop_after=3).path  # a stop saves: checkpoints 2 and 3
     damage(path / "checkpoints" / "step-000003" / "model.safetensors", "flip")
     with pytest.warns(UserWarning, match="went on from step 2"):
-        run(tmp_path, experiment, small, stop_after=1)
-    damage(path / "checkpoints" / "step-000003" / "model.safetensors", "flip")
-    with pytest.warns(UserWarning, match="went on from step 2"):  # still there: the good one before
-        assert run(tmp_path, experiment, small).is_final
+        run(tmp_path, experiment, profile, stop_after=2)
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
 
 
 def test_no_usable_checkpoint_is_an_error_that_leaves_the_run_as_it_is(tmp_path, small):
