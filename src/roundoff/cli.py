@@ -326,7 +326,7 @@ def build_tiny(out: Path, seed: int) -> None:
     """Rebuild the embedded model from its recipe into the directory OUT (minutes on one core)."""
     from roundoff.models.tiny.recipe import build
 
-    build(out, seed=seed)
+    build(out, seed=seed, progress=click.echo)
 
 
 def parse_seeds(text: str) -> list[int]:

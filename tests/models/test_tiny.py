@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from roundoff.models.load import TINY_DIRECTORY, LoadedModel, load_model
+from roundoff.models.load import TINY_DIRECTORY, LoadedModel, ModelError, load_model
 from roundoff.models.tiny import recipe
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 
@@ -106,9 +106,9 @@ def test_another_seed_is_another_model() -> None:
 
 def test_build_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match="not an empty directory"):
+    with pytest.raises(ModelError, match="not an empty directory"):
         recipe.build(tmp_path, steps=1)
-    with pytest.raises(ValueError, match="must be at least 1, but are 0"):
+    with pytest.raises(ModelError, match="must be at least 1, but are 0"):
         recipe.build(tmp_path / "new", steps=0)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from roundoff.tasks import TASKS, Problem, Task
+from roundoff.tasks import TASKS, Problem, Task, TaskError
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -42,7 +42,7 @@ def test_odd_text_has_no_reward_and_raises_nothing(task: Task, response: str) ->
 
 
 def test_unknown_setting_is_refused(task: Task) -> None:
-    with pytest.raises(ValueError, match="no_such_setting"):
+    with pytest.raises(TaskError, match="no_such_setting"):
         TASKS[task.name]({"no_such_setting": 1})
 
 

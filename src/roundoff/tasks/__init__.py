@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 
 from roundoff.tasks.arithmetic import arithmetic
-from roundoff.tasks.base import Problem, Task
+from roundoff.tasks.base import Problem, Task, TaskError
 
-__all__ = ["TASKS", "Problem", "Task"]
+__all__ = ["TASKS", "Problem", "Task", "TaskError"]
 
 TASKS: dict[str, Callable[[Mapping[str, object]], Task]] = {"arithmetic": arithmetic}
-"""Task factories by name; each takes the task's own settings and raises ValueError where they are wrong."""
+"""Task factories by name; each takes the task's own settings and raises TaskError where they are wrong."""

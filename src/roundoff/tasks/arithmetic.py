@@ -28,7 +28,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from roundoff.tasks.base import Problem
+from roundoff.tasks.base import Problem, TaskError
 
 Split = Literal["train", "test"]
 
@@ -134,13 +134,13 @@ def arithmetic(settings: Mapping[str, object]) -> ArithmeticTask:
     """The arithmetic task for a mapping of `ArithmeticSettings` fields; fields left out take their defaults.
 
     Raises:
-        ValueError: a setting is unknown, out of range, or asks for more problems than there are.
+        TaskError: a setting is unknown, out of range, or asks for more problems than there are.
     """
     try:
         return ArithmeticTask(ArithmeticSettings.model_validate(dict(settings)))
     except ValidationError as error:
         lines = [_explain(details) for details in error.errors(include_url=False)]
-        raise ValueError("\n".join(lines)) from None
+        raise TaskError("\n".join(lines)) from None
 
 
 def split_of(chain: Sequence[int]) -> Split:
@@ -151,14 +151,14 @@ def split_of(chain: Sequence[int]) -> Split:
 
 
 def _explain(details: Mapping[str, object]) -> str:
-    """One line for one pydantic error: path, rule, value."""
+    """One line for one pydantic error: setting, rule, value."""
     location = details["loc"]
-    path = ".".join(["task.settings", *map(str, location)]) if isinstance(location, tuple) else "task.settings"
+    path = ".".join(map(str, location)) if isinstance(location, tuple) else ""
     if details["type"] == "extra_forbidden":
         return f"{path} is no setting of the arithmetic task; it has {', '.join(ArithmeticSettings.model_fields)}"
     message = str(details["msg"]).removeprefix("Value error, ")
-    if path == "task.settings":
-        return f"task.settings.{message}"
+    if not path:  # a rule about several settings, which names them itself
+        return message
     return f"{path}: {message[0].lower()}{message[1:]}, but is {details['input']!r}"
 
 

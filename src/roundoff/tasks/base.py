@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 
+class TaskError(ValueError):
+    """Settings of a task that cannot be used; the message names the setting and says what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One question with one right answer."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from roundoff.models.load import ModelError
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 from roundoff.tasks.base import Problem
 
@@ -90,13 +91,12 @@ def build(
         progress: called with each point as it is measured.
 
     Raises:
-        ValueError: `steps` or `evaluate_every` is below 1.
-        FileExistsError: `out_dir` exists and is not an empty directory.
+        ModelError: `out_dir` exists and is not an empty directory, or `steps` or `evaluate_every` is below 1.
     """
     if steps < 1 or evaluate_every < 1:
-        raise ValueError(f"steps and evaluate_every must be at least 1, but are {steps} and {evaluate_every}")
+        raise ModelError(f"steps and evaluate_every must be at least 1, but are {steps} and {evaluate_every}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not an empty directory; name another one")
+        raise ModelError(f"{out_dir} exists and is not an empty directory; name another one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
