@@ -91,7 +91,7 @@ def measure(name: str, tokens: int) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    measure("tiny", 8192)
+    measure("tiny", 2048)
     directory = os.environ.get(MODEL_VARIABLE)
     if directory:
         measure(directory, 512)
