@@ -135,3 +135,12 @@ def test_backward_noise_alone_is_not_noise_of_an_evaluation():
 def test_aqn_defaults_are_those_published():
     aqn = AQN(sigma_start=0.01, sigma_end=0.0001)
     assert (aqn.schedule, aqn.target, aqn.noise, aqn.layers) == ("epoch", "rmsnorm", "absolute", "all")
+
+
+def test_every_format_name_is_known_to_the_numerics_and_the_other_way_round():
+    from roundoff.config import FORMAT_NAMES
+    from roundoff.numerics.formats import FORMATS, get_format
+
+    assert set(FORMATS) <= set(FORMAT_NAMES)
+    for name in FORMAT_NAMES:
+        get_format(name)

@@ -47,7 +47,7 @@ MX_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
 FORMAT_NAMES = (
     *MX_FORMATS,
     *(f"{name}:{rule}" for name in MX_FORMATS for rule in SCALE_RULES),
-    *("nvfp4", "nvfp4_block", "fp8_e4m3", "fp8_e4m3_row", "int8", "int8_amax127p5", "int4", "int4_amax7p5"),
+    *("nvfp4", "nvfp4_block", "fp8_e4m3", "fp8_e4m3_row", "int8", "int8:full", "int4", "int4:full"),
     *("bf16", "fp16"),
 )
 """Names of the entries of `numerics.FORMATS`, known here without importing torch (a test compares the two)."""
