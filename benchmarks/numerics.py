@@ -78,7 +78,7 @@ def attempt(function: Quantize, x: torch.Tensor) -> tuple[float, str]:
     """Time in ms of a peer and how to show it; a peer that fails on a CPU is a result."""
     try:
         time = medians({"it": lambda: function(x)}, PEER_REPEATS)["it"]
-    except Exception as error:
+    except Exception as error:  # each peer and torch.compile raise kinds of their own; the table shows which
         return float("inf"), f"fails ({type(error).__name__})"
     return time, f"{time:8.1f} ms"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from roundoff import __version__
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, nearest
 from roundoff.scan_command import scan_command
 
 if TYPE_CHECKING:
@@ -65,8 +65,6 @@ class Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command, or an error with a suggestion."""
-        from roundoff.config import nearest
-
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], tuple(self.commands))}")
         return super().resolve_command(ctx, args)

@@ -75,7 +75,7 @@ def evaluate(
     problems = task.test()
 
     def greedy(draw: int) -> _Answers:
-        return _answers(model, tokenizer, task, key.fold("evaluation", draw), max_new_tokens)
+        return _answers(model, tokenizer, task, problems, key.fold("evaluation", draw), max_new_tokens)
 
     deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
     clean = deployed[0]
@@ -147,7 +147,9 @@ def evaluate_samples(
 
     def drawn() -> list[tuple[int, ...]]:
         own = key.fold("evaluation", "samples")
-        found = _answers(model, tokenizer, task, own, max_new_tokens, samples=samples, temperature=temperature).solved
+        found = _answers(
+            model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature
+        ).solved
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
     deployed = clean = drawn()
@@ -173,13 +175,13 @@ def _answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
+    problems: Sequence[Problem],
     key: Key,
     max_new_tokens: int,
     *,
     samples: int = 1,
     temperature: float = 0.0,
 ) -> _Answers:
-    problems = task.test()
     rollouts = sample(
         model,
         tokenizer,

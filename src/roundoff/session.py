@@ -38,6 +38,11 @@ class Policy:
         """The model itself."""
         return self.loaded.model
 
+    @property
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Parameters that the optimizer moves, by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
 
 @dataclass
 class Session:
@@ -80,7 +85,7 @@ class Session:
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Parameters that the optimizer moves, by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return self.policy.trainable
 
     @contextmanager
     def reference_policy(self) -> Iterator[PreTrainedModel | None]:
@@ -111,28 +116,29 @@ def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
     if experiment.aqn is not None and experiment.aqn.layers != "all":
         raise ConfigError(f"aqn.layers = {experiment.aqn.layers!r} needs the SRDD scan, which this version lacks")
     task = make_task(profile)
-    if len(task.train()) < training.prompts_per_step:
+    offered = task.train()
+    if len(offered) < training.prompts_per_step:
         raise ConfigError(
             f"profile.training.prompts_per_step is {training.prompts_per_step}, but the task has only "
-            f"{len(task.train())} training problems"
+            f"{len(offered)} training problems"
         )
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
     policy = load_policy(experiment, profile, seed)
-    problems = _within_length(task.train(), policy.loaded, profile)
+    problems = _within_length(offered, policy.loaded, profile)
     steps_per_epoch = len(problems) // training.prompts_per_step
     total = experiment.epochs * steps_per_epoch
     sigmas = sigma_curve(total, steps_per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
     reference = None
     if algorithm.kl_coefficient > 0 and policy.adapters is None:
-        reference = load_policy(experiment, profile, seed).model.requires_grad_(False)
+        reference = _load_on_hardware(experiment, profile, seed)[0].model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
-        [p for p in policy.model.parameters() if p.requires_grad],
+        list(policy.trainable.values()),
         lr=learning_rate(experiment, profile),
         betas=training.betas,
         weight_decay=training.weight_decay,
-        foreach=True,  # the fused kernel leaves the version counter of the weights as it was (see hardware.linear)
+        foreach=True,
     )
     stream = PromptStream(problems, key.fold("data"))
     return Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas)
@@ -144,15 +150,22 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int) -> Policy:
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    device = resolve_device(profile.device)
-    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
+    loaded, installed = _load_on_hardware(experiment, profile, seed)
     base = _digest(loaded.model)
-    installed = None
-    if not experiment.hardware.changes_nothing:
-        installed = install(loaded.model, experiment.hardware, seed=seed)
     lora = experiment.lora
     adapters = attach(loaded.model, lora, Key.from_seed(seed)) if lora is not None else None
     return Policy(loaded, installed, adapters, base)
+
+
+def _load_on_hardware(
+    experiment: Experiment, profile: Profile, seed: int
+) -> tuple[LoadedModel, InstalledHardware | None]:
+    """The profile's model with the experiment's hardware installed, if that changes anything."""
+    device = resolve_device(profile.device)
+    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
+    if experiment.hardware.changes_nothing:
+        return loaded, None
+    return loaded, install(loaded.model, experiment.hardware, seed=seed)
 
 
 def learning_rate(experiment: Experiment, profile: Profile) -> float:
@@ -207,12 +220,11 @@ def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Pr
 
 def save(session: Session, run_dir: RunDirectory, step: int) -> None:
     """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
+    trained = session.trainable
     moments: dict[str, Tensor] = {
-        f"{name}/{field}": value
-        for name, p in session.trainable.items()
-        for field, value in session.optimizer.state[p].items()
+        f"{name}/{field}": value for name, p in trained.items() for field, value in session.optimizer.state[p].items()
     }
-    tensors = {"model": {name: p.detach() for name, p in session.trainable.items()}, "optimizer": moments}
+    tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": moments}
     state = {"position": session.position, "base": session.policy.base}
     run_dir.save_checkpoint(step, tensors, state, keep=session.profile.training.keep_checkpoints)
 
@@ -226,9 +238,10 @@ def restore(session: Session, checkpoint: Checkpoint) -> int:
     """
     _check_base(session.policy, checkpoint)
     put_weights(session.policy, checkpoint)
+    trained = session.trainable
     for path, value in checkpoint.tensors["optimizer"].items():
         name, _, field = path.rpartition("/")
-        session.optimizer.state[session.trainable[name]][field] = value
+        session.optimizer.state[trained[name]][field] = value
     session.position = checkpoint.state["position"]
     return checkpoint.step
 
@@ -243,7 +256,7 @@ def put_weights(policy: Policy, checkpoint: Checkpoint) -> None:
     if policy.adapters is not None:
         _check_base(policy, checkpoint)
     weights = checkpoint.tensors["model"]
-    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    trained = policy.trainable
     expected = {name: tuple(p.shape) for name, p in trained.items()}
     found = {name: tuple(w.shape) for name, w in weights.items()}
     if found != expected:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +31,7 @@ class Progress:
         self._live: Live | None = None
         self._drawn = 0.0
         self._said: dict[str, tuple[str, int]] = {}
+        self._ended: dict[Path, list[dict[str, Any]]] = {}
 
     @contextmanager
     def shown(self) -> Iterator[Progress]:
@@ -46,12 +48,22 @@ class Progress:
         if time.monotonic() - self._drawn < REFRESH_S and not finished:
             return
         self._drawn = time.monotonic()
-        rows = [(job, _metrics(job)) for job in jobs]
+        rows = [(job, self._metrics(job)) for job in jobs]
         if self._live:
             self._live.update(self._table(rows), refresh=True)
         else:
             for job, metrics in rows:
                 self._say(job, metrics)
+
+    def _metrics(self, job: Job) -> list[dict[str, Any]]:
+        """Metrics on disk; those of a run that has ended do not change and are read once."""
+        path = job.request.path
+        if path in self._ended:
+            return self._ended[path]
+        metrics = _metrics(job)
+        if job.phase not in ("queued", "running"):
+            self._ended[path] = metrics
+        return metrics
 
     def _table(self, rows: Sequence[tuple[Job, list[dict[str, Any]]]]) -> Table:
         table = Table(title=_headline([job for job, _ in rows], rows, self._workers), title_justify="left", box=None)
