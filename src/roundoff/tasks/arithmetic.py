@@ -21,6 +21,7 @@ Left out: multiplication, brackets, numbers of different bases, spaces.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from hashlib import blake2b
 from itertools import product
 from random import Random
@@ -98,11 +99,19 @@ class ArithmeticTask:
 
     def train(self) -> Sequence[Problem]:
         """`train_problems` different problems of the training side."""
-        return _draw_different(self.settings, "train", self.settings.train_problems)
+        return self._train
 
     def test(self) -> Sequence[Problem]:
         """`test_problems` different problems of the test side."""
-        return _draw_different(self.settings, "test", self.settings.test_problems)
+        return self._test
+
+    @cached_property
+    def _train(self) -> Sequence[Problem]:
+        return tuple(_draw_different(self.settings, "train", self.settings.train_problems))
+
+    @cached_property
+    def _test(self) -> Sequence[Problem]:
+        return tuple(_draw_different(self.settings, "test", self.settings.test_problems))
 
     def train_stream(self, seed: int) -> Iterator[Problem]:
         """Endless problems of the training side, lengths in equal shares, drawn with replacement."""
