@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from roundoff.cli import main, parse_seeds
+from roundoff.cli import main
+from roundoff.commands.options import parse_seeds
 from roundoff.config import ConfigError
 from roundoff.experiments import experiment_ids, families, load_experiment
 from tests.test_train import run as make_run

@@ -14,8 +14,8 @@ LEVELS = {
     **dict.fromkeys(("provenance",), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache"), 2),
     **dict.fromkeys(("evaluate", "batch", "session", "train", "report"), 3),
-    **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension", "scan_command"), 4),
-    **dict.fromkeys(("cli", "__main__"), 5),
+    **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
+    **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from roundoff.config import ConfigError
 from roundoff.report.scan_picture import scan_picture
 from roundoff.report.scan_tables import fault_lines
-from roundoff.scan_command import scan_command
+from roundoff.commands.scan import scan_command
 
 
 def run(*arguments, check=0):

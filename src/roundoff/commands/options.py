@@ -1,0 +1,59 @@
+"""Options that several commands share, and what their text means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from roundoff.config import ConfigError
+
+RUNS = Path("runs")
+REPORT = Path("report")
+
+runs_option = click.option(
+    "--runs",
+    "root",
+    type=click.Path(path_type=Path),
+    default=RUNS,
+    show_default=True,
+    help="Directory that holds the run directories.",
+)
+profile_option = click.option(
+    "--profile", "profile_name", default="tiny", show_default=True, help="Scale: a packaged profile or a TOML file."
+)
+set_option = click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Replace a setting, such as hardware.matmul_noise.relative_std=0.2 or profile.training.evaluate_every=5.",
+)
+
+
+seeds_option = click.option("--seeds", default="0-2", show_default=True, help="Seeds: 3, 0-2 or 0,4,7.")
+workers_option = click.option(
+    "--workers", type=click.IntRange(min=1), help="Runs at a time. [default: cores / threads of a run]"
+)
+tracker_option = click.option(
+    "--tracker", default="tensorboard", show_default=True, help="Tracker: tensorboard or none."
+)
+run_argument = click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
+step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the last]")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds meant by `3`, `0-2` or `0,4,7`.
+
+    Raises:
+        ConfigError: if the text is none of these.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdigit() or (dash and not high.isdigit()):
+            raise ConfigError(f"--seeds must read 3, 0-2 or 0,4,7, but is {text!r}")
+        seeds += range(int(low), int(high if dash else low) + 1)
+    if not seeds or len(seeds) != len(set(seeds)):
+        raise ConfigError(f"--seeds must name at least one seed and each once, but is {text!r}")
+    return seeds

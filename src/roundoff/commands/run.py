@@ -1,0 +1,110 @@
+"""`roundoff run` and `roundoff extend`: make runs, and say what became of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from roundoff.commands.options import (
+    parse_seeds,
+    profile_option,
+    runs_option,
+    seeds_option,
+    set_option,
+    tracker_option,
+    workers_option,
+)
+from roundoff.config import ConfigError
+
+if TYPE_CHECKING:
+    from roundoff.scale.local_grid import RunRequest
+
+
+@click.command("run")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@profile_option
+@seeds_option
+@set_option
+@runs_option
+@workers_option
+@tracker_option
+def run_command(
+    names: Sequence[str],
+    profile_name: str,
+    seeds: str,
+    assignments: Sequence[str],
+    root: Path,
+    workers: int | None,
+    tracker: str,
+) -> None:
+    """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
+    from roundoff.experiments import load_profile, select, with_overrides
+    from roundoff.provenance import provenance
+    from roundoff.scale.local_grid import RunRequest
+
+    experiments, profile = with_overrides(select(names), load_profile(profile_name), assignments)
+    source = provenance()
+    make_runs(
+        [
+            RunRequest(experiment, profile, seed, root, source, tracker)
+            for seed in parse_seeds(seeds)
+            for experiment in experiments
+        ],
+        workers,
+    )
+
+
+def make_runs(requests: list[RunRequest], workers: int | None) -> None:
+    """Make the runs, say what became of them, and exit."""
+    from rich.console import Console
+
+    from roundoff.scale.local_grid import run_grid
+    from roundoff.scale.progress import Progress
+    from roundoff.trackers import TRACKERS
+
+    tracker = requests[0].tracker
+    if tracker not in TRACKERS:
+        raise ConfigError(f"--tracker must be one of {', '.join(TRACKERS)}, but is {tracker!r}")
+    threads = max(request.profile.threads for request in requests)
+    workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
+    progress = Progress(Console(), workers)
+    with progress.shown():
+        jobs = run_grid(requests, workers=workers, watch=progress.update)
+    failed = [job for job in jobs if job.phase == "failed"]
+    stopped = [job for job in jobs if job.phase == "interrupted"]
+    for message in dict.fromkeys(job.message for job in failed):
+        where = [f"{j.request.experiment.id} seed {j.request.seed}" for j in failed if j.message == message]
+        click.secho(f"failed: {', '.join(where)}: {message}", fg="red", err=True)
+    if stopped:
+        click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
+    sys.exit(1 if failed else 130 if stopped else 0)
+
+
+@click.command("extend")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--epochs", type=int, required=True, help="Epochs of the whole, those already made included.")
+@workers_option
+@tracker_option
+def extend_command(paths: Sequence[Path], epochs: int, workers: int | None, tracker: str) -> None:
+    """Take complete runs further as new runs beside them; what was made is not repeated and stays as it is."""
+    from roundoff.extension import begin_extension, differences
+    from roundoff.provenance import provenance
+    from roundoff.run_dir import find_runs
+    from roundoff.scale.local_grid import RunRequest
+
+    parents, skipped = find_runs(paths)
+    if not parents or skipped:
+        raise ConfigError("\n".join(skipped) or f"there is no run in {', '.join(map(str, paths))}")
+    source = provenance()
+    requests = []
+    for parent in parents:
+        experiment, root = begin_extension(parent, epochs, source)
+        requests.append(RunRequest(experiment, parent.profile, parent.seed, root, source, tracker))
+        if (difference := differences(parent, epochs)) is not None:
+            click.echo(f"not a run of {epochs} epochs from scratch: {difference}", err=True)
+    make_runs(requests, workers)
