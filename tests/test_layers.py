@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "roundoff"
 LEVELS = {
-    **dict.fromkeys(("config", "stats"), 0),
+    **dict.fromkeys(("config", "extras", "stats"), 0),
     **dict.fromkeys(("numerics", "algorithms", "tasks", "experiments", "run_dir", "checkpoint", "trackers"), 1),
     **dict.fromkeys(("provenance",), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache"), 2),
