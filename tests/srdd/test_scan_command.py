@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner
 
+from roundoff.commands.scan import scan_command
 from roundoff.config import ConfigError
 from roundoff.report.scan_picture import scan_picture
 from roundoff.report.scan_tables import fault_lines
-from roundoff.commands.scan import scan_command
 
 
 def run(*arguments, check=0):
