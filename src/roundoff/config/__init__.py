@@ -1,0 +1,36 @@
+"""Frozen settings of an experiment (*what* is run) and of a profile (*how big*), and their error messages.
+
+Every setting is checked before any weight is loaded. An error names the full path of the setting, the rule, the value
+and, for an unknown key, the nearest known one. This package imports neither torch nor any other part of roundoff.
+"""
+
+from roundoff.config.algorithm import ALGORITHMS, Algorithm
+from roundoff.config.base import ConfigError, Settings, nearest, validate
+from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
+from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
+from roundoff.config.profile import Profile, Task, Training
+from roundoff.config.remedies import AQN, SRDD, LoRA
+
+__all__ = [
+    "ALGORITHMS",
+    "AQN",
+    "FORMAT_NAMES",
+    "NAMES_ONLY",
+    "SRDD",
+    "Algorithm",
+    "ConfigError",
+    "Deadzone",
+    "Experiment",
+    "Fault",
+    "Hardware",
+    "LoRA",
+    "MatmulNoise",
+    "Precision",
+    "Profile",
+    "Settings",
+    "Task",
+    "Training",
+    "nearest",
+    "result_hash",
+    "validate",
+]

@@ -1,0 +1,58 @@
+"""The policy-gradient objective and its named values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import model_validator
+
+from roundoff.config.base import Count, Fraction, NonNegative, Positive, Settings, Share, Whole, rule
+
+ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
+    "GRPO": {"name": "GRPO", "group_size": 5, "kl_coefficient": 0.001},
+    "DAPO": {
+        "name": "DAPO",
+        "group_size": 8,
+        "clip_high": 0.28,
+        "dynamic_sampling": True,
+        "overlong_buffer": 0.25,
+    },
+}
+"""Defaults of the named algorithms; `[algorithm] name = "GRPO"` starts from them and any key may be set beside it."""
+
+
+class Algorithm(Settings):
+    """Policy-gradient objective; GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476) are two values of it."""
+
+    name: str
+    group_size: Annotated[int, rule(lambda v: v >= 2, "must be at least 2: one rollout has no group to compare with")]
+    clip_low: Fraction = 0.2
+    clip_high: NonNegative = 0.2
+    aggregation: Literal["token-mean", "sequence-mean", "dr_grpo"] = "token-mean"
+    normalize_std: bool = True
+    """Divide a group's centred rewards by their standard deviation."""
+    kl_coefficient: NonNegative = 0.0
+    kl_estimator: Literal["low_var_kl", "k1", "k2"] = "low_var_kl"
+    dynamic_sampling: bool = False
+    """Drop groups of equal reward and draw more prompts until the batch is full."""
+    max_sampling_batches: Count = 5
+    overlong_buffer: Share = 0.0
+    """Last share of the response limit over which a length penalty rises linearly (fraction; 256 of 1,024 is 0.25)."""
+    overlong_factor: NonNegative = 0.5
+    """Penalty at the response limit (reward units)."""
+    ratio: Literal["replayed", "recomputed", "rollout", "one"] = "replayed"
+    """Which pair of log-probabilities the importance ratio compares (design section 6)."""
+    tis_cap: Positive = 2.0
+    """Largest truncated importance weight with ratio = 'rollout'."""
+    temperature: Positive = 1.0
+    top_p: Annotated[float, rule(lambda v: 0 < v <= 1, "must be in (0, 1]")] = 1.0
+    top_k: Whole = 0
+    """0 keeps the whole vocabulary."""
+    optimizer_epochs: Count = 1
+    """Passes over one batch of rollouts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_named(cls, data: Any) -> Any:
+        return {**ALGORITHMS.get(str(data.get("name")), {}), **data} if isinstance(data, Mapping) else data

@@ -1,0 +1,115 @@
+"""What the chip does to the arithmetic: number formats, matmul noise, deadzones and faults."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, model_validator
+
+from roundoff.config.base import Fraction, Positive, Settings, Share, Whole, nearest, rule
+
+SCALE_RULES = ("floor", "ceil", "even", "rceil")
+MX_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
+FORMAT_NAMES = (
+    *MX_FORMATS,
+    *(f"{name}:{rule}" for name in MX_FORMATS for rule in SCALE_RULES),
+    *("nvfp4", "nvfp4_block", "fp8_e4m3", "fp8_e4m3_row", "int8", "int8:full", "int4", "int4:full"),
+    *("bf16", "fp16"),
+)
+"""Names of the entries of `numerics.FORMATS`, known here without importing torch (a test compares the two)."""
+
+
+def _known_format(name: str) -> str:
+    if name not in FORMAT_NAMES:
+        shown = ", ".join(n for n in FORMAT_NAMES if ":" not in n)
+        raise ValueError(f"must be a number format{nearest(name, FORMAT_NAMES)} (known: {shown}; MX with ':rule')")
+    return name
+
+
+FormatName = Annotated[str, AfterValidator(_known_format)]
+
+
+def _kept_layers(value: Any) -> Any:
+    scan = isinstance(value, str) and re.fullmatch(r"srdd:[1-9]\d*", value)
+    if not scan and not (isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)):
+        raise ValueError("must be a list of layer indices from 0, or 'srdd:k' with k of at least 1")
+    return value
+
+
+class MatmulNoise(Settings):
+    """Relative Gaussian error `y + s*abs(y)*eps` on the output of every matrix product."""
+
+    relative_std: Fraction = 0.0
+    """`s`: standard deviation relative to each output element (fraction; 5 % is 0.05)."""
+    forward: bool = True
+    """Perturb the product of the forward pass."""
+    backward: bool = True
+    """Perturb the two products of the backward pass, `dX` and `dW`."""
+    attention: bool = True
+    """Perturb attention's QK^T and PV too, not only Linear layers."""
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.relative_std > 0 and not (self.forward or self.backward):
+            raise ValueError("perturbs nothing: set forward or backward to true, or relative_std to 0")
+        return self
+
+
+class Precision(Settings):
+    """Number formats of the inputs of every Linear; None leaves them as they are."""
+
+    weight: FormatName | None = None
+    """Format of `Linear.weight`, blocks along `in_features`."""
+    activation: FormatName | None = None
+    """Format of the input of a Linear, blocks along its last axis."""
+    keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
+    """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k most sensitive of a scan."""
+
+
+class Deadzone(Settings):
+    """Inputs of a Linear with `abs(x) < threshold * max(abs(x))` become zero."""
+
+    threshold: Annotated[float, rule(lambda v: 0 < v < 1, "must be in (0, 1)")]
+    layers: tuple[Whole, ...]
+    """Decoder layers concerned."""
+
+
+class Fault(Settings):
+    """One broken unit: what it does to the output of the Linear layers it computes."""
+
+    kind: Literal["deadzone", "saturation", "noise", "stuck", "bitflip", "gain"]
+    layer: Whole
+    """Decoder layer that the faulty unit computes."""
+    module: str | None = None
+    """Name of one Linear within the layer such as `mlp.up_proj`; None: all of them."""
+    amount: Positive
+    """Size: threshold or level relative to the token's max(abs(y)); relative standard deviation or gain error
+    (fraction); for `stuck` the constant itself, in units of y."""
+    share: Share = 1.0
+    """Share of the elements concerned (for `stuck`: of the channels)."""
+    bit: Annotated[int, rule(lambda v: 0 <= v < 32, "must be a bit of float32, 0 to 31")] = 22
+    """Bit that `bitflip` inverts, 0 being the lowest of the mantissa."""
+
+
+class Hardware(Settings):
+    """What the chip does to the arithmetic, in rollout, training and evaluation alike."""
+
+    precision: Precision = Precision()
+    matmul_noise: MatmulNoise = MatmulNoise()
+    deadzone: Deadzone | None = None
+    faults: tuple[Fault, ...] = ()
+    exclude: tuple[str, ...] = ("embed_tokens", "lm_head")
+    """Names of modules left alone: a Linear is excluded if a part of its dotted name matches (shell pattern)."""
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether this is plain arithmetic, so that deployed and clean scores are one."""
+        quantized = self.precision.weight or self.precision.activation
+        return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether two evaluations of the same input differ (unless the draws are replayed)."""
+        noise = self.matmul_noise
+        return (noise.relative_std > 0 and noise.forward) or any(f.kind in ("noise", "bitflip") for f in self.faults)
