@@ -10,7 +10,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "roundoff"
 LEVELS = {
     **dict.fromkeys(("config", "extras", "stats"), 0),
-    **dict.fromkeys(("numerics", "algorithms", "tasks", "experiments", "run_dir", "checkpoint", "trackers"), 1),
+    **dict.fromkeys(
+        ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
+    ),
     **dict.fromkeys(("provenance",), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache"), 2),
     **dict.fromkeys(("evaluate", "batch", "session", "train", "report"), 3),

@@ -1,9 +1,10 @@
-"""Run directories: the only reader and writer of what a run leaves behind.
+"""Run directories: the only writer of what a run leaves behind (`run_record` reads it).
 
     runs/<experiment>/<profile>-<hash8>/seed-<n>/
         experiment.toml         resolved settings of the experiment and the profile
         provenance.json         versions, device, commit, command
         metrics.jsonl           one line a step; all but `time` and `seconds*` is reproducible to the bit
+        scan.json               the SRDD scan, where a setting refers to one
         evaluations/step-*.jsonl   one line a problem
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
         adapter/                LoRA adapters after the last step, as PEFT saves them
@@ -19,12 +20,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from filelock import FileLock, Timeout
@@ -39,75 +39,51 @@ from roundoff.checkpoint import (
     write_atomic,
     write_directory,
 )
-from roundoff.config import ConfigError, Experiment, Profile, result_hash, validate
+from roundoff.config import Experiment, Profile, result_hash
+from roundoff.run_record import (
+    DamagedRunError,
+    Evaluation,
+    Outcome,
+    Run,
+    State,
+    Status,
+    evaluation_files,
+    find_runs,
+    read_evaluation,
+    read_metrics,
+    read_run,
+    read_scan,
+    read_status,
+    step_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
-State = Literal["running", "complete", "failed", "interrupted"]
+__all__ = [
+    "LOCK_WAIT_S",
+    "DamagedRunError",
+    "Evaluation",
+    "Outcome",
+    "Run",
+    "RunDirectory",
+    "RunLockedError",
+    "State",
+    "Status",
+    "find_runs",
+    "read_evaluation",
+    "read_metrics",
+    "read_run",
+    "read_status",
+    "run_path",
+]
+
 LOCK_WAIT_S = 1.0
 """Seconds to wait for a lock: a reader may hold it for an instant to see whether the run is alive."""
 
 
 class RunLockedError(RuntimeError):
     """Another process is at work in this run directory."""
-
-
-class DamagedRunError(ValueError):
-    """A run directory, or a file in it, cannot be read; the message says which and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """Where a run stands."""
-
-    state: State
-    step: int
-    """Last step whose results are on disk (0: before training)."""
-    total_steps: int
-    reason: str = ""
-    seconds: float = 0.0
-    """Time at work so far (s), all sessions together."""
-    updated: str = ""
-    """UTC time of the last change."""
-    warnings: tuple[str, ...] = ()
-    """What went wrong and was survived, such as a damaged checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one test problem."""
-
-    id: str
-    prompt: str
-    answer: str
-    deployed: tuple[int, ...]
-    """1 where solved with the hardware on, one entry a noise draw."""
-    clean: int
-    """1 where solved with the hardware off."""
-    response: str
-    """Response with the hardware on, first draw."""
-    clean_response: str
-    truncated: bool = False
-    """Whether that first response was cut at the length limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Per-problem outcomes of the whole test set after `step` training steps."""
-
-    step: int
-    outcomes: tuple[Outcome, ...]
-
-    @property
-    def deployed(self) -> float:
-        """Accuracy with the hardware on (fraction), mean over problems and draws."""
-        return sum(sum(o.deployed) / len(o.deployed) for o in self.outcomes) / len(self.outcomes)
-
-    @property
-    def clean(self) -> float:
-        """Accuracy with the hardware off (fraction)."""
-        return sum(o.clean for o in self.outcomes) / len(self.outcomes)
 
 
 def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) -> Path:
@@ -173,6 +149,8 @@ class RunDirectory:
         for step in parent.evaluated_steps:
             self.write_evaluation(parent.evaluation(step))
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in parent.metrics))
+        if (scan := parent.scan) is not None:
+            self.write_scan(scan)
         write_directory(
             checkpoint_path(self.path / "checkpoints", last),
             lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True),
@@ -187,6 +165,18 @@ class RunDirectory:
         write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
         return status
 
+    def write_scan(self, content: Mapping[str, Any]) -> None:
+        """Keep the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""
+        write_atomic(self.path / "scan.json", json.dumps(content, indent=1) + "\n")
+
+    def scan(self) -> dict[str, Any] | None:
+        """The SRDD scan that this run rests on, as plain data; None before it was made.
+
+        Raises:
+            DamagedRunError: if the file is malformed.
+        """
+        return read_scan(self.path)
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one step's line to `metrics.jsonl`."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -196,8 +186,8 @@ class RunDirectory:
         """Drop metrics, evaluations and damaged checkpoints later than `step`: those steps are taken again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        for file in _evaluation_files(self.path):
-            if _step_of(file) > step:
+        for file in evaluation_files(self.path):
+            if step_of(file) > step:
                 file.unlink()
         remove_later(self.path / "checkpoints", step)
 
@@ -240,141 +230,6 @@ class RunDirectory:
         path = self.path / "diagnostics" / f"{name}.json"
         write_atomic(path, json.dumps(content))
         return path
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run as the report sees it; evaluations are read when asked for."""
-
-    path: Path
-    experiment: Experiment
-    profile: Profile
-    seed: int
-    status: Status
-    provenance: dict[str, Any]
-    metrics: tuple[dict[str, Any], ...]
-
-    @property
-    def evaluated_steps(self) -> tuple[int, ...]:
-        """Steps after which the test set was scored, ascending."""
-        return tuple(_step_of(file) for file in _evaluation_files(self.path))
-
-    def evaluation(self, step: int) -> Evaluation:
-        """Outcomes after `step`.
-
-        Raises:
-            DamagedRunError: if the file is missing or malformed.
-        """
-        return read_evaluation(self.path, step)
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the last step was reached and evaluated."""
-        return self.status.state == "complete" and self.status.total_steps in self.evaluated_steps
-
-
-def read_run(path: Path) -> Run:
-    """The run in `path`; a `running` status without a living holder is read as `interrupted`.
-
-    Raises:
-        DamagedRunError: if a file that every run has is missing or malformed.
-    """
-    try:
-        settings = _parsed(path / "experiment.toml", tomllib.loads)
-        provenance = _parsed(path / "provenance.json", json.loads)
-        experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
-        profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
-        status = read_status(path)
-        metrics = tuple(read_metrics(path))
-        seed = int(settings["seed"])
-    except (KeyError, TypeError, ConfigError) as error:
-        raise DamagedRunError(f"{path}/experiment.toml cannot be used: {error}") from error
-    if status.state == "running" and not _is_held(path):
-        status = replace(status, state="interrupted", reason="the process ended without a word")
-    return Run(path, experiment, profile, seed, status, provenance, metrics)
-
-
-def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run below `roots`, and a line for each directory that looks like a run but cannot be read."""
-    runs: list[Run] = []
-    skipped: list[str] = []
-    for root in roots:
-        for path in sorted({*root.glob("**/seed-*"), *([root] if root.name.startswith("seed-") else [])}):
-            try:
-                runs.append(read_run(path))
-            except DamagedRunError as error:
-                skipped.append(str(error))
-    return runs, skipped
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
-    file = path / "metrics.jsonl"
-    lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DamagedRunError(f"{file}: line {number} is not JSON: {error}") from error
-    return rows
-
-
-def read_evaluation(run: Path, step: int) -> Evaluation:
-    """Outcomes of the run in directory `run` after `step`.
-
-    Raises:
-        DamagedRunError: if the file is missing or malformed.
-    """
-    path = run / "evaluations" / f"step-{step:06d}.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        outcomes = tuple(Outcome(**{**row, "deployed": tuple(row["deployed"])}) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedRunError(f"{path} cannot be read: {error}") from error
-    if not outcomes:
-        raise DamagedRunError(f"{path} holds no outcome")
-    return Evaluation(step, outcomes)
-
-
-def read_status(path: Path) -> Status:
-    """The status as written, whether or not the process that wrote it still lives.
-
-    Raises:
-        DamagedRunError: if there is none, or it is malformed.
-    """
-    try:
-        content = _parsed(path / "status.json", json.loads)
-        return Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
-    except (TypeError, AttributeError) as error:
-        raise DamagedRunError(f"{path / 'status.json'} is not a status: {error}") from error
-
-
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedRunError(f"{path} cannot be read: {error}") from error
-
-
-def _is_held(path: Path) -> bool:
-    try:
-        with FileLock(path / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-    except OSError:
-        return False
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step-"))
-
-
-def _evaluation_files(path: Path) -> Sequence[Path]:
-    return sorted((path / "evaluations").glob("step-*.jsonl"))
 
 
 def _to_toml(settings: Mapping[str, Any]) -> str:
