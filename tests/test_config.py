@@ -50,6 +50,15 @@ def message(**settings) -> str:
             "x.toml: hardware.precision.keep must be a list of layer indices from 0, or 'srdd:k' with k of at least 1, "
             "but is 'sdd:3'",
         ),
+        (
+            {"algorithm": {"name": "GRPO", "oversampling": 2}},
+            "x.toml: algorithm oversampling = 2 draws prompts that nothing uses without dynamic sampling: "
+            "set dynamic_sampling = true, or oversampling = 1",
+        ),
+        (
+            {"algorithm": {"name": "GRPO", "ratio": "one", "optimizer_epochs": 2}},
+            "x.toml: algorithm ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1",
+        ),
         ({"baseline": "x"}, "x.toml: baseline must be another experiment, but is 'x' itself"),
         (
             {"algorithm": {"name": "GRPO", "group_size": 1}},

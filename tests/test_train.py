@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roundoff.config import ConfigError, Experiment, Profile, validate
-from roundoff.experiments import experiment_ids, load_experiment
+from roundoff.experiments import families, load_experiment
 from roundoff.run_dir import RunDirectory, read_run
 from roundoff.session import prepare
 from roundoff.trackers import NullTracker
@@ -47,8 +47,8 @@ def reproducible(path: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds")} for row in rows]
 
 
-@pytest.mark.parametrize("name", experiment_ids())
-def test_every_declared_experiment_runs_two_steps_and_evaluates_the_last(tmp_path, small, name):
+@pytest.mark.parametrize("name", families()["quickstart"])
+def test_quickstart_runs_two_steps_and_evaluates_the_last(tmp_path, small, name):
     finished = run(tmp_path, load_experiment(name).model_copy(update={"epochs": 1}), small)
     assert finished.is_final
     assert finished.evaluated_steps == (0, 2)  # evaluate_every is 5: first and last are scored all the same
@@ -149,6 +149,28 @@ def test_ratio_before_the_update_is_one_only_if_replayed(tmp_path, small):
         assert rows[ratio]["ratio_ess"] < 0.999
 
 
+def test_ratio_one_makes_each_minibatch_a_batch_of_its_own(small):
+    one = with_algorithm(load_experiment("quickstart-noise"), ratio="one")
+    session, replayed = prepare(one, small, 0), prepare(load_experiment("quickstart-noise"), small, 0)
+    inside, before = session.profile.training, small.training
+    assert (inside.prompts_per_step, inside.minibatches) == (4, 1)
+    assert (before.prompts_per_step, before.minibatches) == (8, 2)
+    assert len(session.sigmas) * inside.minibatches == len(replayed.sigmas) * before.minibatches  # optimizer steps
+    assert inside.evaluate_every * inside.prompts_per_step == before.evaluate_every * before.prompts_per_step
+
+
+def test_oversampling_draws_more_prompts_at_a_time_and_trains_on_one_batch(small):
+    settings = {**small.task.settings, "train_problems": 64}
+    wide = small.model_copy(update={"task": small.task.model_copy(update={"settings": settings})})
+    dapo = load_experiment("E8a")
+    session = prepare(dapo, wide, 0)
+    assert len(session.sigmas) == 64 // (8 * 2)
+    batch = _sample_batch(session, 1)
+    assert batch.prompts % 16 == 0
+    assert len(batch.advantages) <= 8 * dapo.algorithm.group_size
+    assert (batch.advantages.view(-1, dapo.algorithm.group_size) != 0).any(1).all()  # groups of equal reward are out
+
+
 def test_a_noisy_ratio_clips_before_anything_was_learned(tmp_path, small):
     profile = with_training(small, minibatches=1)
     clipped = {}
@@ -243,7 +265,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, sm
     ("experiment", "profile", "expected"),
     [
         ({}, {"minibatches": 9}, "minibatches must be at most prompts_per_step"),
-        ({"algorithm": {"name": "GRPO", "ratio": "one"}}, {}, "allows a single optimizer step"),
+        ({"algorithm": {"name": "GRPO", "ratio": "one"}}, {"minibatches": 3}, "must be a multiple of minibatches"),
+        ({"algorithm": {"name": "DAPO", "oversampling": 3}}, {}, "oversampling = 3, but the task has only 16"),
         ({}, {"max_prompt_tokens": 3}, "max_prompt_tokens is 3, but 16 training prompts are longer"),
         ({}, {"max_prompt_tokens": 3, "long_prompts": "filter"}, "only 0 training prompts"),
         ({}, {"prompts_per_step": 17}, "only 16 training problems"),

@@ -93,6 +93,15 @@ def _norms_before_routers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
         yield from [f"{block}.{norm}" for norm in _BEFORE_MLP if f"{block}.{norm}" in modules][:1]
 
 
+def check_multipliers(model: nn.Module, aqn: AQN, multipliers: Mapping[int, float] | None) -> None:
+    """Refuse what `aqn_noise` would refuse, before anything is computed.
+
+    Raises:
+        ConfigError: if a multiplier cannot be used or names a layer without a target, or nothing would be perturbed.
+    """
+    _factors(aqn_targets(model, aqn), multipliers)
+
+
 @contextmanager
 def aqn_noise(
     model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN

@@ -79,20 +79,22 @@ def collect(
 ) -> Batch:
     """A batch of `prompts_per_step` groups from `position` of the stream on.
 
-    With dynamic sampling, groups of equal reward are dropped and more prompts are drawn until the batch is full or
+    With dynamic sampling, `oversampling` times as many prompts are drawn at a time, groups of equal reward are dropped
+    and more prompts are drawn until the batch is full or
     `max_sampling_batches` have been drawn; then it goes on with what there is (arXiv:2503.14476, section 3.2). A batch
     without one usable group is returned as it is, and teaches nothing.
     """
     G, wanted = algorithm.group_size, training.prompts_per_step
+    drawn = wanted * algorithm.oversampling
     seen: list[tuple[Rollouts, Tensor, Tensor]] = []  # rollouts, rewards [P, G], accuracy [P, G]
     usable, errors = 0, 0
     for number in range(algorithm.max_sampling_batches if algorithm.dynamic_sampling else 1):
-        problems = stream.take(position + number * wanted, wanted)
-        rollouts = sampler([p.prompt for p in problems], number * wanted * G)
+        problems = stream.take(position + number * drawn, drawn)
+        rollouts = sampler([p.prompt for p in problems], number * drawn * G)
         scored = score_responses(task, [p for p in problems for _ in range(G)], rollouts.texts)
         errors += scored.errors
-        accuracy = torch.tensor(scored.rewards, dtype=torch.float32).view(wanted, G)
-        lengths = rollouts.lengths.view(wanted, G)
+        accuracy = torch.tensor(scored.rewards, dtype=torch.float32).view(drawn, G)
+        lengths = rollouts.lengths.view(drawn, G)
         rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
         seen.append((rollouts, rewards, accuracy))
         usable += int(mixed_groups(rewards).sum())

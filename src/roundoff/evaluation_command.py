@@ -24,6 +24,7 @@ from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import Evaluation, Run, read_run
 from roundoff.session import load_policy, make_task, put_weights
+from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 
 PLAIN = "none"
@@ -119,6 +120,14 @@ def load_hardware(name: str) -> Hardware:
     return load_experiment(name).hardware
 
 
+def _scan_of(subject: Subject) -> LayerScan | None:
+    """The scan that the subject's run rests on, if it is scored on the run's own hardware."""
+    run = subject.run
+    if run is None or subject.experiment.hardware != run.experiment.hardware or run.scan is None:
+        return None
+    return LayerScan.from_json(run.scan)
+
+
 def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 0, temperature: float = 1.0) -> Result:
     """Greedy outcomes averaged over noise draws, and those of `samples` responses to each problem if asked for.
 
@@ -130,7 +139,7 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
     task = make_task(profile)
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
-    policy = load_policy(experiment, profile, subject.seed)
+    policy = load_policy(experiment, profile, subject.seed, scan=_scan_of(subject))
     if subject.checkpoint is not None:
         put_weights(policy, subject.checkpoint)
     if subject.adapter is not None:

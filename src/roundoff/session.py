@@ -12,14 +12,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.algorithms.schedule import sigma_curve
+from roundoff.aqn import check_multipliers
 from roundoff.batch import PromptStream
 from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
-from roundoff.config import Algorithm, ConfigError, Experiment, Profile
+from roundoff.config import SRDD, Algorithm, ConfigError, Experiment, Profile, Training
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import RunDirectory
+from roundoff.srdd import LayerScan, experiment_scan, needs_scan, resolve_keep
 from roundoff.tasks import TASKS, Problem, Task
 
 
@@ -59,6 +61,8 @@ class Session:
     optimizer: torch.optim.Optimizer
     sigmas: list[float]
     """AQN's sigma of each step (zero throughout without AQN)."""
+    scan: LayerScan | None = None
+    """The SRDD scan, where a setting refers to one."""
     position: int = 0
     """Prompts drawn from the stream so far."""
 
@@ -87,6 +91,14 @@ class Session:
         """Parameters that the optimizer moves, by name."""
         return self.policy.trainable
 
+    def multipliers(self, step: int) -> dict[int, float] | None:
+        """Factors on AQN's sigma by decoder layer at a step (numbered from 1); None where every layer has the same."""
+        aqn, scan = self.experiment.aqn, self.scan
+        if aqn is None or aqn.layers == "all" or scan is None:
+            return None
+        direction = (self.experiment.srdd or SRDD()).direction
+        return scan.multipliers(aqn.layers, direction=direction, progress=(step - 1) / len(self.sigmas))
+
     @contextmanager
     def reference_policy(self) -> Iterator[PreTrainedModel | None]:
         """The policy before training, on the same hardware; None if the objective has no use for it."""
@@ -99,40 +111,67 @@ class Session:
             yield self.reference
 
 
-def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
-    """Check everything that can be checked, then load the model and install the hardware.
+def training_in_force(algorithm: Algorithm, training: Training) -> Training:
+    """The profile's training as the objective takes it.
+
+    With `ratio = "one"` each minibatch of the profile is sampled as a batch of its own, so that every optimizer step
+    has fresh rollouts: as many prompts, optimizer steps and evaluations as with the other ratios, in `minibatches`
+    times as many steps.
+
+    Raises:
+        ConfigError: if the minibatches are not of one size.
+    """
+    parts = training.minibatches
+    if algorithm.ratio != "one" or parts == 1:
+        return training
+    if training.prompts_per_step % parts:
+        raise ConfigError(
+            f"algorithm.ratio = 'one' samples each minibatch apart, so profile.training.prompts_per_step "
+            f"({training.prompts_per_step}) must be a multiple of minibatches ({parts})"
+        )
+    longer = {name: getattr(training, name) * parts for name in ("evaluate_every", "checkpoint_every", "warmup_steps")}
+    smaller = {"prompts_per_step": training.prompts_per_step // parts, "minibatches": 1}
+    return training.model_copy(update={**longer, **smaller})
+
+
+def steps_per_epoch(problems: int, algorithm: Algorithm, training: Training) -> int:
+    """Steps in which all training problems are drawn once (nominally: dynamic sampling may draw more)."""
+    return problems // (training_in_force(algorithm, training).prompts_per_step * algorithm.oversampling)
+
+
+def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Session:
+    """Check everything that can be checked, then load the model, scan it where needed, and install the hardware.
+
+    `scan` is the one that the run already rests on, if any.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    training, algorithm = profile.training, experiment.algorithm
-    if training.minibatches > training.prompts_per_step:
+    given, algorithm = profile.training, experiment.algorithm
+    if given.minibatches > given.prompts_per_step:
         raise ConfigError(
-            f"profile.training.minibatches must be at most prompts_per_step ({training.prompts_per_step}), "
-            f"but is {training.minibatches}"
+            f"profile.training.minibatches must be at most prompts_per_step ({given.prompts_per_step}), "
+            f"but is {given.minibatches}"
         )
-    if algorithm.ratio == "one" and (training.minibatches > 1 or algorithm.optimizer_epochs > 1):
-        raise ConfigError("algorithm.ratio = 'one' allows a single optimizer step per batch: set minibatches = 1")
-    if experiment.aqn is not None and experiment.aqn.layers != "all":
-        raise ConfigError(f"aqn.layers = {experiment.aqn.layers!r} needs the SRDD scan, which this version lacks")
+    training = training_in_force(algorithm, given)
+    profile = profile.model_copy(update={"training": training})
     task = make_task(profile)
     offered = task.train()
-    if len(offered) < training.prompts_per_step:
-        raise ConfigError(
-            f"profile.training.prompts_per_step is {training.prompts_per_step}, but the task has only "
-            f"{len(offered)} training problems"
-        )
+    _check_enough(len(offered), "the task has only {} training problems", algorithm, training)
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
-    policy = load_policy(experiment, profile, seed)
+    if scan is None and experiment.needs_scan:
+        scan = experiment_scan(experiment, _load(profile), task, seed)
+    policy = load_policy(experiment, profile, seed, scan=scan)
     problems = _within_length(offered, policy.loaded, profile)
-    steps_per_epoch = len(problems) // training.prompts_per_step
-    total = experiment.epochs * steps_per_epoch
-    sigmas = sigma_curve(total, steps_per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
+    _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
+    per_epoch = steps_per_epoch(len(problems), algorithm, given)
+    total = experiment.epochs * per_epoch
+    sigmas = sigma_curve(total, per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
     reference = None
     if algorithm.kl_coefficient > 0 and policy.adapters is None:
-        reference = _load_on_hardware(experiment, profile, seed)[0].model.requires_grad_(False)
+        reference = _load_on_hardware(experiment, profile, seed, scan)[0].model.requires_grad_(False)
     optimizer = torch.optim.AdamW(
         list(policy.trainable.values()),
         lr=learning_rate(experiment, profile),
@@ -141,31 +180,44 @@ def prepare(experiment: Experiment, profile: Profile, seed: int) -> Session:
         foreach=True,
     )
     stream = PromptStream(problems, key.fold("data"))
-    return Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas)
+    session = Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan)
+    if experiment.aqn is not None:
+        for step in (1, total):
+            check_multipliers(session.model, experiment.aqn, session.multipliers(step))
+    return session
 
 
-def load_policy(experiment: Experiment, profile: Profile, seed: int) -> Policy:
+def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Policy:
     """The model of a run before its first step: on its hardware, with fresh adapters where it has any.
+
+    `scan` is the one that the run rests on; where the hardware needs one and none is given, it is made.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    loaded, installed = _load_on_hardware(experiment, profile, seed)
+    if scan is None and needs_scan(experiment.hardware):
+        scan = experiment_scan(experiment, _load(profile), make_task(profile), seed)
+    loaded, installed = _load_on_hardware(experiment, profile, seed, scan)
     base = _digest(loaded.model)
     lora = experiment.lora
     adapters = attach(loaded.model, lora, Key.from_seed(seed)) if lora is not None else None
     return Policy(loaded, installed, adapters, base)
 
 
+def _load(profile: Profile) -> LoadedModel:
+    """The profile's model, plain."""
+    return load_model(profile.model, dtype=getattr(torch, profile.dtype), device=resolve_device(profile.device))
+
+
 def _load_on_hardware(
-    experiment: Experiment, profile: Profile, seed: int
+    experiment: Experiment, profile: Profile, seed: int, scan: LayerScan | None
 ) -> tuple[LoadedModel, InstalledHardware | None]:
     """The profile's model with the experiment's hardware installed, if that changes anything."""
-    device = resolve_device(profile.device)
-    loaded = load_model(profile.model, dtype=getattr(torch, profile.dtype), device=device)
-    if experiment.hardware.changes_nothing:
+    hardware = experiment.hardware if scan is None else resolve_keep(experiment.hardware, scan)
+    loaded = _load(profile)
+    if hardware.changes_nothing:
         return loaded, None
-    return loaded, install(loaded.model, experiment.hardware, seed=seed)
+    return loaded, install(loaded.model, hardware, seed=seed)
 
 
 def learning_rate(experiment: Experiment, profile: Profile) -> float:
@@ -213,9 +265,16 @@ def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Pr
             f"profile.training.max_prompt_tokens is {limit}, but {len(lengths) - len(kept)} training prompts are "
             f"longer (up to {longest} tokens): raise it, or set long_prompts = 'filter'"
         )
-    if len(kept) < profile.training.prompts_per_step:
-        raise ConfigError(f"only {len(kept)} training prompts are within max_prompt_tokens = {limit}")
     return kept
+
+
+def _check_enough(count: int, said: str, algorithm: Algorithm, training: Training) -> None:
+    """Raise where the problems do not fill one batch; `said` tells how many there are."""
+    if count < training.prompts_per_step * algorithm.oversampling:
+        factor = f" with algorithm.oversampling = {algorithm.oversampling}" if algorithm.oversampling > 1 else ""
+        raise ConfigError(
+            f"profile.training.prompts_per_step is {training.prompts_per_step}{factor}, but {said.format(count)}"
+        )
 
 
 def save(session: Session, run_dir: RunDirectory, step: int) -> None:

@@ -37,16 +37,17 @@ def layers(experiment: Experiment, profile: Profile) -> str:
 
 def sigma(experiment: Experiment, profile: Profile) -> str:
     """AQN's sigma over the run, one line for each interval of equal value."""
+    from roundoff import session
     from roundoff.algorithms.schedule import sigma_curve
-    from roundoff.session import make_task
 
     if experiment.aqn is None:
         return "# aqn: none\n"
-    steps_per_epoch = len(make_task(profile).train()) // profile.training.prompts_per_step
-    total = experiment.epochs * steps_per_epoch
-    lines = [f"# aqn: sigma of {total} steps, {steps_per_epoch} an epoch"]
+    problems = len(session.make_task(profile).train())
+    per_epoch = session.steps_per_epoch(problems, experiment.algorithm, profile.training)
+    total = experiment.epochs * per_epoch
+    lines = [f"# aqn: sigma of {total} steps, {per_epoch} an epoch"]
     step = 0
-    for value, group in groupby(sigma_curve(total, steps_per_epoch, experiment.aqn)):
+    for value, group in groupby(sigma_curve(total, per_epoch, experiment.aqn)):
         count = len(list(group))
         bar = "#" * round(BAR * value / experiment.aqn.sigma_start)
         lines.append(f"steps {step + 1:>4} to {step + count:>4}  {value:<10.4g} {bar}".rstrip())

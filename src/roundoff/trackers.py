@@ -87,6 +87,17 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    """What a tracker is given of a row of `metrics.jsonl`; `x_layers` becomes one scalar `x/layer.i` a layer."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            found |= {f"{name.removesuffix('_layers')}/layer.{i}": float(v) for i, v in enumerate(value)}
+        elif name not in ("step", "time"):
+            found[name] = float(value)
+    return found
+
+
 TRACKERS: dict[str, Callable[[Path, Experiment, Profile, int], Tracker]] = {
     "none": lambda directory, experiment, profile, resumed_from: NullTracker(),
     "tensorboard": TensorBoardTracker,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -35,7 +35,8 @@ from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, RunDirectory, State
 from roundoff.sampler import sample
 from roundoff.session import Session, prepare, restore, save
-from roundoff.trackers import Tracker
+from roundoff.srdd import LayerScan
+from roundoff.trackers import Tracker, scalars
 
 Metrics = dict[str, Any]
 
@@ -72,7 +73,8 @@ def train(
         NonFiniteLossError: if training diverged; the run is marked failed.
     """
     torch.set_num_threads(profile.threads)
-    session = prepare(experiment, profile, seed)
+    kept = run_dir.scan()
+    session = prepare(experiment, profile, seed, scan=None if kept is None else LayerScan.from_json(kept))
     try:
         return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
@@ -99,6 +101,8 @@ def _train(
         warnings.warn(line, stacklevel=3)
     run_dir.rewind(start if checkpoint else -1)
     status = run_dir.start(provenance, total, lost)
+    if session.scan is not None and run_dir.scan() is None:
+        run_dir.write_scan(session.scan.to_json())
     tracker = open_tracker(start)
     clock = _Clock(status.seconds)
     step, evaluation = start, None
@@ -157,6 +161,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "truncated": batch.truncated,
         "reward_errors": batch.reward_errors,
         "sigma": session.sigmas[step - 1],
+        **_layer_sigmas(session, step),
         "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
         "trained": batch.teaches,
     }
@@ -172,6 +177,14 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
     ended = time.perf_counter()
     metrics |= {"seconds_rollout": sampled - began, "seconds_update": ended - sampled}
     return metrics
+
+
+def _layer_sigmas(session: Session, step: int) -> Metrics:
+    """AQN's true sigma of each decoder layer, where they differ (all else that is perturbed has `sigma`)."""
+    multipliers = session.multipliers(step)
+    if multipliers is None:
+        return {}
+    return {"sigma_layers": [session.sigmas[step - 1] * factor for _, factor in sorted(multipliers.items())]}
 
 
 def _sample_batch(session: Session, step: int) -> Batch:
@@ -193,9 +206,9 @@ def _sample_batch(session: Session, step: int) -> Batch:
             rollout_ids=ids,
         )
 
-    noise = (
-        aqn_noise(session.model, sigma, None, session.key.fold("aqn", step), aqn) if aqn and sigma else nullcontext()
-    )
+    noise: AbstractContextManager[None] = nullcontext()
+    if aqn and sigma:
+        noise = aqn_noise(session.model, sigma, session.multipliers(step), session.key.fold("aqn", step), aqn)
     with noise:
         return collect(session.stream, session.position, sampler, session.task, algorithm, training)
 
@@ -342,7 +355,7 @@ def _record(
         metrics["seconds_evaluate"] = time.perf_counter() - began
     metrics |= {"seconds": clock.lap(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
     run_dir.append_metrics(metrics)
-    tracker.log(step, {k: float(v) for k, v in metrics.items() if k not in ("step", "time")})
+    tracker.log(step, scalars(metrics))
     return evaluation
 
 

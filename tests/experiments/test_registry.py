@@ -6,6 +6,7 @@ from roundoff.config import ConfigError
 from roundoff.experiments import (
     experiment_ids,
     families,
+    families_named,
     load_experiment,
     load_profile,
     profile_names,
@@ -39,6 +40,16 @@ def test_quickstart_compares_remedy_and_damage():
 def test_a_family_and_one_of_its_members_are_run_once():
     names = [e.id for e in select(["quickstart", "quickstart-clean"])]
     assert len(names) == len(set(names))
+
+
+def test_all_and_families():
+    assert [e.id for e in select([], everything=True)] == list(experiment_ids())
+    assert [e.id for e in select(["E9b"], everything=True)][:2] == ["E9b", experiment_ids()[0]]
+    assert families_named(["lora"]) == ["lora"]
+    with pytest.raises(ConfigError, match="there is no family 'lorra'; did you mean 'lora'"):
+        families_named(["lorra"])
+    with pytest.raises(ConfigError, match="name an experiment, a family"):
+        select([])
 
 
 def test_own_file_extends_a_packaged_experiment(tmp_path):

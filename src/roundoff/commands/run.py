@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+@click.option("--family", "chosen", multiple=True, metavar="NAME", help="Every experiment of a family.")
+@click.option("--all", "everything", is_flag=True, help="Every declared experiment.")
 @profile_option
 @seeds_option
 @set_option
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 @tracker_option
 def run_command(
     names: Sequence[str],
+    chosen: Sequence[str],
+    everything: bool,
     profile_name: str,
     seeds: str,
     assignments: Sequence[str],
@@ -43,11 +47,12 @@ def run_command(
     tracker: str,
 ) -> None:
     """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
-    from roundoff.experiments import load_profile, select, with_overrides
+    from roundoff.experiments import families_named, load_profile, select, with_overrides
     from roundoff.provenance import provenance
     from roundoff.scale.local_grid import RunRequest
 
-    experiments, profile = with_overrides(select(names), load_profile(profile_name), assignments)
+    declared = select([*names, *families_named(chosen)], everything=everything)
+    experiments, profile = with_overrides(declared, load_profile(profile_name), assignments)
     source = provenance()
     make_runs(
         [

@@ -102,7 +102,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     from roundoff.experiments import load_profile
     from roundoff.models.load import check_readable, load_model
     from roundoff.session import make_task, resolve_device
-    from roundoff.srdd import calibration_batches
+    from roundoff.srdd import calibration_batches, calibration_texts
 
     profile = load_profile(options["profile_name"])
     if options["task"] is not None:
@@ -111,7 +111,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
         texts = options["texts"].read_text("utf-8").splitlines()
     else:
         task = make_task(profile)
-        texts = [problem.prompt + (task.solution(problem) or "") for problem in task.train()]
+        texts = calibration_texts(task)
     device = resolve_device(options["device"])
     loaded = load_model(model, dtype=getattr(torch, options["dtype"]), device=device)
     check_readable(loaded, texts[:100])

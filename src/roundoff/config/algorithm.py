@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
@@ -37,6 +37,8 @@ class Algorithm(Settings):
     dynamic_sampling: bool = False
     """Drop groups of equal reward and draw more prompts until the batch is full."""
     max_sampling_batches: Count = 5
+    oversampling: Count = 1
+    """Prompts drawn at a time for dynamic sampling (multiple of `prompts_per_step`); an epoch counts what is drawn."""
     overlong_buffer: Share = 0.0
     """Last share of the response limit over which a length penalty rises linearly (fraction; 256 of 1,024 is 0.25)."""
     overlong_factor: NonNegative = 0.5
@@ -56,3 +58,14 @@ class Algorithm(Settings):
     @classmethod
     def _start_from_named(cls, data: Any) -> Any:
         return {**ALGORITHMS.get(str(data.get("name")), {}), **data} if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.oversampling > 1 and not self.dynamic_sampling:
+            raise ValueError(
+                f"oversampling = {self.oversampling} draws prompts that nothing uses without dynamic sampling: "
+                "set dynamic_sampling = true, or oversampling = 1"
+            )
+        if self.ratio == "one" and self.optimizer_epochs > 1:
+            raise ValueError("ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1")
+        return self

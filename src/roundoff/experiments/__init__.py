@@ -1,8 +1,10 @@
 """The declared table of experiments and profiles, one TOML file each; reading it never imports torch."""
 
+from roundoff.experiments.reference import Reference, reference_scores
 from roundoff.experiments.registry import (
     experiment_ids,
     families,
+    families_named,
     load_experiment,
     load_profile,
     profile_names,
@@ -11,11 +13,14 @@ from roundoff.experiments.registry import (
 )
 
 __all__ = [
+    "Reference",
     "experiment_ids",
     "families",
+    "families_named",
     "load_experiment",
     "load_profile",
     "profile_names",
+    "reference_scores",
     "select",
     "with_overrides",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 from roundoff.config import ConfigError, Experiment, Profile, Settings, nearest, validate
 
 TABLE = Path(__file__).parent
-OPTIONAL_TABLES = ("aqn", "lora")
+OPTIONAL_TABLES = ("aqn", "srdd", "lora")
 """Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
 
 
@@ -73,14 +73,32 @@ def load_profile(name: str) -> Profile:
     return validate(Profile, {"name": path.stem, **_merged(path)}, source=_shown(path))
 
 
-def select(names: Sequence[str]) -> list[Experiment]:
-    """The experiments meant by ids, families and TOML files, in order and each once.
+def families_named(names: Sequence[str]) -> list[str]:
+    """The same names, if each is a family.
 
     Raises:
-        ConfigError: if a name is none of these; the message names the nearest.
+        ConfigError: if one is not; the message names the nearest.
     """
     known = families()
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"there is no family {name!r}{nearest(name, tuple(known))} ({', '.join(known)})")
+    return list(names)
+
+
+def select(names: Sequence[str], *, everything: bool = False) -> list[Experiment]:
+    """The experiments meant by ids, families and TOML files, in order and each once; `everything` adds all declared.
+
+    Raises:
+        ConfigError: if a name is none of these, with the nearest; or if nothing is named.
+    """
+    known = families()
+    if not names and not everything:
+        raise ConfigError(
+            f"name an experiment, a family ({', '.join(known)}) or a TOML file; `roundoff list` shows all"
+        )
     ids = [name for given in names for name in known.get(given, (given,))]
+    ids += experiment_ids() if everything else ()
     return [load_experiment(name) for name in dict.fromkeys(ids)]
 
 

@@ -2,6 +2,7 @@
 
 from roundoff.srdd.decoder import calibration_batches, decoder_layers
 from roundoff.srdd.exact import Divergence, FrontierPoint, frontier
+from roundoff.srdd.experiment_scan import calibration_texts, experiment_scan
 from roundoff.srdd.faults import Alarm, FaultReport, find_faults
 from roundoff.srdd.keep import needs_scan, resolve_keep
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics, rank_correlation
@@ -20,7 +21,9 @@ __all__ = [
     "LayerScan",
     "LinearMetrics",
     "calibration_batches",
+    "calibration_texts",
     "decoder_layers",
+    "experiment_scan",
     "find_faults",
     "frontier",
     "needs_scan",

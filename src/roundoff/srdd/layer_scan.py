@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from roundoff.config import ConfigError, Hardware, nearest
+from roundoff.config import ConfigError, Hardware, nearest, validate
 from roundoff.srdd.multipliers import TARGETED_SHARE, multipliers, ranking
 
 AGREEMENT_WARNING = 0.8
@@ -187,6 +187,25 @@ class LayerScan:
             "halves": [[asdict(row) for row in half] for half in self.halves],
             "linears": [asdict(row) for row in self.linears],
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LayerScan:
+        """The scan that `to_json` wrote, equal in every bit.
+
+        Raises:
+            ConfigError: if the data is not a scan.
+        """
+        try:
+            return cls(
+                validate(Hardware, data["hardware"], source="scan"),
+                int(data["tokens"]),
+                tuple(LayerMetrics(**row) for row in data["layers"]),
+                tuple(tuple(LayerMetrics(**row) for row in half) for half in data["halves"]),
+                tuple(LinearMetrics(**row) for row in data["linears"]),
+                str(data["rank_by"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"this is not a scan: {type(error).__name__}: {error}") from error
 
     def _column(self, rows: Sequence[LayerMetrics], metric: str | None) -> dict[int, float]:
         name = self.rank_by if metric is None else metric

@@ -1,0 +1,40 @@
+"""The scan that an experiment rests on: its task's training texts, on the hardware that its `[srdd]` table names."""
+
+from __future__ import annotations
+
+from roundoff.config import SRDD, Experiment
+from roundoff.models.load import LoadedModel, check_readable
+from roundoff.srdd.decoder import calibration_batches
+from roundoff.srdd.layer_scan import LayerScan
+from roundoff.srdd.probe import scan
+from roundoff.tasks import Task
+
+BATCHES = 4
+CHECKED_TEXTS = 100
+"""Texts whose characters are looked up in the tokenizer before a scan."""
+
+
+def calibration_texts(task: Task) -> list[str]:
+    """Training prompts, each with a worked solution where the task knows one."""
+    return [problem.prompt + (task.solution(problem) or "") for problem in task.train()]
+
+
+def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, seed: int) -> LayerScan:
+    """Damage of every layer of a plain model, as the experiment's `[srdd]` asks; the same for the same arguments.
+
+    Raises:
+        ConfigError: if the model has no decoder layers, the texts hold no token, or the hardware changes nothing.
+        ModelError: if the tokenizer cannot read the task's texts.
+    """
+    settings = experiment.srdd or SRDD()
+    texts = calibration_texts(task)
+    check_readable(loaded, texts[:CHECKED_TEXTS])
+    batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=BATCHES)
+    return scan(
+        loaded.model,
+        batches,
+        settings.format or experiment.hardware,
+        exact=settings.metric == "exact",
+        rank_by=settings.metric,
+        seed=seed,
+    )
