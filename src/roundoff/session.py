@@ -22,7 +22,7 @@ from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import RunDirectory
 from roundoff.srdd import LayerScan, experiment_scan, needs_scan, resolve_keep
-from roundoff.tasks import TASKS, Problem, Task
+from roundoff.tasks import Problem, Task, load_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +232,10 @@ def make_task(profile: Profile) -> Task:
     Raises:
         ConfigError: if there is none of that name or its settings are wrong.
     """
-    if profile.task.name not in TASKS:
-        raise ConfigError(f"task.name must be one of {', '.join(TASKS)}, but is {profile.task.name!r}")
     try:
-        return TASKS[profile.task.name](profile.task.settings)
+        return load_task(profile.task.name, profile.task.settings)
     except ValueError as error:
-        raise ConfigError(f"task.settings: {error}") from error
+        raise ConfigError(f"task {profile.task.name}: {error}") from error
 
 
 def resolve_device(name: str) -> str:

@@ -208,7 +208,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        another = key == "task" and both and value.get("name", merged[key].get("name")) != merged[key].get("name")
+        # the settings of one task are none of another's
+        merged[key] = _merge(merged[key], value) if both and not another else value
     return merged
 
 

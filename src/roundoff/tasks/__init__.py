@@ -1,11 +1,25 @@
-"""Tasks: problems with rewards. To add one, write a module with a `Task` and enter its factory in `TASKS`."""
+"""Tasks: problems with rewards, packaged or your own (docs/tasks.md)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from roundoff.tasks.arithmetic import arithmetic
-from roundoff.tasks.base import Problem, Task, TaskError
+from roundoff.tasks.base import Message, Problem, Task, TaskError
+from roundoff.tasks.check import check_task
+from roundoff.tasks.find import Factory, find_task
+from roundoff.tasks.gsm8k import gsm8k
+from roundoff.tasks.reasoning_gym import reasoning_gym
 
-__all__ = ["TASKS", "Problem", "Task", "TaskError"]
+__all__ = ["TASKS", "Message", "Problem", "Task", "TaskError", "check_task", "load_task"]
 
-TASKS: dict[str, Callable[[Mapping[str, object]], Task]] = {"arithmetic": arithmetic}
+TASKS: dict[str, Factory] = {"arithmetic": arithmetic, "gsm8k": gsm8k, "reasoning-gym": reasoning_gym}
 """Task factories by name; each takes the task's own settings and raises TaskError where they are wrong."""
+
+
+def load_task(name: str, settings: Mapping[str, object]) -> Task:
+    """The task of an entry of `TASKS`, or of a class of your own: `module:Class` or `file.py:Class`.
+
+    Raises:
+        TaskError: if there is none of that name, or its settings are wrong.
+        ConfigError: if an optional package is missing.
+    """
+    return find_task(name, settings, TASKS)

