@@ -5,7 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from roundoff.experiments import load_experiment
+from roundoff.experiments import load_experiment, load_profile
+from tests.test_train import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +32,15 @@ def test_the_example_experiment_is_valid():
         0.05,
         False,
     )
+
+
+def test_the_example_task_is_trained_on_and_scored(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    profile = load_profile("examples/doubling.toml")
+    training = profile.training.model_copy(update={"prompts_per_step": 18})  # 36 problems: two steps
+    done = run(tmp_path, load_experiment("quickstart-clean"), profile.model_copy(update={"training": training}))
+    assert [row["step"] for row in done.metrics] == [0, 1, 2]
+    outcomes = done.evaluation(2).outcomes
+    assert len(outcomes) == 12
+    assert all(o.id.startswith("doubling/") and o.prompt.endswith("=") for o in outcomes)
+    assert 0 < done.metrics[-1]["deployed"] <= 1  # tiny adds numbers of that size
