@@ -1,0 +1,46 @@
+"""A plain file: one JSON object a line, for programs that want to follow a run without reading its directory's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from roundoff.checkpoint import write_atomic
+from roundoff.trackers.base import Ended, TrackedRun
+
+FILE = "scalars.jsonl"
+
+
+class JsonlTracker:
+    """`scalars.jsonl` in the run's directory: the settings, then a line a step, then how the run ended."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        path = run.path / FILE
+        head = {"run": run.name, "group": run.group, "settings": run.settings}
+        lines = [json.dumps(head)]
+        if path.exists():  # steps after the checkpoint are logged again
+            lines += [line for line in path.read_text("utf-8").splitlines()[1:] if _is_kept(line, run.resumed_from)]
+        write_atomic(path, "\n".join(lines) + "\n")
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the line of `step`."""
+        self._write({"step": step, **values})
+
+    def close(self, ended: Ended) -> None:
+        """Add how the run ended."""
+        self._write({"ended": ended})
+        self._file.close()
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(content) + "\n")
+        self._file.flush()
+
+
+def _is_kept(line: str, resumed_from: int) -> bool:
+    """Whether a line is that of a step up to the checkpoint; one cut short by a kill is not."""
+    try:
+        return 0 <= json.loads(line).get("step", -1) <= resumed_from and resumed_from > 0
+    except ValueError:
+        return False

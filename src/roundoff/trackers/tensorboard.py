@@ -1,0 +1,83 @@
+"""TensorBoard: scalars, settings, and the HParams dashboard with the final scores of every run.
+
+The run's name on the board is its path below the log directory, which is made of the experiment's id, the profile, the
+hash of the settings and the seed. In the HParams dashboard the seeds of one experiment are one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+
+from roundoff.trackers.base import Ended, TrackedRun, flatten, hyper_parameters
+
+DIRECTORY = "tensorboard"
+METRICS = {
+    "deployed": "accuracy with the hardware on (fraction); the last value is the final score",
+    "clean": "accuracy with the hardware off (fraction)",
+    "reward": "mean reward of rollouts",
+}
+"""Scalars that the HParams dashboard shows beside the settings, each with its meaning."""
+
+
+class TensorBoardTracker:
+    """Scalars and hyper-parameters as TensorBoard event files."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        resumed = run.resumed_from
+        self._writer = SummaryWriter(str(run.path / DIRECTORY), purge_step=resumed + 1 if resumed else None)
+        text = "\n".join(f"    {name} = {value}" for name, value in flatten(run.settings).items())
+        self._writer.add_text("settings", text, resumed)
+        # TensorBoard takes the first of each that it finds: these are the same however often the run is resumed, and
+        # the description of the columns is the same in every run.
+        settings = hyper_parameters(run.experiment, run.profile)
+        self._add(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=_columns(settings)))
+        self._add(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=_session(run, settings)))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` at `step`."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, ended: Ended) -> None:
+        """Flush and close the event file; a run that may go on is left open on the board."""
+        if ended == "complete":
+            ending = SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+            self._add(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=ending))
+        self._writer.close()
+
+    def _add(self, tag: str, content: HParamsPluginData) -> None:
+        about = metadata.create_summary_metadata(content)
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        self._writer.file_writer.add_summary(Summary(value=[value]))
+
+
+def _columns(settings: Mapping[str, float | str | bool | None]) -> api_pb2.Experiment:
+    """Columns of the dashboard: every setting, and `METRICS`."""
+    types = {bool: api_pb2.DATA_TYPE_BOOL, int: api_pb2.DATA_TYPE_FLOAT64, float: api_pb2.DATA_TYPE_FLOAT64}
+    hparams = [
+        api_pb2.HParamInfo(name=name, type=types.get(type(value), api_pb2.DATA_TYPE_STRING))
+        for name, value in settings.items()
+    ]
+    metrics = [
+        api_pb2.MetricInfo(name=api_pb2.MetricName(tag=tag), display_name=tag, description=text)
+        for tag, text in METRICS.items()
+    ]
+    return api_pb2.Experiment(hparam_infos=hparams, metric_infos=metrics)
+
+
+def _session(run: TrackedRun, settings: Mapping[str, float | str | bool | None]) -> SessionStartInfo:
+    session = SessionStartInfo(group_name=run.group)
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            session.hparams[name].bool_value = value
+        elif isinstance(value, int | float):
+            session.hparams[name].number_value = value
+        elif value is not None:
+            session.hparams[name].string_value = value
+    return session

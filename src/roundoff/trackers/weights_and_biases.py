@@ -1,0 +1,98 @@
+"""Weights & Biases, offline unless asked: nothing leaves this machine before `wandb sync` or `--wandb-online`.
+
+The id of the W&B run is kept in the run's directory, so that a run which is stopped and taken up is one run there too.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from roundoff.checkpoint import write_atomic
+from roundoff.extras import require
+from roundoff.trackers.base import Ended, TrackedRun, WandbSettings
+
+EXTRA = "wandb"
+IDENTITY = "wandb.json"
+"""File in the run's directory: id and project of its W&B run."""
+
+
+class WandbTracker:
+    """A W&B run: name, group, tags and settings from the configuration, scalars by training step."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        wandb = require("wandb", EXTRA)
+        identity = _identity(run)
+        arguments: dict[str, Any] = {
+            "project": identity["project"],
+            "id": identity["id"],
+            "name": run.name,
+            "group": run.group,
+            "job_type": "train",
+            "tags": [tag for tag in (run.experiment.family, run.experiment.algorithm.name, run.profile.name) if tag],
+            "config": run.settings,
+            "dir": str(run.path),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        self._run = _online(wandb, arguments) if run.wandb.online else None
+        if self._run is None:
+            self._run = wandb.init(mode="offline", **arguments)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record `values` at `step`; W&B takes no step twice, and a repeated one has the same values."""
+        if step >= self._run.step:
+            self._run.log(dict(values), step=step)
+
+    def close(self, ended: Ended) -> None:
+        """Finish the W&B run; one that failed is marked so."""
+        self._run.summary["ended"] = ended
+        self._run.finish(exit_code=1 if ended == "failed" else 0)
+
+
+def check_wandb(settings: WandbSettings) -> tuple[WandbSettings, list[str]]:
+    """The settings that can be had, and what to tell the user: without credentials W&B runs offline.
+
+    Raises:
+        ConfigError: if the package is not installed.
+    """
+    wandb = require("wandb", EXTRA)
+    if not settings.online:
+        return settings, []
+    if wandb.login(prompt=False, verify=False):
+        return settings, []
+    return WandbSettings(settings.project, online=False), [
+        "W&B has no credentials on this machine (`wandb login` stores them): runs are kept offline, in wandb/ of each "
+        "run directory, and `wandb sync` sends them later"
+    ]
+
+
+def _online(wandb: ModuleType, arguments: Mapping[str, Any]) -> Any:
+    """The W&B run online, or None with a warning where the server cannot be had."""
+    try:
+        return wandb.init(mode="online", resume="allow", **arguments)
+    except Exception as error:  # no network, no such project, a server that is down
+        warnings.warn(f"W&B cannot be reached, so this run is kept offline: {error}", stacklevel=2)
+        wandb.teardown()
+        return None
+
+
+def _identity(run: TrackedRun) -> dict[str, str]:
+    """Id and project of the run on W&B: those in its directory, or new ones, which are kept there."""
+    path: Path = run.path / IDENTITY
+    if path.exists():
+        known = json.loads(path.read_text("utf-8"))
+        if known["project"] != run.wandb.project:
+            warnings.warn(
+                f"{run.path} stays in the W&B project {known['project']!r} that it began in, not "
+                f"{run.wandb.project!r}: remove {path} to track it as a new run there",
+                stacklevel=2,
+            )
+        return {"id": str(known["id"]), "project": str(known["project"])}
+    identity = {"id": secrets.token_hex(8), "project": run.wandb.project}
+    write_atomic(path, json.dumps(identity) + "\n")
+    return identity
