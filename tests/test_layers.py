@@ -9,7 +9,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "roundoff"
 LEVELS = {
-    **dict.fromkeys(("config", "extras", "stats"), 0),
+    **dict.fromkeys(("config", "errors", "extras", "stats"), 0),
     **dict.fromkeys(
         ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
     ),

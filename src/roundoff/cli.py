@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from typing import NoReturn
 
 import click
 
@@ -13,7 +14,8 @@ from roundoff.commands.model import build_tiny_command, eval_command, export_com
 from roundoff.commands.report import import_table_command, report_command, runs_command
 from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
-from roundoff.config import ConfigError, nearest
+from roundoff.config import nearest
+from roundoff.errors import is_expected
 
 
 class Commands(click.Group):
@@ -66,21 +68,18 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
-    except ValueError as error:
-        if not _is_expected(error):
-            raise
-        _fail(str(error))
     except OSError as error:
+        if is_expected(error):
+            _fail(str(error))
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
+    except Exception as error:
+        if not is_expected(error):
+            raise
+        _fail(str(error))
 
 
-def _is_expected(error: ValueError) -> bool:
-    """Whether this is an error that roundoff raises on purpose, for the user to read."""
-    return isinstance(error, ConfigError) or type(error).__module__.startswith("roundoff.")
-
-
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     click.secho(f"roundoff: {message}", fg="red", err=True)
     sys.exit(2)

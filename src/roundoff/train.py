@@ -32,11 +32,11 @@ from roundoff.logprobs import token_logprobs
 from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
 from roundoff.rollouts import Rollouts
-from roundoff.run_dir import Evaluation, RunDirectory, State
+from roundoff.run_dir import Evaluation, RunDirectory
 from roundoff.sampler import sample
 from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
-from roundoff.trackers import Tracker, scalars
+from roundoff.trackers import Ended, Tracker, scalars
 
 Metrics = dict[str, Any]
 
@@ -62,7 +62,7 @@ def train(
         profile: how big.
         seed: of every random number of the run.
         run_dir: entered directory of this run; a run found in it is resumed, a complete one is returned as it is.
-        open_tracker: makes the tracker, given the step that the run resumes from.
+        open_tracker: makes the tracker, given the last step that is not logged again (-1: none).
         provenance: what `provenance.json` records.
         should_stop: asked after each step; True saves and leaves.
 
@@ -99,13 +99,15 @@ def _train(
     lost = [f"passed over a damaged checkpoint: {s}; went on from step {start}" for s in _skipped(checkpoint)]
     for line in lost:
         warnings.warn(line, stacklevel=3)
-    run_dir.rewind(start if checkpoint else -1)
+    kept = start if checkpoint else -1
+    run_dir.rewind(kept)
     status = run_dir.start(provenance, total, lost)
     if session.scan is not None and run_dir.scan() is None:
         run_dir.write_scan(session.scan.to_json())
-    tracker = open_tracker(start)
+    tracker = open_tracker(kept)
     clock = _Clock(status.seconds)
     step, evaluation = start, None
+    ended: Ended = "failed"
     try:
         if not checkpoint:
             evaluation = _record(session, run_dir, tracker, 0, {"step": 0}, clock)
@@ -121,20 +123,22 @@ def _train(
                 run_dir.set_status(
                     replace(status, state="interrupted", step=step, reason="stopped on request", seconds=clock.total())
                 )
+                ended = "interrupted"
                 return None
         if start == total:  # stopped between its last checkpoint and its end
             evaluation = run_dir.evaluation(total)
         if session.policy.adapters is not None:
             run_dir.save_adapter(session.policy.adapters.save)
+        ended = "complete"
     except BaseException as error:
         resumable = isinstance(error, KeyboardInterrupt) or is_disk_full(error)
-        state: State = "interrupted" if resumable else "failed"
+        ended = "interrupted" if resumable else "failed"
         reason = f"step {step}: {type(error).__name__}: {error}"
         with suppress(OSError):  # a disk that is full, or gone, must not hide what ended the run
-            run_dir.set_status(replace(status, state=state, step=step, reason=reason, seconds=clock.total()))
+            run_dir.set_status(replace(status, state=ended, step=step, reason=reason, seconds=clock.total()))
         raise
     finally:
-        tracker.close()
+        tracker.close(ended)
     run_dir.set_status(replace(status, state="complete", step=total, seconds=clock.total()))
     return evaluation
 

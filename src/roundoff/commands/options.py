@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from roundoff.config import ConfigError
+from roundoff.trackers import WandbSettings, check_trackers
 
 RUNS = Path("runs")
 REPORT = Path("report")
@@ -36,10 +37,34 @@ workers_option = click.option(
     "--workers", type=click.IntRange(min=1), help="Runs at a time. [default: cores / threads of a run]"
 )
 tracker_option = click.option(
-    "--tracker", default="tensorboard", show_default=True, help="Tracker: tensorboard or none."
+    "--tracker",
+    default="tensorboard",
+    show_default=True,
+    help="Where scalars go too: tensorboard, wandb, jsonl or none; several with commas between them.",
+)
+wandb_project_option = click.option(
+    "--wandb-project", metavar="NAME", help="W&B project; adds the tracker wandb. [default: roundoff]"
+)
+wandb_online_option = click.option(
+    "--wandb-online", is_flag=True, help="Send W&B's runs over the network as they go; adds the tracker wandb."
 )
 run_argument = click.argument("path", metavar="RUN", type=click.Path(path_type=Path))
 step_option = click.option("--step", type=click.IntRange(min=0), help="Checkpoint of a run. [default: the last]")
+
+
+def chosen_trackers(names: str, project: str | None, online: bool) -> tuple[str, WandbSettings]:
+    """The trackers that the options ask for, found to be there; what the user should know of them is printed.
+
+    Raises:
+        ConfigError: if one is unknown, or its package is not installed.
+    """
+    if (project or online) and "wandb" not in names.split(","):
+        names = "wandb" if names == "none" else f"{names},wandb"
+    wanted = WandbSettings(online=online) if project is None else WandbSettings(project, online)
+    wandb, notes = check_trackers(names, wanted)
+    for note in notes:
+        click.secho(f"warning: {note}", fg="yellow", err=True)
+    return names, wandb
 
 
 def parse_seeds(text: str) -> list[int]:

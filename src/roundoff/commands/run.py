@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from roundoff.commands.options import (
+    chosen_trackers,
     parse_seeds,
     profile_option,
     runs_option,
     seeds_option,
     set_option,
     tracker_option,
+    wandb_online_option,
+    wandb_project_option,
     workers_option,
 )
 from roundoff.config import ConfigError
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 @runs_option
 @workers_option
 @tracker_option
+@wandb_project_option
+@wandb_online_option
 def run_command(
     names: Sequence[str],
     chosen: Sequence[str],
@@ -45,6 +50,8 @@ def run_command(
     root: Path,
     workers: int | None,
     tracker: str,
+    wandb_project: str | None,
+    wandb_online: bool,
 ) -> None:
     """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
     from roundoff.experiments import families_named, load_profile, select, with_overrides
@@ -53,10 +60,11 @@ def run_command(
 
     declared = select([*names, *families_named(chosen)], everything=everything)
     experiments, profile = with_overrides(declared, load_profile(profile_name), assignments)
+    tracker, wandb = chosen_trackers(tracker, wandb_project, wandb_online)
     source = provenance()
     make_runs(
         [
-            RunRequest(experiment, profile, seed, root, source, tracker)
+            RunRequest(experiment, profile, seed, root, source, tracker, wandb)
             for seed in parse_seeds(seeds)
             for experiment in experiments
         ],
@@ -70,11 +78,7 @@ def make_runs(requests: list[RunRequest], workers: int | None) -> None:
 
     from roundoff.scale.local_grid import run_grid
     from roundoff.scale.progress import Progress
-    from roundoff.trackers import TRACKERS
 
-    tracker = requests[0].tracker
-    if tracker not in TRACKERS:
-        raise ConfigError(f"--tracker must be one of {', '.join(TRACKERS)}, but is {tracker!r}")
     threads = max(request.profile.threads for request in requests)
     workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
     progress = Progress(Console(), workers)
@@ -95,7 +99,16 @@ def make_runs(requests: list[RunRequest], workers: int | None) -> None:
 @click.option("--epochs", type=int, required=True, help="Epochs of the whole, those already made included.")
 @workers_option
 @tracker_option
-def extend_command(paths: Sequence[Path], epochs: int, workers: int | None, tracker: str) -> None:
+@wandb_project_option
+@wandb_online_option
+def extend_command(
+    paths: Sequence[Path],
+    epochs: int,
+    workers: int | None,
+    tracker: str,
+    wandb_project: str | None,
+    wandb_online: bool,
+) -> None:
     """Take complete runs further as new runs beside them; what was made is not repeated and stays as it is."""
     from roundoff.extension import begin_extension, differences
     from roundoff.provenance import provenance
@@ -105,11 +118,12 @@ def extend_command(paths: Sequence[Path], epochs: int, workers: int | None, trac
     parents, skipped = find_runs(paths)
     if not parents or skipped:
         raise ConfigError("\n".join(skipped) or f"there is no run in {', '.join(map(str, paths))}")
+    tracker, wandb = chosen_trackers(tracker, wandb_project, wandb_online)
     source = provenance()
     requests = []
     for parent in parents:
         experiment, root = begin_extension(parent, epochs, source)
-        requests.append(RunRequest(experiment, parent.profile, parent.seed, root, source, tracker))
+        requests.append(RunRequest(experiment, parent.profile, parent.seed, root, source, tracker, wandb))
         if (difference := differences(parent, epochs)) is not None:
             click.echo(f"not a run of {epochs} epochs from scratch: {difference}", err=True)
     make_runs(requests, workers)

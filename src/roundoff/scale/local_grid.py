@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.errors import message_of, warnings_as_text
 from roundoff.run_dir import DamagedRunError, read_run, run_path
+from roundoff.trackers import TrackedRun, Tracker, WandbSettings, open_trackers
 
 POLL_S = 0.25
 Phase = Literal["queued", "running", "complete", "failed", "interrupted"]
@@ -37,6 +38,8 @@ class RunRequest:
     root: Path
     provenance: dict[str, Any]
     tracker: str = "tensorboard"
+    """Names of trackers, with commas between them."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
 
     @property
     def path(self) -> Path:
@@ -52,6 +55,8 @@ class Job:
     phase: Phase = "queued"
     message: str = ""
     """Why it failed or stopped, or that it was complete before."""
+    warnings: list[str] = field(default_factory=list)
+    """What went wrong in the run's process and was survived, as it is reported."""
     process: BaseProcess | None = None
     result: Connection | None = None
     began: float = 0.0
@@ -101,8 +106,12 @@ def run_grid(
 def execute(request: RunRequest, should_stop: Callable[[], bool]) -> tuple[Phase, str]:
     """Make one run in this process; returns how it ended and why."""
     from roundoff.run_dir import RunDirectory
-    from roundoff.trackers import open_tracker
     from roundoff.train import train
+
+    def tracker(resumed_from: int) -> Tracker:
+        experiment, profile = request.experiment, request.profile
+        tracked = TrackedRun(request.path, experiment, profile, request.seed, resumed_from, request.wandb)
+        return open_trackers(request.tracker, tracked)
 
     with RunDirectory(request.root, request.experiment, request.profile, request.seed) as run_dir:
         final = train(
@@ -110,9 +119,7 @@ def execute(request: RunRequest, should_stop: Callable[[], bool]) -> tuple[Phase
             request.profile,
             request.seed,
             run_dir,
-            lambda start: open_tracker(
-                request.tracker, run_dir.tensorboard, request.experiment, request.profile, start
-            ),
+            tracker,
             provenance=request.provenance,
             should_stop=should_stop,
         )
@@ -148,36 +155,35 @@ def _start(job: Job, context: Any) -> None:
 
 
 def _work(request: RunRequest, result: Connection) -> None:
-    """Body of a run's process."""
+    """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("default")
-    with _stop_requests() as stop:
+    with _stop_requests() as stop, warnings_as_text(lambda text: result.send(("warning", text))):
         try:
             outcome = execute(request, stop)
         except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
-            outcome = ("failed", f"{type(error).__name__}: {error}" if not str(error) else _message(error))
+            outcome = ("failed", message_of(error))
         result.send(outcome)
-
-
-def _message(error: Exception) -> str:
-    expected = isinstance(error, ConfigError | DamagedRunError)
-    return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 def _collect_result(job: Job) -> None:
     if job.phase != "running" or job.process is None or job.result is None:
         return
     job.seconds = time.monotonic() - job.began
-    if job.result.poll():
+    while job.result.poll():
         try:
-            job.phase, job.message = job.result.recv()
+            kind, text = job.result.recv()
         except EOFError:
             job.process.join()
-            job.phase, job.message = "failed", f"its process died (exit code {job.process.exitcode}); it can be resumed"
+            kind, text = "failed", f"its process died (exit code {job.process.exitcode}); it can be resumed"
+        if kind == "warning":
+            job.warnings.append(text)
+            continue
+        job.phase, job.message = kind, text
         job.process.join()
         job.result.close()
         job.process.close()
         job.process = None
+        return
 
 
 @contextmanager

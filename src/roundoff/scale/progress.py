@@ -31,6 +31,7 @@ class Progress:
         self._live: Live | None = None
         self._drawn = 0.0
         self._said: dict[str, tuple[str, int]] = {}
+        self._warned: dict[str, int] = {}
         self._ended: dict[Path, list[dict[str, Any]]] = {}
 
     @contextmanager
@@ -44,6 +45,8 @@ class Progress:
 
     def update(self, jobs: Sequence[Job]) -> None:
         """Draw the jobs as they stand."""
+        for job in jobs:
+            self._warn(job)
         finished = all(job.phase not in ("queued", "running") for job in jobs)
         if time.monotonic() - self._drawn < REFRESH_S and not finished:
             return
@@ -54,6 +57,13 @@ class Progress:
         else:
             for job, metrics in rows:
                 self._say(job, metrics)
+
+    def _warn(self, job: Job) -> None:
+        """Print the job's new warnings, above the table where there is one."""
+        name = f"{job.request.experiment.id} seed {job.request.seed}"
+        for text in job.warnings[self._warned.get(name, 0) :]:
+            self._line(f"{name}: warning: {text}")
+        self._warned[name] = len(job.warnings)
 
     def _metrics(self, job: Job) -> list[dict[str, Any]]:
         """Metrics on disk; those of a run that has ended do not change and are read once."""

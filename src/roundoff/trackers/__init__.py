@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from roundoff.config import ConfigError, nearest
 from roundoff.trackers.base import (
@@ -65,8 +66,7 @@ def open_trackers(names: str, run: TrackedRun) -> Tracker:
     Raises:
         ConfigError: if one is unknown.
     """
-    chosen = _parsed(names)
-    return SeveralTrackers([GuardedTracker(lambda name=name: TRACKERS[name](run), name) for name in chosen])
+    return SeveralTrackers([GuardedTracker(partial(TRACKERS[name], run), name) for name in _parsed(names)])
 
 
 def check_trackers(names: str, wandb: WandbSettings) -> tuple[WandbSettings, list[str]]:

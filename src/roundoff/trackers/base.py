@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -38,9 +38,9 @@ class TrackedRun:
     experiment: Experiment
     profile: Profile
     seed: int
-    resumed_from: int = 0
-    """Step that the run goes on from: whatever a tracker holds of later steps will be logged again."""
-    wandb: WandbSettings = WandbSettings()
+    resumed_from: int = -1
+    """Last step that is not logged again (-1: none); whatever a tracker holds of later steps is void."""
+    wandb: WandbSettings = field(default_factory=WandbSettings)
 
     @property
     def group(self) -> str:

@@ -1,4 +1,4 @@
-"""A plain file: one JSON object a line, for programs that want to follow a run without reading its directory's format."""
+"""A plain file: one JSON object a line, for programs that follow runs and do not read run directories."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ class JsonlTracker:
 def _is_kept(line: str, resumed_from: int) -> bool:
     """Whether a line is that of a step up to the checkpoint; one cut short by a kill is not."""
     try:
-        return 0 <= json.loads(line).get("step", -1) <= resumed_from and resumed_from > 0
+        return bool(0 <= json.loads(line).get("step", -1) <= resumed_from)
     except ValueError:
         return False

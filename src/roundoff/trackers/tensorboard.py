@@ -29,10 +29,11 @@ class TensorBoardTracker:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        resumed = run.resumed_from
-        self._writer = SummaryWriter(str(run.path / DIRECTORY), purge_step=resumed + 1 if resumed else None)
+        # Every session names its first step: TensorBoard drops older events from there on, but only if the session
+        # before did so too.
+        self._writer = SummaryWriter(str(run.path / DIRECTORY), purge_step=run.resumed_from + 1)
         text = "\n".join(f"    {name} = {value}" for name, value in flatten(run.settings).items())
-        self._writer.add_text("settings", text, resumed)
+        self._writer.add_text("settings", text, max(0, run.resumed_from))
         # TensorBoard takes the first of each that it finds: these are the same however often the run is resumed, and
         # the description of the columns is the same in every run.
         settings = hyper_parameters(run.experiment, run.profile)
@@ -54,7 +55,9 @@ class TensorBoardTracker:
     def _add(self, tag: str, content: HParamsPluginData) -> None:
         about = metadata.create_summary_metadata(content)
         value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
-        self._writer.file_writer.add_summary(Summary(value=[value]))
+        file = self._writer.file_writer
+        assert file is not None
+        file.add_summary(Summary(value=[value]))
 
 
 def _columns(settings: Mapping[str, float | str | bool | None]) -> api_pb2.Experiment:

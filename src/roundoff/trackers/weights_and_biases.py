@@ -39,9 +39,8 @@ class WandbTracker:
             "dir": str(run.path),
             "settings": wandb.Settings(silent=True, console="off"),
         }
-        self._run = _online(wandb, arguments) if run.wandb.online else None
-        if self._run is None:
-            self._run = wandb.init(mode="offline", **arguments)
+        online = _online(wandb, arguments) if run.wandb.online else None
+        self._run: Any = wandb.init(mode="offline", **arguments) if online is None else online
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` at `step`; W&B takes no step twice, and a repeated one has the same values."""

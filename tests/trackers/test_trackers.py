@@ -1,0 +1,121 @@
+"""Names, several trackers at once, and the guard: whatever a tracker does, the run goes on."""
+
+import json
+import warnings
+
+import pytest
+
+from roundoff.config import ConfigError
+from roundoff.experiments import load_experiment
+from roundoff.run_dir import read_run
+from roundoff.scale.local_grid import RunRequest, run_grid
+from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers
+from roundoff.trackers.base import hyper_parameters
+from tests.simulated import experiment, profile
+from tests.trackers.runs import log_steps, tracked
+
+
+class Broken:
+    """Fails at the third step, and would fail at each later call too."""
+
+    def __init__(self, run):
+        self.calls = 0
+
+    def log(self, step, values):
+        self.calls += 1
+        if self.calls > 2:
+            raise OSError("the server is gone")
+
+    def close(self, ended):
+        raise AssertionError("a tracker that failed must be left alone")
+
+
+def test_names_come_from_the_configuration(tmp_path):
+    run = tracked(tmp_path, seed=3)
+    assert run.name == "noisy seed 3"
+    assert run.group == tracked(tmp_path, seed=4).group
+    assert run.group != tracked(tmp_path, epochs=2).group
+    assert run.group.startswith("noisy/tiny-")
+
+
+def test_every_run_has_the_same_hyper_parameters(tmp_path):
+    plain = hyper_parameters(experiment("a"), profile())
+    full = hyper_parameters(
+        experiment("b", aqn={"sigma_start": 0.05, "sigma_end": 0.01}, lora={}, hardware={"precision": {"keep": [0]}}),
+        profile(),
+    )
+    assert list(plain) == list(full)
+    assert (plain["aqn.sigma_start"], full["aqn.sigma_start"]) == (None, 0.05)
+    assert full["hardware.precision.keep"] == "[0]"
+    assert not {"id", "title", "experiment.id"} & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("wandbb", "did you mean 'wandb'?"),
+        ("", "must name each tracker once"),
+        ("none,jsonl", "must name each tracker once"),
+        ("jsonl,jsonl", "must name each tracker once"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_runs(names, message):
+    with pytest.raises(ConfigError, match="--tracker") as refused:
+        check_trackers(names, WandbSettings())
+    assert message in str(refused.value)
+
+
+def test_jsonl_holds_settings_steps_and_end(tmp_path):
+    tracker = open_trackers("jsonl", tracked(tmp_path))
+    log_steps(tracker, 0, 3)
+    tracker.close("interrupted")
+    again = open_trackers("jsonl", tracked(tmp_path, resumed_from=2))
+    log_steps(again, 3, 4)
+    again.close("complete")
+    head, *lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert (head["run"], head["settings"]["experiment"]["id"]) == ("noisy seed 0", "noisy")
+    assert [line.get("step") for line in lines] == [0, 1, 2, 3, 4, None]
+    assert lines[-1] == {"ended": "complete"}
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    tracker = open_trackers("jsonl", tracked(tmp_path))
+    log_steps(tracker, 0, 1)
+    with (tmp_path / "scalars.jsonl").open("a") as file:
+        file.write('{"step": 2, "depl')
+    log_steps(open_trackers("jsonl", tracked(tmp_path, resumed_from=1)), 2, 2)
+    lines = [json.loads(line) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in lines[1:]] == [0, 1, 2]
+
+
+def test_a_failing_tracker_is_reported_once_and_the_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(TRACKERS, "broken", Broken)
+    tracker = open_trackers("broken,jsonl", tracked(tmp_path))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        log_steps(tracker, 0, 5)
+        tracker.close("complete")
+    assert [str(w.message) for w in seen] == [
+        "tracker broken failed and is now off; the run goes on: the server is gone"
+    ]
+    assert len((tmp_path / "scalars.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_tracker_that_cannot_be_made_stops_nothing(tmp_path, monkeypatch):
+    def refuse(run):
+        raise RuntimeError
+
+    monkeypatch.setitem(TRACKERS, "refuse", refuse)
+    with pytest.warns(UserWarning, match="tracker refuse failed and is now off; the run goes on: RuntimeError"):
+        log_steps(open_trackers("refuse", tracked(tmp_path)), 0, 1)
+
+
+def test_a_run_ends_well_though_its_tracker_cannot_write(tmp_path, small):
+    """A directory stands where the file should be: the run is complete, and its warning comes as plain text."""
+    request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="jsonl,tensorboard")
+    (request.path / "scalars.jsonl").mkdir(parents=True)
+    (job,) = run_grid([request], workers=1)
+    assert job.phase == "complete"
+    assert [text.split(":")[0] for text in job.warnings] == ["tracker jsonl failed and is now off; the run goes on"]
+    assert read_run(request.path).is_final
+    assert list((request.path / "tensorboard").iterdir())
