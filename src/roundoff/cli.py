@@ -14,6 +14,7 @@ from roundoff.commands.model import build_tiny_command, eval_command, export_com
 from roundoff.commands.report import import_table_command, report_command, runs_command
 from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
+from roundoff.commands.tensorboard import tensorboard_command
 from roundoff.config import nearest
 from roundoff.errors import is_expected
 
@@ -53,6 +54,7 @@ for command in (
     report_command,
     import_table_command,
     runs_command,
+    tensorboard_command,
     scan_command,
     build_tiny_command,
 ):
