@@ -14,7 +14,9 @@ LEVELS = {
         ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
     ),
     **dict.fromkeys(("provenance",), 1),
-    **dict.fromkeys(("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache"), 2),
+    **dict.fromkeys(
+        ("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache", "preflight"), 2
+    ),
     **dict.fromkeys(("evaluate", "batch", "session", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),

@@ -102,6 +102,20 @@ def check_multipliers(model: nn.Module, aqn: AQN, multipliers: Mapping[int, floa
     _factors(aqn_targets(model, aqn), multipliers)
 
 
+def noise_shares(model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, aqn: AQN) -> dict[str, float]:
+    """Noise over weight (RMS, fraction) of every target, by module name; the weight of a norm is its gain."""
+    targets = aqn_targets(model, aqn)
+    found = {}
+    with torch.no_grad():
+        for target, factor in zip(targets, _factors(targets, multipliers), strict=True):
+            size = 1.0
+            if aqn.noise == "absolute":
+                gain = target.module(torch.ones_like(target.weight)[None]) if aqn.target == "rmsnorm" else target.weight
+                size = float(gain.to(torch.float32).square().mean().sqrt())
+            found[target.name] = sigma * factor / size if size else math.inf
+    return found
+
+
 @contextmanager
 def aqn_noise(
     model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN

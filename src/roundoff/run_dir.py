@@ -5,6 +5,7 @@
         provenance.json         versions, device, commit, command
         metrics.jsonl           one line a step; all but `time` and `seconds*` is reproducible to the bit
         scan.json               the SRDD scan, where a setting refers to one
+        preflight.json          with AQN: what its largest sigma does to the model before training
         evaluations/step-*.jsonl   one line a problem
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
         adapter/                LoRA adapters after the last step, as PEFT saves them
@@ -168,6 +169,10 @@ class RunDirectory:
     def write_scan(self, content: Mapping[str, Any]) -> None:
         """Keep the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""
         write_atomic(self.path / "scan.json", json.dumps(content, indent=1) + "\n")
+
+    def write_preflight(self, content: Mapping[str, Any]) -> None:
+        """Keep what was measured of AQN before the first step."""
+        write_atomic(self.path / "preflight.json", json.dumps(content, indent=1) + "\n")
 
     def scan(self) -> dict[str, Any] | None:
         """The SRDD scan that this run rests on, as plain data; None before it was made.

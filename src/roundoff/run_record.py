@@ -111,6 +111,15 @@ class Run:
         return read_scan(self.path)
 
     @property
+    def preflight(self) -> dict[str, Any] | None:
+        """What AQN's largest sigma did to the model before training (`roundoff.preflight`); None without AQN.
+
+        Raises:
+            DamagedRunError: if the file is malformed.
+        """
+        return _measured(self.path / "preflight.json")
+
+    @property
     def is_final(self) -> bool:
         """Whether the last step was reached and evaluated."""
         return self.status.state == "complete" and self.status.total_steps in self.evaluated_steps
@@ -188,12 +197,16 @@ def read_scan(path: Path) -> dict[str, Any] | None:
     Raises:
         DamagedRunError: if it is malformed.
     """
-    file = path / "scan.json"
+    return _measured(path / "scan.json")
+
+
+def _measured(file: Path) -> dict[str, Any] | None:
+    """The object in a file that not every run has."""
     if not file.exists():
         return None
     content = _parsed(file, json.loads)
     if not isinstance(content, dict):
-        raise DamagedRunError(f"{file} is not a scan")
+        raise DamagedRunError(f"{file} holds no object")
     return content
 
 

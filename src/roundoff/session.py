@@ -15,13 +15,14 @@ from roundoff.algorithms.schedule import sigma_curve
 from roundoff.aqn import check_multipliers
 from roundoff.batch import PromptStream
 from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
-from roundoff.config import SRDD, Algorithm, ConfigError, Experiment, Profile, Training
+from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
+from roundoff.preflight import Preflight, preflight
 from roundoff.run_dir import RunDirectory
-from roundoff.srdd import LayerScan, experiment_scan, needs_scan, resolve_keep
+from roundoff.srdd import LayerScan, calibration_texts, experiment_scan, layer_multipliers, needs_scan, resolve_keep
 from roundoff.tasks import Problem, Task, load_task
 
 
@@ -93,11 +94,7 @@ class Session:
 
     def multipliers(self, step: int) -> dict[int, float] | None:
         """Factors on AQN's sigma by decoder layer at a step (numbered from 1); None where every layer has the same."""
-        aqn, scan = self.experiment.aqn, self.scan
-        if aqn is None or aqn.layers == "all" or scan is None:
-            return None
-        direction = (self.experiment.srdd or SRDD()).direction
-        return scan.multipliers(aqn.layers, direction=direction, progress=(step - 1) / len(self.sigmas))
+        return layer_multipliers(self.experiment, self.scan, (step - 1) / len(self.sigmas))
 
     @contextmanager
     def reference_policy(self) -> Iterator[PreTrainedModel | None]:
@@ -185,6 +182,21 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
         for step in (1, total):
             check_multipliers(session.model, experiment.aqn, session.multipliers(step))
     return session
+
+
+def measure_aqn(session: Session) -> Preflight | None:
+    """What AQN does to the model before the first step, at the largest sigma of the run; None without AQN."""
+    if session.experiment.aqn is None:
+        return None
+    sigma = max(session.sigmas)
+    return preflight(
+        session.policy.loaded,
+        calibration_texts(session.task),
+        session.experiment.aqn,
+        sigma,
+        session.multipliers(session.sigmas.index(sigma) + 1),
+        session.key.fold("aqn"),
+    )
 
 
 def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Policy:

@@ -1,12 +1,20 @@
-"""What `roundoff show` prints: resolved settings, the layers that the hardware touches, AQN's sigma step by step."""
+"""What `roundoff show` prints: resolved settings, the layers that the hardware touches, what AQN will do where.
+
+Nothing is trained. The scan and the pre-flight are those that seed 0 of the run would begin with.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import tomli_w
 
 from roundoff.config import Experiment, Profile, result_hash
+
+if TYPE_CHECKING:
+    from roundoff.session import Session
 
 BAR = 30
 """Width of the longest bar of the sigma curve (characters)."""
@@ -22,28 +30,18 @@ def settings(experiment: Experiment, profile: Profile) -> str:
     return head + tomli_w.dumps(content)
 
 
-def layers(experiment: Experiment, profile: Profile) -> str:
-    """Where the hardware is installed, and what is left alone and why. Loads the model; trains nothing."""
-    import torch
-
-    from roundoff.hardware.install import install
-    from roundoff.models.load import load_model
-
-    if experiment.hardware.changes_nothing:
-        return "# hardware: plain arithmetic, no layer is touched\n"
-    model = load_model(profile.model, dtype=getattr(torch, profile.dtype)).model
-    return install(model, experiment.hardware, seed=0).summary()
-
-
 def sigma(experiment: Experiment, profile: Profile) -> str:
-    """AQN's sigma over the run, one line for each interval of equal value."""
-    from roundoff import session
+    """AQN's sigma over the run, one line for each interval of equal value; needs no model.
+
+    Raises:
+        ConfigError: if sigma would be zero throughout.
+    """
     from roundoff.algorithms.schedule import sigma_curve
+    from roundoff.session import make_task, steps_per_epoch
 
     if experiment.aqn is None:
         return "# aqn: none\n"
-    problems = len(session.make_task(profile).train())
-    per_epoch = session.steps_per_epoch(problems, experiment.algorithm, profile.training)
+    per_epoch = steps_per_epoch(len(make_task(profile).train()), experiment.algorithm, profile.training)
     total = experiment.epochs * per_epoch
     lines = [f"# aqn: sigma of {total} steps, {per_epoch} an epoch"]
     step = 0
@@ -53,3 +51,38 @@ def sigma(experiment: Experiment, profile: Profile) -> str:
         lines.append(f"steps {step + 1:>4} to {step + count:>4}  {value:<10.4g} {bar}".rstrip())
         step += count
     return "\n".join(lines) + "\n"
+
+
+def model(experiment: Experiment, profile: Profile) -> str:
+    """Where the hardware is installed and what is left alone and why; AQN's multipliers and pre-flight.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    from roundoff.session import measure_aqn, prepare
+
+    session = prepare(experiment, profile, seed=0)
+    found = session.policy.installed
+    lines = ["# hardware: plain arithmetic, no layer is touched" if found is None else found.summary()]
+    lines += _multipliers(session)
+    measured = measure_aqn(session)
+    if measured is not None:
+        lines += ["# aqn: before training", *measured.lines()]
+    return "\n".join(lines) + "\n"
+
+
+def _multipliers(session: Session) -> Iterator[str]:
+    """AQN's factor on sigma of each layer, wherever in the run it changes."""
+    scan = session.scan
+    if scan is None:
+        return
+    yield f"# srdd: {scan.tokens} tokens, ranked by {scan.rank_by}: {', '.join(map(str, scan.ranking()))}"
+    yield from (f"warning: {line}" for line in scan.warnings())
+    steps = range(1, len(session.sigmas) + 1)
+    begin = 1
+    for factors, group in groupby(steps, key=session.multipliers):
+        count = len(list(group))
+        if factors is not None:
+            yield f"# aqn: factor on sigma by layer, steps {begin} to {begin + count - 1}"
+            yield "  ".join(f"{layer}: {value:.3g}" for layer, value in factors.items())
+        begin += count

@@ -32,9 +32,9 @@ from roundoff.logprobs import token_logprobs
 from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
 from roundoff.rollouts import Rollouts
-from roundoff.run_dir import Evaluation, RunDirectory
+from roundoff.run_dir import Evaluation, RunDirectory, Status
 from roundoff.sampler import sample
-from roundoff.session import Session, prepare, restore, save
+from roundoff.session import Session, measure_aqn, prepare, restore, save
 from roundoff.srdd import LayerScan
 from roundoff.trackers import Ended, Tracker, scalars
 
@@ -102,8 +102,8 @@ def _train(
     kept = start if checkpoint else -1
     run_dir.rewind(kept)
     status = run_dir.start(provenance, total, lost)
-    if session.scan is not None and run_dir.scan() is None:
-        run_dir.write_scan(session.scan.to_json())
+    if not checkpoint:
+        status = _measure_before(session, run_dir, status)
     tracker = open_tracker(kept)
     clock = _Clock(status.seconds)
     step, evaluation = start, None
@@ -141,6 +141,20 @@ def _train(
         tracker.close(ended)
     run_dir.set_status(replace(status, state="complete", step=total, seconds=clock.total()))
     return evaluation
+
+
+def _measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
+    """Keep the scan and the pre-flight of AQN in the run's directory, and warn of what they show."""
+    said: tuple[str, ...] = ()
+    if session.scan is not None:
+        run_dir.write_scan(session.scan.to_json())
+        said += session.scan.warnings()
+    if (measured := measure_aqn(session)) is not None:
+        run_dir.write_preflight(measured.to_json())
+        said += measured.warnings()
+    for line in said:
+        warnings.warn(line, stacklevel=4)
+    return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *said)))))
 
 
 def _skipped(checkpoint: Checkpoint | None) -> tuple[str, ...]:

@@ -344,6 +344,16 @@ def test_diagnose_names_where_it_starts():
     assert found.diagnose(**batch.inputs())[0] == "model.layers.1.mlp.up_proj"
 
 
+def test_weights_are_checked_under_adapters_too():
+    model = build()
+    found = install(model, W4A4, seed=0)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    assert found.check_weights() == ()
+    with torch.no_grad():
+        found.modules[0].weight[0, 0] = float("nan")
+    assert found.check_weights() == (f"{found.entries[0].name}.weight",)
+
+
 def test_summary_names_layers_and_modules():
     model = build("qwen2")
     kept = Hardware.model_validate({"precision": {"weight": "mxfp4", "keep": [0]}})

@@ -30,15 +30,19 @@ def list_command() -> None:
 @click.argument("name")
 @profile_option
 @set_option
-@click.option("--layers/--no-layers", default=True, help="Load the model and list the layers that are touched.")
+@click.option(
+    "--layers/--no-layers",
+    default=True,
+    help="Load the model: layers touched, multipliers, and what AQN does before training.",
+)
 def show_command(name: str, profile_name: str, assignments: Sequence[str], layers: bool) -> None:
-    """Show the resolved settings of an experiment, the layers it touches and its sigma curve. Nothing is trained."""
+    """Show the resolved settings of an experiment, its sigma curve and the layers it touches. Nothing is trained."""
     from roundoff import show as showing
     from roundoff.experiments import load_profile, select, with_overrides
 
     experiments, profile = with_overrides(select([name]), load_profile(profile_name), assignments)
     for experiment in experiments:
         click.echo(showing.settings(experiment, profile))
+        click.echo(showing.sigma(experiment, profile))
         if layers:
-            click.echo(showing.layers(experiment, profile))
-            click.echo(showing.sigma(experiment, profile))
+            click.echo(showing.model(experiment, profile))

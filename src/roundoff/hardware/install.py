@@ -64,7 +64,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         seed=seed,
         entries=tuple(plans[item.name].entry for item in covered),
         skipped=tuple(skipped),
-        nonfinite=nonfinite_weights(model, {item.name for item in covered}),
+        nonfinite=nonfinite_weights(model, {item.plain_name for item in covered}),
         model=model,
         runtime=runtime,
         modules=tuple(item.module for item in covered),

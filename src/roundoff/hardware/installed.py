@@ -169,11 +169,12 @@ def _describe(entry: Entry) -> str:
 
 
 def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """Names of the parameters of the named modules that hold NaN or Inf."""
+    """Names of the parameters of the named modules that hold NaN or Inf; names are without what PEFT adds to them."""
+    plain = ((*name.rpartition(".")[::2], parameter) for name, parameter in model.named_parameters())
     return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] in names and not bool(parameter.detach().isfinite().all())
+        f"{plain_name(module)}.{name}"
+        for module, name, parameter in plain
+        if plain_name(module) in names and not bool(parameter.detach().isfinite().all())
     )
 
 

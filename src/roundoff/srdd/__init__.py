@@ -2,7 +2,7 @@
 
 from roundoff.srdd.decoder import calibration_batches, decoder_layers
 from roundoff.srdd.exact import Divergence, FrontierPoint, frontier
-from roundoff.srdd.experiment_scan import calibration_texts, experiment_scan
+from roundoff.srdd.experiment_scan import calibration_texts, experiment_scan, layer_multipliers
 from roundoff.srdd.faults import Alarm, FaultReport, find_faults
 from roundoff.srdd.keep import needs_scan, resolve_keep
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics, rank_correlation
@@ -26,6 +26,7 @@ __all__ = [
     "experiment_scan",
     "find_faults",
     "frontier",
+    "layer_multipliers",
     "needs_scan",
     "rank_correlation",
     "resolve_keep",

@@ -19,6 +19,18 @@ def calibration_texts(task: Task) -> list[str]:
     return [problem.prompt + (task.solution(problem) or "") for problem in task.train()]
 
 
+def layer_multipliers(experiment: Experiment, found: LayerScan | None, progress: float) -> dict[int, float] | None:
+    """Factors on AQN's sigma by decoder layer after a fraction `progress` of the run; None where all are 1.
+
+    Raises:
+        ConfigError: if the scan does not allow the mode that `aqn.layers` names.
+    """
+    aqn = experiment.aqn
+    if aqn is None or aqn.layers == "all" or found is None:
+        return None
+    return found.multipliers(aqn.layers, direction=(experiment.srdd or SRDD()).direction, progress=progress)
+
+
 def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, seed: int) -> LayerScan:
     """Damage of every layer of a plain model, as the experiment's `[srdd]` asks; the same for the same arguments.
 
