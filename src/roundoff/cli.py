@@ -9,6 +9,7 @@ from typing import NoReturn
 import click
 
 from roundoff import __version__
+from roundoff.commands.compare import compare_command
 from roundoff.commands.declared import list_command, show_command
 from roundoff.commands.model import build_tiny_command, eval_command, export_command
 from roundoff.commands.report import import_table_command, report_command, runs_command
@@ -52,6 +53,7 @@ for command in (
     eval_command,
     export_command,
     report_command,
+    compare_command,
     import_table_command,
     runs_command,
     tensorboard_command,

@@ -41,7 +41,13 @@ def test_names_come_from_the_configuration(tmp_path):
 def test_every_run_has_the_same_hyper_parameters(tmp_path):
     plain = hyper_parameters(experiment("a"), profile())
     full = hyper_parameters(
-        experiment("b", aqn={"sigma_start": 0.05, "sigma_end": 0.01}, lora={}, hardware={"precision": {"keep": [0]}}),
+        experiment(
+            "b",
+            aqn={"sigma_start": 0.05, "sigma_end": 0.01, "layers": "zone"},
+            srdd={},
+            lora={},
+            hardware={"precision": {"keep": [0]}, "deadzone": {"threshold": 0.1, "layers": [1]}},
+        ),
         profile(),
     )
     assert list(plain) == list(full)

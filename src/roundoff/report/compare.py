@@ -25,7 +25,7 @@ class Comparison:
     kind: Kind
     """`benefit`: same hardware, so the difference is due to the remedy. `cost`: hardware against plain arithmetic."""
     seeds: tuple[int, ...]
-    """Seeds that both arms completed, over which the comparison is paired."""
+    """Seeds over which the comparison is paired; of two single runs, that of the treatment."""
     problems: int
     deployed: stats.Interval
     """Difference of deployed scores: the headline."""
@@ -86,7 +86,7 @@ def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
         clean=stats.paired_benefit(new.clean, old.clean),
         flips=tuple(stats.mcnemar(a, b) for a, b in zip(new.deployed, old.deployed, strict=True)),
         differs=_differing(treatment, baseline),
-        start=_start_difference(treatment, baseline, new.seeds),
+        start=_start_difference((treatment, new.seeds), (baseline, old.seeds)),
     )
 
 
@@ -105,14 +105,18 @@ def comparison_kind(treatment: Arm, baseline: Arm) -> Kind:
         return "benefit"
     if baseline.experiment.hardware.changes_nothing:
         return "cost"
+    names = treatment.experiment.id, baseline.experiment.id
+    swapped = " (the other way round it would be a cost)" if treatment.experiment.hardware.changes_nothing else ""
     raise ConfigError(
-        f"{treatment.experiment.id} and {baseline.experiment.id} ran on different hardware, so their difference is "
-        "neither a benefit nor a cost: compare arms on the same hardware, or take a baseline on plain arithmetic"
+        f"{names[0]} and {names[1]} ran on different hardware, so their difference is neither a benefit nor a "
+        f"cost{swapped}: compare arms on the same hardware, or take a baseline on plain arithmetic"
     )
 
 
 def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
     """Outcomes of both arms over the seeds that both completed, on the same problems.
+
+    Where each has a single complete run these are paired by problem alone, whatever their seeds.
 
     Raises:
         ConfigError: if there is no such seed, or the problems differ.
@@ -129,6 +133,8 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
             f"{names[0]} and {names[1]} were scored on different problems ({len(new.problems)} and "
             f"{len(old.problems)}, {common} ids in common): run both with the same task settings"
         )
+    if len(new.seeds) == len(old.seeds) == 1:
+        return new, old
     seeds = sorted(set(new.seeds) & set(old.seeds))
     if not seeds:
         raise ConfigError(
@@ -175,9 +181,10 @@ def _one_arm(runs: Sequence[Run], name: str) -> Arm:
     return arms[0]
 
 
-def _start_difference(treatment: Arm, baseline: Arm, seeds: Sequence[int]) -> float | None:
+def _start_difference(*sides: tuple[Arm, Sequence[int]]) -> float | None:
+    """Difference of the mean deployed scores before training, over the seeds given with each arm."""
     starts = []
-    for arm in (treatment, baseline):
+    for arm, seeds in sides:
         found = [start_scores(run)[0] for run in arm.final if run.seed in seeds]
         if any(value is None for value in found):
             return None

@@ -10,11 +10,16 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from roundoff.config import AQN, Deadzone, Experiment, LoRA, Profile, result_hash
+from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, result_hash
 
 Ended = Literal["complete", "interrupted", "failed"]
 """How a run came to its end; one that was interrupted goes on later."""
-OPTIONAL: Mapping[str, type[BaseModel]] = {"aqn": AQN, "lora": LoRA, "hardware.deadzone": Deadzone}
+OPTIONAL: Mapping[str, type[BaseModel]] = {
+    "aqn": AQN,
+    "srdd": SRDD,
+    "lora": LoRA,
+    "hardware.deadzone": Deadzone,
+}
 """Tables that an experiment may lack."""
 NAMES = ("experiment.id", "experiment.title", "experiment.baseline", "profile.title", "profile.device")
 """Settings that are no hyper-parameters: they name a run and change no result."""
