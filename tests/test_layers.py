@@ -17,7 +17,7 @@ LEVELS = {
     **dict.fromkeys(
         ("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache", "preflight"), 2
     ),
-    **dict.fromkeys(("evaluate", "batch", "session", "train", "report"), 3),
+    **dict.fromkeys(("evaluate", "batch", "session", "remedies", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }

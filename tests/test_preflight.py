@@ -102,7 +102,7 @@ def test_a_run_keeps_it_and_warns_and_a_resumed_one_does_not_measure_again(tmp_p
     with pytest.warns(UserWarning, match="drowns"):
         stopped = run(tmp_path / "parts", loud, small, stop_after=1)
     assert run(tmp_path / "plain", load_experiment("quickstart-clean"), small).preflight is None
-    monkeypatch.setattr(import_module("roundoff.train"), "measure_aqn", None)
+    monkeypatch.setattr(import_module("roundoff.remedies"), "measure_aqn", None)
     resumed = run(tmp_path / "parts", loud, small)
     assert resumed.preflight == stopped.preflight == whole.preflight
     assert resumed.status.warnings == whole.status.warnings

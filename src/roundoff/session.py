@@ -20,9 +20,8 @@ from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
-from roundoff.preflight import Preflight, preflight
 from roundoff.run_dir import RunDirectory
-from roundoff.srdd import LayerScan, calibration_texts, experiment_scan, layer_multipliers, needs_scan, resolve_keep
+from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers, needs_scan, resolve_keep
 from roundoff.tasks import Problem, Task, load_task
 
 
@@ -182,21 +181,6 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
         for step in (1, total):
             check_multipliers(session.model, experiment.aqn, session.multipliers(step))
     return session
-
-
-def measure_aqn(session: Session) -> Preflight | None:
-    """What AQN does to the model before the first step, at the largest sigma of the run; None without AQN."""
-    if session.experiment.aqn is None:
-        return None
-    sigma = max(session.sigmas)
-    return preflight(
-        session.policy.loaded,
-        calibration_texts(session.task),
-        session.experiment.aqn,
-        sigma,
-        session.multipliers(session.sigmas.index(sigma) + 1),
-        session.key.fold("aqn"),
-    )
 
 
 def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Policy:

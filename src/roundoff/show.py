@@ -59,7 +59,8 @@ def model(experiment: Experiment, profile: Profile) -> str:
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    from roundoff.session import measure_aqn, prepare
+    from roundoff.remedies import measure_aqn
+    from roundoff.session import prepare
 
     session = prepare(experiment, profile, seed=0)
     found = session.policy.installed

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
-from roundoff.aqn import aqn_noise
 from roundoff.batch import Batch, collect
 from roundoff.checkpoint import Checkpoint, DiskFullError, is_disk_full
 from roundoff.config import Experiment, Profile
@@ -31,10 +30,11 @@ from roundoff.evaluate import evaluate
 from roundoff.logprobs import token_logprobs
 from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
+from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
-from roundoff.run_dir import Evaluation, RunDirectory, Status
+from roundoff.run_dir import Evaluation, RunDirectory
 from roundoff.sampler import sample
-from roundoff.session import Session, measure_aqn, prepare, restore, save
+from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
 from roundoff.trackers import Ended, Tracker, scalars
 
@@ -103,7 +103,7 @@ def _train(
     run_dir.rewind(kept)
     status = run_dir.start(provenance, total, lost)
     if not checkpoint:
-        status = _measure_before(session, run_dir, status)
+        status = measure_before(session, run_dir, status)
     tracker = open_tracker(kept)
     clock = _Clock(status.seconds)
     step, evaluation = start, None
@@ -143,20 +143,6 @@ def _train(
     return evaluation
 
 
-def _measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
-    """Keep the scan and the pre-flight of AQN in the run's directory, and warn of what they show."""
-    said: tuple[str, ...] = ()
-    if session.scan is not None:
-        run_dir.write_scan(session.scan.to_json())
-        said += session.scan.warnings()
-    if (measured := measure_aqn(session)) is not None:
-        run_dir.write_preflight(measured.to_json())
-        said += measured.warnings()
-    for line in said:
-        warnings.warn(line, stacklevel=4)
-    return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *said)))))
-
-
 def _skipped(checkpoint: Checkpoint | None) -> tuple[str, ...]:
     return checkpoint.skipped if checkpoint else ()
 
@@ -179,7 +165,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "truncated": batch.truncated,
         "reward_errors": batch.reward_errors,
         "sigma": session.sigmas[step - 1],
-        **_layer_sigmas(session, step),
+        **layer_sigmas(session, step),
         "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
         "trained": batch.teaches,
     }
@@ -197,17 +183,8 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
     return metrics
 
 
-def _layer_sigmas(session: Session, step: int) -> Metrics:
-    """AQN's true sigma of each decoder layer, where they differ (all else that is perturbed has `sigma`)."""
-    multipliers = session.multipliers(step)
-    if multipliers is None:
-        return {}
-    return {"sigma_layers": [session.sigmas[step - 1] * factor for _, factor in sorted(multipliers.items())]}
-
-
 def _sample_batch(session: Session, step: int) -> Batch:
-    training, algorithm, aqn = session.profile.training, session.algorithm, session.experiment.aqn
-    sigma = session.sigmas[step - 1]
+    training, algorithm = session.profile.training, session.algorithm
 
     def sampler(prompts: Sequence[str], first_id: int) -> Rollouts:
         ids = torch.arange(first_id, first_id + len(prompts) * algorithm.group_size)
@@ -224,10 +201,7 @@ def _sample_batch(session: Session, step: int) -> Batch:
             rollout_ids=ids,
         )
 
-    noise: AbstractContextManager[None] = nullcontext()
-    if aqn and sigma:
-        noise = aqn_noise(session.model, sigma, session.multipliers(step), session.key.fold("aqn", step), aqn)
-    with noise:
+    with aqn_of_step(session, step):
         return collect(session.stream, session.position, sampler, session.task, algorithm, training)
 
 
