@@ -13,7 +13,7 @@ LEVELS = {
     **dict.fromkeys(
         ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
     ),
-    **dict.fromkeys(("provenance",), 1),
+    **dict.fromkeys(("clock", "parallel", "provenance"), 1),
     **dict.fromkeys(
         ("models", "hardware", "aqn", "srdd", "sampler", "rollouts", "logprobs", "masks", "kv_cache", "preflight"), 2
     ),

@@ -113,7 +113,7 @@ def noisy(small):
 def test_replayed_log_probabilities_are_the_same_bits(noisy):
     session, parts = noisy
     key = session.key.fold("update", 1)
-    for part, _ in parts:
+    for part, _, _ in parts:
         with torch.no_grad():
             old, _ = _logprobs(session, session.model, part, key)
         new, _ = _logprobs(session, session.model, part, key)  # with gradients: another path through every layer

@@ -16,6 +16,7 @@ from roundoff.algorithms.advantage import group_advantages, mixed_groups, overlo
 from roundoff.config import Algorithm, Training
 from roundoff.evaluate import score_responses
 from roundoff.numerics.rng import Key
+from roundoff.parallel import Ranks
 from roundoff.rollouts import Rollouts, concatenate
 from roundoff.tasks import Problem, Task
 
@@ -76,13 +77,15 @@ def collect(
     task: Task,
     algorithm: Algorithm,
     training: Training,
+    ranks: Ranks,
 ) -> Batch:
     """A batch of `prompts_per_step` groups from `position` of the stream on.
 
     With dynamic sampling, `oversampling` times as many prompts are drawn at a time, groups of equal reward are dropped
     and more prompts are drawn until the batch is full or
     `max_sampling_batches` have been drawn; then it goes on with what there is (arXiv:2503.14476, section 3.2). A batch
-    without one usable group is returned as it is, and teaches nothing.
+    without one usable group is returned as it is, and teaches nothing. Every rank samples and rewards its share of the
+    prompts; all of them return the whole batch.
     """
     G, wanted = algorithm.group_size, training.prompts_per_step
     drawn = wanted * algorithm.oversampling
@@ -90,10 +93,13 @@ def collect(
     usable, errors = 0, 0
     for number in range(algorithm.max_sampling_batches if algorithm.dynamic_sampling else 1):
         problems = stream.take(position + number * drawn, drawn)
-        rollouts = sampler([p.prompt for p in problems], number * drawn * G)
-        scored = score_responses(task, [p for p in problems for _ in range(G)], rollouts.texts)
-        errors += scored.errors
-        accuracy = torch.tensor(scored.rewards, dtype=torch.float32).view(drawn, G)
+        share = ranks.share(drawn)
+        sampled = sampler([p.prompt for p in problems[share]], (number * drawn + share.start) * G)
+        scored = score_responses(task, [p for p in problems[share] for _ in range(G)], sampled.texts)
+        parts = ranks.gather((sampled, scored))
+        rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled
+        errors += sum(s.errors for _, s in parts)
+        accuracy = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
         lengths = rollouts.lengths.view(drawn, G)
         rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
         seen.append((rollouts, rewards, accuracy))
@@ -120,3 +126,11 @@ def collect(
         response_tokens=float(everything.lengths.float().mean()),
         truncated=float(everything.truncated.float().mean()),
     )
+
+
+def share_of(ranks: Ranks, part: Rollouts, advantages: Tensor) -> tuple[Rollouts, Tensor]:
+    """A rank's rollouts of a minibatch, and their advantages, at the width of the whole minibatch."""
+    if ranks.count == 1:
+        return part, advantages
+    rows = torch.arange(len(part))[ranks.share(len(part))]
+    return part.select(rows, trim=False), advantages[rows]

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from roundoff.aqn import is_aqn_active
 from roundoff.hardware.install import hardware_off, installed
 from roundoff.numerics.rng import Key
+from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import Evaluation, Outcome
 from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
@@ -55,6 +56,7 @@ def evaluate(
     noise_draws: int = 1,
     noisy: bool = True,
     step: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Outcome of every test problem under greedy decoding, deployed and clean.
 
@@ -67,6 +69,7 @@ def evaluate(
         noise_draws: deployed passes over the test set, each under its own noise.
         noisy: whether passes differ at all; without noise one pass is all there is.
         step: training steps taken so far.
+        ranks: processes that share the problems out among them; every one returns the whole evaluation.
 
     Raises:
         RuntimeError: if AQN is in force: its noise belongs to rollouts alone.
@@ -75,7 +78,7 @@ def evaluate(
     problems = task.test()
 
     def greedy(draw: int) -> _Answers:
-        return _answers(model, tokenizer, task, problems, key.fold("evaluation", draw), max_new_tokens)
+        return _answers(model, tokenizer, task, problems, key.fold("evaluation", draw), max_new_tokens, ranks=ranks)
 
     deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
     clean = deployed[0]
@@ -181,18 +184,33 @@ def _answers(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> _Answers:
+    share = ranks.share(len(problems))
+    mine = problems[share]
     rollouts = sample(
         model,
         tokenizer,
-        [problem.prompt for problem in problems],
+        [problem.prompt for problem in mine],
         group_size=samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         key=key,
+        rollout_ids=range(share.start * samples, share.stop * samples),
     )
-    rewards = score_responses(task, [p for p in problems for _ in range(samples)], rollouts.texts).rewards
-    return _Answers(rollouts.texts, tuple(int(r == 1.0) for r in rewards), rollouts.truncated.tolist())
+    rewards = score_responses(task, [p for p in mine for _ in range(samples)], rollouts.texts).rewards
+    solved = tuple(int(r == 1.0) for r in rewards)
+    parts = ranks.gather(_Answers(rollouts.texts, solved, rollouts.truncated.tolist()))
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: Sequence[_Answers]) -> _Answers:
+    """The answers of all ranks, in the order of the problems."""
+    return _Answers(
+        [text for part in parts for text in part.texts],
+        tuple(solved for part in parts for solved in part.solved),
+        [truncated for part in parts for truncated in part.truncated],
+    )
 
 
 def _check_no_aqn(model: PreTrainedModel) -> None:

@@ -21,13 +21,19 @@ def provenance(command: list[str] | None = None) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(arguments[0]).name, *arguments[1:]]),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "machine": {"system": platform.system(), "processor": _processor()},
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "machine": machine(),
         "commit": _commit(),
     }
 
 
-def _version(name: str) -> str | None:
+def machine() -> dict[str, str]:
+    """Operating system and processor of the machine that this process runs on."""
+    return {"system": platform.system(), "processor": _processor()}
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None if it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:

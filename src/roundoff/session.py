@@ -20,6 +20,7 @@ from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
+from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import RunDirectory
 from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers, needs_scan, resolve_keep
 from roundoff.tasks import Problem, Task, load_task
@@ -65,6 +66,8 @@ class Session:
     """The SRDD scan, where a setting refers to one."""
     position: int = 0
     """Prompts drawn from the stream so far."""
+    ranks: Ranks = ALONE
+    """The processes that make this run together."""
 
     @property
     def model(self) -> PreTrainedModel:

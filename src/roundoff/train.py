@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
-from roundoff.batch import Batch, collect
+from roundoff.batch import Batch, collect, share_of
 from roundoff.checkpoint import Checkpoint, DiskFullError, is_disk_full
+from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
 from roundoff.logprobs import token_logprobs
 from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
+from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, RunDirectory
@@ -54,6 +56,7 @@ def train(
     *,
     provenance: Metrics,
     should_stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Evaluation | None:
     """Evaluation after the last step, or None if the run was told to stop before it; then it can be resumed.
 
@@ -64,7 +67,8 @@ def train(
         run_dir: entered directory of this run; a run found in it is resumed, a complete one is returned as it is.
         open_tracker: makes the tracker, given the last step that is not logged again (-1: none).
         provenance: what `provenance.json` records.
-        should_stop: asked after each step; True saves and leaves.
+        should_stop: asked after each step; True, on any rank, saves and leaves.
+        ranks: the processes that make this run together; `run_dir` then writes on the first alone.
 
     Raises:
         ConfigError: if the settings do not fit together, before anything is written.
@@ -75,6 +79,8 @@ def train(
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
     session = prepare(experiment, profile, seed, scan=None if kept is None else LayerScan.from_json(kept))
+    session.ranks = ranks
+    ranks.agree("the weights of the model", session.policy.base)
     try:
         return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
@@ -105,7 +111,7 @@ def _train(
     if not checkpoint:
         status = measure_before(session, run_dir, status)
     tracker = open_tracker(kept)
-    clock = _Clock(status.seconds)
+    clock = Clock(status.seconds)
     step, evaluation = start, None
     ended: Ended = "failed"
     try:
@@ -115,7 +121,7 @@ def _train(
         for step in range(start + 1, total + 1):
             metrics = take_step(session, step, run_dir)
             evaluation = _record(session, run_dir, tracker, step, metrics, clock)
-            stop = should_stop() and step < total
+            stop = session.ranks.any(should_stop()) and step < total
             if stop or step == total or step % session.profile.training.checkpoint_every == 0:
                 save(session, run_dir, step)
                 run_dir.set_status(replace(status, step=step, seconds=clock.total()))
@@ -202,19 +208,20 @@ def _sample_batch(session: Session, step: int) -> Batch:
         )
 
     with aqn_of_step(session, step):
-        return collect(session.stream, session.position, sampler, session.task, algorithm, training)
+        return collect(session.stream, session.position, sampler, session.task, algorithm, training, session.ranks)
 
 
 def _update(session: Session, step: int, batch: Batch) -> Metrics:
     """Optimizer steps on one batch; metrics are means over them, the ratio's those of the first minibatch."""
-    parts = _minibatches(session, batch)
-    old = [_before_update(session, step, part, first=i == 0) for i, (part, _) in enumerate(parts)]
+    parts = [(*share_of(session.ranks, part, own), whole) for part, own, whole in _minibatches(session, batch)]
+    old = [_before_update(session, step, part, first=i == 0) for i, (part, _, _) in enumerate(parts)]
     outputs: list[LossOutput] = []
     norms: list[float] = []
     entropies: list[float] = []
     for _ in range(session.algorithm.optimizer_epochs):
-        for (part, advantages), before in zip(parts, old, strict=True):
-            output, entropy = _minibatch_loss(session, step, part, advantages, before)
+        for (part, advantages, normalizer), before in zip(parts, old, strict=True):
+            output, entropy = _minibatch_loss(session, step, part, advantages, normalizer, before)
+            session.ranks.sum_gradients(session.trainable.values())
             norm = torch.nn.utils.clip_grad_norm_(
                 list(session.trainable.values()), session.profile.training.gradient_clip
             )
@@ -246,12 +253,19 @@ class _Before:
     weights: Tensor | None
 
 
-def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor]]:
-    """Whole groups, in the order of the stream (a random one), cut to their own lengths."""
-    G = session.algorithm.group_size
-    groups = torch.tensor_split(torch.arange(len(batch.advantages) // G), session.profile.training.minibatches)
-    members = [(g[:, None] * G + torch.arange(G)).flatten() for g in groups if len(g)]
-    return [(batch.rollouts.select(m), batch.advantages[m]) for m in members]
+def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor, Tensor]]:
+    """Rollouts, their advantages and the normalizer of the loss of each minibatch.
+
+    Whole groups, in the order of the stream (a random one), cut to their own lengths.
+    """
+    algorithm, training = session.algorithm, session.profile.training
+    G = algorithm.group_size
+    found = []
+    for groups in torch.tensor_split(torch.arange(len(batch.advantages) // G), training.minibatches):
+        members = (groups[:, None] * G + torch.arange(G)).flatten()
+        normalizer = loss_normalizer(batch.rollouts.response_mask[members], algorithm, training.max_new_tokens)
+        found.append((batch.rollouts.select(members), batch.advantages[members], normalizer))
+    return [minibatch for minibatch in found if len(minibatch[0])]
 
 
 def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
@@ -275,6 +289,8 @@ def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> 
     *are* the old ones, bit for bit, so that pass is not made twice.
     """
     algorithm = session.algorithm
+    if not len(part):  # more ranks than rollouts
+        return _Before(None, None, None)
     key = session.key.fold("update", step)
     old_key = key if algorithm.ratio == "replayed" else key.fold("old")
     same = algorithm.ratio == "one" or (algorithm.ratio == "replayed" and first and algorithm.optimizer_epochs == 1)
@@ -294,11 +310,13 @@ def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> 
 
 
 def _minibatch_loss(
-    session: Session, step: int, part: Rollouts, advantages: Tensor, before: _Before
+    session: Session, step: int, part: Rollouts, advantages: Tensor, normalizer: Tensor, before: _Before
 ) -> tuple[LossOutput, float]:
-    """Loss and gradients of one minibatch, summed over its micro-batches, and the mean entropy (nats)."""
+    """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy (nats).
+
+    Gradients are those of this rank's rollouts; their sum over the ranks is that of the minibatch.
+    """
     training, algorithm = session.profile.training, session.algorithm
-    normalizer = loss_normalizer(part.response_mask, algorithm, training.max_new_tokens)
     outputs: list[LossOutput] = []
     entropy = 0.0
     for rows in _micro_batches(len(advantages), training.micro_batch):
@@ -315,17 +333,19 @@ def _minibatch_loss(
             weights=None if before.weights is None else before.weights[rows],
         )
         output.loss.backward()  # type: ignore[no-untyped-call]
-        outputs.append(output)
+        outputs.append(replace(output, loss=output.loss.detach()))
         entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
-    return combine(outputs), entropy / max(1, int(part.response_mask.sum()))
+    everywhere = session.ranks.gather((outputs, entropy))
+    whole = combine([output for found, _ in everywhere for output in found])
+    return whole, sum(found for _, found in everywhere) / max(1, int(whole.tokens))
 
 
 def _micro_batches(count: int, size: int) -> list[Tensor]:
-    return list(torch.split(torch.arange(count), size or count))
+    return list(torch.split(torch.arange(count), size or count)) if count else []
 
 
 def _record(
-    session: Session, run_dir: RunDirectory, tracker: Tracker, step: int, metrics: Metrics, clock: _Clock
+    session: Session, run_dir: RunDirectory, tracker: Tracker, step: int, metrics: Metrics, clock: Clock
 ) -> Evaluation | None:
     """Evaluate if due (always at step 0 and the last), then log the step."""
     total = len(session.sigmas)
@@ -341,6 +361,7 @@ def _record(
             noise_draws=session.profile.training.noise_draws,
             noisy=session.experiment.hardware.is_noisy,
             step=step,
+            ranks=session.ranks,
         )
         run_dir.write_evaluation(evaluation)
         metrics |= {"deployed": evaluation.deployed, "clean": evaluation.clean}
@@ -349,19 +370,3 @@ def _record(
     run_dir.append_metrics(metrics)
     tracker.log(step, scalars(metrics))
     return evaluation
-
-
-class _Clock:
-    """Seconds at work: since the last lap, and over all sessions of the run."""
-
-    def __init__(self, before: float) -> None:
-        self._before = before
-        self._began = self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        self._last, passed = now, now - self._last
-        return passed
-
-    def total(self) -> float:
-        return self._before + time.perf_counter() - self._began

@@ -22,10 +22,12 @@ from roundoff.commands.options import (
     wandb_project_option,
     workers_option,
 )
+from roundoff.commands.ray_options import with_ray_options
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
-    from roundoff.scale.local_grid import RunRequest
+    from roundoff.scale.local_grid import Job, RunRequest
+    from roundoff.scale.ray_cluster import RayOptions
 
 
 @click.command("run")
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 @tracker_option
 @wandb_project_option
 @wandb_online_option
+@with_ray_options
 def run_command(
     names: Sequence[str],
     chosen: Sequence[str],
@@ -52,6 +55,7 @@ def run_command(
     tracker: str,
     wandb_project: str | None,
     wandb_online: bool,
+    ray: RayOptions | None,
 ) -> None:
     """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
     from roundoff.experiments import families_named, load_profile, select, with_overrides
@@ -69,29 +73,54 @@ def run_command(
             for experiment in experiments
         ],
         workers,
+        ray,
     )
 
 
-def make_runs(requests: list[RunRequest], workers: int | None) -> None:
+def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions | None = None) -> None:
     """Make the runs, say what became of them, and exit."""
     from rich.console import Console
 
+    from roundoff.parallel import launched
     from roundoff.scale.local_grid import run_grid
     from roundoff.scale.progress import Progress
 
     threads = max(request.profile.threads for request in requests)
-    workers = workers or max(1, len(os.sched_getaffinity(0)) // threads)
-    progress = Progress(Console(), workers)
+    here = workers or max(1, len(os.sched_getaffinity(0)) // threads)
+    progress = Progress(Console(), here)
+    leads = True
     with progress.shown():
-        jobs = run_grid(requests, workers=workers, watch=progress.update)
+        if launched():
+            from roundoff.scale.ranks import run_in_ranks
+
+            if ray is not None or workers is not None:
+                raise ConfigError("under torchrun one run is made at a time: --ray and --workers do nothing there")
+            jobs, leads = run_in_ranks(requests, progress.update)
+        elif ray is None:
+            jobs = run_grid(requests, workers=here, watch=progress.update)
+        else:
+            from roundoff.scale.ray_grid import run_on_ray
+
+            limit = here if ray.address == "local" else workers
+            jobs = run_on_ray(requests, ray, workers=limit, watch=progress.update, warn=_warn)
     failed = [job for job in jobs if job.phase == "failed"]
     stopped = [job for job in jobs if job.phase == "interrupted"]
+    if leads:
+        _tell(failed, stopped)
+    sys.exit(1 if failed else 130 if stopped else 0)
+
+
+def _tell(failed: list[Job], stopped: list[Job]) -> None:
+    """Say what went wrong, each message once, and how to go on."""
     for message in dict.fromkeys(job.message for job in failed):
         where = [f"{j.request.experiment.id} seed {j.request.seed}" for j in failed if j.message == message]
         click.secho(f"failed: {', '.join(where)}: {message}", fg="red", err=True)
     if stopped:
         click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
-    sys.exit(1 if failed else 130 if stopped else 0)
+
+
+def _warn(text: str) -> None:
+    click.secho(f"warning: {text}", fg="yellow", err=True)
 
 
 @click.command("extend")

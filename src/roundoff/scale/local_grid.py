@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from roundoff.config import ConfigError, Experiment, Profile
 from roundoff.errors import message_of, warnings_as_text
+from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import DamagedRunError, read_run, run_path
 from roundoff.trackers import TrackedRun, Tracker, WandbSettings, open_trackers
 
@@ -74,13 +75,13 @@ def run_grid(
         workers: processes at a time.
         watch: called a few times a second with the state of all jobs, and once at the end.
     """
-    _check_distinct(requests)
-    jobs = [_job(request) for request in requests]
+    check_distinct(requests)
+    jobs = [job_of(request) for request in requests]
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     # Torch is imported once, by the server that every run's process is forked from (no effect on spawn).
     context.set_forkserver_preload(["roundoff.train"])
     passed_on = False
-    with _stop_requests() as stop:
+    with stop_requests() as stop:
         while True:
             for job in jobs:
                 _collect_result(job)
@@ -103,30 +104,40 @@ def run_grid(
     return jobs
 
 
-def execute(request: RunRequest, should_stop: Callable[[], bool]) -> tuple[Phase, str]:
-    """Make one run in this process; returns how it ended and why."""
+def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks = ALONE) -> tuple[Phase, str]:
+    """Make one run in this process, or in this and the others of `ranks`; returns how it ended and why."""
     from roundoff.run_dir import RunDirectory
+    from roundoff.scale.led_run import LedRunDirectory
     from roundoff.train import train
 
     def tracker(resumed_from: int) -> Tracker:
         experiment, profile = request.experiment, request.profile
         tracked = TrackedRun(request.path, experiment, profile, request.seed, resumed_from, request.wandb)
-        return open_trackers(request.tracker, tracked)
+        return open_trackers(request.tracker if ranks.leads else "none", tracked)
 
-    with RunDirectory(request.root, request.experiment, request.profile, request.seed) as run_dir:
+    held = RunDirectory(request.root, request.experiment, request.profile, request.seed)
+    with held if ranks.count == 1 else LedRunDirectory(held, ranks) as run_dir:
+        if ranks.first(lambda: job_of(request).phase == "complete"):  # by another process, before the lock was free
+            return "complete", "was complete"
         final = train(
             request.experiment,
             request.profile,
             request.seed,
             run_dir,
             tracker,
-            provenance=request.provenance,
+            provenance=request.provenance if ranks.count == 1 else {**request.provenance, "ranks": ranks.count},
             should_stop=should_stop,
+            ranks=ranks,
         )
     return ("interrupted", "stopped on request; the same command goes on") if final is None else ("complete", "")
 
 
-def _check_distinct(requests: Sequence[RunRequest]) -> None:
+def check_distinct(requests: Sequence[RunRequest]) -> None:
+    """Refuse two requests for one directory.
+
+    Raises:
+        ConfigError: naming the directory.
+    """
     seen: set[Path] = set()
     for request in requests:
         if request.path in seen:
@@ -134,7 +145,8 @@ def _check_distinct(requests: Sequence[RunRequest]) -> None:
         seen.add(request.path)
 
 
-def _job(request: RunRequest) -> Job:
+def job_of(request: RunRequest) -> Job:
+    """The job of a request, as its directory stands: complete, damaged, or still to be made."""
     if not (request.path / "status.json").exists():
         return Job(request)
     try:
@@ -157,7 +169,7 @@ def _start(job: Job, context: Any) -> None:
 def _work(request: RunRequest, result: Connection) -> None:
     """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _stop_requests() as stop, warnings_as_text(lambda text: result.send(("warning", text))):
+    with stop_requests() as stop, warnings_as_text(lambda text: result.send(("warning", text))):
         try:
             outcome = execute(request, stop)
         except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
@@ -187,7 +199,7 @@ def _collect_result(job: Job) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
+def stop_requests() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM has come; a second SIGINT ends the process at once."""
     asked: list[int] = []
 

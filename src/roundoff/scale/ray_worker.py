@@ -1,0 +1,198 @@
+"""What runs inside a Ray cluster: the task that makes one run, and the desk through which driver and tasks speak.
+
+A task is sent once; it is the driver that sends it again, with what has reached it of the run by then. A task whose
+driver has died stops after its step, if Ray has not ended it before.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from roundoff.errors import message_of, warnings_as_text
+from roundoff.provenance import PACKAGES, machine, package_version
+from roundoff.run_dir import RunLockedError
+from roundoff.scale.local_grid import Phase, RunRequest, execute
+from roundoff.scale.run_sync import Outbox, Update, put
+
+BEAT_S = 1.0
+"""Seconds between two messages of a task to the desk: how long a request to stop takes to arrive."""
+EXACT = ("roundoff", "torch", "transformers")
+"""Packages whose versions must be those of the driver, or a run's bits would depend on the node it went to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One attempt at one run."""
+
+    request: RunRequest
+    number: int
+    """Of the job, in the order of the requests."""
+    attempt: int
+    directory: str
+    """The driver's working directory: relative paths in the settings are meant from there."""
+    versions: dict[str, str | None]
+    """Of the driver's packages."""
+    probe: Path | None
+    """A lock file that the driver holds in the shared directory; None where nothing is shared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended."""
+
+    phase: Phase | Literal["held"]
+    """`held`: another process is at work in the run's directory."""
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+    """What went wrong and was survived."""
+    update: Update | None = None
+    """The last changes, where files are sent back."""
+
+
+@dataclass
+class Desk:
+    """An actor beside the driver: tasks tell it that they live, and learn from it whether to stop."""
+
+    attempts: dict[int, int] = field(default_factory=dict)
+    """The attempt at each job that counts; an older one, cut off from the cluster for a while, is told to stop."""
+    nodes: dict[int, str] = field(default_factory=dict)
+    mail: list[tuple[int, int, list[Any]]] = field(default_factory=list)
+    stopping: bool = False
+
+    def beat(self, number: int, attempt: int, node: str, parcel: list[Any]) -> bool:
+        """Note a sign of life and what came with it; whether the task is to stop."""
+        if attempt < self.attempts.get(number, 0):
+            return True
+        self.attempts[number], self.nodes[number] = attempt, node
+        if parcel:
+            self.mail.append((number, attempt, parcel))
+        return self.stopping
+
+    def collect(self) -> tuple[dict[int, tuple[int, str]], list[tuple[int, int, list[Any]]]]:
+        """Attempt and node of every job that has begun, and the parcels since the last call."""
+        mail, self.mail = self.mail, []
+        return {number: (self.attempts[number], node) for number, node in self.nodes.items()}, mail
+
+    def stop(self) -> None:
+        """Ask every task to stop after its step."""
+        self.stopping = True
+
+
+def driver_versions() -> dict[str, str | None]:
+    """Versions that a node must have as well."""
+    return {name: package_version(name) for name in PACKAGES}
+
+
+def make_run(assignment: Assignment, desk: Any, before: Update | None) -> Outcome:
+    """Body of a Ray task: one attempt at one run; whatever goes wrong in it is an outcome."""
+    try:
+        _check_versions(assignment.versions)
+        if assignment.probe is not None:
+            _check_shared(assignment.probe)
+        with _files(assignment, before) as (request, outbox), _beating(assignment, desk, outbox) as stop:
+            if stop():
+                return Outcome("interrupted", "not begun")
+            warnings: list[str] = []
+            try:
+                with warnings_as_text(warnings.append):
+                    phase, message = execute(request, stop)
+                outcome = Outcome(phase, message)
+            except RunLockedError:
+                return Outcome("held", "another process is at work in its directory")
+            except Exception as error:
+                outcome = Outcome("failed", message_of(error))
+            return replace(outcome, warnings=tuple(warnings), update=None if outbox is None else outbox.changes())
+    except Exception as error:
+        return Outcome("failed", message_of(error))
+
+
+def _check_versions(expected: dict[str, str | None]) -> None:
+    for name in EXACT:
+        found = package_version(name)
+        if found != expected[name]:
+            raise RuntimeError(
+                f"node {platform.node()} has {name} {found}, the driver {expected[name]}: install the same everywhere"
+            )
+
+
+def _check_shared(probe: Path) -> None:
+    """Refuse a directory that this node does not share with the driver, or where locks end at the node's border."""
+    advice = "give --runs a directory on a file system that all nodes share, or use --ray-sync"
+    if not probe.exists():
+        raise RuntimeError(f"node {platform.node()} does not see {probe.parent} as the driver does: {advice}")
+    try:
+        with FileLock(probe, timeout=0):
+            pass
+    except Timeout:
+        return
+    raise RuntimeError(
+        f"node {platform.node()} can take a lock in {probe.parent} that the driver holds, so two processes could write "
+        f"one run: mount it with locks that reach across nodes (Lustre: -o flock), or {advice}"
+    )
+
+
+@contextmanager
+def _files(assignment: Assignment, before: Update | None) -> Iterator[tuple[RunRequest, Outbox | None]]:
+    """The request as this node makes it: in the shared directory, or in one of its own that is sent back."""
+    request = assignment.request
+    request = replace(
+        request, provenance={**request.provenance, "machine": machine(), "ray": {"node": platform.node()}}
+    )
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    home = assignment.directory if Path(assignment.directory).is_dir() else "."
+    with chdir(home):
+        if before is None:
+            yield request, None
+            return
+        scratch = Path(tempfile.mkdtemp(prefix="roundoff-"))
+        try:
+            request = replace(request, root=scratch)
+            put(before, request.path)
+            outbox = Outbox(request.path)
+            outbox.changes()  # what came from the driver need not go back
+            yield request, outbox
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _beating(assignment: Assignment, desk: Any, outbox: Outbox | None) -> Iterator[Callable[[], bool]]:
+    """Tell the desk that this task lives, now and every second, and send what has changed; yields whether to stop."""
+    import ray
+
+    stop, done = threading.Event(), threading.Event()
+    who = (assignment.number, assignment.attempt, platform.node())
+
+    def beat(parcel: list[Any]) -> None:
+        if ray.get(desk.beat.remote(*who, parcel)):
+            stop.set()
+
+    def keep_beating() -> None:
+        while not done.wait(BEAT_S):
+            changes = outbox.changes() if outbox is not None else None
+            try:
+                beat([ray.put(changes)] if changes else [])
+            except ray.exceptions.RayError:  # the driver is gone, and the desk with it
+                stop.set()
+                return
+
+    beat([])
+    thread = threading.Thread(target=keep_beating, daemon=True)
+    thread.start()
+    try:
+        yield stop.is_set
+    finally:
+        done.set()
+        with suppress(RuntimeError):
+            thread.join()
