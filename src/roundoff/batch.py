@@ -20,8 +20,8 @@ from roundoff.parallel import Ranks
 from roundoff.rollouts import Rollouts, concatenate
 from roundoff.tasks import Problem, Task
 
-Sampler = Callable[[Sequence[str], int], Rollouts]
-"""Samples the rollouts of prompts; the second argument is the id of the first rollout within the step."""
+Sampler = Callable[[Sequence[Problem], int], Rollouts]
+"""Samples the rollouts of problems; the second argument is the id of the first rollout within the step."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def collect(
     for number in range(algorithm.max_sampling_batches if algorithm.dynamic_sampling else 1):
         problems = stream.take(position + number * drawn, drawn)
         share = ranks.share(drawn)
-        sampled = sampler([p.prompt for p in problems[share]], (number * drawn + share.start) * G)
+        sampled = sampler(problems[share], (number * drawn + share.start) * G)
         scored = score_responses(task, [p for p in problems[share] for _ in range(G)], sampled.texts)
         parts = ranks.gather((sampled, scored))
         rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled

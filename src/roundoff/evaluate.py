@@ -19,6 +19,7 @@ from roundoff.aqn import is_aqn_active
 from roundoff.hardware.install import hardware_off, installed
 from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
+from roundoff.prompts import text
 from roundoff.run_dir import Evaluation, Outcome
 from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
@@ -88,7 +89,7 @@ def evaluate(
     outcomes = tuple(
         Outcome(
             id=problem.id,
-            prompt=problem.prompt,
+            prompt=text(tokenizer, problem),
             answer=problem.answer,
             deployed=tuple(answers.solved[i] for answers in deployed),
             clean=clean.solved[i],
@@ -160,7 +161,7 @@ def evaluate_samples(
         with hardware_off(model):
             clean = drawn()
     return tuple(
-        SampledOutcome(problem.id, problem.prompt, problem.answer, with_hardware, without)
+        SampledOutcome(problem.id, text(tokenizer, problem), problem.answer, with_hardware, without)
         for problem, with_hardware, without in zip(problems, deployed, clean, strict=True)
     )
 
@@ -191,7 +192,7 @@ def _answers(
     rollouts = sample(
         model,
         tokenizer,
-        [problem.prompt for problem in mine],
+        mine,
         group_size=samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

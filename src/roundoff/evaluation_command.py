@@ -23,7 +23,7 @@ from roundoff.experiments import load_experiment, load_profile, with_overrides
 from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import Evaluation, Run, read_run
-from roundoff.session import load_policy, make_task, put_weights
+from roundoff.session import check_prompts, load_policy, make_task, put_weights
 from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 
@@ -144,6 +144,7 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
         put_weights(policy, subject.checkpoint)
     if subject.adapter is not None:
         load_adapters(policy.model, subject.adapter)
+    check_prompts(policy.loaded, task.test())
     key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
     evaluation = evaluate(
         policy.model,

@@ -29,7 +29,8 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
         raise ConfigError(f"{out} exists: name a directory that does not")
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
     plain = run.experiment.model_copy(update={"hardware": Hardware()})
-    policy = load_policy(plain, run.profile.model_copy(update={"device": "cpu"}), run.seed)
+    changes = {"device": "cpu", "chat": "auto"}  # the chat template is a part of what is written out
+    policy = load_policy(plain, run.profile.model_copy(update=changes), run.seed)
     put_weights(policy, checkpoint)
     model = policy.model if policy.adapters is None else policy.adapters.merge()
 

@@ -35,6 +35,7 @@ from roundoff.kv_cache import KVCache
 from roundoff.logprobs import is_noisy, noise_context, token_logprobs
 from roundoff.masks import AttentionPattern, Masks, positions, row_ids
 from roundoff.numerics.rng import Key, uniform
+from roundoff.prompts import Asked, encode
 from roundoff.rollouts import Rollouts, concatenate
 
 __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
@@ -71,7 +72,7 @@ class _Settings:
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     *,
     group_size: int,
     max_new_tokens: int,
@@ -86,9 +87,8 @@ def sample(
 
     Args:
         model: called as it is, with its hardware, in evaluation mode (its mode is restored).
-        tokenizer: encodes the prompts with its own special tokens; its end token and those of the model's
-            `generation_config` end a response.
-        prompts: any number of texts, equal ones included.
+        tokenizer: encodes the prompts; its end token and those of the model's `generation_config` end a response.
+        prompts: any number of texts or problems, equal ones included; `roundoff.prompts` says how they are put.
         group_size: rollouts of each prompt.
         max_new_tokens: length limit of a response, end token included (tokens).
         temperature: 0 takes the most likely token.
@@ -322,12 +322,12 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Asked], max_new_tokens: int
 ) -> list[list[int]]:
     """Token ids of each prompt."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be one or more texts in a list, but is {prompts!r}")
-    encoded: list[list[int]] = tokenizer(list(prompts), padding=False)["input_ids"]
+    encoded = encode(tokenizer, prompts)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for number, tokens in enumerate(encoded):
         if not tokens:

@@ -17,10 +17,11 @@ from roundoff.batch import PromptStream
 from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
 from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
 from roundoff.hardware.install import InstalledHardware, install
-from roundoff.models.load import LoadedModel, load_model
+from roundoff.models.load import LoadedModel, check_readable, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
+from roundoff.prompts import encode, text
 from roundoff.run_dir import RunDirectory
 from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers, needs_scan, resolve_keep
 from roundoff.tasks import Problem, Task, load_task
@@ -163,6 +164,7 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     if scan is None and experiment.needs_scan:
         scan = experiment_scan(experiment, _load(profile), task, seed)
     policy = load_policy(experiment, profile, seed, scan=scan)
+    check_prompts(policy.loaded, (*offered, *task.test()))
     problems = _within_length(offered, policy.loaded, profile)
     _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
     per_epoch = steps_per_epoch(len(problems), algorithm, given)
@@ -205,7 +207,13 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: La
 
 def _load(profile: Profile) -> LoadedModel:
     """The profile's model, plain."""
-    return load_model(profile.model, dtype=getattr(torch, profile.dtype), device=resolve_device(profile.device))
+    return load_model(
+        profile.model,
+        dtype=getattr(torch, profile.dtype),
+        device=resolve_device(profile.device),
+        allow_download=profile.allow_download,
+        chat=profile.chat,
+    )
 
 
 def _load_on_hardware(
@@ -232,9 +240,12 @@ def make_task(profile: Profile) -> Task:
         ConfigError: if there is none of that name or its settings are wrong.
     """
     try:
-        return load_task(profile.task.name, profile.task.settings)
+        task = load_task(profile.task.name, profile.task.settings)
     except ValueError as error:
         raise ConfigError(f"task {profile.task.name}: {error}") from error
+    if profile.chat is True and any(not problem.messages for problem in (*task.train()[:1], *task.test()[:1])):
+        raise ConfigError(f"profile.chat = true, but task {profile.task.name} asks no conversations: set it to auto")
+    return task
 
 
 def resolve_device(name: str) -> str:
@@ -251,10 +262,19 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> None:
+    """Check that the model can be asked every problem, as `roundoff.prompts` puts it.
+
+    Raises:
+        ModelError: if the tokenizer would drop a character, or the chat template refuses a conversation.
+    """
+    check_readable(loaded, (text(loaded.tokenizer, problem) for problem in problems))
+
+
 def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Profile) -> list[Problem]:
     """Training problems whose prompt fits; with `long_prompts = "error"` one that does not is an error."""
     limit = profile.training.max_prompt_tokens
-    lengths = [len(ids) for ids in loaded.tokenizer([p.prompt for p in problems])["input_ids"]]
+    lengths = [len(ids) for ids in encode(loaded.tokenizer, problems)]
     kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
     if len(kept) < len(lengths) and profile.training.long_prompts == "error":
         longest = max(lengths)

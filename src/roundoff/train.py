@@ -38,6 +38,7 @@ from roundoff.run_dir import Evaluation, RunDirectory
 from roundoff.sampler import sample
 from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
+from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker, scalars
 
 Metrics = dict[str, Any]
@@ -192,7 +193,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
 def _sample_batch(session: Session, step: int) -> Batch:
     training, algorithm = session.profile.training, session.algorithm
 
-    def sampler(prompts: Sequence[str], first_id: int) -> Rollouts:
+    def sampler(prompts: Sequence[Problem], first_id: int) -> Rollouts:
         ids = torch.arange(first_id, first_id + len(prompts) * algorithm.group_size)
         return sample(
             session.model,

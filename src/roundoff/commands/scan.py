@@ -52,13 +52,14 @@ class Subject:
 @click.option("--faults", is_flag=True, help="Look for faults of this machine instead.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, npu or mps.")
+@click.option("--allow-download", is_flag=True, help="Fetch MODEL from the hub if it is a hub name.")
 @click.option("--seed", default=0, show_default=True, help="Of noise, drawn labels and checksums.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything as JSON.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Write layers x metrics as SVG.")
 def scan_command(model: str, **options: Any) -> None:
     """Measure what a format or matmul noise does to every decoder layer and Linear of MODEL.
 
-    MODEL is `tiny` or a directory. Two halves of the task's texts are ranked apart and compared.
+    MODEL is `tiny`, a directory or a hub name. Two halves of the task's texts are ranked apart and compared.
     """
     for option in ("json_file", "picture"):
         if options[option] is not None and options[option].exists():
@@ -101,6 +102,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
 
     from roundoff.experiments import load_profile
     from roundoff.models.load import check_readable, load_model
+    from roundoff.prompts import Asked, text
     from roundoff.session import make_task, resolve_device
     from roundoff.srdd import calibration_batches, calibration_texts
 
@@ -108,13 +110,18 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     if options["task"] is not None:
         profile = profile.model_copy(update={"task": type(profile.task)(name=options["task"])})
     if options["texts"] is not None:
-        texts = options["texts"].read_text("utf-8").splitlines()
+        texts: list[Asked] = [*options["texts"].read_text("utf-8").splitlines()]
     else:
-        task = make_task(profile)
-        texts = calibration_texts(task)
+        texts = [*calibration_texts(make_task(profile))]
     device = resolve_device(options["device"])
-    loaded = load_model(model, dtype=getattr(torch, options["dtype"]), device=device)
-    check_readable(loaded, texts[:100])
+    loaded = load_model(
+        model,
+        dtype=getattr(torch, options["dtype"]),
+        device=device,
+        allow_download=options["allow_download"],
+        chat=profile.chat,
+    )
+    check_readable(loaded, [text(loaded.tokenizer, asked) for asked in texts[:100]])
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=options["tokens"], batches=4)
     used = sum(len(batch["input_ids"]) for batch in batches)
     if not options["with_frontier"]:

@@ -61,6 +61,6 @@ def result_hash(experiment: Experiment, profile: Profile) -> str:
     """Eight hex digits over every setting that changes a result, and over no name."""
     content = {
         "experiment": experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]),
-        "profile": profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"}),
+        "profile": profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device", "allow_download"}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

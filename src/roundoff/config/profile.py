@@ -51,6 +51,10 @@ class Profile(Settings):
     title: str = ""
     model: str
     """`tiny`, a local directory, or a hub name."""
+    allow_download: bool = False
+    """Whether a hub name may be fetched from the hub; nothing else is ever downloaded."""
+    chat: Literal["auto"] | bool = "auto"
+    """Whether problems are asked through the tokenizer's chat template. `auto`: where both model and task have one."""
     task: Task
     training: Training
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +45,7 @@ def load_model(
     device: str | torch.device = "cpu",
     attention: str | None = None,
     allow_download: bool = False,
+    chat: Literal["auto"] | bool = "auto",
 ) -> LoadedModel:
     """The model of this name, in evaluation mode.
 
@@ -54,10 +55,11 @@ def load_model(
         device: where the weights go.
         attention: an attention implementation known to transformers; None leaves the model's default.
         allow_download: whether a name that is no directory may be fetched from the hub.
+        chat: `auto` keeps the tokenizer's chat template, False takes it away, True insists on one.
 
     Raises:
         ModelError: there is no such model, it has no safetensors weights, its weights do not fit its architecture,
-            or its tokenizer has neither a padding nor an end token.
+            its tokenizer has neither a padding nor an end token, or no chat template where one is insisted on.
     """
     location, source = _locate(name, allow_download)
     local = not source.startswith("hub:")
@@ -84,6 +86,12 @@ def load_model(
             raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error
     _check_weights(info, name)
     _set_padding(tokenizer, model, name)
+    if chat is True and tokenizer.chat_template is None:
+        raise ModelError(
+            f"profile.chat = true, but the tokenizer of model {name!r} has no chat template: set it to auto"
+        )
+    if chat is False:
+        tokenizer.chat_template = None
     return LoadedModel(model.to(device).eval(), tokenizer, name, source)
 
 
@@ -121,7 +129,8 @@ def _locate(name: str, allow_download: bool) -> tuple[str, str]:
     if not allow_download:
         raise ModelError(
             f"model {name!r} is no directory here, and downloading is off; "
-            "download it yourself and name its directory, or pass allow_download=True"
+            "download it yourself and name its directory, or set profile.allow_download = true (`roundoff scan`: "
+            "--allow-download; in Python: allow_download=True)"
         )
     return name, f"hub:{name}"
 

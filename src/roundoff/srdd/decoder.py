@@ -15,6 +15,7 @@ from roundoff.config import ConfigError
 from roundoff.hardware.installed import InstalledHardware, noise_key, required
 from roundoff.masks import row_ids
 from roundoff.numerics.rng import Key
+from roundoff.prompts import Asked, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,15 @@ class Calibration:
 
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Asked],
     *,
     max_tokens: int = 512,
     batches: int = 2,
     max_length: int = 256,
 ) -> list[dict[str, Tensor]]:
     """Whole texts, in order and each cut at `max_length` tokens, until they hold `max_tokens`; in `batches` batches.
+
+    Problems are put to the model as in training (see `roundoff.prompts`).
 
     Text i goes to batch `i % batches`, so that the batches are alike, and `scan` compares the even with the odd ones.
 
@@ -70,7 +73,7 @@ def calibration_batches(
     rows: list[list[int]] = []
     count = 0
     for text in texts:
-        known = list(tokenizer(text)["input_ids"])[:max_length]
+        known = encode(tokenizer, [text])[0][:max_length]
         if known:
             rows.append(known[: max_tokens - count])
             count += len(rows[-1])

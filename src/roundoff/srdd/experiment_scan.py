@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from roundoff.config import SRDD, Experiment
 from roundoff.models.load import LoadedModel, check_readable
+from roundoff.prompts import Worked, text
 from roundoff.srdd.decoder import calibration_batches
 from roundoff.srdd.layer_scan import LayerScan
 from roundoff.srdd.probe import scan
@@ -14,9 +15,9 @@ CHECKED_TEXTS = 100
 """Texts whose characters are looked up in the tokenizer before a scan."""
 
 
-def calibration_texts(task: Task) -> list[str]:
-    """Training prompts, each with a worked solution where the task knows one."""
-    return [problem.prompt + (task.solution(problem) or "") for problem in task.train()]
+def calibration_texts(task: Task) -> list[Worked]:
+    """Training problems, each with a worked solution where the task knows one."""
+    return [Worked(problem, task.solution(problem) or "") for problem in task.train()]
 
 
 def layer_multipliers(experiment: Experiment, found: LayerScan | None, progress: float) -> dict[int, float] | None:
@@ -40,7 +41,7 @@ def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, see
     """
     settings = experiment.srdd or SRDD()
     texts = calibration_texts(task)
-    check_readable(loaded, texts[:CHECKED_TEXTS])
+    check_readable(loaded, [text(loaded.tokenizer, worked) for worked in texts[:CHECKED_TEXTS]])
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=BATCHES)
     return scan(
         loaded.model,
