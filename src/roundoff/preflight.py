@@ -7,7 +7,7 @@ task's training texts, averaged over noise draws, and the size of the noise over
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -22,6 +22,7 @@ from roundoff.hardware import hardware_off
 from roundoff.hardware.installed import installed
 from roundoff.models.load import LoadedModel
 from roundoff.numerics.rng import Key
+from roundoff.prompts import Asked
 from roundoff.srdd.decoder import Calibration, calibration_batches, draw_of, evaluation_mode, read_batches
 from roundoff.srdd.exact import text_kl
 
@@ -94,7 +95,7 @@ class Preflight:
 @torch.no_grad()
 def preflight(
     loaded: LoadedModel,
-    texts: list[str],
+    texts: Sequence[Asked],
     aqn: AQN,
     sigma: float,
     multipliers: Mapping[int, float] | None,
