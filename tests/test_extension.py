@@ -1,5 +1,7 @@
 """A complete run taken further: the first epoch is not repeated, the first run is left as it was."""
 
+import shutil
+
 import pytest
 
 from roundoff.algorithms.schedule import sigma_curve
@@ -7,7 +9,7 @@ from roundoff.checkpoint import DamagedCheckpointError
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
 from roundoff.extension import begin_extension, differences, extended
-from roundoff.run_dir import read_run, run_path
+from roundoff.run_dir import Run, Status, read_run, run_path
 from tests.test_survival import left
 from tests.test_train import reproducible, run, with_training
 
@@ -65,6 +67,28 @@ def test_aqn_goes_on_with_the_sigma_of_the_longer_run_and_says_where_it_differs(
     said = differences(parent, 2)
     assert (said is None) == same
     assert said is None or "steps 1 to 4 had the sigma of a run of 1 epochs" in said
+
+
+def test_a_parent_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, small):
+    experiment = load_experiment("quickstart-clean")
+    parent = run(tmp_path, experiment, small)
+    extend(parent, 2, stop_after=1)
+    other = run(tmp_path / "other", experiment, with_training(small, learning_rate=1e-5))
+    shutil.rmtree(parent.path / "checkpoints")
+    shutil.copytree(other.path / "checkpoints", parent.path / "checkpoints")
+    with pytest.raises(ConfigError, match="began with other weights than"):
+        begin_extension(read_run(parent.path), 2, {})
+    run(tmp_path, extended(experiment, 3), small)
+    with pytest.raises(ConfigError, match="was not begun as an extension"):
+        begin_extension(parent, 3, {})
+
+
+def test_zones_belong_to_the_length_of_the_run(tmp_path, small):
+    settings = load_experiment("quickstart-noise-aqn")
+    aqn = settings.aqn.model_copy(update={"schedule": "constant", "layers": "zone"})
+    status = Status("complete", 4, 4)
+    parent = Run(tmp_path, settings.model_copy(update={"aqn": aqn}), small, 0, status, {}, ())
+    assert "zones of AQN changed places in the middle of 4 steps, not of 8" in differences(parent, 2)
 
 
 def test_names():

@@ -15,6 +15,7 @@ from roundoff.commands.model import build_tiny_command, eval_command, export_com
 from roundoff.commands.report import import_table_command, report_command, runs_command
 from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
+from roundoff.commands.sweep import sweep_command
 from roundoff.commands.tensorboard import tensorboard_command
 from roundoff.config import nearest
 from roundoff.errors import is_expected
@@ -49,6 +50,7 @@ for command in (
     list_command,
     show_command,
     run_command,
+    sweep_command,
     extend_command,
     eval_command,
     export_command,

@@ -2,8 +2,8 @@
 
 The new run begins with copies of the first one's metrics, evaluations and last checkpoint, and goes on like a run that
 was stopped there: same seed, next prompts, optimizer state and noise keys. So it equals a longer run from scratch to
-the bit, except where a setting depends on the length of the whole run: AQN's sigma (`differences` says whether it
-does), and the step at which the first run ended, which is evaluated whatever `evaluate_every` says.
+the bit, except where a setting depends on the length of the whole run: AQN's sigma and zones (`differences`
+says whether they do), and the step at which the first run ended, which is evaluated whatever `evaluate_every` says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from roundoff.algorithms.schedule import sigma_curve
 from roundoff.config import ConfigError, Experiment
-from roundoff.run_dir import Run, RunDirectory, run_path
+from roundoff.run_dir import Run, RunDirectory, checkpoint_checksums, read_run, run_path
 
 
 def extended(experiment: Experiment, epochs: int) -> Experiment:
@@ -41,18 +41,31 @@ def begin_extension(parent: Run, epochs: int, provenance: Mapping[str, Any]) -> 
     """Make the new run's directory beside the parent's if it is not there; returns its experiment and its root.
 
     Raises:
-        ConfigError: if the parent is not complete, or has as many epochs already.
+        ConfigError: if the parent is not complete, has as many epochs already, or has changed since it was extended.
         DamagedCheckpointError: if the parent's last checkpoint cannot be used.
     """
     if not parent.is_final:
         raise ConfigError(f"{parent.path} is {parent.status.state}, not complete: finish it before extending it")
     experiment = extended(parent.experiment, epochs)
     root = parent.path.parents[2]
-    if not (run_path(root, experiment, parent.profile, parent.seed) / "status.json").exists():
+    path = run_path(root, experiment, parent.profile, parent.seed)
+    if (path / "status.json").exists():
+        _check_parent(path, parent)
+    else:
         total = parent.status.total_steps // parent.experiment.epochs * epochs
         with RunDirectory(root, experiment, parent.profile, parent.seed) as directory:
             directory.take_over(parent, provenance, total)
     return experiment, root
+
+
+def _check_parent(path: Path, parent: Run) -> None:
+    """Raise if the run in `path` began from another parent than this, or from one that has changed since."""
+    origin = read_run(path).provenance.get("parent")
+    if origin is None or origin["checksums"] != checkpoint_checksums(parent):
+        began = (
+            "was not begun as an extension" if origin is None else f"began with other weights than {parent.path} has"
+        )
+        raise ConfigError(f"{path} {began}: move it away to extend the run as it is now")
 
 
 def differences(parent: Run, epochs: int) -> str | None:
@@ -63,10 +76,12 @@ def differences(parent: Run, epochs: int) -> str | None:
     per_epoch = done // parent.experiment.epochs
     made = sigma_curve(done, per_epoch, aqn)
     scratch = sigma_curve(per_epoch * epochs, per_epoch, aqn)
+    where = f"{parent.experiment.id} seed {parent.seed}"
     if made == scratch[:done]:
-        return None
+        moved = f"{where}: the zones of AQN changed places in the middle of {done} steps, not of {len(scratch)}"
+        return moved if aqn.layers == "zone" else None
     return (
-        f"{parent.experiment.id} seed {parent.seed}: steps 1 to {done} had the sigma of a run of "
+        f"{where}: steps 1 to {done} had the sigma of a run of "
         f"{parent.experiment.epochs} epochs (to {made[-1]:.2g}); steps {done + 1} to {len(scratch)} have that of one "
         f"of {epochs} ({scratch[done]:.2g}, at most {max(scratch[done:]):.2g}, then down to {scratch[-1]:.2g})"
     )

@@ -71,6 +71,7 @@ __all__ = [
     "RunLockedError",
     "State",
     "Status",
+    "checkpoint_checksums",
     "find_runs",
     "read_evaluation",
     "read_metrics",
@@ -90,6 +91,16 @@ class RunLockedError(RuntimeError):
 def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) -> Path:
     """Directory of one run; the hash separates settings that give different results."""
     return root / experiment.id / f"{profile.name}-{result_hash(experiment, profile)}" / f"seed-{seed}"
+
+
+def checkpoint_checksums(run: Run) -> dict[str, str]:
+    """Checksum of each file of a complete run's last checkpoint.
+
+    Raises:
+        DamagedCheckpointError: if the checkpoint cannot be used.
+    """
+    state, _ = read_checkpoint(checkpoint_path(run.path / "checkpoints", run.status.total_steps))
+    return dict(state["checksums"])
 
 
 class RunDirectory:
@@ -144,9 +155,9 @@ class RunDirectory:
         """
         last = parent.status.total_steps
         source = checkpoint_path(parent.path / "checkpoints", last)
-        state, _ = read_checkpoint(source)
+        checksums = checkpoint_checksums(parent)
         origin = {"run": str(parent.path), "experiment": parent.experiment.id, "epochs": parent.experiment.epochs}
-        origin |= {"step": last, "checksums": state["checksums"]}
+        origin |= {"step": last, "checksums": checksums}
         for step in parent.evaluated_steps:
             self.write_evaluation(parent.evaluation(step))
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in parent.metrics))

@@ -66,25 +66,29 @@ def run_command(
     experiments, profile = with_overrides(declared, load_profile(profile_name), assignments)
     tracker, wandb = chosen_trackers(tracker, wandb_project, wandb_online)
     source = provenance()
-    make_runs(
-        [
-            RunRequest(experiment, profile, seed, root, source, tracker, wandb)
-            for seed in parse_seeds(seeds)
-            for experiment in experiments
-        ],
-        workers,
-        ray,
-    )
+    requests = [
+        RunRequest(experiment, profile, seed, root, source, tracker, wandb)
+        for seed in parse_seeds(seeds)
+        for experiment in experiments
+    ]
+    sys.exit(make_runs(requests, workers, ray))
 
 
-def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions | None = None) -> None:
-    """Make the runs, say what became of them, and exit."""
+def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions | None = None) -> int:
+    """Make the runs and say what became of them; returns the exit code.
+
+    Raises:
+        ConfigError, TaskError: before anything is begun, if a task's settings cannot be used.
+    """
     from rich.console import Console
 
     from roundoff.parallel import launched
     from roundoff.scale.local_grid import run_grid
     from roundoff.scale.progress import Progress
+    from roundoff.tasks import load_task
 
+    for task in {request.profile.task.model_dump_json(): request.profile.task for request in requests}.values():
+        load_task(task.name, task.settings)
     threads = max(request.profile.threads for request in requests)
     here = workers or max(1, len(os.sched_getaffinity(0)) // threads)
     progress = Progress(Console(), here)
@@ -107,7 +111,7 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     stopped = [job for job in jobs if job.phase == "interrupted"]
     if leads:
         _tell(failed, stopped)
-    sys.exit(1 if failed else 130 if stopped else 0)
+    return 1 if failed else 130 if stopped else 0
 
 
 def _tell(failed: list[Job], stopped: list[Job]) -> None:
@@ -155,4 +159,4 @@ def extend_command(
         requests.append(RunRequest(experiment, parent.profile, parent.seed, root, source, tracker, wandb))
         if (difference := differences(parent, epochs)) is not None:
             click.echo(f"not a run of {epochs} epochs from scratch: {difference}", err=True)
-    make_runs(requests, workers)
+    sys.exit(make_runs(requests, workers))

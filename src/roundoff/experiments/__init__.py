@@ -11,6 +11,7 @@ from roundoff.experiments.registry import (
     select,
     with_overrides,
 )
+from roundoff.experiments.sweep import variants
 
 __all__ = [
     "Reference",
@@ -22,5 +23,6 @@ __all__ = [
     "profile_names",
     "reference_scores",
     "select",
+    "variants",
     "with_overrides",
 ]

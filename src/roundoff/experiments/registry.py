@@ -109,24 +109,29 @@ def with_overrides(
 
     A setting of the profile begins with `profile.`. An experiment without `[aqn]` (or `[lora]`) is left as it is by an
     override inside that table. Each experiment that changes is given an id that says how, and so is its baseline if
-    that changes too: results under different settings are never mixed.
+    that changes too, and the profile a name: results under different settings are never mixed.
 
     Raises:
         ConfigError: if an assignment is malformed, touches no experiment, or gives a wrong value.
     """
     parsed = [_parse_assignment(text) for text in assignments]
+    scale = profile
     for keys, value in parsed:
         if keys[0] == "profile":
-            profile = _replaced(profile, keys[1:], value, source="--set")
+            scale = _replaced(scale, keys[1:], value, source="--set")
+    if scale != profile and scale.name == profile.name:
+        label = _label([(keys, value) for keys, value in parsed if keys[0] == "profile"])
+        scale = scale.model_copy(update={"name": f"{profile.name}+{label}"})
     renamed: dict[str, str] = {}
     changed: list[Experiment] = []
     for experiment in experiments:
         new = experiment
-        for keys, value in parsed:
-            if keys[0] != "profile" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None):
-                new = _replaced(new, keys, value, source=f"--set, {experiment.id}")
+        for keys, value in _touching(experiment, parsed):
+            new = _replaced(new, keys, value, source=f"--set, {experiment.id}")
         if new != experiment:
-            renamed[experiment.id] = f"{experiment.id}+{_label(experiment, parsed)}"
+            label = _label(_touching(experiment, parsed))
+            renamed[experiment.id] = f"{experiment.id}+{label}"
+            new = new.model_copy(update={"title": f"{new.title} ({label})" if new.title else ""})
         changed.append(new)
     for keys, _ in parsed:
         if keys[0] in OPTIONAL_TABLES and all(getattr(e, keys[0]) is None for e in experiments):
@@ -134,16 +139,20 @@ def with_overrides(
     names = {e.id: renamed.get(e.id, e.id) for e in experiments}
     return [
         e.model_copy(update={"id": names[e.id], "baseline": names.get(e.baseline or "", e.baseline)}) for e in changed
-    ], profile
+    ], scale
 
 
-def _label(experiment: Experiment, parsed: Sequence[tuple[list[str], Any]]) -> str:
-    shown = [
-        f"{keys[-1]}={value}"
+def _touching(experiment: Experiment, parsed: Sequence[tuple[list[str], Any]]) -> list[tuple[list[str], Any]]:
+    """The assignments that concern an experiment: no setting of the profile, and of no table that it lacks."""
+    return [
+        (keys, value)
         for keys, value in parsed
         if keys[0] != "profile" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None)
     ]
-    return ",".join(shown).replace("/", "_").replace(" ", "")
+
+
+def _label(parsed: Sequence[tuple[list[str], Any]]) -> str:
+    return ",".join(f"{keys[-1]}={value}" for keys, value in parsed).replace("/", "_").replace(" ", "")
 
 
 def _parse_assignment(text: str) -> tuple[list[str], Any]:

@@ -60,7 +60,7 @@ class Progress:
 
     def _warn(self, job: Job) -> None:
         """Print the job's new warnings, above the table where there is one."""
-        name = f"{job.request.experiment.id} seed {job.request.seed}"
+        name = f"{_experiment(job)} seed {job.request.seed}"
         for text in job.warnings[self._warned.get(name, 0) :]:
             self._line(f"{name}: warning: {text}")
         self._warned[name] = len(job.warnings)
@@ -82,7 +82,7 @@ class Progress:
         for job, metrics in rows:
             last, total = metrics[-1] if metrics else {}, total_steps(job)
             table.add_row(
-                job.request.experiment.id,
+                _experiment(job),
                 str(job.request.seed),
                 f"[{STYLES[job.phase]}]{job.phase}[/]",
                 ProgressBar(total or 1, last.get("step", 0), width=16),
@@ -96,7 +96,7 @@ class Progress:
         return table
 
     def _say(self, job: Job, metrics: list[dict[str, Any]]) -> None:
-        name = f"{job.request.experiment.id} seed {job.request.seed}"
+        name = f"{_experiment(job)} seed {job.request.seed}"
         phase, step = self._said.get(name, ("queued", -1))
         if job.phase != phase and job.phase == "running":
             self._line(f"{name}: {'resumed' if job.resumed else 'started'}")
@@ -115,6 +115,12 @@ class Progress:
 
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _experiment(job: Job) -> str:
+    """Its id, with the profile where that was changed from the command line."""
+    _, changed, settings = job.request.profile.name.partition("+")
+    return job.request.experiment.id + (f" ({settings})" if changed else "")
 
 
 def total_steps(job: Job) -> int:

@@ -1,0 +1,64 @@
+"""A sweep: every combination of several values of some settings, each beside the declared baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.experiments.registry import load_experiment, with_overrides
+
+OPENING, CLOSING = "[{(", "]})"
+
+
+def variants(
+    experiments: Sequence[Experiment], profile: Profile, assignments: Sequence[str]
+) -> list[tuple[Experiment, Profile]]:
+    """What to run for `assignments` such as `aqn.sigma_start=0.01,0.05`: each combination of the values, once.
+
+    Ids (and names of profiles) say what varies. A baseline that is not among the experiments is taken as it is
+    declared, with each profile: variants are compared with it.
+
+    Raises:
+        ConfigError: if an assignment is malformed, touches no experiment or gives a wrong value, if nothing varies, or
+            if a value is given twice.
+    """
+    choices = [_choices(text) for text in assignments]
+    if all(len(found) == 1 for found in choices):
+        raise ConfigError("a sweep needs a setting with several values, such as --set aqn.sigma_start=0.01,0.05")
+    found: dict[tuple[str, str], tuple[Experiment, Profile]] = {}
+    for combination in product(*choices):
+        changed, scale = with_overrides(experiments, profile, combination)
+        named = {experiment.id for experiment in (*experiments, *changed)}
+        baselines = dict.fromkeys(e.baseline for e in changed if e.baseline and e.baseline not in named)
+        for experiment in (*(load_experiment(name) for name in baselines), *changed):
+            found.setdefault((experiment.id, scale.name), (_titled(experiment, scale), scale))
+    return list(found.values())
+
+
+def _titled(experiment: Experiment, scale: Profile) -> Experiment:
+    """The experiment with what its profile changes in its title, for a table that holds several profiles."""
+    _, changed, settings = scale.name.partition("+")
+    if not changed:
+        return experiment
+    return experiment.model_copy(update={"title": f"{experiment.title} ({settings})"})
+
+
+def _choices(text: str) -> list[str]:
+    """One assignment for each value of `path=value,value`; commas inside brackets and quotes belong to a value."""
+    path, equals, values = text.partition("=")
+    parts, depth, quote = [""], 0, ""
+    for character in values:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        depth += 0 if quote else (character in OPENING) - (character in CLOSING)
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    stripped = [part.strip() for part in parts]
+    if len(set(stripped)) < len(stripped) or (len(stripped) > 1 and not all(stripped)):
+        raise ConfigError(f"--set {path} must give each value once and leave none empty, but is {values!r}")
+    return [f"{path}{equals}{part}" for part in stripped]
