@@ -44,6 +44,9 @@ class _Sent:
     held: RunDirectory | None = None
     """The driver's own hold of the directory, with `sync`."""
     died: list[str] = field(default_factory=list)
+    """What ended each attempt that ended without an outcome."""
+    cut_off: bool = False
+    """Whether something that this attempt sent was lost: what it sends after that is of no use."""
 
 
 def run_on_ray(
@@ -112,7 +115,8 @@ class _Grid:
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
         )
-        self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        lasting = {"max_restarts": -1, "max_task_retries": -1}
+        self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here, **lasting).remote()
         self._task = ray.remote(make_run)
         self._resources = {"num_cpus": options.cpus_per_run, "num_gpus": options.gpus_per_run, "max_retries": 0}
 
@@ -177,7 +181,9 @@ class _Grid:
 
     def _receive(self) -> None:
         """Note what has begun, put files in place, and take in what has ended."""
-        began, mail = self._ray.get(self._desk.collect.remote())
+        flying = [s.reference for s in self._sent if s.reference is not None]
+        ended = set(self._ray.wait(flying, num_returns=len(flying), timeout=0)[0]) if flying else set()
+        began, mail = self._ray.get(self._desk.collect.remote())  # asked after: all that ended tasks have sent is in it
         for number, attempt, parcel in mail:
             self._unpack(self._sent[number], attempt, parcel)
         for sent in self._sent:
@@ -188,16 +194,17 @@ class _Grid:
                 sent.job.phase, sent.job.message, sent.job.began = "running", "", time.monotonic()
             if sent.job.phase == "running":
                 sent.job.seconds = time.monotonic() - sent.job.began
-            if self._ray.wait([sent.reference], timeout=0)[0]:
+            if sent.reference in ended:
                 self._end(sent)
 
     def _unpack(self, sent: _Sent, attempt: int, parcel: list[Any]) -> None:
-        if sent.reference is None or attempt != sent.attempt:
+        if sent.reference is None or attempt != sent.attempt or sent.cut_off:
             return  # from an attempt that was given up
         for reference in parcel:
             try:
                 put(self._ray.get(reference, timeout=60), sent.job.request.path)
             except self._ray.exceptions.RayError:  # its node died with it; the next attempt starts before this change
+                sent.cut_off = True
                 return
 
     def _end(self, sent: _Sent) -> None:
@@ -211,7 +218,9 @@ class _Grid:
             outcome = Outcome("failed", str(error).strip().splitlines()[-1])
         except errors.RayError as error:
             outcome = self._died(sent, type(error).__name__)
-        sent.reference = None
+        if sent.cut_off and outcome.update is not None:
+            outcome = self._died(sent, "its files were lost on the way")
+        sent.reference, sent.cut_off = None, False
         sent.job.warnings += outcome.warnings
         if outcome.update is not None:
             put(outcome.update, sent.job.request.path)
