@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.algorithms.schedule import sigma_curve
@@ -17,9 +16,11 @@ from roundoff.batch import PromptStream
 from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
 from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
 from roundoff.hardware.install import InstalledHardware, install
+from roundoff.models.checkpointing import check_layers
 from roundoff.models.load import LoadedModel, check_readable, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
+from roundoff.optimizer import MasterAdamW
 from roundoff.parallel import ALONE, Ranks
 from roundoff.prompts import encode, text
 from roundoff.run_dir import RunDirectory
@@ -60,7 +61,7 @@ class Session:
     """The model before training; None without a KL penalty, or where the policy has adapters to disable."""
     task: Task
     stream: PromptStream
-    optimizer: torch.optim.Optimizer
+    optimizer: MasterAdamW
     sigmas: list[float]
     """AQN's sigma of each step (zero throughout without AQN)."""
     scan: LayerScan | None = None
@@ -164,6 +165,8 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     if scan is None and experiment.needs_scan:
         scan = experiment_scan(experiment, _load(profile), task, seed)
     policy = load_policy(experiment, profile, seed, scan=scan)
+    if training.gradient_checkpointing:
+        check_layers(policy.model)
     check_prompts(policy.loaded, (*offered, *task.test()))
     problems = _within_length(offered, policy.loaded, profile)
     _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
@@ -173,13 +176,7 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     reference = None
     if algorithm.kl_coefficient > 0 and policy.adapters is None:
         reference = _load_on_hardware(experiment, profile, seed, scan)[0].model.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        list(policy.trainable.values()),
-        lr=learning_rate(experiment, profile),
-        betas=training.betas,
-        weight_decay=training.weight_decay,
-        foreach=True,
-    )
+    optimizer = MasterAdamW(policy.trainable, learning_rate(experiment, profile), training)
     stream = PromptStream(problems, key.fold("data"))
     session = Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan)
     if experiment.aqn is not None:
@@ -297,10 +294,7 @@ def _check_enough(count: int, said: str, algorithm: Algorithm, training: Trainin
 def save(session: Session, run_dir: RunDirectory, step: int) -> None:
     """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
     trained = session.trainable
-    moments: dict[str, Tensor] = {
-        f"{name}/{field}": value for name, p in trained.items() for field, value in session.optimizer.state[p].items()
-    }
-    tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": moments}
+    tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": session.optimizer.tensors()}
     state = {"position": session.position, "base": session.policy.base}
     run_dir.save_checkpoint(step, tensors, state, keep=session.profile.training.keep_checkpoints)
 
@@ -314,10 +308,7 @@ def restore(session: Session, checkpoint: Checkpoint) -> int:
     """
     _check_base(session.policy, checkpoint)
     put_weights(session.policy, checkpoint)
-    trained = session.trainable
-    for path, value in checkpoint.tensors["optimizer"].items():
-        name, _, field = path.rpartition("/")
-        session.optimizer.state[trained[name]][field] = value
+    session.optimizer.put(checkpoint.tensors["optimizer"])
     session.position = checkpoint.state["position"]
     return checkpoint.step
 

@@ -29,6 +29,7 @@ from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
 from roundoff.logprobs import token_logprobs
+from roundoff.models.checkpointing import checkpointed
 from roundoff.models.dropout import dropout_on
 from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
@@ -222,10 +223,9 @@ def _update(session: Session, step: int, batch: Batch) -> Metrics:
     for _ in range(session.algorithm.optimizer_epochs):
         for (part, advantages, normalizer), before in zip(parts, old, strict=True):
             output, entropy = _minibatch_loss(session, step, part, advantages, normalizer, before)
-            session.ranks.sum_gradients(session.trainable.values())
-            norm = torch.nn.utils.clip_grad_norm_(
-                list(session.trainable.values()), session.profile.training.gradient_clip
-            )
+            moved = list(session.optimizer.masters.values())
+            session.ranks.sum_gradients(moved)
+            norm = torch.nn.utils.clip_grad_norm_(moved, session.profile.training.gradient_clip)
             if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
                 raise NonFiniteLossError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
             session.optimizer.step()
@@ -271,7 +271,7 @@ def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor,
 
 def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [n, t] of the responses, every matrix product and dropout mask drawn by `key`."""
-    with dropout_on(model):
+    with dropout_on(model), checkpointed(model, session.profile.training.gradient_checkpointing):
         return token_logprobs(
             model,
             part.tokens,
@@ -334,6 +334,7 @@ def _minibatch_loss(
             weights=None if before.weights is None else before.weights[rows],
         )
         output.loss.backward()  # type: ignore[no-untyped-call]
+        session.optimizer.collect()
         outputs.append(replace(output, loss=output.loss.detach()))
         entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
     everywhere = session.ranks.gather((outputs, entropy))

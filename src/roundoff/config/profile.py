@@ -17,6 +17,8 @@ class Training(Settings):
     """Optimizer steps on each batch of rollouts."""
     micro_batch: Whole = 0
     """Rollouts in one forward and backward pass (0: a whole minibatch); changes memory, not the result."""
+    gradient_checkpointing: bool = False
+    """Compute each decoder layer again in the backward pass; less memory, more time, the same bits."""
     learning_rate: Positive
     lora_learning_rate: Positive
     warmup_steps: Whole = 0

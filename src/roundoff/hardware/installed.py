@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,6 +142,32 @@ class InstalledHardware:
         self.runtime.shared = None
         for switch in self.switches:
             setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """A block, to be entered once and later, in which products draw as they would at this call.
+
+        For gradient checkpointing, which computes a layer again: same key and row ids, or the same call counters, and
+        the hardware on or off as it is now.
+        """
+        runtime = self.runtime
+        draw, keyed, on = runtime.draw, runtime.keyed, runtime.on
+        calls = dict(runtime.calls) if draw is None else runtime.calls
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            before = runtime.draw, runtime.keyed, runtime.calls
+            was_on = runtime.on
+            runtime.draw, runtime.keyed, runtime.calls = draw, keyed and draw is not None, calls
+            if on != was_on:
+                self.switch(on)
+            try:
+                yield
+            finally:
+                runtime.draw, runtime.keyed, runtime.calls = before
+                if on != was_on:
+                    self.switch(was_on)
+
+        return entered()
 
 
 def _where(entries: Sequence[Entry]) -> str:

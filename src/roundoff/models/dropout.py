@@ -9,7 +9,7 @@ dropout.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,27 @@ class DropoutDraws:
     rows: Tensor | None = None
     """[N, S] int64: identity of each token of the pass."""
     on: bool = False
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """A block, to be entered once and later, in which draws are made as they would be at this call."""
+        then = self.key, self.rows, self.on
+
+        @contextmanager
+        def entered() -> Iterator[None]:
+            before = self.key, self.rows, self.on
+            self.key, self.rows, self.on = then
+            try:
+                yield
+            finally:
+                self.key, self.rows, self.on = before
+
+        return entered()
+
+
+def draws_of(model: nn.Module) -> DropoutDraws | None:
+    """What the dropout of a model draws by; None on a model without it."""
+    found: DropoutDraws | None = model.__dict__.get(MARK)
+    return found
 
 
 class KeyedDropout(nn.Module):
@@ -64,7 +85,7 @@ class KeyedDropout(nn.Module):
 @contextmanager
 def dropout_on(model: nn.Module) -> Iterator[None]:
     """Dropout in force inside, for the passes of an update; nothing on a model without it."""
-    draws: DropoutDraws | None = model.__dict__.get(MARK)
+    draws = draws_of(model)
     if draws is None:
         yield
         return
@@ -78,7 +99,7 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def dropout_draws(model: nn.Module, key: Key, rows: Tensor | None) -> Iterator[None]:
     """Dropout inside draws by `key` and row ids [N, S]; nothing on a model without it."""
-    draws: DropoutDraws | None = model.__dict__.get(MARK)
+    draws = draws_of(model)
     if draws is None:
         yield
         return
