@@ -17,6 +17,7 @@ from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
 from roundoff.commands.sweep import sweep_command
 from roundoff.commands.tensorboard import tensorboard_command
+from roundoff.commands.verl import verl_config_command
 from roundoff.config import nearest
 from roundoff.errors import is_expected
 
@@ -60,6 +61,7 @@ for command in (
     runs_command,
     tensorboard_command,
     scan_command,
+    verl_config_command,
     build_tiny_command,
 ):
     cli.add_command(command)

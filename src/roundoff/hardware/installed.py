@@ -195,12 +195,16 @@ def _describe(entry: Entry) -> str:
 
 
 def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """Names of the parameters of the named modules that hold NaN or Inf; names are without what PEFT adds to them."""
+    """Names of the parameters of the named modules that hold NaN or Inf; names are without what PEFT adds to them.
+
+    Parameters without values (on torch's meta device) are passed over.
+    """
     plain = ((*name.rpartition(".")[::2], parameter) for name, parameter in model.named_parameters())
     return tuple(
         f"{plain_name(module)}.{name}"
         for module, name, parameter in plain
-        if plain_name(module) in names and not bool(parameter.detach().isfinite().all())
+        if plain_name(module) in names and not parameter.is_meta and not bool(parameter.detach().isfinite().all())
+    )
     )
 
 

@@ -1,0 +1,69 @@
+"""`roundoff verl-config`: the command that runs an experiment under verl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from roundoff.commands.options import profile_option, set_option
+from roundoff.config import ConfigError
+
+
+@click.command("verl-config")
+@click.argument("name")
+@profile_option
+@set_option
+@click.option("--seed", default=0, show_default=True, help="Of the noise, AQN and the order of the data.")
+@click.option(
+    "--train", type=click.Path(path_type=Path), help="Parquet file in verl's form. [default: DATA/train.parquet]"
+)
+@click.option("--val", type=click.Path(path_type=Path), help="The same for evaluations. [default: DATA/val.parquet]")
+@click.option("--data", type=click.Path(path_type=Path), default=Path("data"), show_default=True)
+@click.option("--write-data", is_flag=True, help="Write the task's problems into the directory DATA (needs pyarrow).")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="For checkpoints. [default: runs/verl/NAME/PROFILE/seed-N]"
+)
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Accelerators of each node.")
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
+def verl_config_command(
+    name: str,
+    profile_name: str,
+    assignments: Sequence[str],
+    seed: int,
+    train: Path | None,
+    val: Path | None,
+    data: Path,
+    write_data: bool,
+    out: Path | None,
+    devices: int,
+    nodes: int,
+) -> None:
+    """Print the complete command that runs experiment NAME under verl 0.9.1. Nothing is trained."""
+    from roundoff.experiments import load_profile, select, with_overrides
+    from roundoff.scale.verl_plugin.command import Resources, command
+    from roundoff.scale.verl_plugin.parquet import write_problems
+
+    experiments, profile = with_overrides(select([name]), load_profile(profile_name), assignments)
+    if len(experiments) != 1:
+        raise ConfigError(f"{name!r} names {len(experiments)} experiments: a command runs one of them")
+    if write_data and (train or val):
+        raise ConfigError("--write-data writes DATA/train.parquet and DATA/val.parquet: leave out --train and --val")
+    experiment = experiments[0]
+    resources = Resources(
+        train=(train or data / "train.parquet").absolute(),
+        val=(val or data / "val.parquet").absolute(),
+        out=(out or Path("runs") / "verl" / experiment.id / profile.name / f"seed-{seed}").absolute(),
+        devices=devices,
+        nodes=nodes,
+    )
+    text = command(experiment, profile, seed, resources)
+    if write_data:
+        from roundoff.tasks import TASKS
+
+        write_problems(TASKS[profile.task.name](profile.task.settings), data)
+    for path in (resources.train, resources.val):
+        if not path.is_file():
+            click.secho(f"note: {path} does not exist yet", fg="yellow", err=True)
+    click.echo(text)

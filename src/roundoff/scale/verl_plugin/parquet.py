@@ -1,0 +1,38 @@
+"""A task's problems as the parquet files that verl reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from roundoff.extras import require
+from roundoff.tasks.base import Problem, Task
+
+
+def write_problems(task: Task, directory: Path) -> tuple[Path, Path]:
+    """Paths of `train.parquet` and `val.parquet`, written into `directory`.
+
+    Raises:
+        ConfigError: if pyarrow is not installed.
+    """
+    pa, pq = require("pyarrow", "verl"), require("pyarrow.parquet", "verl")
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = directory / "train.parquet", directory / "val.parquet"
+    for path, split, problems in zip(paths, ("train", "test"), (task.train(), task.test()), strict=True):
+        temporary = path.with_suffix(".tmp")
+        pq.write_table(pa.Table.from_pylist(_rows(task.name, split, problems)), temporary)
+        temporary.replace(path)
+    return paths
+
+
+def _rows(source: str, split: str, problems: Sequence[Problem]) -> list[dict[str, object]]:
+    return [
+        {
+            "data_source": f"roundoff/{source}",
+            "prompt": [{"role": "user", "content": problem.prompt}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": problem.answer},
+            "extra_info": {"index": index, "split": split, "id": problem.id},
+        }
+        for index, problem in enumerate(problems)
+    ]
