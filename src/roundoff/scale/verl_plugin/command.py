@@ -125,6 +125,7 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     yield f"{model}.path={quoted(path)}"
     if tiny:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
+        yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
     whole = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
     yield f"{model}.use_remove_padding={not whole}"
     if profile.device == "cpu":

@@ -1,8 +1,9 @@
 """A platform for verl without accelerators: `VERL_PLATFORM=cpu`, for checks of a whole run on a CPU.
 
 Ray is told that there are GPUs (`+ray_kwargs.ray_init.num_gpus=N`, logical ones), because verl places its workers by
-them. Process groups use gloo. One function of verl is replaced: it would ask torch for the backends
-`cpu:gloo,cpu:gloo`, which torch refuses because the device is named twice.
+them. Process groups use gloo. Two names in verl are replaced: the function that would ask torch for the backends
+`cpu:gloo,cpu:gloo`, which torch refuses because the device is named twice; and, in the FSDP engine, the policy that
+moves a reference model's weights to pinned memory, which torch has only beside an accelerator.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def device_namespace() -> ModuleType:
     for name in ("max_memory_allocated", "max_memory_reserved", "memory_allocated", "memory_reserved"):
         namespace.__dict__[name] = _zero
     namespace.__dict__.update(
+        get_device_name=_name,
         mem_get_info=_no_memory,
         manual_seed=torch.manual_seed,
         manual_seed_all=torch.manual_seed,
@@ -42,6 +44,10 @@ def _nothing(*_: Any) -> None:
 
 def _zero(*_: Any) -> int:
     return 0
+
+
+def _name(*_: Any) -> str:
+    return "CPU"  # as verl's table of devices calls it
 
 
 def _no_memory(*_: Any) -> tuple[int, int]:
@@ -143,3 +149,14 @@ def register() -> None:
     distributed.initialize_global_process_group_ray = functools.partial(
         distributed.initialize_global_process_group_ray, backend="cpu:gloo"
     )
+
+
+def register_engine() -> None:
+    """Keep the weights of a reference model where they are; they lie in the CPU's memory as it is."""
+    from verl.workers.engine.fsdp import transformer_impl
+
+    transformer_impl.CPUOffloadPolicy = _no_offload
+
+
+def _no_offload(pin_memory: bool = True) -> None:
+    """In the place of FSDP2's policy object: none."""

@@ -18,7 +18,6 @@ from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from roundoff.config import ConfigError
-from roundoff.scale.verl_plugin.cpu_server import RolloutServer
 
 NAME = "roundoff"
 """Name of the rollout backend."""
@@ -34,6 +33,9 @@ class CpuReplica(RolloutReplica):  # type: ignore[misc]
 
     async def launch_servers(self) -> None:
         """Start the server and wait until its model is on the hardware."""
+        # Not at the top: in the server's process that module comes first, and imports verl, which imports this one.
+        from roundoff.scale.verl_plugin.cpu_server import RolloutServer
+
         _check_world_size(self.config)
         server = (
             ray.remote(RolloutServer)
@@ -47,7 +49,7 @@ class CpuReplica(RolloutReplica):  # type: ignore[misc]
         )
         self.servers.append(server)
         self._server_handle = server
-        self._server_address = await server.address.remote()
+        self._server_address = await server.address.remote()  # type: ignore[attr-defined]
 
 
 class ServerAdapter(BaseRollout):  # type: ignore[misc]

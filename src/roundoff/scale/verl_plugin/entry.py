@@ -32,14 +32,16 @@ def activate() -> bool:
         cpu_platform.register()
     from verl.plugin.platform import get_platform
 
-    from roundoff.scale.verl_plugin import engine, trainer
+    from roundoff.scale.verl_plugin import engine, plain_prompts, trainer
 
     platform = get_platform()
     engine.register(platform.device_name, platform.vendor_name)
     trainer.register()
+    assert plain_prompts.NAME  # its import has registered it
     if on_cpu:
         from roundoff.scale.verl_plugin import cpu_rollout
 
+        cpu_platform.register_engine()
         cpu_rollout.register()
     return True
 
