@@ -25,6 +25,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from roundoff.algorithms.schedule import sigma_curve
 from roundoff.config import ConfigError
 from roundoff.scale.verl_plugin.engine import STEP, engine_reports
+from roundoff.scale.verl_plugin.reports import check_reports
 from roundoff.scale.verl_plugin.settings import PluginSettings, from_environment
 
 MODE = "roundoff"
@@ -115,31 +116,6 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         temporary = directory / "roundoff.json.tmp"
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
         temporary.replace(directory / "roundoff.json")
-
-
-def check_reports(reports: dict[str, list[Any]], settings: PluginSettings) -> None:
-    """Every process must compute on the hardware of these settings.
-
-    Rollout servers that do not report (None: vLLM's) have compared the fingerprint themselves and raised otherwise.
-
-    Raises:
-        ConfigError: naming the processes that do not, and what to do.
-    """
-    wrong = [f"worker {n} has no engine" for n, engines in enumerate(reports["engines"]) if not engines]
-    for engine in (report for engines in reports["engines"] for report in engines):
-        if engine["fingerprint"] != settings.fingerprint:
-            wrong.append(f"{engine['role']} (engine {engine.get('engine', 'of other settings')})")
-    for n, rollout in enumerate(reports["rollouts"]):
-        if rollout is not None and rollout["fingerprint"] != settings.fingerprint:
-            wrong.append(f"rollout server {n}")
-    if not reports["engines"] or not reports["rollouts"]:
-        wrong.append("no actor or no rollout server was found")
-    if wrong:
-        raise ConfigError(
-            f"these processes do not compute on this run's hardware: {'; '.join(wrong)}. Forward "
-            "VERL_USE_EXTERNAL_MODULES and ROUNDOFF_VERL_SETTINGS to every process (`roundoff verl-config` prints the "
-            "arguments), and use the strategy fsdp or fsdp2"
-        )
 
 
 def register() -> None:
