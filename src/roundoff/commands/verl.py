@@ -60,9 +60,9 @@ def verl_config_command(
     )
     text = command(experiment, profile, seed, resources)
     if write_data:
-        from roundoff.tasks import TASKS
+        from roundoff.tasks import load_task
 
-        write_problems(TASKS[profile.task.name](profile.task.settings), data)
+        write_problems(load_task(profile.task.name, profile.task.settings), data)
     for path in (resources.train, resources.val):
         if not path.is_file():
             click.secho(f"note: {path} does not exist yet", fg="yellow", err=True)

@@ -205,7 +205,6 @@ def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
         for module, name, parameter in plain
         if plain_name(module) in names and not parameter.is_meta and not bool(parameter.detach().isfinite().all())
     )
-    )
 
 
 def installed(model: nn.Module) -> InstalledHardware | None:

@@ -19,7 +19,7 @@ class Sync:
     """One weight sync and the noise of the rollouts that follow it."""
 
     step: int
-    """Training step, counted from 0, whose rollouts these weights make."""
+    """Training step, counted from 1, whose rollouts these weights make."""
     sigma: float
     """0: no noise."""
     clean: str

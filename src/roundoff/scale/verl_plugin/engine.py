@@ -29,7 +29,7 @@ from roundoff.scale.verl_plugin.rows import packed_rows, padded_rows
 from roundoff.scale.verl_plugin.settings import PluginSettings, from_environment
 
 STEP = "roundoff_step"
-"""Name under which the trainer sends the training step (from 0) with each batch."""
+"""Name under which the trainer sends the training step (from 1) with each batch."""
 
 
 class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]

@@ -29,10 +29,17 @@ def _rows(source: str, split: str, problems: Sequence[Problem]) -> list[dict[str
     return [
         {
             "data_source": f"roundoff/{source}",
-            "prompt": [{"role": "user", "content": problem.prompt}],
+            "prompt": _conversation(problem),
             "ability": "math",
             "reward_model": {"style": "rule", "ground_truth": problem.answer},
             "extra_info": {"index": index, "split": split, "id": problem.id},
         }
         for index, problem in enumerate(problems)
     ]
+
+
+def _conversation(problem: Problem) -> list[dict[str, str]]:
+    """The turns that verl puts through the model's chat template."""
+    if problem.messages:
+        return [{"role": message.role, "content": message.content} for message in problem.messages]
+    return [{"role": "user", "content": problem.prompt}]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from roundoff.tasks import TASKS
+from roundoff.tasks import load_task
 from roundoff.tasks.base import Problem, Task
 
 
@@ -29,4 +29,4 @@ def compute_score(
 
 @cache
 def _task(name: str, settings: str) -> Task:
-    return TASKS[name](json.loads(settings))
+    return load_task(name, json.loads(settings))

@@ -2,7 +2,7 @@
 
 - Before the first weights are sent, every actor, reference and rollout process must report that it computes on the
   hardware of this run's settings. One that does not stops the run: nothing goes on without its hardware.
-- Each weight sync is announced with the step whose rollouts it is for, counted from 0, and AQN's sigma there. verl
+- Each weight sync is announced with the step whose rollouts it is for, counted from 1, and AQN's sigma there. verl
   syncs once before the first step and once after each; the last sync precedes no rollouts and is silent.
 - An evaluation, the one before training included, is announced too: rollout processes take the noise off for it.
 - Each batch carries its step to the engines, which key their noise by it.
@@ -71,26 +71,26 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         super().on_validate_end()
 
     def _announce(self) -> None:
-        self._tell_rollouts("roundoff_announce", self.global_steps, self._sigma(self.global_steps))
+        self._tell_rollouts("roundoff_announce", self.global_steps + 1, self._sigma(self.global_steps + 1))
 
     def _sigma(self, step: int) -> float:
-        """AQN's sigma for the rollouts of a step, from 0; 0 behind the last step."""
-        return self._sigmas[step] if step < len(self._sigmas) else 0.0
+        """AQN's sigma for the rollouts of a step (from 1); 0 behind the last step."""
+        return self._sigmas[step - 1] if step <= len(self._sigmas) else 0.0
 
     def _consume_sync_metrics(self) -> dict[str, Any]:
         """verl's metrics of the sync, with the sigma of the rollouts that the step just done was trained on."""
-        return {**super()._consume_sync_metrics(), "roundoff/aqn_sigma": self._sigma(self.global_steps - 1)}
+        return {**super()._consume_sync_metrics(), "roundoff/aqn_sigma": self._sigma(self.global_steps)}
 
     def _compute_old_log_prob(self, batch: Any, metrics: Any) -> Any:
-        batch.extra_info[STEP] = self.global_steps - 1
+        batch.extra_info[STEP] = self.global_steps
         return super()._compute_old_log_prob(batch, metrics=metrics)
 
     def _compute_ref_log_prob(self, batch: Any, metrics: Any) -> Any:
-        batch.extra_info[STEP] = self.global_steps - 1
+        batch.extra_info[STEP] = self.global_steps
         return super()._compute_ref_log_prob(batch, metrics=metrics)
 
     def _update_actor(self, batch: Any, metrics: Any) -> Any:
-        batch.extra_info[STEP] = self.global_steps - 1
+        batch.extra_info[STEP] = self.global_steps
         return super()._update_actor(batch, metrics=metrics)
 
     def _tell_rollouts(self, method: str, *arguments: Any) -> list[Any]:
