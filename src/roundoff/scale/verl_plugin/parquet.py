@@ -15,7 +15,7 @@ def write_problems(task: Task, directory: Path) -> tuple[Path, Path]:
     Raises:
         ConfigError: if pyarrow is not installed.
     """
-    pa, pq = require("pyarrow", "verl"), require("pyarrow.parquet", "verl")
+    pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.parquet", directory / "val.parquet"
     for path, split, problems in zip(paths, ("train", "test"), (task.train(), task.test()), strict=True):
