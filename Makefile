@@ -34,5 +34,21 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks examples
 	$(BIN)/ruff check --fix src tests benchmarks examples
 
+# verl pins versions of its own, so it has an environment of its own (2 GB).
+VERL_VENV := .venv-verl
+VERL_STAMP := $(VERL_VENV)/.installed
+
+.PHONY: verl-env test-verl
+
+$(VERL_STAMP): pyproject.toml constraints-verl.txt
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt -e '.[verl]' pytest
+	touch $@
+
+verl-env: $(VERL_STAMP)
+
+test-verl: $(VERL_STAMP)
+	$(VERL_VENV)/bin/python -m pytest -m verl tests/scale/verl
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VERL_VENV) build dist

@@ -324,3 +324,13 @@ def test_models_with_other_attention_are_refused(tokenizer):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
         draw(model, tokenizer)
+
+
+def test_token_ids_are_taken_as_they_are(tokenizer, model):
+    tokens = tokenizer(PROMPTS, padding=False)["input_ids"]
+    by_text = draw(model, tokenizer, PROMPTS)
+    by_tokens = draw(model, tokenizer, tokens)
+    torch.testing.assert_close(by_tokens.tokens, by_text.tokens, rtol=0, atol=0)
+    assert by_tokens.texts == by_text.texts
+    with pytest.raises(ValueError, match="all be lists of token ids"):
+        draw(model, tokenizer, [PROMPTS[0], tokens[0]])

@@ -72,7 +72,7 @@ class _Settings:
 def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Asked],
+    prompts: Sequence[Asked] | Sequence[list[int]],
     *,
     group_size: int,
     max_new_tokens: int,
@@ -88,7 +88,8 @@ def sample(
     Args:
         model: called as it is, with its hardware, in evaluation mode (its mode is restored).
         tokenizer: encodes the prompts; its end token and those of the model's `generation_config` end a response.
-        prompts: any number of texts or problems, equal ones included; `roundoff.prompts` says how they are put.
+        prompts: any number of texts or problems, equal ones included; `roundoff.prompts` says how they are put. Lists
+            of token ids are taken as they are.
         group_size: rollouts of each prompt.
         max_new_tokens: length limit of a response, end token included (tokens).
         temperature: 0 takes the most likely token.
@@ -322,12 +323,19 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Asked], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Asked] | Sequence[list[int]],
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """Token ids of each prompt."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be one or more texts in a list, but is {prompts!r}")
-    encoded = encode(tokenizer, prompts)
+    given = [prompt for prompt in prompts if isinstance(prompt, list)]
+    asked = [prompt for prompt in prompts if not isinstance(prompt, list)]
+    if given and asked:
+        raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
+    encoded = given or encode(tokenizer, asked)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for number, tokens in enumerate(encoded):
         if not tokens:
