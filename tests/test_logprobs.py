@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from roundoff.config import Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
@@ -70,7 +71,7 @@ def test_quantized_hardware_is_sampled_as_it_trains(tokenizer):
     assert (logprobs - rollouts.logprobs).abs().median() < 1e-4
 
 
-@pytest.mark.parametrize("chunk", [7, 4096])
+@pytest.mark.parametrize("chunk", [7, None])
 def test_log_probabilities_entropy_and_gradients_are_those_of_plain_torch(tokenizer, chunk):
     model = make()
     rollouts = draw(model, tokenizer, temperature=0.8)
@@ -97,14 +98,35 @@ def test_log_probabilities_entropy_and_gradients_are_those_of_plain_torch(tokeni
 
 
 def test_logits_are_computed_for_response_tokens_alone(model, tokenizer):
-    rollouts = draw(model, tokenizer)
+    rollouts = draw(model, tokenizer, group_size=1)
+    T = rollouts.response_mask.shape[1]
     seen = []
     handle = model.lm_head.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape)))
     try:
-        token_logprobs(model, rollouts.tokens, rollouts.attention_mask, 12, temperature=1.0)
+        token_logprobs(model, rollouts.tokens, rollouts.attention_mask, T, temperature=1.0)
+        assert seen.pop() == (5, T, 16)
+        token_logprobs(model, rollouts.tokens, rollouts.attention_mask, T, temperature=1.0, chunk=9)
+        assert seen.pop(0) == (1, 1, 16)  # the trial, by the model and then by its output layer alone
+        assert seen.pop(0) == (1, 1, 16)
+        assert seen == [*[(9, 16)] * (5 * T // 9), *([(5 * T % 9, 16)] if 5 * T % 9 else [])]
     finally:
         handle.remove()
-    assert seen == [(20, 12, 16)]
+
+
+def test_logits_that_are_capped_are_never_computed_in_parts(tokenizer):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(
+        **sizes, num_key_value_heads=2, head_dim=8, vocab_size=16, initializer_range=0.4, final_logit_softcapping=2.0
+    )
+    config.pad_token_id, config.eos_token_id, config.bos_token_id = 0, 1, None
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    rollouts = draw(model, tokenizer)
+    arguments = model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1]
+    whole, parts = (token_logprobs(*arguments, temperature=1.0, chunk=chunk)[0] for chunk in (None, 7))
+    torch.testing.assert_close(whole, parts, **ROUNDING)
+    config.final_logit_softcapping = None
+    assert (token_logprobs(*arguments, temperature=1.0)[0] - whole).abs().max() > 1e-3  # the cap is felt
 
 
 def test_columns_that_are_padding_throughout_are_skipped_and_come_back_as_zeros(model, tokenizer):

@@ -18,9 +18,10 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make()
+@pytest.fixture(scope="module", params=[32, 64], ids=["own pass", "fused pass"])
+def model(request):
+    """Heads of 8 numbers are sampled by the model's own pass, heads of 16 by the fused one."""
+    return make(hidden_size=request.param)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,9 @@ def model():
         ("llama", {"attn_implementation": "eager"}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),  # layers of both kinds
         ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+        ("qwen2", {"hidden_size": 64}),
+        ("llama", {"hidden_size": 128, "num_key_value_heads": 4, "attention_bias": True}),
+        ("qwen2", {"hidden_size": 64, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
     ],
 )
 def test_greedy_text_is_that_of_generate(tokenizer, kind, changes):
@@ -144,16 +148,17 @@ def test_the_same_key_gives_the_same_rollouts_and_another_one_others(model, toke
     assert draw(model, tokenizer).texts != draw(model, tokenizer, key=KEY.fold(1)).texts
 
 
+@pytest.mark.parametrize("size", [32, 64], ids=["own pass", "fused pass"])
 @pytest.mark.parametrize("noisy", [False, True])
-def test_a_batch_split_sorted_or_thinned_out_differently_gives_the_same_text(tokenizer, noisy, monkeypatch):
-    model = make()
+def test_a_batch_split_sorted_or_thinned_out_differently_gives_the_same_text(tokenizer, noisy, size, monkeypatch):
+    model = make(hidden_size=size)
     if noisy:
         install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.05)), seed=0)
     whole = draw(model, tokenizer)
     assert len({*whole.texts}) > 10
     same(draw(model, tokenizer, max_rows=3), whole)
     for share in (0.0, 1.1):  # leave the batch at once / never
-        monkeypatch.setattr("roundoff.sampler.COMPACT_SHARE", share)
+        monkeypatch.setattr("roundoff.decoding.COMPACT_SHARE", share)
         same(draw(model, tokenizer), whole)
     ids = torch.arange(20).view(5, 4)
     alone = [draw(model, tokenizer, [PROMPTS[i]], rollout_ids=ids[i]) for i in (0, 1, 2, 3, 4)]
@@ -162,8 +167,8 @@ def test_a_batch_split_sorted_or_thinned_out_differently_gives_the_same_text(tok
     assert backwards.select(ids.flip(0).flatten()).texts == whole.texts
 
 
-def test_equal_prompts_share_a_prefill_and_still_differ(model, tokenizer):
-    seen = []
+def test_equal_prompts_share_a_prefill_and_still_differ(tokenizer):
+    model, seen = make(), []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
     try:
         rollouts = draw(model, tokenizer)
@@ -182,8 +187,8 @@ def test_shared_prefills_give_the_log_probabilities_of_a_plain_pass(model, token
         torch.testing.assert_close(plain_logprobs(model, rollouts, 1.0)[0], rollouts.logprobs, **ROUNDING)
 
 
-def test_ended_rollouts_leave_the_batch(model, tokenizer):
-    rows = []
+def test_ended_rollouts_leave_the_batch(tokenizer):
+    model, rows = make(), []
     handle = model.model.layers[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
     try:
         rollouts = draw(model, tokenizer, group_size=16)
@@ -249,8 +254,9 @@ def test_top_k_of_one_is_greedy(model, tokenizer):
     assert draw(model, tokenizer, top_p=1e-6).texts == greedy.texts
 
 
-def test_output_that_is_not_finite_ends_the_rollout_and_nothing_else(tokenizer):
-    model = make()
+@pytest.mark.parametrize("size", [32, 64], ids=["own pass", "fused pass"])
+def test_output_that_is_not_finite_ends_the_rollout_and_nothing_else(tokenizer, size):
+    model = make(hidden_size=size)
     healthy = draw(model, tokenizer)
     with torch.no_grad():
         model.model.embed_tokens.weight[8] = math.nan  # the token "6": whoever writes it is lost

@@ -6,8 +6,10 @@ length from the first step. This one is allocated at its final length and shows 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
@@ -58,6 +60,13 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 used[holes] = used[tails]
             setattr(self, name, storage.narrow(0, 0, rows))
 
+    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+        """Copy the columns in use of rows `source` to rows `target`."""
+        if self.length:
+            for storage in (self.keys, self.values):
+                used = storage.narrow(2, 0, self.length)
+                used[target] = used[source]
+
     def get_seq_length(self) -> int:
         """Columns in use."""
         return self.length
@@ -87,8 +96,47 @@ def _repeated(storage: Tensor, length: int, counts: Tensor, capacity: int) -> Te
     return copies
 
 
+@dataclass(eq=False, slots=True)
+class SharedCache:
+    """Prompts that several rows share, and the columns after them of each; row i of the batch is found by index.
+
+    Nothing is copied where rows begin or end, only where one becomes several. For attention that reads by index
+    (`fused_decoder.py`).
+    """
+
+    prompts: KVCache
+    """One row for each distinct prompt."""
+    own: KVCache
+    capacity: int
+    """Rows of `own`: the most there can be."""
+    prompt_row: Tensor
+    """[n] row of the prompt in `prompts`."""
+    own_row: Tensor
+    """[n] row in `own`; distinct."""
+
+    def descend(self, parent: Tensor) -> None:
+        """Row i now goes on from what row `parent[i]` was; `parent` [n'] ascends, and rows not in it are gone.
+
+        The first row that follows a parent takes over its columns, the others get copies.
+        """
+        first = torch.ones_like(parent, dtype=torch.bool)
+        torch.ne(parent[1:], parent[:-1], out=first[1:])
+        rows = self.own_row[parent]
+        others = (~first).nonzero()[:, 0]
+        if len(others):
+            free = torch.ones(self.capacity, dtype=torch.bool)
+            free[rows[first]] = False
+            places = free.nonzero()[: len(others), 0]
+            for layer in self.own.stack:
+                layer.copy_rows(rows[others], places)
+            rows[others] = places
+        self.own_row, self.prompt_row = rows, self.prompt_row[parent]
+
+
 class KVCache(Cache):
     """One `KVCacheLayer` for each decoder layer."""
+
+    stack: list[KVCacheLayer]
 
     def __init__(self, layers: int, capacity: int) -> None:
         self.stack = [KVCacheLayer(capacity) for _ in range(layers)]

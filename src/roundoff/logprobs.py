@@ -1,11 +1,14 @@
 """Log-probabilities of given responses: the pass that training differentiates.
 
 Positions, masks and row ids are those of sampling (`masks.py`), so that on clean arithmetic the result equals what the
-sampler recorded up to float32 rounding, and on noisy hardware too, given the sampler's key.
+sampler recorded up to float32 rounding, and on noisy hardware too, given the sampler's key. Where nothing draws,
+rollouts of one prompt share its pass (`packing.py`).
 
-**Memory.** Logits exist for response tokens alone, `[N, T, V]` in the model's dtype, once; prompt tokens and the last
-token never reach `lm_head`. The log-softmax is computed over `chunk` tokens at a time, and its backward pass writes one
-more `[N, T, V]`, the gradient. To hold less, pass fewer rollouts at a time.
+**Memory.** Prompt tokens and the last token never reach the output layer. Where the logits of all response tokens are
+more than `LOGIT_BYTES`, the output layer itself is computed for some tokens at a time, and again in the backward pass:
+what stays is one hidden vector a token. Models that do more to their logits than one matrix product (soft caps, scales)
+are found out by comparing bits on one token, and keep `[K, V]` logits and their gradient; so do noisy output layers,
+whose draws belong to a pass as a whole.
 """
 
 from __future__ import annotations
@@ -15,17 +18,19 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from roundoff.hardware.install import installed, noise_key
-from roundoff.masks import AttentionPattern, left_padding, positions
-from roundoff.models.dropout import dropout_draws
+from roundoff.hardware.linear import HardwareLinear
+from roundoff.masks import AttentionPattern
+from roundoff.models.dropout import dropout_draws, is_dropping
 from roundoff.numerics.rng import Key
+from roundoff.packing import Layout, packed, plain
 
-CHUNK_TOKENS = 4096
-"""Response tokens whose log-softmax is computed at once (float32; 4,096 x 150,000 words are 2.5 GB)."""
+LOGIT_BYTES = 1 << 26
+"""Logits held at once (bytes): 341 tokens of a vocabulary of 49,152 in float32, 110 of one of 152,000."""
 
 
 def token_logprobs(
@@ -37,7 +42,7 @@ def token_logprobs(
     temperature: float,
     rows: Tensor | None = None,
     key: Key | None = None,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N, T] float32 of the last `response_length` = T columns of `tokens` (nats).
 
@@ -46,41 +51,53 @@ def token_logprobs(
 
     Args:
         model: called as it is, with its hardware, in the mode (training or evaluation) it is in.
-        tokens: [N, P+T] int64, left-padded prompts then responses.
+        tokens: [N, P+T] int64, left-padded prompts then responses. Equal prompts that are adjacent share their pass
+            where nothing draws.
         attention_mask: [N, P+T], non-zero on tokens.
         response_length: T.
         temperature: of sampling, above 0.
         rows: [N, P+T] int64 row ids that key the hardware's noise; needed with `key`.
         key: under which every noisy product (and dropout) inside draws. None: the hardware's own call counter.
-        chunk: response tokens whose log-softmax is computed at once (tokens); changes memory, not the result.
+        chunk: tokens whose logits are computed at once; changes memory, not the result. None: `LOGIT_BYTES` of them.
 
     Raises:
         ValueError: on shapes that do not fit, a temperature of 0, or a key without row ids.
     """
     _check(tokens, attention_mask, response_length, temperature, rows, key)
-    mask = attention_mask.bool()
-    first, last = _used_columns(mask, response_length)
-    columns = slice(first, last)  # of the input: the last token predicts nothing
-    left = left_padding(mask[:, columns])
-    width = last - first
-    queries = torch.arange(width, device=tokens.device)
-    kept = last - (tokens.shape[1] - response_length - 1)
-    with noise_context(model, key, None if rows is None else rows[:, columns]):
-        logits = model(
-            input_ids=tokens[:, columns],
-            attention_mask=AttentionPattern.of(model).masks(queries, left, width, model.dtype),
-            position_ids=positions(left, width),
-            use_cache=False,
-            logits_to_keep=kept,
-        ).logits[:, -kept:]
-    response = slice(tokens.shape[1] - response_length, last + 1)
-    targets, inside = tokens[:, response], mask[:, response]
-    logprobs, entropy = _LogProbs.apply(  # type: ignore[no-untyped-call]
-        logits.flatten(0, 1), targets.flatten(), float(temperature), chunk
-    )
-    missing = (0, response_length - kept)
-    logprobs, entropy = (torch.where(inside, x.view_as(inside), 0.0) for x in (logprobs, entropy))
-    return pad(logprobs, missing), pad(entropy, missing)
+    mask, pattern = attention_mask.bool(), AttentionPattern.of(model)
+    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+    shared = None if _draws(model) else packed(tokens, mask, response_length, pattern, model.dtype, hidden)
+    layout = shared or plain(tokens, mask, response_length, rows, pattern, model.dtype)
+    targets = tokens[layout.rollout, tokens.shape[1] - response_length + layout.index]
+    order = layout.source.argsort(stable=True)  # the logits one after the other, each with the tokens it predicts
+    source, targets = layout.source[order], targets[order]
+    found = None
+    with noise_context(model, None if shared else key, layout.rows):
+        head = _lean_head(model, layout, chunk)
+        if head is not None:
+            hidden = _decoder(model)(**_inputs(layout)).last_hidden_state[:, -layout.kept :].flatten(0, 1)
+            found = _in_parts(head, hidden, source, targets, float(temperature), chunk)
+        else:
+            logits = model(**_inputs(layout), logits_to_keep=layout.kept).logits[:, -layout.kept :].flatten(0, 1)
+    if found is None:
+        size = chunk or _tokens_at_once(logits.shape[1])
+        found = _LogProbs.apply(logits, source, targets, float(temperature), size)  # type: ignore[no-untyped-call]
+    place = layout.rollout[order], layout.index[order]
+    empty = torch.zeros(len(tokens), response_length, device=tokens.device)
+    return empty.index_put(place, found[0]), empty.index_put(place, found[1])
+
+
+def _inputs(layout: Layout) -> dict[str, Any]:
+    return {
+        "input_ids": layout.tokens,
+        "attention_mask": layout.masks,
+        "position_ids": layout.position,
+        "use_cache": False,
+    }
+
+
+def _tokens_at_once(vocabulary: int) -> int:
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
 
 
 @contextmanager
@@ -100,45 +117,102 @@ def is_noisy(model: PreTrainedModel) -> bool:
     return found is not None and found.is_on and found.hardware.is_noisy
 
 
-def _used_columns(mask: Tensor, response_length: int) -> tuple[int, int]:
-    """First column that holds a token, and the last one (at least the first response column)."""
-    used = mask.any(dim=0).nonzero()
-    start = mask.shape[1] - response_length
-    if not len(used):
-        return start - 1, start
-    return min(int(used[0]), start - 1), max(int(used[-1]), start)
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether anything in a training pass draws by row id: then every rollout passes over its prompt itself."""
+    found = installed(model)
+    noisy = found is not None and found.is_on and (found.hardware.matmul_noise.relative_std or found.hardware.faults)
+    return bool(noisy) or is_dropping(model)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The model without its output layer."""
+    found: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.Module | None:
+    """The output layer if it is to be computed some tokens at a time: many logits, and nothing else done to them."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(head) not in (nn.Linear, HardwareLinear):
+        return None
+    if len(layout.tokens) * layout.kept <= (chunk or _tokens_at_once(head.out_features)):
+        return None
+    if type(head) is HardwareLinear and (head.hardware_state.forward_std or head.hardware_state.backward_std):
+        return None
+    # On one token, under one draw: `model` and the output layer over its decoder must give the same bits.
+    one = layout.tokens[:1, -1:]
+    with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(one)):
+        token = {"input_ids": one, "use_cache": False}
+        whole, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
+    return head if torch.equal(whole, lean) else None
+
+
+def _in_parts(
+    head: nn.Module, hidden: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [K] of `targets` from hidden states [M, H]; logits live for `chunk` at a time."""
+
+    def part(some: Tensor, at: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return _LogProbs.apply(head(some), at, wanted, temperature, len(some))  # type: ignore
+
+    size = chunk or _tokens_at_once(head.out_features)  # type: ignore[arg-type]
+    parts = []
+    for start, some, (first, last) in _chunks(hidden, source, size):
+        if first < last:  # padding has no targets
+            one = some, source[first:last] - start, targets[first:last]
+            parts.append(checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False))
+    if not parts:
+        return hidden.new_zeros(0), hidden.new_zeros(0)
+    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, entropy
+
+
+def _chunks(values: Tensor, source: Tensor, size: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+    """Parts of `values` [M, ...]: where each begins, the part, and the range of the ascending `source` it serves."""
+    starts = torch.arange(0, len(values), size)
+    bounds = torch.searchsorted(source, torch.cat([starts, torch.tensor([len(values)])]).to(source.device)).tolist()
+    for number, some in enumerate(torch.split(values, size)):
+        yield number * size, some, (bounds[number], bounds[number + 1])
 
 
 class _LogProbs(torch.autograd.Function):
     """Log-softmax at the targets, and entropy, chunk by chunk: keeps the logits and two numbers a token.
 
-    With z = logits / temperature: logprob = z_target - logsumexp(z), entropy = logsumexp(z) - sum softmax(z)*z, and
-    d logprob / d logits = (onehot(target) - softmax(z)) / temperature.
+    With z = logits[source] / temperature: logprob = z_target - logsumexp(z), entropy = logsumexp(z) - sum softmax(z)*z,
+    and d logprob / d logits = (onehot(target) - softmax(z)) / temperature. Several targets may share their logits
+    (the first tokens of the rollouts of one prompt); `source` [K] ascends.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, chunk: int) -> tuple[Tensor, Tensor]:
-        parts = []
-        for some, target in zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True):
+    def forward(
+        ctx: Any, logits: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(source), device=logits.device)
+        entropy = torch.empty_like(logprobs)
+        for start, some, (first, last) in _chunks(logits, source, chunk):
+            at = source[first:last] - start
             log_softmax = torch.log_softmax(some.float() / temperature, dim=-1)  # [chunk, V]
+            logprobs[first:last] = log_softmax[at, targets[first:last]]
             # 0*log(0) is 0: a token of probability zero has log-probability -inf or a huge negative number
-            surprise = log_softmax.exp() * log_softmax.clamp(min=torch.finfo(torch.float32).min)
-            parts.append((log_softmax.gather(1, target[:, None])[:, 0], -surprise.sum(dim=-1)))
-        logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(logits, targets)
+            surprise = log_softmax.exp().mul_(log_softmax.clamp_(min=torch.finfo(torch.float32).min))
+            entropy[first:last] = -surprise.sum(dim=-1)[at]
+        ctx.save_for_backward(logits, source, targets)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, targets = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, source, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
-        chunks = [torch.split(x, ctx.chunk) for x in (logits, targets, gradient / ctx.temperature, result)]
-        for some, target, g, out in zip(*chunks, strict=True):
-            softmax = torch.softmax(some.float() / ctx.temperature, dim=-1).mul_(-g[:, None])
-            out.copy_(softmax.scatter_add_(1, target[:, None], g[:, None]))
-        return result, None, None, None
+        gradient = gradient / ctx.temperature
+        for start, some, (first, last) in _chunks(logits, source, ctx.chunk):
+            at, g = source[first:last] - start, gradient[first:last]
+            total = g.new_zeros(len(some)).index_add_(0, at, g)
+            softmax = torch.softmax(some.float() / ctx.temperature, dim=-1).mul_(-total[:, None])
+            softmax.view(-1).scatter_add_(0, at * some.shape[1] + targets[first:last], g)
+            result[start : start + len(some)] = softmax
+        return result, None, None, None, None
 
 
 def _check(

@@ -78,9 +78,23 @@ class AttentionPattern:
         """Additive masks [N, 1, Q, columns] of query columns [Q] under left padding [N]."""
         keys = torch.arange(columns, device=left.device)
         seen = (keys <= queries[:, None]) & (keys >= left[:, None, None])  # [N, Q, columns]
+        return self._of_each_kind(seen, queries[:, None] - keys, columns, dtype)
+
+    def packed_masks(self, segment: Tensor, position: Tensor, dtype: torch.dtype) -> Masks:
+        """Additive masks [R, 1, L, L] of rows that hold a prompt and several responses to it, one after the other.
+
+        `segment` [R, L] is -1 on padding, 0 on the prompt, another number for each response; `position` [R, L] counts
+        within the prompt and on from its end in each response.
+        """
+        columns = segment.shape[1]
+        query, key = segment[:, :, None], segment[:, None, :]
+        seen = ((key == 0) | ((key > 0) & (key == query))).tril_()  # [R, L, L]
+        return self._of_each_kind(seen, position[:, :, None] - position[:, None, :], columns, dtype)
+
+    def _of_each_kind(self, seen: Tensor, distance: Tensor, columns: int, dtype: torch.dtype) -> Masks:
         if not self.slides(columns):
             return _additive(seen, dtype)
-        near = _additive(seen & (keys > queries[:, None] - self.window), dtype)
+        near = _additive(seen & (distance < self.window), dtype)
         return near if self.kinds == {_SLIDING} else {_FULL: _additive(seen, dtype), _SLIDING: near}
 
 

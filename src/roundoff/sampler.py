@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roundoff.kv_cache import KVCache
-from roundoff.logprobs import is_noisy, noise_context, token_logprobs
-from roundoff.masks import AttentionPattern, Masks, positions, row_ids
+from roundoff.decoding import DecodingBatch, Passes, Prompts
+from roundoff.fused_decoder import FusedDecoder
+from roundoff.logprobs import is_noisy, token_logprobs
+from roundoff.masks import AttentionPattern, positions, row_ids
 from roundoff.numerics.rng import Key, uniform
 from roundoff.prompts import Asked, encode
 from roundoff.rollouts import Rollouts, concatenate
@@ -42,8 +43,6 @@ __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
 
 MAX_ROWS = 512
 """Rollouts decoded together; more are split into batches of similar prompt length."""
-COMPACT_SHARE = 0.125
-"""Rollouts leave the batch once this share of it has ended: moving rows costs less than computing them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +112,25 @@ def sample(
         raise ValueError(f"rollout_ids must be {count} whole numbers in [0, 2**43), but is {ids.tolist()[:4]}...")
     written = _Written.empty(count, settings, model.device)
     noise_key = key.fold("noise")
-    run = _Decoder(model, AttentionPattern.of(model), settings, key, noise_key if is_noisy(model) else None, written)
     # Equal prompts next to each other, short before long: little padding, and one prefill for equal prompts.
     order = sorted(range(count), key=lambda n: (len(encoded[n // group_size]), encoded[n // group_size], n))
     with _evaluation_mode(model):
+        passes = Passes(
+            model=model,
+            pattern=AttentionPattern.of(model),
+            noise=noise_key if is_noisy(model) else None,
+            fused=FusedDecoder.of(model, max(map(len, encoded)) + max_new_tokens),
+            max_new_tokens=max_new_tokens,
+        )
         for start in range(0, count, max_rows):
             chosen = order[start : start + max_rows]
-            run.decode([encoded[n // group_size] for n in chosen], torch.tensor(chosen), ids[chosen])
+            numbers = ids[chosen].to(model.device)
+            texts = [encoded[n // group_size] for n in chosen]
+            read = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
+            shape = len(chosen), max_new_tokens
+            uniforms = None if temperature == 0 else uniform(key.fold("sample"), shape, rows=numbers).to(model.device)
+            slots = torch.tensor(chosen, device=model.device)
+            _decode(passes.batch(read, numbers), written, slots, uniforms, settings)
     return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
 
 
@@ -154,121 +165,37 @@ class _Written:
         self.nonfinite[ended] = ~proper
 
 
-@dataclass(slots=True)
-class _Live:
-    """The rollouts of the batch that is being decoded: b rows, in the order of the cache."""
-
-    slots: Tensor  # [b] index of the rollout in _Written
-    ids: Tensor  # [b] rollout ids
-    left: Tensor  # [b] columns of left padding
-    uniforms: Tensor  # [b, T]
-    running: Tensor  # [b] bool
-    mask: (
-        Tensor | None
-    )  # [b, 1, 1, P+T] of the last column; those of earlier ones are its leading parts. None: they slide
-
-    def keep(self, index: Tensor) -> None:
-        self.slots, self.ids, self.left = self.slots[index], self.ids[index], self.left[index]
-        self.uniforms, self.running = self.uniforms[index], self.running[index]
-        if self.mask is not None:
-            self.mask = self.mask[index]
-
-
-@dataclass(slots=True)
-class _Decoder:
-    """Decodes batches of rollouts of one call of `sample`."""
-
-    model: PreTrainedModel
-    pattern: AttentionPattern
-    settings: _Settings
-    key: Key
-    noise: Key | None  # None on hardware that is not noisy
-    written: _Written
-
-    def decode(self, prompts: list[list[int]], slots: Tensor, ids: Tensor) -> None:
-        """Decode one batch: prompts (equal ones adjacent), their places in `written`, their rollout ids."""
-        device = self.written.tokens.device
-        T, P = self.settings.max_new_tokens, max(map(len, prompts))
-        left = torch.tensor([P - len(prompt) for prompt in prompts], device=device)
-        greedy, shape = self.settings.temperature == 0, (len(ids), T)
-        live = _Live(
-            slots=slots.to(device),
-            ids=ids.to(device),
-            left=left,
-            uniforms=(torch.zeros(shape) if greedy else uniform(self.key.fold("sample"), shape, rows=ids)).to(device),
-            running=torch.ones(len(ids), dtype=torch.bool, device=device),
-            mask=None if self.pattern.slides(P + T) else self._full_mask(left, P + T),
-        )
-        cache, logits = self._prefill(prompts, live, P)
-        is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=device)
-        is_end[[token for token in self.settings.end_tokens if token < len(is_end)]] = True
-        for t in range(T):
-            tokens, logprobs = choose(logits, live.uniforms[:, t], self.settings)
-            self.written.tokens[live.slots, t] = tokens
-            self.written.logprobs[live.slots, t] = logprobs
-            finite = logprobs.isfinite()
-            stopped = (is_end[tokens] | ~finite) & live.running
-            if stopped.any():
-                self.written.end(live.slots, stopped, finite, t)
-                live.running &= ~stopped
-                tokens = _compact(live, cache, tokens)
-            if t + 1 == T or not len(tokens):
-                return
-            logits = self._step(live, cache, tokens, P + t)
-
-    def _prefill(self, prompts: list[list[int]], live: _Live, width: int) -> tuple[KVCache, Tensor]:
-        """The cache after the prompts, and the logits [b, V] of the first response token."""
-        capacity = width + self.settings.max_new_tokens - 1
-        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
-        # Of equal prompts the first alone makes the pass, unless each pass draws noise of its own.
-        first = [i for i in range(len(prompts)) if self.noise or i == 0 or prompts[i] != prompts[i - 1]]
-        whole = len(first) == len(prompts)
-        tokens = torch.full((len(first), width), self.settings.pad_token)
-        for row, i in enumerate(first):
-            tokens[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-        left = live.left[first]
-        position = positions(left, width)
-        cache = KVCache(layers, capacity if whole else width)
-        masks = self.pattern.masks(torch.arange(width, device=left.device), left, width, self.model.dtype)
-        with noise_context(self.model, self.noise, row_ids(live.ids[first], position)):
-            logits = self._forward(tokens.to(left.device), masks, position, cache)
-        if whole:
-            return cache, logits
-        counts = torch.tensor([*first, len(prompts)], device=left.device).diff()
-        return cache.repeated(counts, capacity), logits.repeat_interleave(counts, dim=0)
-
-    def _step(self, live: _Live, cache: KVCache, tokens: Tensor, column: int) -> Tensor:
-        """Logits [b, V] after feeding `tokens` [b] in `column`."""
-        position = (column - live.left)[:, None]
-        mask = self._masks(live.left, column) if live.mask is None else live.mask.narrow(3, 0, column + 1)
-        rows = row_ids(live.ids, position) if self.noise else None
-        with noise_context(self.model, self.noise, rows):
-            return self._forward(tokens[:, None], mask, position, cache)
-
-    def _forward(self, tokens: Tensor, mask: Masks, position: Tensor, cache: KVCache) -> Tensor:
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits
-        return logits[:, -1].float()
-
-    def _full_mask(self, left: Tensor, columns: int) -> Tensor:
-        mask = self._masks(left, columns - 1)
-        assert isinstance(mask, Tensor)  # one for all layers, as no window slides
-        return mask
-
-    def _masks(self, left: Tensor, column: int) -> Masks:
-        return self.pattern.masks(torch.tensor([column], device=left.device), left, column + 1, self.model.dtype)
+def _decode(
+    batch: DecodingBatch, written: _Written, slots: Tensor, uniforms: Tensor | None, settings: _Settings
+) -> None:
+    """Decode the rollouts of `slots` [b] to their ends; `uniforms` [b, T] choose (None: greedily)."""
+    running = torch.ones_like(slots, dtype=torch.bool)
+    is_end: Tensor | None = None
+    for t in range(settings.max_new_tokens):
+        logits = batch.logits()
+        if is_end is None:
+            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            is_end[[token for token in settings.end_tokens if token < len(is_end)]] = True
+        tokens, logprobs = choose(logits, None if uniforms is None else uniforms[:, t], settings)
+        written.tokens[slots, t] = tokens
+        written.logprobs[slots, t] = logprobs
+        finite = logprobs.isfinite()
+        stopped = (is_end[tokens] | ~finite) & running
+        if stopped.any():
+            written.end(slots, stopped, finite, t)
+            running &= ~stopped
+            keep = batch.leave(running)
+            if len(keep) < len(running):
+                slots, running, tokens = slots[keep], running[keep], tokens[keep]
+                uniforms = None if uniforms is None else uniforms[keep]
+        if t + 1 == settings.max_new_tokens or not len(tokens):
+            return
+        batch.feed(tokens)
 
 
-def choose(logits: Tensor, uniforms: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """Tokens [b] drawn from logits [b, V] with one uniform number each, and their log-probabilities [b]."""
-    if settings.temperature == 0:
+def choose(logits: Tensor, uniforms: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """Tokens [b] drawn from logits [b, V] with one uniform number each (None: greedily), and log-probabilities [b]."""
+    if uniforms is None:
         logprobs = torch.log_softmax(logits, dim=-1)
         chosen = logprobs.argmax(dim=-1, keepdim=True)
     else:
@@ -292,22 +219,6 @@ def _cut(probabilities: Tensor, settings: _Settings) -> Tensor:
         inside = before < settings.top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
         probabilities = torch.zeros_like(probabilities).scatter(1, order, torch.where(inside, ordered, 0.0))
     return probabilities
-
-
-def _compact(live: _Live, cache: KVCache, tokens: Tensor) -> Tensor:
-    """The last tokens [b] of the rollouts that stay in the batch; ended ones leave once they are enough to pay."""
-    rows = len(live.running)
-    index = live.running.nonzero()[:, 0]
-    count = len(index)
-    if count and rows - count < COMPACT_SHARE * rows:
-        return tokens
-    # Running rows from beyond `count` move into the places of ended rows before it; the others stay where they are.
-    holes, tails = (~live.running[:count]).nonzero()[:, 0], index[index >= count]
-    keep = torch.arange(count, device=index.device)
-    keep[holes] = tails
-    live.keep(keep)
-    cache.keep(holes, tails, count)
-    return tokens[keep]
 
 
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
@@ -376,19 +287,19 @@ def _assemble(
     inside = torch.arange(T, device=device) < written.length[:, None]
     responses = written.tokens[:, :T].masked_fill(~inside, written.pad_token)
     padded = torch.tensor([[written.pad_token] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = written.length.tolist()
-    texts = tokenizer.batch_decode(
-        [row[:length] for row, length in zip(responses.tolist(), lengths, strict=True)],
-        skip_special_tokens=True,
-        clean_up_tokenization_spaces=False,
+    each = [tuple(row[:n]) for row, n in zip(responses.tolist(), written.length.tolist(), strict=True)]
+    distinct = list(dict.fromkeys(each))
+    decoded = tokenizer.batch_decode(
+        [list(text) for text in distinct], skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
+    text_of = dict(zip(distinct, decoded, strict=True))
     return Rollouts(
         tokens=torch.cat([padded, responses], dim=1),
         attention_mask=torch.cat([torch.arange(P, device=device) >= left[:, None], inside], dim=1),
         prompt_length=P,
         response_mask=inside,
         logprobs=written.logprobs[:, :T].masked_fill(~inside, 0.0),
-        texts=texts,
+        texts=[text_of[tokens] for tokens in each],
         truncated=written.truncated,
         nonfinite=written.nonfinite,
         rows=row_ids(ids.to(device), positions(left, P + T)),

@@ -82,6 +82,12 @@ class KeyedDropout(nn.Module):
         return f"share={self.share}"
 
 
+def is_dropping(model: nn.Module) -> bool:
+    """Whether dropout is in force on the model."""
+    draws = draws_of(model)
+    return draws is not None and draws.on
+
+
 @contextmanager
 def dropout_on(model: nn.Module) -> Iterator[None]:
     """Dropout in force inside, for the passes of an update; nothing on a model without it."""

@@ -53,6 +53,9 @@ class Kernels:
     quantize: Callable[..., None]
     noise: Callable[..., None]
     draw: Callable[..., None]
+    norm: Callable[..., None]
+    gate: Callable[..., None]
+    attend: Callable[..., None]
     path: Path
 
 
@@ -189,5 +192,10 @@ def load(library: Path) -> Kernels:
     ]
     noise.argtypes = [integer, pointer, pointer, long, long, pointer, pointer, single, key, integer]
     draw.argtypes = [integer, pointer, long, long, pointer, pointer, key, integer]
-    quantize.restype = noise.restype = draw.restype = None
-    return Kernels(quantize, noise, draw, library)
+    norm, gate, attend = handle.ro_norm, handle.ro_gate, handle.ro_attend
+    norm.argtypes = [pointer, pointer, pointer, single, pointer, long, long, integer]
+    gate.argtypes = [pointer, pointer, long, integer]
+    attend.argtypes = [pointer, pointer, pointer, single, integer]
+    for function in (quantize, noise, draw, norm, gate, attend):
+        function.restype = None
+    return Kernels(quantize, noise, draw, norm, gate, attend, library)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <thread>
 #include <vector>
+#include "decode.h"
 #include "noise.h"
 
 using namespace roundoff;
@@ -163,6 +164,35 @@ void ro_draw(int kind, float* out, int64_t count, int64_t columns, const int64_t
     if (kind == WORDS) noise<float, WORDS>(nullptr, out, rows, count, 0.0f, key, threads);
     else if (kind == NORMALS) noise<float, NORMALS>(nullptr, out, rows, count, 0.0f, key, threads);
     else noise<float, UNIFORMS>(nullptr, out, rows, count, 0.0f, key, threads);
+}
+
+// float32 throughout; see decode.h. delta may be null.
+void ro_norm(float* h, const float* delta, const float* weight, float eps, float* out, int64_t rows, int64_t n,
+             int threads) {
+    parallel(rows, 1, rows * n, threads,
+             [&](int64_t begin, int64_t end) { norm_rows(h, delta, weight, eps, out, begin, end, n); });
+}
+
+void ro_gate(float* g, const float* up, int64_t n, int threads) {
+    parallel(n, LANES, n, threads, [&](int64_t begin, int64_t end) { gate_values(g, up, begin, end); });
+}
+
+void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t* sizes, float scale, int threads) {
+    // pointers: q, k, v, out, prefix keys and values, own keys and values, cosine, sine
+    // rows: of the prefix, of the own cache, left padding
+    // sizes: rows, tokens, heads, kv_heads, start, window, columns of the prefix, capacity of the own cache, head size
+    const auto& p = pointers;
+    Attention a{p[0], p[1], p[2], p[3], {p[4], p[5], rows[0], sizes[6]}, {p[6], p[7], rows[1], sizes[7]}, p[8], p[9],
+                rows[2], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale};
+    const int64_t work = a.rows * a.tokens * a.heads * (a.start + a.tokens) * sizes[8] / 8;
+    parallel(a.rows, 1, work, threads, [&](int64_t begin, int64_t end) {
+        switch (sizes[8]) {
+            case 16: return attend_rows<1>(a, begin, end);
+            case 32: return attend_rows<2>(a, begin, end);
+            case 64: return attend_rows<4>(a, begin, end);
+            case 128: return attend_rows<8>(a, begin, end);
+        }
+    });
 }
 
 }  // extern "C"

@@ -1,0 +1,210 @@
+// What a decoder layer of the Llama kind does between its matrix products, one pass over memory each, in float32.
+//   norm:    h += delta;  out = weight * (h / sqrt(mean(h^2) + eps))
+//   attend:  rotary embedding of q and k, k and v into the cache, softmax(q k^T * scale) v over the columns seen
+//   gate:    g = g / (1 + exp(-g)) * up
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+#include "vector.h"
+
+namespace roundoff {
+
+static inline float total(F a) {
+    a += __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    a += __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return a[0] + a[1];
+}
+
+// Lane i of the result is the sum of all lanes of m[i]: the transposing tree of `maxima`, with sums.
+template <int S> static inline F fold_sum(F a, F b) {
+    F low, high;
+    if (S == 1) {
+        low = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        high = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    } else if (S == 2) {
+        low = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        high = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    } else if (S == 4) {
+        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        high = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    } else {
+        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        high = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    return low + high;
+}
+static inline F sums(const F m[16]) {
+    F a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) a[i] = fold_sum<1>(m[2 * i], m[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) b[i] = fold_sum<2>(a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) c[i] = fold_sum<4>(b[2 * i], b[2 * i + 1]);
+    return fold_sum<8>(c[0], c[1]);
+}
+
+// exp to about 1 ulp: x = n*ln2 + r, a polynomial of degree 6 in r (Cephes expf), then n added to the exponent.
+static inline F exponential(F x) {
+    x = at_least(at_most(x, splat(88.0f)), splat(-87.0f));
+    const F shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+    F n = (x * 1.44269504088896341f + shift) - shift;
+    F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    F p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    F y = (p * r * r + r) + 1.0f;
+    I exponent = __builtin_convertvector(n, I);
+    return y * (F)((exponent + 127) << 23);
+}
+
+static inline F load_part(const float* p, int64_t n, float fill) {
+    float buffer[LANES];
+    std::fill(buffer, buffer + LANES, fill);
+    std::copy(p, p + n, buffer);
+    return load(buffer);
+}
+static inline void store_part(float* p, F v, int64_t n) {
+    float buffer[LANES];
+    store<false>(buffer, v);
+    std::copy(buffer, buffer + n, p);
+}
+
+static void norm_rows(float* h, const float* delta, const float* weight, float eps, float* out, int64_t begin,
+                      int64_t end, int64_t n) {
+    for (int64_t row = begin; row < end; ++row) {
+        float *x = h + row * n, *y = out + row * n;
+        F squares = splat(0.0f);
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            F a = load(x + i);
+            if (delta) {
+                a += load(delta + row * n + i);
+                store<false>(x + i, a);
+            }
+            squares += a * a;
+        }
+        if (i < n) {
+            F a = load_part(x + i, n - i, 0.0f);
+            if (delta) {
+                a += load_part(delta + row * n + i, n - i, 0.0f);
+                store_part(x + i, a, n - i);
+            }
+            squares += a * a;
+        }
+        const float scale = 1.0f / std::sqrt(total(squares) / (float)n + eps);
+        for (i = 0; i + LANES <= n; i += LANES) store<false>(y + i, load(weight + i) * (load(x + i) * scale));
+        for (; i < n; ++i) y[i] = weight[i] * (x[i] * scale);
+    }
+}
+
+static void gate_values(float* g, const float* up, int64_t begin, int64_t end) {
+    auto one = [](F a, F b) { return a / (1.0f + exponential(-a)) * b; };
+    int64_t i = begin;
+    for (; i + LANES <= end; i += LANES) store<false>(g + i, one(load(g + i), load(up + i)));
+    if (i < end) store_part(g + i, one(load_part(g + i, end - i, 0.0f), load_part(up + i, end - i, 0.0f)), end - i);
+}
+
+// Keys and values of one layer, [rows, kv_heads, capacity, D]; row r of a batch is at `row[r]`, or r where that is null.
+struct Cache {
+    float *keys, *values;
+    const int64_t* row;
+    int64_t capacity;
+    int64_t at(int64_t r, int64_t g, int64_t kv_heads, int64_t size) const {
+        return ((row ? row[r] : r) * kv_heads + g) * capacity * size;
+    }
+};
+
+// One layer's attention; q, k, v and out are [B, tokens, heads * D]. The first columns are in `prefix` (a prompt that
+// rows share; its capacity is their number, maybe 0), the others in `own`, where the new ones go.
+struct Attention {
+    float *q, *k, *v, *out;  // out null: only rotate, and fill the cache
+    Cache prefix, own;
+    const float *cosine, *sine;  // [positions, D]
+    const int64_t* left;         // [B] columns of left padding
+    int64_t rows, tokens, heads, kv_heads, start, window;  // window 0: every column
+    float scale;
+};
+
+static inline void rotate(float* x, const float* cosine, const float* sine, int64_t size) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+}
+
+// N: vectors of a head (D = 16 * N).
+template <int N> static void attend_rows(const Attention& a, int64_t begin, int64_t end) {
+    constexpr int64_t D = LANES * N;
+    const int64_t shared = a.heads / a.kv_heads;
+    std::vector<float> space(a.start + a.tokens + 2 * LANES);
+    float* scores = space.data();
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t left = a.left[row];
+        for (int64_t t = 0; t < a.tokens; ++t) {
+            const int64_t column = a.start + t, position = std::max<int64_t>(column - left, 0), at = row * a.tokens + t;
+            const float *cosine = a.cosine + position * D, *sine = a.sine + position * D;
+            const int64_t first = std::max(left, a.window ? column + 1 - a.window : 0);
+            for (int64_t g = 0; g < a.kv_heads; ++g) {
+                float *key = a.k + (at * a.kv_heads + g) * D, *value = a.v + (at * a.kv_heads + g) * D;
+                rotate(key, cosine, sine, D);
+                const int64_t before = a.prefix.capacity;
+                const int64_t shared_at = before ? a.prefix.at(row, g, a.kv_heads, D) : 0;
+                const int64_t own_at = a.own.at(row, g, a.kv_heads, D) - before * D;
+                std::copy(key, key + D, a.own.keys + own_at + column * D);
+                std::copy(value, value + D, a.own.values + own_at + column * D);
+                auto keys = [&](int64_t c) {
+                    return c < before ? a.prefix.keys + shared_at + c * D : a.own.keys + own_at + c * D;
+                };
+                auto values = [&](int64_t c) {
+                    return c < before ? a.prefix.values + shared_at + c * D : a.own.values + own_at + c * D;
+                };
+                for (int64_t s = 0; s < shared; ++s) {
+                    const int64_t place = (at * a.heads + g * shared + s) * D;
+                    rotate(a.q + place, cosine, sine, D);
+                    if (!a.out) continue;
+                    F query[N], sum[N];
+                    for (int i = 0; i < N; ++i) query[i] = load(a.q + place + LANES * i), sum[i] = splat(0.0f);
+                    F most = splat(-INFINITY);
+                    const int64_t seen = column + 1 - first;  // 0 or less: padding, which sees nothing
+                    for (int64_t c = 0; c < seen; c += LANES) {
+                        F products[LANES];
+                        for (int j = 0; j < LANES; ++j) {
+                            const float* other = keys(first + std::min(c + j, seen - 1));
+                            F p = query[0] * load(other);
+                            for (int i = 1; i < N; ++i) p += query[i] * load(other + LANES * i);
+                            products[j] = p;
+                        }
+                        F found = sums(products) * a.scale;
+                        store<false>(scores + c, found);
+                        most = found > most ? found : most;
+                    }
+                    float peak = -INFINITY;
+                    for (int i = 0; i < LANES; ++i) peak = std::max(peak, most[i]);
+                    F weight = splat(0.0f);
+                    for (int64_t c = 0; c < seen; c += LANES) {
+                        F e = exponential(load(scores + c) - peak);
+                        if (seen - c < LANES) {  // columns repeated above count once
+                            store<false>(scores + c, e);
+                            e = load_part(scores + c, seen - c, 0.0f);
+                        }
+                        store<false>(scores + c, e);
+                        weight += e;
+                    }
+                    for (int64_t c = 0; c < seen; ++c) {
+                        const float* other = values(first + c);
+                        for (int i = 0; i < N; ++i) sum[i] += scores[c] * load(other + LANES * i);
+                    }
+                    const float inverse = seen > 0 ? 1.0f / total(weight) : 0.0f;
+                    for (int i = 0; i < N; ++i) store<false>(a.out + place + LANES * i, sum[i] * inverse);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace roundoff
