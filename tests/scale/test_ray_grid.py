@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from roundoff.scale.local_grid import RunRequest, execute, run_grid
 from roundoff.scale.ray_cluster import RayOptions
 from roundoff.scale.ray_grid import run_on_ray
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-pytest.importorskip("ray", reason="needs the ray extra")
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the ray extra"),
+]
 NAMES = ("quickstart-clean", "quickstart-mxfp4")
 PROFILE = """
 extends = "tiny"
