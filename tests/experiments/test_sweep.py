@@ -52,7 +52,17 @@ def test_a_setting_of_the_profile_names_the_profile_and_runs_the_baseline_under_
         ("E5", "tiny+learning_rate=2e-05", 2e-5),
         ("E5b", "tiny+learning_rate=2e-05", 2e-5),
     ]
-    assert found[0][0].title == "5 % matmul noise (learning_rate=1e-05)"
+    assert found[0][0].title == "5 % matmul noise (learning_rate=1e-5)"
+
+
+def test_titles_name_what_varies_and_not_what_all_have_in_common():
+    found = variants(select(["E5b"]), load_profile("tiny"), ["aqn.sigma_start=0.02,0.1", "aqn.stages=5"])
+    assert [e.title for e, _ in found] == [
+        "5 % matmul noise",
+        "5 % matmul noise, AQN 0.05 to 0.0005 (sigma_start=0.02)",
+        "5 % matmul noise, AQN 0.05 to 0.0005 (sigma_start=0.1)",
+    ]
+    assert found[1][0].id == "E5b+sigma_start=0.02,stages=5"
 
 
 def test_commas_in_brackets_and_quotes_belong_to_a_value():

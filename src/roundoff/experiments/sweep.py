@@ -31,17 +31,21 @@ def variants(
         changed, scale = with_overrides(experiments, profile, combination)
         named = {experiment.id for experiment in (*experiments, *changed)}
         baselines = dict.fromkeys(e.baseline for e in changed if e.baseline and e.baseline not in named)
-        for experiment in (*(load_experiment(name) for name in baselines), *changed):
-            found.setdefault((experiment.id, scale.name), (_titled(experiment, scale), scale))
+        varied = [text for text, values in zip(combination, choices, strict=True) if len(values) > 1]
+        of_profile = [text for text in varied if text.lstrip().startswith("profile.")]
+        for experiment in (load_experiment(name) for name in baselines):
+            found.setdefault((experiment.id, scale.name), (_titled(experiment, experiment, of_profile), scale))
+        for declared, experiment in zip(experiments, changed, strict=True):
+            shown = of_profile if experiment.id == declared.id else varied
+            found.setdefault((experiment.id, scale.name), (_titled(experiment, declared, shown), scale))
     return list(found.values())
 
 
-def _titled(experiment: Experiment, scale: Profile) -> Experiment:
-    """The experiment with what its profile changes in its title, for a table that holds several profiles."""
-    _, changed, settings = scale.name.partition("+")
-    if not changed:
-        return experiment
-    return experiment.model_copy(update={"title": f"{experiment.title} ({settings})"})
+def _titled(experiment: Experiment, declared: Experiment, varied: Sequence[str]) -> Experiment:
+    """The experiment with the declared title and what varies: what all variants have in common is no news."""
+    pairs = [text.partition("=") for text in varied]
+    settings = ", ".join(f"{path.strip().rpartition('.')[2]}={value}" for path, _, value in pairs)
+    return experiment.model_copy(update={"title": declared.title + (f" ({settings})" if settings else "")})
 
 
 def _choices(text: str) -> list[str]:
