@@ -62,7 +62,8 @@ def verl_config_command(
     if write_data:
         from roundoff.tasks import load_task
 
-        write_problems(load_task(profile.task.name, profile.task.settings), data)
+        task = load_task(profile.task.name, profile.task.settings)
+        write_problems(task, data, conversations=profile.chat is not False)
     for path in (resources.train, resources.val):
         if not path.is_file():
             click.secho(f"note: {path} does not exist yet", fg="yellow", err=True)

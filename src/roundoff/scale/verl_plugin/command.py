@@ -23,7 +23,7 @@ MODULES = "VERL_USE_EXTERNAL_MODULES"
 ENTRY = "roundoff.scale.verl_plugin.entry"
 WORKER_EXTENSION = "roundoff.scale.verl_plugin.vllm_worker.HardwareWorker"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-"""Chat template of a model that has none: the prompt as it is."""
+"""Chat template where none is to be used: the prompt as it is."""
 
 _AGGREGATION = {
     "token-mean": "token-mean",
@@ -123,13 +123,14 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     tiny = profile.model == "tiny"
     path = str(Path(roundoff.__file__).parent / "models" / "tiny") if tiny else profile.model
     yield f"{model}.path={quoted(path)}"
-    if tiny:
+    if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
     whole = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
     yield f"{model}.use_remove_padding={not whole}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"
+    yield f"{model}.enable_gradient_checkpointing={profile.training.gradient_checkpointing}"
     if experiment.lora is not None:
         targets = experiment.lora.targets
         yield f"{model}.lora_rank={experiment.lora.rank}"
