@@ -45,7 +45,7 @@ settings = { train_problems = 24, test_problems = 16 }
 prompts_per_step = 8
 minibatches = 2
 micro_batch = 8
-learning_rate = 1e-3
+learning_rate = 1e-4
 lora_learning_rate = 1e-3
 max_prompt_tokens = 16
 max_new_tokens = 24
