@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from roundoff.commands.options import profile_option, set_option
 from roundoff.config import ConfigError
+
+if TYPE_CHECKING:
+    from roundoff.srdd import LayerScan
 
 
 @click.command("verl-config")
@@ -25,6 +29,7 @@ from roundoff.config import ConfigError
 @click.option(
     "--out", type=click.Path(path_type=Path), help="For checkpoints. [default: runs/verl/NAME/PROFILE/seed-N]"
 )
+@click.option("--scan", type=click.Path(path_type=Path), help="Scan that aqn.layers or keep = srdd:k refers to (JSON).")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Accelerators of each node.")
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True)
 def verl_config_command(
@@ -37,6 +42,7 @@ def verl_config_command(
     data: Path,
     write_data: bool,
     out: Path | None,
+    scan: Path | None,
     devices: int,
     nodes: int,
 ) -> None:
@@ -58,7 +64,7 @@ def verl_config_command(
         devices=devices,
         nodes=nodes,
     )
-    text = command(experiment, profile, seed, resources)
+    text = command(experiment, profile, seed, resources, None if scan is None else read_scan(scan))
     if write_data:
         from roundoff.tasks import load_task
 
@@ -68,3 +74,23 @@ def verl_config_command(
         if not path.is_file():
             click.secho(f"note: {path} does not exist yet", fg="yellow", err=True)
     click.echo(text)
+
+
+def read_scan(path: Path) -> LayerScan:
+    """The scan in a file that `roundoff scan` or a run wrote.
+
+    Raises:
+        ConfigError: if the file is none.
+    """
+    import json
+
+    from roundoff.srdd import LayerScan
+
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    try:
+        return LayerScan.from_json(json.loads(path.read_text("utf-8")))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a scan, which is JSON: {error}") from None

@@ -81,6 +81,19 @@ def test_a_sync_within_an_evaluation_stays_clean_until_its_end():
     assert float((norms(switch) - clean).std()) == pytest.approx(0.05, rel=0.15)
 
 
+def test_multipliers_of_a_scan():
+    switch = new_switch()
+    switch.multipliers = {layer: float(layer == 2) for layer in range(6)}
+    before = {name: p.detach().clone() for name, p in switch.model.named_parameters()}
+    sync(switch, 1, 0.05)
+    moved = {name for name, p in switch.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {
+        "model.layers.2.input_layernorm.weight",
+        "model.layers.2.post_attention_layernorm.weight",
+        "model.norm.weight",
+    }
+
+
 def test_weights_outside_of_the_targets_are_left_alone():
     switch = new_switch()
     before = {name: p.detach().clone() for name, p in switch.model.named_parameters() if "norm" not in name}

@@ -7,9 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from roundoff.cli import cli
+from roundoff.commands.verl import read_scan
 from roundoff.config import ConfigError
 from roundoff.experiments import load_profile, select, with_overrides
-from roundoff.scale.verl_plugin.command import Resources, command, quoted
+from roundoff.scale.verl_plugin.command import Resources, command, plugin_settings, quoted
 from roundoff.scale.verl_plugin.settings import VARIABLE, from_environment
 
 GPU = ("profile.device=cuda", "profile.dtype=bfloat16", "profile.model=/models/qwen")
@@ -93,7 +94,8 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
         (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
         (("profile.training.minibatches=3",), "must be divisible by minibatches"),
         (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),
-        (("aqn.layers=targeted",), "aqn.layers = 'targeted' is not available"),
+        (("aqn.layers=targeted",), "aqn.layers = 'targeted' needs a scan"),
+        (("aqn.layers=zone",), "changes during the run"),
     ],
 )
 def test_refusals(tmp_path, assignments, message):
@@ -112,3 +114,33 @@ def test_the_command_line(tmp_path):
     assert "does not exist yet" in result.stderr
     assert f"trainer.default_local_dir={tmp_path / 'out'}" in result.stdout
     assert '"weight":"mxfp4"' in result.stdout
+
+
+def test_a_scan_gives_the_multipliers_and_the_kept_layers(tmp_path):
+    from roundoff.srdd import LayerScan
+    from roundoff.srdd.layer_scan import LayerMetrics
+
+    names = [field for field in LayerMetrics.__dataclass_fields__ if field != "layer"]
+    rows = [LayerMetrics(layer=n, **dict.fromkeys(names, float(6 - n))) for n in range(6)]
+    experiments, _ = with_overrides(
+        select(["quickstart-noise-aqn"]),
+        load_profile("tiny"),
+        ("aqn.layers=targeted", "hardware.precision.weight=mxfp4", "hardware.precision.keep=srdd:2"),
+    )
+    scan = LayerScan(experiments[0].hardware, 1, tuple(rows), (), (), "gradient")
+    settings = plugin_settings(experiments[0], 0, scan)
+    assert settings.hardware.precision.keep == (0, 1)
+    assert set(settings.multipliers.values()) == {0.0, 1.0}
+    assert settings.multipliers[0] == 1.0
+    assert from_environment({VARIABLE: settings.model_dump_json()}) == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no file"), ("{}", "not a scan"), ("{", "not a scan")]
+)
+def test_a_file_that_is_no_scan(tmp_path, content, message):
+    path = tmp_path / "scan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_scan(path)

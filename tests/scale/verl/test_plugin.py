@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,20 @@ def environment(tmp_path, settings=None, **variables) -> dict[str, str]:
     if settings is not None:
         clean[VARIABLE] = PluginSettings(**settings).model_dump_json()
     return clean | variables
+
+
+def with_entry_point(tmp_path, **variables) -> dict[str, str]:
+    """An environment in which a package with the entry point of pyproject.toml is installed."""
+    metadata = tmp_path / "roundoff_here-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: roundoff-here\nVersion: 0\n")
+    with (SOURCE.parent / "pyproject.toml").open("rb") as file:
+        names = tomllib.load(file)["project"]["entry-points"]["verl.plugins"]
+    lines = [f"{name} = {target}" for name, target in names.items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[verl.plugins]", *lines, ""]))
+    told = environment(tmp_path, **variables)
+    told["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    return told
 
 
 def run(*words, **options) -> subprocess.CompletedProcess:
@@ -66,13 +81,14 @@ def test_bad_settings_end_the_process_where_it_imports_verl(tmp_path, variables,
     assert "went on" not in done.stdout
 
 
+def test_the_variables_of_older_scripts_activate_it_through_the_entry_point(tmp_path):
+    told = with_entry_point(tmp_path, VERL_NOISY_OPS_ENABLED="1", VERL_NOISY_OPS_SCALE="5e-2", VERL_PLATFORM="cpu")
+    done = run("-c", LIST, env=told)
+    assert done.stdout.split()[-3:] == ["RoundoffEngine", "RoundoffTrainer", "RoundoffTrainer"], done.stderr[-2000:]
+
+
 def test_the_entry_point_ends_the_process_too_though_verl_swallows_its_errors(tmp_path):
-    metadata = tmp_path / "roundoff_here-0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: roundoff-here\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text("[verl.plugins]\nhere = roundoff.scale.verl_plugin.entry_point\n")
-    told = environment(tmp_path, VERL_NOISY_OPS_ENABLED="1", VERL_NOISY_OPS_SCALE="much")
-    told["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    told = with_entry_point(tmp_path, VERL_NOISY_OPS_ENABLED="1", VERL_NOISY_OPS_SCALE="much")
     done = run("-c", "import verl; print('went on')", env=told)
     assert done.returncode == 3
     assert "SCALE must be a number" in done.stderr

@@ -55,7 +55,7 @@ def test_all_ops_is_attention_too_and_says_what_stays_exact():
         ({VARIABLE: '{"hardware": {"precision": {"weight": "mxfp4", "keep": "srdd:2"}}}'}, "needs a scan"),
         (
             {VARIABLE: '{"hardware": {}, "aqn": {"sigma_start": 1, "sigma_end": 1, "layers": "targeted"}}'},
-            "aqn.layers = 'targeted' is not available",
+            "aqn.layers = 'targeted' needs a scan",
         ),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -39,6 +39,8 @@ class AqnSwitch:
     model: nn.Module
     aqn: AQN | None
     key: Key
+    multipliers: Mapping[int, float] | None = None
+    """Factors on sigma by decoder layer."""
     syncs: list[Sync] = field(default_factory=list)
     evaluating: bool = False
     _next: tuple[int, float] = (0, 0.0)
@@ -78,7 +80,8 @@ class AqnSwitch:
     def _apply(self) -> None:
         step, sigma = self._next
         if self.aqn is not None and sigma:
-            self._noise.enter_context(aqn_noise(self.model, sigma, None, self.key.fold("aqn", step), self.aqn))
+            key = self.key.fold("aqn", step)
+            self._noise.enter_context(aqn_noise(self.model, sigma, self.multipliers, key, self.aqn))
 
     def _digest(self) -> str:
         return digest(target.weight for target in aqn_targets(self.model, self.aqn)) if self.aqn is not None else ""

@@ -14,10 +14,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import roundoff
 from roundoff.config import ConfigError, Experiment, Profile
 from roundoff.scale.verl_plugin.settings import VARIABLE, PluginSettings, check
+
+if TYPE_CHECKING:
+    from roundoff.srdd import LayerScan
 
 MODULES = "VERL_USE_EXTERNAL_MODULES"
 ENTRY = "roundoff.scale.verl_plugin.entry"
@@ -46,8 +50,8 @@ class Resources:
     nodes: int = 1
 
 
-def plugin_settings(experiment: Experiment, seed: int) -> PluginSettings:
-    """What the plugin is told about an experiment.
+def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = None) -> PluginSettings:
+    """What the plugin is told about an experiment; `scan` is what `keep = "srdd:k"` and `aqn.layers` refer to.
 
     Raises:
         ConfigError: if the experiment has a setting that cannot be carried out under verl.
@@ -57,25 +61,34 @@ def plugin_settings(experiment: Experiment, seed: int) -> PluginSettings:
         raise ConfigError("algorithm.ratio = 'one' is not available under verl: use 'replayed', which gives 1 as well")
     if experiment.lora is not None and experiment.lora.dropout:
         raise ConfigError("lora.dropout is not available under verl's FSDP engine: set it to 0")
+    hardware, multipliers = experiment.hardware, None
+    if scan is not None:
+        from roundoff.srdd import layer_multipliers, resolve_keep
+
+        hardware = resolve_keep(hardware, scan)
+        multipliers = layer_multipliers(experiment, scan, 0.0)
     return check(
         PluginSettings(
             experiment=experiment.id,
-            hardware=experiment.hardware,
+            hardware=hardware,
             aqn=experiment.aqn,
+            multipliers=multipliers,
             ratio="replayed" if ratio == "replayed" else "recomputed",
             seed=seed,
         )
     )
 
 
-def command(experiment: Experiment, profile: Profile, seed: int, resources: Resources) -> str:
+def command(
+    experiment: Experiment, profile: Profile, seed: int, resources: Resources, scan: LayerScan | None = None
+) -> str:
     """The whole shell command, one argument a line.
 
     Raises:
         ConfigError: if a setting cannot be carried out under verl.
     """
     on_cpu = profile.device == "cpu"
-    variables = {MODULES: ENTRY, VARIABLE: plugin_settings(experiment, seed).model_dump_json()}
+    variables = {MODULES: ENTRY, VARIABLE: plugin_settings(experiment, seed, scan).model_dump_json()}
     if on_cpu:
         variables["VERL_PLATFORM"] = "cpu"
     arguments = [

@@ -58,7 +58,7 @@ class RolloutServer:
             self.hardware = install(self.loaded.model, settings.hardware, seed=settings.seed)
             print(f"roundoff: rollout replica {replica_rank}, hardware:\n{self.hardware.summary()}")
         seed_key = Key.from_seed(settings.seed)
-        self.switch = AqnSwitch(self.loaded.model, settings.aqn, seed_key)
+        self.switch = AqnSwitch(self.loaded.model, settings.aqn, seed_key, settings.multipliers)
         self.replica_rank = replica_rank
         self.key = seed_key.fold("verl rollout", replica_rank)
         self.response_length = response_length

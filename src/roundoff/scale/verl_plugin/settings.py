@@ -42,6 +42,8 @@ class PluginSettings(Settings):
     """Id of the experiment, for people to read."""
     hardware: Hardware
     aqn: AQN | None = None
+    multipliers: dict[int, float] | None = None
+    """Factors on AQN's sigma by decoder layer, from a scan; None: every layer has the same sigma."""
     ratio: Literal["replayed", "recomputed"] = "replayed"
     """Whether old and new log-probabilities see the same noise draws (see `Algorithm.ratio`)."""
     seed: int = 0
@@ -86,15 +88,17 @@ def check(settings: PluginSettings) -> PluginSettings:
     """The same settings, if the plugin can carry them out.
 
     Raises:
-        ConfigError: if a setting needs a scan first.
+        ConfigError: if a setting needs a scan that is not there, or cannot be carried out at all.
     """
-    if isinstance(settings.hardware.precision.keep, str):
+    keep, aqn = settings.hardware.precision.keep, settings.aqn
+    if isinstance(keep, str):
+        raise ConfigError(f"hardware.precision.keep = {keep!r} needs a scan: give its file by `verl-config --scan`")
+    if aqn is not None and aqn.layers == "zone":
         raise ConfigError(
-            f"hardware.precision.keep = {settings.hardware.precision.keep!r} needs a scan, which verl does not make: "
-            "name the layers (`roundoff scan` prints them)"
+            "aqn.layers = 'zone' changes during the run, which the verl plugin does not: use another mode"
         )
-    if settings.aqn is not None and settings.aqn.layers != "all":
-        raise ConfigError(f"aqn.layers = {settings.aqn.layers!r} is not available under verl: set it to 'all'")
+    if aqn is not None and aqn.layers != "all" and settings.multipliers is None:
+        raise ConfigError(f"aqn.layers = {aqn.layers!r} needs a scan: give its file by `verl-config --scan`")
     return settings
 
 

@@ -75,7 +75,8 @@ class HardwareWorker(vLLMColocateWorkerExtension):  # type: ignore[misc]
             if not settings.hardware.changes_nothing:
                 replica = int(os.environ.get("VERL_REPLICA_RANK", "0"))
                 install_in_vllm(model, settings.hardware, Key.from_seed(settings.seed).fold("vllm rollout", replica))
-            found = (settings, AqnSwitch(model, settings.aqn, Key.from_seed(settings.seed)))
+            switch = AqnSwitch(model, settings.aqn, Key.from_seed(settings.seed), settings.multipliers)
+            found = (settings, switch)
             self.__dict__["_roundoff_state"] = found
         return found
 
