@@ -143,7 +143,13 @@ def attention_forward(
                 f"{type(module).__name__} uses {name}, which noisy attention does not support: "
                 "set hardware.matmul_noise.attention = false"
             )
-    state: AttentionState = getattr(module, STATE)
+    found: AttentionState | None = getattr(module, STATE, None)
+    if found is None:
+        raise RuntimeError(
+            f"{type(module).__name__} computes attention as installed hardware does, but none is installed on it: its "
+            "config was copied from an installed model; install the hardware on this model, too"
+        )
+    state = found
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1], key.shape[2]
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)

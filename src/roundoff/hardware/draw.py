@@ -125,8 +125,8 @@ class Runtime:
     seed_key: Key
     on: bool = True
     draw: Draw | None = None
-    keyed: bool = False
-    """Whether `noise_key` was ever used: then a recomputation outside of it is an error."""
+    replaying: bool = False
+    """Whether a layer is computed again under the call counters of the first time (gradient checkpointing)."""
     shared: tuple[object, int, str, Tensor] | None = None
     """The last quantized activation (weak reference to x, its version, format, Q(x)): q, k and v see the same x."""
     calls: dict[str, int] = field(default_factory=dict)
@@ -136,14 +136,15 @@ class Runtime:
         """The draw of `noise_key`, or outside of it the next one of this module's call counter.
 
         Raises:
-            RuntimeError: in a recomputation (gradient checkpointing) outside of a `noise_key` that was used before.
+            RuntimeError: in a recomputation (gradient checkpointing) that would draw anew.
         """
         if self.draw is not None:
             return self.draw
-        if self.keyed and torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 and not self.replaying:
             raise RuntimeError(
                 f"{name} is recomputed in the backward pass outside of noise_key, so its noise would differ from the "
-                "forward pass: keep noise_key open until backward() is done, or use no gradient checkpointing"
+                "forward pass: keep noise_key open until backward() is done, checkpoint by "
+                "roundoff.models.checkpointing, or use no gradient checkpointing"
             )
         count = self.calls.get(name, 0)
         self.calls[name] = count + 1

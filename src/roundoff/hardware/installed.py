@@ -150,20 +150,20 @@ class InstalledHardware:
         the hardware on or off as it is now.
         """
         runtime = self.runtime
-        draw, keyed, on = runtime.draw, runtime.keyed, runtime.on
+        draw, on = runtime.draw, runtime.on
         calls = dict(runtime.calls) if draw is None else runtime.calls
 
         @contextmanager
         def entered() -> Iterator[None]:
-            before = runtime.draw, runtime.keyed, runtime.calls
+            before = runtime.draw, runtime.calls, runtime.replaying
             was_on = runtime.on
-            runtime.draw, runtime.keyed, runtime.calls = draw, keyed and draw is not None, calls
+            runtime.draw, runtime.calls, runtime.replaying = draw, calls, True
             if on != was_on:
                 self.switch(on)
             try:
                 yield
             finally:
-                runtime.draw, runtime.keyed, runtime.calls = before
+                runtime.draw, runtime.calls, runtime.replaying = before
                 if on != was_on:
                     self.switch(was_on)
 
@@ -255,7 +255,6 @@ def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterato
     runtime = required(model).runtime
     before = runtime.draw
     runtime.draw = Draw(key, rows)
-    runtime.keyed = True
     try:
         yield
     finally:
