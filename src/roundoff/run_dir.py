@@ -163,6 +163,8 @@ class RunDirectory:
         write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in parent.metrics))
         if (scan := parent.scan) is not None:
             self.write_scan(scan)
+        if (preflight := parent.preflight) is not None:
+            self.write_preflight(preflight)
         write_directory(
             checkpoint_path(self.path / "checkpoints", last),
             lambda directory: shutil.copytree(source, directory, dirs_exist_ok=True),

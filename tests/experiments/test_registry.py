@@ -122,6 +122,35 @@ def test_override_of_the_profile():
     assert experiments == select(["quickstart-clean"])
 
 
+def overridden(name, *assignments):
+    (changed,), _ = with_overrides(select([name]), load_profile("tiny"), assignments)
+    return changed
+
+
+def test_values_that_fit_together_are_checked_together():
+    aqn = overridden("quickstart-noise-aqn", "aqn.sigma_end=0.2", "aqn.sigma_start=0.3").aqn  # 0.05 at first
+    assert (aqn.sigma_start, aqn.sigma_end) == (0.3, 0.2)
+
+
+def test_the_table_of_the_scan_comes_and_goes_with_what_needs_it():
+    assert overridden("E9b", "aqn.layers=all").srdd is None
+    assert overridden("E9b", "srdd.metric=gradient").srdd.metric == "gradient"
+    aimed = overridden("E5b", "srdd.metric=shadow", "aqn.layers=targeted")
+    assert (aimed.srdd.metric, aimed.aqn.layers) == ("shadow", "targeted")
+    assert aimed.id == "E5b+layers=targeted,metric=shadow"
+    assert overridden("E5b", "aqn.layers=targeted").srdd is None  # its defaults
+    with pytest.raises(ConfigError, match="changes nothing"):
+        overridden("E5b", "srdd.metric=shadow")
+
+
+def test_another_algorithm_brings_its_defaults_under_what_the_experiment_sets():
+    algorithm = overridden("quickstart-noise", "algorithm.name=DAPO").algorithm  # sets group_size = 8 itself
+    assert (algorithm.dynamic_sampling, algorithm.clip_high, algorithm.kl_coefficient) == (True, 0.28, 0.0)
+    assert algorithm.group_size == 8
+    grpo = overridden("ratio-noise-one", "algorithm.name=DAPO", "algorithm.clip_high=0.4").algorithm
+    assert (grpo.ratio, grpo.clip_high, grpo.dynamic_sampling) == ("one", 0.4, True)
+
+
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [

@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from roundoff.config import ConfigError, Experiment, Profile, Settings, nearest, validate
+from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Profile, Settings, nearest, validate
 
 TABLE = Path(__file__).parent
+Assignment = tuple[list[str], Any]
+"""Path of a setting, and its value."""
 OPTIONAL_TABLES = ("aqn", "srdd", "lora")
 """Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
 
@@ -115,26 +117,24 @@ def with_overrides(
         ConfigError: if an assignment is malformed, touches no experiment, or gives a wrong value.
     """
     parsed = [_parse_assignment(text) for text in assignments]
-    scale = profile
-    for keys, value in parsed:
-        if keys[0] == "profile":
-            scale = _replaced(scale, keys[1:], value, source="--set")
+    of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
+    of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
+    scale = validate(Profile, _content(profile, of_profile), source="--set")
     if scale != profile and scale.name == profile.name:
-        label = _label([(keys, value) for keys, value in parsed if keys[0] == "profile"])
-        scale = scale.model_copy(update={"name": f"{profile.name}+{label}"})
+        scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
     renamed: dict[str, str] = {}
     changed: list[Experiment] = []
+    used: set[str] = set()
     for experiment in experiments:
-        new = experiment
-        for keys, value in _touching(experiment, parsed):
-            new = _replaced(new, keys, value, source=f"--set, {experiment.id}")
+        new, touching = _overridden(experiment, of_experiments)
+        used |= {".".join(keys) for keys, _ in touching}
         if new != experiment:
-            label = _label(_touching(experiment, parsed))
+            label = _label(touching)
             renamed[experiment.id] = f"{experiment.id}+{label}"
             new = new.model_copy(update={"title": f"{new.title} ({label})" if new.title else ""})
         changed.append(new)
-    for keys, _ in parsed:
-        if keys[0] in OPTIONAL_TABLES and all(getattr(e, keys[0]) is None for e in experiments):
+    for keys, _ in of_experiments:
+        if ".".join(keys) not in used:
             raise ConfigError(f"--set {'.'.join(keys)} changes nothing: no experiment chosen has a table [{keys[0]}]")
     names = {e.id: renamed.get(e.id, e.id) for e in experiments}
     return [
@@ -142,20 +142,47 @@ def with_overrides(
     ], scale
 
 
-def _touching(experiment: Experiment, parsed: Sequence[tuple[list[str], Any]]) -> list[tuple[list[str], Any]]:
-    """The assignments that concern an experiment: no setting of the profile, and of no table that it lacks."""
-    return [
+def _overridden(experiment: Experiment, parsed: Sequence[Assignment]) -> tuple[Experiment, list[Assignment]]:
+    """The experiment with the assignments that concern it, and these: none of a table that it lacks.
+
+    `[srdd]` comes and goes with the settings that refer to a scan. Another `algorithm.name` brings the defaults of
+    that name, under what the experiment sets itself.
+    """
+    others = [
         (keys, value)
         for keys, value in parsed
-        if keys[0] != "profile" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None)
+        if keys[0] != "srdd" and not (keys[0] in OPTIONAL_TABLES and getattr(experiment, keys[0]) is None)
     ]
+    source = f"--set, {experiment.id}"
+    content = _content(experiment, others)
+    if any(keys == ["algorithm", "name"] for keys, _ in others):
+        own = _own_settings(experiment.algorithm)
+        content["algorithm"] = _nested([(keys[1:], value) for keys, value in others if keys[0] == "algorithm"], own)
+    scan = content.pop("srdd", {})
+    plain = validate(Experiment, content, source=source)
+    if not plain.needs_scan:
+        return plain, others
+    of_scan = [(keys, value) for keys, value in parsed if keys[0] == "srdd"]
+    if not of_scan and experiment.srdd is None:
+        return plain, others
+    whole = _nested(of_scan, {**content, "srdd": scan})
+    return validate(Experiment, whole, source=source), [*others, *of_scan]
 
 
-def _label(parsed: Sequence[tuple[list[str], Any]]) -> str:
+def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
+    """What an experiment sets of its algorithm besides the defaults that come with the name."""
+    settings = algorithm.model_dump()
+    if algorithm.name not in ALGORITHMS:
+        return settings
+    named = Algorithm.model_validate({"name": algorithm.name}).model_dump()
+    return {key: value for key, value in settings.items() if value != named[key]}
+
+
+def _label(parsed: Sequence[Assignment]) -> str:
     return ",".join(f"{keys[-1]}={value}" for keys, value in parsed).replace("/", "_").replace(" ", "")
 
 
-def _parse_assignment(text: str) -> tuple[list[str], Any]:
+def _parse_assignment(text: str) -> Assignment:
     path, equals, raw = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys) or keys == ["profile"]:
@@ -166,12 +193,18 @@ def _parse_assignment(text: str) -> tuple[list[str], Any]:
         return keys, raw
 
 
-def _replaced(settings: Any, keys: Sequence[str], value: Any, *, source: str) -> Any:
-    content: Any = value
-    for key in reversed(keys):
-        content = {key: content}
-    model: type[Settings] = type(settings)
-    return validate(model, _merge(settings.model_dump(exclude_none=True), content), source=source)
+def _content(settings: Settings, parsed: Sequence[Assignment]) -> dict[str, Any]:
+    """Settings as plain data with values replaced; they are checked together, not one after the other."""
+    return _nested(parsed, settings.model_dump(exclude_none=True))
+
+
+def _nested(parsed: Sequence[Assignment], content: dict[str, Any]) -> dict[str, Any]:
+    for keys, value in parsed:
+        inner: Any = value
+        for key in reversed(keys):
+            inner = {key: inner}
+        content = _merge(content, inner)
+    return content
 
 
 def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
