@@ -142,6 +142,29 @@ def test_plan_more_problems_never_need_more_seeds_and_the_row_keeps_its_promise(
             assert (row.runs, row.seconds) == (2 * row.seeds, 120.0 * row.seeds)
 
 
+@pytest.mark.parametrize("effect", [0.005, 0.01, 0.02])
+@pytest.mark.parametrize("seeds", [3, 4, 10])
+def test_power_is_that_of_the_noncentral_t(effect: float, seeds: int) -> None:
+    """With residuals alone: se = sqrt(0.25 / (S*P)), so many degrees of freedom that t is nearly normal."""
+    variance, problems = stats.Variance(0.0, 0.0, 0.25), 2000
+    se = np.sqrt(0.25 / (seeds * problems)) * (stats.WIDENING_AT_THREE if seeds == 3 else 1.0)
+    (df,) = {stats._combined((0.25, 0.25, 0.25), seeds, problems)[1]}
+    critical = reference.t.ppf(0.975, df)
+    shift = effect / np.sqrt(0.25 / (seeds * problems))
+    scaled = critical * se / np.sqrt(0.25 / (seeds * problems))
+    expected = reference.nct(df, shift).sf(scaled) + np.nan_to_num(reference.nct(df, shift).cdf(-scaled))
+    assert stats.power(effect, variance, seeds=seeds, problems=problems) == pytest.approx(expected, abs=2e-3)
+
+
+def test_power_never_falls_with_effect_or_seeds() -> None:
+    """Where scipy's noncentral t gave NaN: an effect of many standard errors is found for certain."""
+    variance = stats.Variance(0.0, 0.0087, 0.323)
+    found = [[stats.power(e, variance, seeds=s, problems=5000) for s in (3, 4, 5, 6)] for e in (0.03, 0.05, 0.1, 0.4)]
+    assert np.isfinite(found).all()
+    assert (np.diff(found, axis=0) >= -1e-9).all() and (np.diff(found, axis=1) >= -1e-9).all()
+    assert found[-1][0] == pytest.approx(1.0)
+
+
 def test_plan_says_where_no_number_of_seeds_is_enough() -> None:
     """Problem variance of 0.02 on 256 problems is a standard error of 0.9 points, however many seeds there are."""
     (row,) = stats.plan(0.01, stats.Variance(1e-4, 0.02, 0.25), problems=[256])

@@ -12,6 +12,7 @@ from roundoff import __version__
 from roundoff.commands.compare import compare_command
 from roundoff.commands.declared import list_command, show_command
 from roundoff.commands.model import build_tiny_command, eval_command, export_command
+from roundoff.commands.plan import plan_command
 from roundoff.commands.report import import_table_command, report_command, runs_command
 from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
@@ -57,6 +58,7 @@ for command in (
     export_command,
     report_command,
     compare_command,
+    plan_command,
     import_table_command,
     runs_command,
     tensorboard_command,

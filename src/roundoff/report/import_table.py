@@ -135,10 +135,23 @@ def imported_table(table: ImportedTable) -> RenderableType:
         grid.add_column(name, no_wrap=name != "Id", justify="right" if name == "p" else "left")
     grid.add_column("Verdict", min_width=16)
     for row in table.rows:
-        grid.add_row(
-            *(Text(cell) for cell in _shown(row)), Text(row.verdict, style="bold" if row.exceeds_error else "")
-        )
-    return Group(grid, Text(""), Text(table.conclusion))
+        if row.score is not None:
+            style = "bold" if row.exceeds_error else ""
+            grid.add_row(*(Text(cell) for cell in _shown(row)), Text(row.verdict, style=style))
+    absent = [row.id for row in table.rows if row.score is None]
+    lines = [f"Without a score: {', '.join(absent)}.", ""] if absent else []
+    lines += [table.conclusion, *(limit for row in table.rows if (limit := _seed_limit(row)))]
+    return Group(grid, Text(""), Text("\n".join(lines)))
+
+
+def _seed_limit(row: ImportedRow) -> str:
+    """How much seeds may vary before a difference that exceeds its error is explained; empty for others."""
+    if not row.exceeds_error or row.seed_limit is None or row.difference is None:
+        return ""
+    return (
+        f"- {row.id} against {row.baseline}, {words.points(row.difference.estimate)} points: still beyond error if "
+        f"seeds vary by less than {100 * row.seed_limit:.1f} points (standard deviation)"
+    )
 
 
 def imported_markdown(table: ImportedTable) -> str:

@@ -75,10 +75,12 @@ def effect_bounds_text(interval: Interval) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`45 s`, `12 min` or `2 h 20 min`."""
+    """`45 s`, `12 min`, `2 h 20 min` or `614 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
+    if minutes >= 6000:
+        return f"{round(minutes / 60):,} h"
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 

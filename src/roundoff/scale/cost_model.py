@@ -1,0 +1,299 @@
+"""Time and memory of a run from its tokens, parameters and formats, before anything is run.
+
+A pass through the model costs the larger of two times on an accelerator, and their sum on a CPU:
+
+    issue  = calls * (layers * operations + FIXED_OPERATIONS) * time to issue one operation
+    device = products / rate + (weights read + elementwise traffic + cache read) / bandwidth
+
+Operations and elementwise traffic of a decoder layer were counted (`python -m benchmarks operations`), for the plain
+model and for what each kind of hardware adds, on the plain torch path and with the compiled kernels. Everything else
+that is not a setting is an entry of `Assumptions`, printed with the estimate.
+
+What is left out: compiling, loading, saving checkpoints, reading data, and waiting for the slowest device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from roundoff.config import ConfigError, Experiment, Hardware, Profile
+from roundoff.models.shape import ModelShape
+from roundoff.scale.machine import Machine
+
+FIXED_OPERATIONS = 14
+"""Operations of a pass outside the decoder layers."""
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+VOCABULARY_PASSES = 14
+"""Reads and writes of one float32 row of the vocabulary to draw a token, or for a log-probability and its gradient."""
+OPTIMIZER_PASSES = 12
+"""Reads and writes of a float32 parameter in gradient clipping and AdamW."""
+SAVED_HIDDEN, SAVED_INTERMEDIATE = 9.4, 3.75
+"""Elements kept for the backward pass a token and layer, in units of the hidden and the intermediate size (counted)."""
+MAX_ROWS = 512
+"""Rollouts decoded together (`sampler.MAX_ROWS`)."""
+LOGSOFTMAX_ROWS = 4096
+"""Response tokens whose log-softmax is computed at once (`logprobs.CHUNK_TOKENS`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Cost of one decoder layer besides its matrix products."""
+
+    operations: float
+    """In units of an operation of the plain model, Python included."""
+    hidden: float
+    """Elements read and written a token, in units of the hidden size."""
+    intermediate: float
+    """The same in units of the intermediate size."""
+    score: float = 0.0
+    """Elements read and written an attention score."""
+
+    def plus(self, other: Work) -> Work:
+        """Both together."""
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Work of a forward pass, and of a forward and backward pass."""
+
+    forward: Work
+    training: Work
+
+
+PLAIN = Passes(Work(36, 45, 8), Work(117, 182, 26))
+NOTHING = Passes(Work(0, 0, 0), Work(0, 0, 0))
+ADDED = {
+    ("activation", True): Passes(Work(20, 8, 2.5), Work(20, 8, 2.5)),
+    ("activation", False): Passes(Work(104, 87, 31), Work(104, 102, 32)),
+    ("noise", True): Passes(Work(54, 9, 6, 3), Work(135, 27, 18, 9)),
+    ("noise", False): Passes(Work(740, 900, 360, 340), Work(2230, 5250, 1130, 1020)),
+}
+"""What hardware adds, by kind and whether the compiled kernels are used. A weight's format costs nothing per token.
+
+Operations are weighted by their measured time: on the torch path one of a format takes 0.65 to 0.85, one of noise 0.39
+of an operation of the plain model, which carries the Python of its module.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What the settings do not say."""
+
+    prompt_tokens: float
+    """Mean length of a prompt (tokens)."""
+    response_tokens: float
+    """Mean length of a response (tokens)."""
+    spread: float = 0.5
+    """The longest of n responses is 1 + spread*ln(n) times the mean one, at most the limit."""
+    equal_groups: float = 0.5
+    """Share of groups of equal reward, which dynamic sampling drops (fraction)."""
+    source: str = "a quarter of the limits"
+
+    def longest(self, rows: float, limit: int) -> float:
+        """Expected length of the longest of `rows` responses (tokens)."""
+        return min(float(limit), self.response_tokens * (1 + self.spread * math.log(max(rows, 1.0))))
+
+    def lines(self) -> list[str]:
+        """One line an assumption, for the user to judge."""
+        return [
+            f"a prompt has {self.prompt_tokens:.0f} and a response {self.response_tokens:.0f} tokens on average "
+            f"({self.source})",
+            f"the longest of n responses is 1 + {self.spread:g} ln n times the mean, at most the limit",
+            f"{100 * self.equal_groups:g} % of groups have equal rewards (dynamic sampling drops them)",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Time and memory of one run on some devices."""
+
+    experiment: str
+    steps: int
+    parts: Mapping[str, float]
+    """Seconds of one step by what is done."""
+    evaluations: int
+    evaluation: float
+    """Seconds of one evaluation."""
+    memory: Mapping[str, float]
+    """Bytes on one device by what holds them; `sampling` and `training` do not occur together."""
+
+    @property
+    def step(self) -> float:
+        """Seconds of one step, without evaluation."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return self.steps * self.step + self.evaluations * self.evaluation
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one device at the worst moment."""
+        moments = ("sampling", "training")
+        return sum(v for k, v in self.memory.items() if k not in moments) + max(self.memory[k] for k in moments)
+
+
+def default_assumptions(profile: Profile) -> Assumptions:
+    """Lengths where nothing was measured: a quarter of the limits."""
+    training = profile.training
+    return Assumptions(training.max_prompt_tokens / 4, training.max_new_tokens / 4)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one profile's model on one machine."""
+
+    profile: Profile
+    shape: ModelShape
+    machine: Machine
+    ranks: int
+    """Devices that share one run."""
+    problems: tuple[int, int]
+    """Training and test problems."""
+    assumptions: Assumptions
+
+    def estimate(self, experiment: Experiment, *, steps: int) -> Estimate:
+        """What one run of the experiment takes; `steps` is its number of steps.
+
+        Raises:
+            ConfigError: if there are more devices than prompts to share.
+        """
+        training, algorithm = self.profile.training, experiment.algorithm
+        if training.prompts_per_step < self.ranks:
+            raise ConfigError(f"{self.ranks} devices cannot share {training.prompts_per_step} prompts a step")
+        draws = 1.0
+        if algorithm.dynamic_sampling:
+            kept = 1 - self.assumptions.equal_groups
+            draws = min(max(1.0, 1 / (kept * algorithm.oversampling)), algorithm.max_sampling_batches)
+        prompts = training.prompts_per_step * algorithm.oversampling * draws / self.ranks
+        hardware = experiment.hardware
+        parts = {"sampling": self._sampling(hardware, prompts, algorithm.group_size, rounds=draws)}
+        parts |= self._updates(experiment)
+        evaluations = 1 + -(-steps // training.evaluate_every)
+        tests = self.problems[1] / self.ranks
+        each = [hardware] * (training.noise_draws if hardware.is_noisy else 1)
+        each += [] if hardware.changes_nothing else [Hardware()]
+        evaluation = sum(self._sampling(h, tests, 1, rounds=1) for h in each)
+        return Estimate(experiment.id, steps, parts, evaluations, evaluation, self._memory(experiment))
+
+    def _work(self, hardware: Hardware) -> Passes:
+        found = PLAIN
+        for kind, on in (
+            ("activation", hardware.precision.activation is not None),
+            ("noise", hardware.matmul_noise.relative_std > 0),
+        ):
+            added = ADDED[kind, self.machine.compiled] if on else NOTHING
+            found = Passes(found.forward.plus(added.forward), found.training.plus(added.training))
+        return found
+
+    def _seconds(
+        self, work: Work, *, calls: float, tokens: float, products: float, width: float, read: float = 0.0
+    ) -> float:
+        """Seconds of `calls` passes over `tokens` in all, of sequences `width` long; `read` are further bytes."""
+        shape, machine = self.shape, self.machine
+        size = DTYPE_BYTES[self.profile.dtype]
+        issue = calls * (shape.layers * work.operations + FIXED_OPERATIONS) * machine.operation
+        scores = work.score * shape.heads * width
+        elements = work.hidden * shape.hidden + work.intermediate * shape.intermediate + scores
+        traffic = tokens * shape.layers * elements * size + calls * shape.linear * size + read
+        attention = 4 * tokens * shape.layers * shape.heads * shape.head_size * width
+        device = (products + attention) / machine.rate(self.profile.dtype) + traffic / machine.bandwidth
+        return max(issue, device) if machine.is_asynchronous else issue + device
+
+    def _sampling(self, hardware: Hardware, prompts: float, group: int, *, rounds: float) -> float:
+        """Seconds to sample `group` responses to each prompt, in `rounds` calls of the sampler."""
+        shape, given, limit = self.shape, self.assumptions, self.profile.training.max_new_tokens
+        size, work = DTYPE_BYTES[self.profile.dtype], self._work(hardware).forward
+        rollouts = prompts * group
+        batches = rounds * math.ceil(rollouts / rounds / MAX_ROWS)
+        rows = rollouts / batches
+        tokens = rollouts * given.response_tokens
+        context = given.prompt_tokens + given.response_tokens / 2
+        cache = tokens * context * 2 * shape.layers * shape.kv_width * size
+        vocabulary = tokens * shape.vocabulary * 4 * VOCABULARY_PASSES
+        decoding = self._seconds(
+            work,
+            calls=batches * given.longest(rows, limit),
+            tokens=tokens,
+            products=2 * tokens * (shape.linear + shape.embedding),
+            width=context,
+            read=cache + vocabulary,
+        )
+        read = (rollouts if hardware.is_noisy else prompts) * given.prompt_tokens
+        prefill = self._seconds(
+            work, calls=batches, tokens=read, products=2 * read * shape.linear, width=given.prompt_tokens
+        )
+        return decoding + prefill
+
+    def _updates(self, experiment: Experiment) -> dict[str, float]:
+        """Seconds of the passes over one batch of rollouts, and of the optimizer."""
+        shape, training, algorithm = self.shape, self.profile.training, experiment.algorithm
+        work = self._work(experiment.hardware)
+        rollouts = training.prompts_per_step * algorithm.group_size / self.ranks
+        micro, width = self._micro_batch(experiment)
+        tokens, calls = rollouts * width, math.ceil(rollouts / micro)
+        answered = rollouts * (width - self.assumptions.prompt_tokens)
+        vocabulary = answered * shape.vocabulary * 4 * VOCABULARY_PASSES / 2
+        products = 2 * (tokens * shape.linear + answered * shape.embedding)
+
+        def forward() -> float:
+            return self._seconds(
+                work.forward, calls=calls, tokens=tokens, products=products, width=width, read=vocabulary
+            )
+
+        times = 2 if experiment.lora else 3  # a frozen base needs no gradient of its weights
+        update = self._seconds(
+            work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
+        )
+        old = {"one": 0.0, "replayed": 1 - 1 / training.minibatches}.get(algorithm.ratio, 1.0)
+        trained = self._trained(experiment)
+        optimizer = training.minibatches * trained * 4 * OPTIMIZER_PASSES / self.machine.bandwidth
+        parts = {
+            "update": update * algorithm.optimizer_epochs,
+            "old log-probabilities": forward() * old,
+            "reference": forward() if algorithm.kl_coefficient else 0.0,
+            "optimizer": optimizer,
+        }
+        if self.ranks > 1 and self.machine.interconnect:
+            parts["all-reduce"] = training.minibatches * trained * 4 / self.machine.interconnect
+        return parts
+
+    def _micro_batch(self, experiment: Experiment) -> tuple[float, float]:
+        """Rollouts of one pass on one device, and their padded length (tokens)."""
+        training = self.profile.training
+        rows = training.prompts_per_step * experiment.algorithm.group_size / self.ranks / training.minibatches
+        micro = min(training.micro_batch or rows, rows)
+        return micro, self.assumptions.prompt_tokens + self.assumptions.longest(micro, training.max_new_tokens)
+
+    def _trained(self, experiment: Experiment) -> int:
+        return self.shape.adapters(experiment.lora.rank) if experiment.lora else self.shape.parameters
+
+    def _memory(self, experiment: Experiment) -> dict[str, float]:
+        shape, training = self.shape, self.profile.training
+        size = DTYPE_BYTES[self.profile.dtype]
+        trained = self._trained(experiment)
+        micro, width = self._micro_batch(experiment)
+        answered = micro * (width - self.assumptions.prompt_tokens)
+        saved = SAVED_HIDDEN * shape.hidden + SAVED_INTERMEDIATE * shape.intermediate
+        rollouts = training.prompts_per_step * experiment.algorithm.oversampling * experiment.algorithm.group_size
+        rows = min(MAX_ROWS, rollouts / self.ranks)
+        columns = training.max_prompt_tokens + training.max_new_tokens
+        chunk = min(answered, LOGSOFTMAX_ROWS) * shape.vocabulary * 4 * 2
+        needs_copy = experiment.algorithm.kl_coefficient > 0 and experiment.lora is None
+        return {
+            "weights": shape.parameters * size + (trained * 4 if experiment.lora else 0),
+            "gradients and optimizer": 3 * 4 * trained,
+            "quantized weights": shape.linear * size if experiment.hardware.precision.weight else 0.0,
+            "reference": shape.parameters * size if needs_copy else 0.0,
+            "sampling": rows * columns * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
+            "training": micro * width * shape.layers * saved * size + 2 * answered * shape.vocabulary * size + chunk,
+        }
+
+
+def shared(model: CostModel, ranks: int) -> CostModel:
+    """The same costs with each run on `ranks` devices."""
+    return replace(model, ranks=ranks)
