@@ -76,11 +76,11 @@ def test_a_smaller_effect_needs_more_seeds(tmp_path: Path) -> None:
 
 def test_costs_of_the_declared_table_are_printed_with_what_they_rest_on() -> None:
     said = "\n".join(lines("--profile", "gsm8k-1.5b", "--gpus", 8, "E3a", "E13h", "--seeds", "0-4"))
-    assert "gsm8k-1.5b: Qwen/Qwen2.5-1.5B-Instruct, 1.54 billion parameters in float32, on 8 x a100-80gb" in said
+    assert "gsm8k-1.5b: Qwen/Qwen2.5-1.5B-Instruct, 1.54 billion parameters in bfloat16, on 8 x a100-80gb" in said
     assert "10 runs (2 experiments, 5 seeds), a device each" in said and "with 8 at a time" in said
     for assumption in ("data sheet", "plain torch path", "7,473 training", "ln n", "left out", "equal rewards"):
         assert assumption in said
-    small = "\n".join(lines("--profile", "gsm8k-1.5b", "--gpus", 8, "E3a", "--memory", 40))
+    small = "\n".join(lines("--profile", "gsm8k-1.5b", "--gpus", 8, "E3a", "--memory", 30))
     assert "too much" in small and "too much" not in said
 
 

@@ -218,7 +218,7 @@ def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus
         "roundoff's compiled kernels" if machine.compiled else "the plain torch path of formats and noise",
         f"{model.problems[0]:,} training and {model.problems[1]:,} test problems",
         *model.assumptions.lines(),
-        "left out: loading, compiling, checkpoints, waiting for the slowest device; published runs of this size took "
-        "2 to 3 times what this model gives (docs/planning.md)",
+        "left out: loading, compiling, checkpoints, waiting for the slowest device. A lower bound: the one published "
+        "run of the 1.5 B scale, in another system, took 11 times what this model gives (docs/planning.md)",
     ]
     return cost_table(title, rows, seeds=seeds, devices=gpus, ranks=model.ranks, limit=machine.memory, assumed=assumed)

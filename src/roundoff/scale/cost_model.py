@@ -33,8 +33,14 @@ SAVED_HIDDEN, SAVED_INTERMEDIATE = 9.4, 3.75
 """Elements kept for the backward pass a token and layer, in units of the hidden and the intermediate size (counted)."""
 MAX_ROWS = 512
 """Rollouts decoded together (`sampler.MAX_ROWS`)."""
-LOGSOFTMAX_ROWS = 4096
-"""Response tokens whose log-softmax is computed at once (`logprobs.CHUNK_TOKENS`)."""
+LOGIT_BYTES = 3 << 26
+"""Logits, their softmax and their gradient held at once (`logprobs.LOGIT_BYTES` each)."""
+PACKING_LOSS = 1.15
+"""Columns of packed rows over the tokens in them (`packing.py`)."""
+MOST_FUSED_COLUMNS = 64
+"""Longest prompts of the fused decoder (`fused_decoder.MOST_COLUMNS`)."""
+REPEATS_BELOW = 6.0
+"""Responses shorter than this (tokens) are often equal within a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,8 @@ class Passes:
 
 
 PLAIN = Passes(Work(36, 45, 8), Work(117, 182, 26))
+FUSED = Work(14, 15, 3)
+"""A layer of the fused decoder, which samples from small prompts on a CPU: seven Linears and three kernels."""
 NOTHING = Passes(Work(0, 0, 0), Work(0, 0, 0))
 ADDED = {
     ("activation", True): Passes(Work(20, 8, 2.5), Work(20, 8, 2.5)),
@@ -92,6 +100,11 @@ class Assumptions:
     """Share of groups of equal reward, which dynamic sampling drops (fraction)."""
     source: str = "a quarter of the limits"
 
+    @property
+    def distinct(self) -> float:
+        """Share of a group's responses that differ, and are computed where nothing draws noise (fraction)."""
+        return min(1.0, self.response_tokens / REPEATS_BELOW)
+
     def longest(self, rows: float, limit: int) -> float:
         """Expected length of the longest of `rows` responses (tokens)."""
         return min(float(limit), self.response_tokens * (1 + self.spread * math.log(max(rows, 1.0))))
@@ -103,6 +116,7 @@ class Assumptions:
             f"({self.source})",
             f"the longest of n responses is 1 + {self.spread:g} ln n times the mean, at most the limit",
             f"{100 * self.equal_groups:g} % of groups have equal rewards (dynamic sampling drops them)",
+            f"{100 * self.distinct:.0f} % of a group's responses differ (without noise, equal ones are computed once)",
         ]
 
 
@@ -190,6 +204,20 @@ class CostModel:
             found = Passes(found.forward.plus(added.forward), found.training.plus(added.training))
         return found
 
+    def _decoding(self, hardware: Hardware) -> Work:
+        """Work of a layer in sampling."""
+        work = self._work(hardware).forward
+        small = self.profile.training.max_prompt_tokens <= MOST_FUSED_COLUMNS and self.profile.dtype == "float32"
+        if not (small and self.machine.compiled):
+            return work
+        plain = PLAIN.forward
+        return Work(
+            work.operations - plain.operations + FUSED.operations,
+            work.hidden - plain.hidden + FUSED.hidden,
+            work.intermediate - plain.intermediate + FUSED.intermediate,
+            work.score,
+        )
+
     def _seconds(
         self, work: Work, *, calls: float, tokens: float, products: float, width: float, read: float = 0.0
     ) -> float:
@@ -207,11 +235,11 @@ class CostModel:
     def _sampling(self, hardware: Hardware, prompts: float, group: int, *, rounds: float) -> float:
         """Seconds to sample `group` responses to each prompt, in `rounds` calls of the sampler."""
         shape, given, limit = self.shape, self.assumptions, self.profile.training.max_new_tokens
-        size, work = DTYPE_BYTES[self.profile.dtype], self._work(hardware).forward
+        size, work = DTYPE_BYTES[self.profile.dtype], self._decoding(hardware)
         rollouts = prompts * group
         batches = rounds * math.ceil(rollouts / rounds / MAX_ROWS)
         rows = rollouts / batches
-        tokens = rollouts * given.response_tokens
+        tokens = rollouts * given.response_tokens * (1.0 if hardware.is_noisy else given.distinct)
         context = given.prompt_tokens + given.response_tokens / 2
         cache = tokens * context * 2 * shape.layers * shape.kv_width * size
         vocabulary = tokens * shape.vocabulary * 4 * VOCABULARY_PASSES
@@ -235,8 +263,8 @@ class CostModel:
         work = self._work(experiment.hardware)
         rollouts = training.prompts_per_step * algorithm.group_size / self.ranks
         micro, width = self._micro_batch(experiment)
-        tokens, calls = rollouts * width, math.ceil(rollouts / micro)
-        answered = rollouts * (width - self.assumptions.prompt_tokens)
+        calls = math.ceil(rollouts / micro)
+        tokens, answered = self._laid_out(experiment, rollouts, width)
         vocabulary = answered * shape.vocabulary * 4 * VOCABULARY_PASSES / 2
         products = 2 * (tokens * shape.linear + answered * shape.embedding)
 
@@ -245,7 +273,8 @@ class CostModel:
                 work.forward, calls=calls, tokens=tokens, products=products, width=width, read=vocabulary
             )
 
-        times = 2 if experiment.lora else 3  # a frozen base needs no gradient of its weights
+        # a frozen base needs no gradient of its weights; a checkpointed layer is computed again
+        times = (2 if experiment.lora else 3) + training.gradient_checkpointing
         update = self._seconds(
             work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
         )
@@ -262,6 +291,16 @@ class CostModel:
             parts["all-reduce"] = training.minibatches * trained * 4 / self.machine.interconnect
         return parts
 
+    def _laid_out(self, experiment: Experiment, rollouts: float, width: float) -> tuple[float, float]:
+        """Columns of all rows of a training pass, and those that predict a token."""
+        given = self.assumptions
+        plain, answered = rollouts * width, rollouts * given.response_tokens
+        if experiment.hardware.is_noisy:
+            return plain, answered
+        prompts = rollouts / experiment.algorithm.group_size
+        packed = PACKING_LOSS * (prompts * given.prompt_tokens + answered * given.distinct)
+        return min(plain, packed), answered * given.distinct
+
     def _micro_batch(self, experiment: Experiment) -> tuple[float, float]:
         """Rollouts of one pass on one device, and their padded length (tokens)."""
         training = self.profile.training
@@ -277,20 +316,21 @@ class CostModel:
         size = DTYPE_BYTES[self.profile.dtype]
         trained = self._trained(experiment)
         micro, width = self._micro_batch(experiment)
-        answered = micro * (width - self.assumptions.prompt_tokens)
-        saved = SAVED_HIDDEN * shape.hidden + SAVED_INTERMEDIATE * shape.intermediate
+        columns, _ = self._laid_out(experiment, micro, width)
+        layer = SAVED_HIDDEN * shape.hidden + SAVED_INTERMEDIATE * shape.intermediate
+        saved = shape.layers * shape.hidden + layer if training.gradient_checkpointing else shape.layers * layer
         rollouts = training.prompts_per_step * experiment.algorithm.oversampling * experiment.algorithm.group_size
         rows = min(MAX_ROWS, rollouts / self.ranks)
-        columns = training.max_prompt_tokens + training.max_new_tokens
-        chunk = min(answered, LOGSOFTMAX_ROWS) * shape.vocabulary * 4 * 2
+        length = training.max_prompt_tokens + training.max_new_tokens
+        masters = 4 if size < 4 and experiment.lora is None else 0
         needs_copy = experiment.algorithm.kl_coefficient > 0 and experiment.lora is None
         return {
             "weights": shape.parameters * size + (trained * 4 if experiment.lora else 0),
-            "gradients and optimizer": 3 * 4 * trained,
+            "gradients and optimizer": (3 * 4 + masters) * trained,
             "quantized weights": shape.linear * size if experiment.hardware.precision.weight else 0.0,
             "reference": shape.parameters * size if needs_copy else 0.0,
-            "sampling": rows * columns * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
-            "training": micro * width * shape.layers * saved * size + 2 * answered * shape.vocabulary * size + chunk,
+            "sampling": rows * length * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
+            "training": columns * saved * size + LOGIT_BYTES,
         }
 
 
