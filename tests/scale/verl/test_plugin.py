@@ -102,8 +102,13 @@ def engine(tmp_path_factory) -> dict:
 
 
 def engine_result(tmp_path, settings, **variables):
+    return process_result("engine_process.py", tmp_path, settings, **variables)
+
+
+def process_result(script, tmp_path, settings, **variables):
+    """What a script of this directory prints."""
     told = environment(tmp_path, settings, VERL_USE_EXTERNAL_MODULES=ENTRY, VERL_PLATFORM="cpu", **variables)
-    done = run(str(Path(__file__).with_name("engine_process.py")), str(tmp_path / "store"), env=told)
+    done = run(str(Path(__file__).with_name(script)), str(tmp_path / "store"), env=told)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[-1].removeprefix("RESULT "))
@@ -151,3 +156,34 @@ def test_recomputed_ratios_draw_again(tmp_path):
 
 def test_noise_on_attention_refuses_packed_sequences(tmp_path):
     assert "use_remove_padding=False" in engine_result(tmp_path, {"hardware": NOISY}, PACKED="1")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> dict:
+    """What the process with one rollout server found."""
+    aqn = {"sigma_start": 0.05, "sigma_end": 0.05, "schedule": "constant"}
+    directory = tmp_path_factory.mktemp("server")
+    return process_result("server_process.py", directory, {"hardware": NOISY, "aqn": aqn})
+
+
+def test_waiting_requests_are_decoded_together_and_answered_each(server):
+    assert server["batches"] == 3 + 1  # rollouts, evaluation, one more rollout; and the empty prompt, which fails
+    assert len(server["responses"]) == 6
+    assert server["lengths"] == [len(logprobs) for logprobs in server["logprobs"]]
+    assert all(logprob <= 0 for logprobs in server["logprobs"] for logprob in logprobs)
+    assert set(server["stops"]) <= {"completed", "length"}
+    assert set(server["steps"]) == {0}
+    assert server["one token"] == [1, "length"]
+
+
+def test_the_server_counts_what_saw_aqn(server):
+    assert server["report"]["answered"] == {"rollout, AQN": 8, "evaluation, no AQN": 3}
+    assert server["report"]["modules"] == 42
+    assert [sync["step"] for sync in server["report"]["syncs"]] == [1]
+
+
+def test_wrong_weights_and_prompts_are_refused(server):
+    assert "missing ['model.embed_tokens.weight'], unknown []" in server["errors"]["missing"]
+    assert "unknown ['extra.weight']" in server["errors"]["unknown"]
+    assert "model.norm.weight of the actor is [3]" in server["errors"]["shape"]
+    assert "at least one token" in server["errors"]["empty prompt"]
