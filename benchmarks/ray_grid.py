@@ -71,9 +71,11 @@ def main() -> None:
         for turn in range(ROUNDS):
             for way, times in found.items():
                 times.append(timed(way, Path(scratch) / f"{way}-{turn}"))
+                shown = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times[-1].items())
+                print(f"{way}, turn {turn + 1}: {shown}", flush=True)
         same = rows(Path(scratch) / "local-0") == rows(Path(scratch) / "ray-0")
     middle = {w: {k: statistics.median(t[k] for t in times) for k in times[0]} for w, times in found.items()}
-    print("| way | start-up (s) | eight runs after it (s) | of which in steps, a worker (s) |")
+    print("\n| way | start-up (s) | eight runs after it (s) | of which in steps, a worker (s) |")
     print("|---|---|---|---|")
     for way, times in middle.items():
         print(f"| {way} | {times['start']:.1f} | {times['rest']:.1f} | {times['in steps']:.1f} |")
