@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -103,8 +103,8 @@ def remedies(report: Report, arms: dict[str, Arm]) -> Iterator[str]:
     yield from table(head, map(cells, found))
     verdicts = [row.comparison.verdict for row in found if row.comparison]
     counted = ", ".join(f"{verdicts.count(verdict)} x {verdict}" for verdict in dict.fromkeys(verdicts))
-    yield f"Of {len(found)} remedies: {counted}. KL to the clean model in nats per token, before training, first seed;"
-    yield "that of AQN at the largest sigma."
+    yield f"Of {len(found)} remedies: {counted}."
+    yield "KL to the clean model in nats per token, before training, first seed; that of AQN at its largest sigma."
     yield ""
 
 
@@ -162,9 +162,9 @@ def ratios(arms: dict[str, Arm]) -> Iterator[str]:
         if name not in arms:
             continue
         steps = [step for run in arms[name].final for step in run.metrics if step.get("trained")]
-        means = [fmean(step[key] for step in steps) if steps else float("nan") for key in RATIO_METRICS]
+        middle = [median(step[key] for step in steps) if steps else float("nan") for key in RATIO_METRICS]
         _, hardware, mode = name.split("-")
-        rows.append((hardware, f"`{mode}`", *(f"{value:.4g}" for value in means)))
+        rows.append((hardware, f"`{mode}`", *(f"{value:.4g}" for value in middle)))
     yield from table(("hardware", "ratio", *RATIO_METRICS.values()), rows)
 
 
@@ -201,7 +201,11 @@ def document(roots: Sequence[Path]) -> str:
     for family, rows in report.families.items():
         lines += [f"## `{family}`", "", *scores(rows)]
         if family == "ratio":
-            lines += ["Means over steps and seeds, at the first minibatch of each step:", "", *ratios(arms)]
+            lines += [
+                "Medians over steps and seeds; ratio and sample size at the first minibatch of each step:",
+                "",
+                *ratios(arms),
+            ]
     lines += ["## AQN: benefit against the same hardware without it", "", *remedies(report, arms)]
     lines += ["## The scan that aims it", "", *scans(runs)]
     lines += ["## Beside the published differences", "", *published(report)]
