@@ -65,7 +65,8 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, expec
 def test_run_report_and_runs_from_end_to_end(tmp_path):
     names = ["quickstart-noise", "quickstart-noise-aqn"]
     done = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
-    assert "quickstart-noise seed 0: step 2/2 deployed" in done.stdout
+    changed = "prompts_per_step=8,train_problems=16,test_problems=32"
+    assert f"quickstart-noise ({changed}) seed 0: step 2/2 deployed" in done.stdout
     again = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
     assert again.stdout.count("complete (was complete)") == 6
     table = roundoff("report", cwd=tmp_path).stdout

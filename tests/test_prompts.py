@@ -120,6 +120,7 @@ def read(monkeypatch):
         return plain(self, *given, **named)
 
     monkeypatch.setattr(PreTrainedModel, "__call__", watched)
+    monkeypatch.setattr("roundoff.fused_decoder.kernels_for", lambda like: None)  # the fused pass calls no model
     return seen
 
 
@@ -132,7 +133,7 @@ def test_training_evaluation_scan_and_the_eval_command_ask_alike(tmp_path, profi
         """Whether all of them were read, and nothing that does not begin with one of them."""
         rows, read[:] = list(read), []
         assert rows
-        assert all(row.startswith(tuple(expected)) for row in rows)
+        assert [row for row in rows if not row.startswith(tuple(expected))] == []
         assert all(any(row.startswith(prompt) for row in rows) for prompt in expected)
 
     experiment = load_experiment("quickstart-mxfp4")

@@ -179,7 +179,10 @@ def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
 
 
 def _label(parsed: Sequence[Assignment]) -> str:
-    return ",".join(f"{keys[-1]}={value}" for keys, value in parsed).replace("/", "_").replace(" ", "")
+    flat = [
+        pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
+    ]
+    return ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
 
 
 def _parse_assignment(text: str) -> Assignment:
