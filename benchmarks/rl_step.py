@@ -25,7 +25,7 @@ from roundoff.extras import require
 from roundoff.session import Session, prepare
 from roundoff.train import take_step
 
-PROMPTS, GROUP, STEPS = 32, 8, 5
+PROMPTS, GROUP, STEPS = 32, 8, 9
 LEARNING_RATE = 1e-6
 GOAL = 4.0
 

@@ -1,16 +1,18 @@
 """Tokens per second of `sample` beside `model.generate`: same model, prompts and limits, one thread, taken in turn.
 
-Two models: `tiny` with the prompts of its task, 32 x 8 rollouts; and one of SmolLM2-135M's shape with random weights,
-32 prompts of 8 to 64 tokens, where a token ends the response with probability 1/24. Tokens are counted up to the end
-token; `generate` computes padding until its last rollout has ended. "In forward" is time inside `model(...)`: no
-sampler that calls the model can be faster.
+`tiny` with the prompts of its task, 32 x 8 rollouts, at temperature 1, and 256 x 1, where no two rollouts share a
+prompt; and one of SmolLM2-135M's shape with random weights, 32 prompts of 8 to 64 tokens, where a token ends the
+response with probability 1/24. `python -m benchmarks.sampling DIRECTORY` adds a real model from a directory, on
+arithmetic in words. Tokens are counted up to the end token; `generate` computes padding until its last rollout has
+ended. Rates are tokens per second of thread CPU time, medians.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +65,14 @@ class Case:
 
 @dataclass
 class Run:
-    """Seconds of one call, seconds of it inside the model, and tokens sampled."""
+    """Seconds of thread CPU time and on the wall of one call, and tokens sampled."""
 
-    seconds: float
-    forward: float
+    cpu: float
+    wall: float
     tokens: int
+
+
+SECONDS: tuple[Callable[[Run], float], ...] = (lambda run: run.cpu, lambda run: run.wall)
 
 
 def tiny() -> Case:
@@ -75,6 +80,22 @@ def tiny() -> Case:
     loaded = load_model("tiny")
     prompts = [problem.prompt for problem in ArithmeticTask(ArithmeticSettings()).test()[:32]]
     return Case("tiny, 32 x 8", loaded.model, loaded.tokenizer, prompts, 8, 16, 21)
+
+
+def tiny_alone() -> Case:
+    """256 prompts of the task, one rollout each: nothing to share between rollouts."""
+    loaded = load_model("tiny")
+    prompts = [problem.prompt for problem in ArithmeticTask(ArithmeticSettings()).test()[:256]]
+    return Case("tiny, 256 x 1", loaded.model, loaded.tokenizer, prompts, 1, 16, 21)
+
+
+def directory(path: str) -> Case:
+    """A real model, 32 prompts of ragged lengths, one rollout each."""
+    loaded = load_model(path)
+    sentence = "A farmer has some apples and gives some of them away to each of the neighbours who ask for one."
+    words = sentence.split()
+    prompts = [f"Question: {' '.join(words[: 3 + n % 16])} How many of {n} are left? Answer:" for n in range(32)]
+    return Case(f"{loaded.name}, 32 x 1", loaded.model, loaded.tokenizer, prompts, 1, 48, 3)
 
 
 def smol() -> Case:
@@ -128,25 +149,9 @@ def generate(case: Case, seed: int) -> int:
 
 def timed(case: Case, call: Callable[[Case, int], int], seed: int) -> Run:
     """One call."""
-    inside = 0.0
-    began = 0.0
-
-    def before(*_: Any) -> None:
-        nonlocal began
-        began = time.perf_counter()
-
-    def after(*_: Any) -> None:
-        nonlocal inside
-        inside += time.perf_counter() - began
-
-    handles = [case.model.register_forward_pre_hook(before), case.model.register_forward_hook(after)]
-    try:
-        start = time.perf_counter()
-        tokens = call(case, seed)
-        return Run(time.perf_counter() - start, inside, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
+    cpu, wall = time.thread_time(), time.perf_counter()
+    tokens = call(case, seed)
+    return Run(time.thread_time() - cpu, time.perf_counter() - wall, tokens)
 
 
 def compare(case: Case) -> None:
@@ -161,26 +166,25 @@ def compare(case: Case) -> None:
     print(f"{case.name}, at most {case.max_new_tokens} tokens, {case.repeats} rounds")
     rate = {}
     for name, found in runs.items():
-        rate[name] = statistics.median(run.tokens / run.seconds for run in found)
-        milliseconds = 1e3 * statistics.median(run.seconds for run in found)
-        forward = 1e3 * statistics.median(run.forward for run in found)
+        rate[name] = [statistics.median(r.tokens / seconds(r) for r in found) for seconds in SECONDS]
+        milliseconds = 1e3 * statistics.median(run.cpu for run in found)
         tokens = statistics.mean(run.tokens for run in found)
-        print(
-            f"  {name:9} {rate[name]:9.0f} tokens/s   {milliseconds:8.1f} ms a call   {forward:8.1f} ms in forward"
-            f"   {tokens:7.1f} tokens"
-        )
-    print(f"  ratio {rate['sample'] / rate['generate']:.2f}\n", flush=True)
+        print(f"  {name:9} {rate[name][0]:9.0f} tokens/s   {milliseconds:8.1f} ms a call   {tokens:7.1f} tokens")
+    cpu, wall = (ours / theirs for ours, theirs in zip(rate["sample"], rate["generate"], strict=True))
+    print(f"  ratio {cpu:.2f} (on the wall {wall:.2f})\n", flush=True)
 
 
-def main() -> None:
+def main(directories: Sequence[str] = ()) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for case in (tiny, smol):
+        for case in (tiny, tiny_alone, smol):
             compare(case())
+        for path in directories:
+            compare(directory(path))
     finally:
         torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
