@@ -81,9 +81,9 @@ def both(monkeypatch, model, rollouts, chunk=None):
             rows=rollouts.rows,
             key=rollouts.noise_key,
         )
-        (logprobs * weights).sum().backward()
+        (logprobs * weights + 0.3 * entropy * weights.flip(1)).sum().backward()
         gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        found.append((logprobs.detach(), entropy, gradients))
+        found.append((logprobs.detach(), entropy.detach(), gradients))
     hook.remove()
     monkeypatch.undo()
     return found, rows

@@ -47,7 +47,7 @@ def token_logprobs(
     """Log-probabilities and entropies [N, T] float32 of the last `response_length` = T columns of `tokens` (nats).
 
     Both are those of `softmax(logits / temperature)` over the full vocabulary, and 0 on padding. The gradient flows
-    through the log-probabilities; entropies are detached.
+    through both.
 
     Args:
         model: called as it is, with its hardware, in the mode (training or evaluation) it is in.
@@ -178,9 +178,9 @@ def _chunks(values: Tensor, source: Tensor, size: int) -> Iterator[tuple[int, Te
 class _LogProbs(torch.autograd.Function):
     """Log-softmax at the targets, and entropy, chunk by chunk: keeps the logits and two numbers a token.
 
-    With z = logits[source] / temperature: logprob = z_target - logsumexp(z), entropy = logsumexp(z) - sum softmax(z)*z,
-    and d logprob / d logits = (onehot(target) - softmax(z)) / temperature. Several targets may share their logits
-    (the first tokens of the rollouts of one prompt); `source` [K] ascends.
+    With z = logits[source] / temperature, p = softmax(z): logprob = z_target - logsumexp(z), entropy
+    H = logsumexp(z) - sum p*z; d logprob / d z = onehot(target) - p, and d H / d z = -p * (log p + H). Several targets
+    may share their logits (the first tokens of the rollouts of one prompt); `source` [K] ascends.
     """
 
     @staticmethod
@@ -198,20 +198,32 @@ class _LogProbs(torch.autograd.Function):
             entropy[first:last] = -surprise.sum(dim=-1)[at]
         ctx.save_for_backward(logits, source, targets)
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(
+        ctx: Any, gradient: Tensor | None, of_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
         logits, source, targets = ctx.saved_tensors
+        if gradient is None and of_entropy is None:
+            return None, None, None, None, None
+        gradient = torch.zeros(len(source), device=logits.device) if gradient is None else gradient / ctx.temperature
         result = torch.empty_like(logits)
-        gradient = gradient / ctx.temperature
         for start, some, (first, last) in _chunks(logits, source, ctx.chunk):
             at, g = source[first:last] - start, gradient[first:last]
             total = g.new_zeros(len(some)).index_add_(0, at, g)
-            softmax = torch.softmax(some.float() / ctx.temperature, dim=-1).mul_(-total[:, None])
-            softmax.view(-1).scatter_add_(0, at * some.shape[1] + targets[first:last], g)
-            result[start : start + len(some)] = softmax
+            log_softmax = torch.log_softmax(some.float() / ctx.temperature, dim=-1)
+            softmax = log_softmax.exp()
+            found = softmax * -total[:, None]
+            found.view(-1).scatter_add_(0, at * some.shape[1] + targets[first:last], g)
+            if of_entropy is not None:
+                share = total.zero_().index_add_(0, at, of_entropy[first:last] / ctx.temperature)
+                # 0*log(0) is 0, as in the forward pass
+                log_softmax.clamp_(min=torch.finfo(torch.float32).min)
+                entropy = -(softmax * log_softmax).sum(dim=-1, keepdim=True)
+                found -= share[:, None] * softmax * (log_softmax + entropy)
+            result[start : start + len(some)] = found
         return result, None, None, None, None
 
 

@@ -257,8 +257,8 @@ class _Before:
 def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor, Tensor]]:
     """Rollouts, their advantages and the normalizer of the loss of each minibatch.
 
-    Whole groups, in the order of the stream (a random one), cut to their own lengths. Without a KL penalty a rollout
-    without advantage has no gradient: it counts in the normalizer, and no pass is made over it.
+    Whole groups, in the order of the stream (a random one), cut to their own lengths. Without KL penalty and
+    entropy bonus a rollout without advantage has no gradient: it counts in the normalizer, and no pass is made over it.
     """
     algorithm, training = session.algorithm, session.profile.training
     G = algorithm.group_size
@@ -266,7 +266,7 @@ def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor,
     for groups in torch.tensor_split(torch.arange(len(batch.advantages) // G), training.minibatches):
         members = (groups[:, None] * G + torch.arange(G)).flatten()
         normalizer = loss_normalizer(batch.rollouts.response_mask[members], algorithm, training.max_new_tokens)
-        if algorithm.kl_coefficient == 0:
+        if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
             teaching = members[batch.advantages[members] != 0]
             members = teaching if len(teaching) else members[:G]  # the optimizer moves on all the same
         found.append((batch.rollouts.select(members), batch.advantages[members], normalizer))
@@ -336,6 +336,7 @@ def _minibatch_loss(
             algorithm,
             normalizer=normalizer,
             weights=None if before.weights is None else before.weights[rows],
+            entropies=entropies,
         )
         output.loss.backward()  # type: ignore[no-untyped-call]
         session.optimizer.collect()

@@ -137,6 +137,28 @@ def test_low_var_kl_of_a_token_that_only_the_reference_knows_stays_finite():
     assert new.grad.item() == 0.0
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "mean"),
+    [("token-mean", (0.5 + 1.0 + 0.2 + 0.3 + 0.4) / 5), ("sequence-mean", (1.5 / 2 + 0.9 / 3) / 2)],
+)
+def test_the_entropy_bonus_lowers_the_loss_and_is_aggregated_like_it(aggregation, mean):
+    new, old, advantages, mask = batch()
+    entropies = torch.tensor([[0.5, 1.0, math.nan], [0.2, 0.3, 0.4]], requires_grad=True)
+    plain = PLAIN.model_copy(update={"aggregation": aggregation})
+    without = policy_loss(new, old, None, advantages, mask, plain, entropies=entropies)
+    output = policy_loss(
+        *(new, old, None, advantages, mask),
+        plain.model_copy(update={"entropy_coefficient": 0.1}),
+        entropies=entropies,
+    )
+    torch.testing.assert_close(without.loss - output.loss, torch.tensor(0.1 * mean), **TIGHT)
+    output.loss.backward()
+    share = torch.tensor([[0.1, 0.1, 0.0], [0.1, 0.1, 0.1]]) / 5
+    if aggregation == "sequence-mean":
+        share = torch.tensor([[0.1 / 2, 0.1 / 2, 0.0], [0.1 / 3, 0.1 / 3, 0.1 / 3]]) / 2
+    torch.testing.assert_close(entropies.grad, -share, **TIGHT)
+
+
 def test_truncated_weights_scale_the_policy_term_alone():
     rollout = Algorithm(name="GRPO", ratio="rollout", kl_coefficient=0.1, tis_cap=2.0)
     old = torch.tensor([[-1.0, -1.0, -1.0, float("nan")]])

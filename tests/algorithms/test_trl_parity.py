@@ -94,7 +94,7 @@ def trl_loss(trainer, batch, loss_type, beta, clip_high, weights=None):
 def our_loss(model, batch, algorithm, weights=None):
     rollouts, advantages, old, reference, _ = batch
     model.zero_grad()
-    logprobs, _ = token_logprobs(
+    logprobs, entropies = token_logprobs(
         model,
         rollouts.tokens,
         rollouts.attention_mask,
@@ -103,7 +103,17 @@ def our_loss(model, batch, algorithm, weights=None):
     )
     mask = rollouts.response_mask
     normalizer = loss_normalizer(mask, algorithm, LIMIT)
-    output = policy_loss(logprobs, old, reference, advantages, mask, algorithm, normalizer=normalizer, weights=weights)
+    output = policy_loss(
+        logprobs,
+        old,
+        reference,
+        advantages,
+        mask,
+        algorithm,
+        normalizer=normalizer,
+        weights=weights,
+        entropies=entropies,
+    )
     output.loss.backward()
     return output, {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -138,6 +148,15 @@ def test_truncated_importance_weights_are_those_of_trl(trainer, batch, loss_type
     trl_weights = (old - sampler).exp().clamp(max=1.2)  # vllm_importance_sampling_mode = "token_truncate"
     trainer.model.train()
     check(trainer, batch, loss_type, algorithm, weights, trl_weights)
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])  # with the others trl averages the entropy over tokens
+def test_the_entropy_bonus_is_that_of_trl(trainer, batch, loss_type, monkeypatch):
+    monkeypatch.setattr(trainer, "entropy_coef", 0.05)
+    monkeypatch.setattr(trainer, "_entropy_bonus_enabled", True)
+    trainer.model.train()
+    algorithm = Algorithm(name="GRPO", aggregation="token-mean", kl_coefficient=0.04, entropy_coefficient=0.05)
+    check(trainer, batch, loss_type, algorithm)
 
 
 def check(trainer, batch, loss_type, algorithm, weights=None, trl_weights=None):

@@ -5,14 +5,15 @@ Axes: N rollouts, T response tokens. For each response token, with advantage A o
     ratio  r = exp(logprob - old_logprob)                                     held at 1 with `ratio = "one"`
     policy l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A) * weight     DAPO equation 8; weight is 1 by default
     KL     k = estimator(logprob, ref_logprob)                                GRPO equation 4
-    loss     = sum over tokens of aggregate(l + kl_coefficient*k) / normalizer
+    H        = entropy of the policy at the token                             verl's and trl's bonus, 0 by default
+    loss     = sum over tokens of aggregate(l + kl_coefficient*k - entropy_coefficient*H) / normalizer
 
 Aggregation divides each token by: the number of response tokens of the minibatch (`token-mean`, DAPO); its rollout's
 number of tokens and the number of rollouts (`sequence-mean`, GRPO as published); the number of rollouts and a constant
 length (`dr_grpo`, arXiv:2503.20783).
 
-Left out on purpose: verl's dual clip (a ratio above 3 under a negative advantage) and an entropy bonus, neither of
-which the two papers have.
+Left out on purpose: verl's dual clip (a ratio above 3 under a negative advantage), which neither paper has. The entropy
+is aggregated like the rest, as in verl; trl averages it over tokens whatever the aggregation of the rest.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def policy_loss(
     *,
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
+    entropies: Tensor | None = None,
 ) -> LossOutput:
     """Loss of rollouts under new, old and reference log-probabilities [N, T] with advantages [N] or [N, 1].
 
@@ -86,11 +88,12 @@ def policy_loss(
             `loss_normalizer(...)` summed over the ranks and divided by their number. None: these rollouts are all, and
             `dr_grpo` takes T as its constant length.
         weights: [N, T] factors of the policy term without gradient: `truncated_weights` with `ratio = "rollout"`.
+        entropies: [N, T] of the policy being trained, differentiable (nats); needed with an `entropy_coefficient`.
 
     Raises:
         ValueError: on shapes that do not fit, or log-probabilities that the settings need and were not given.
     """
-    _check(logprobs, old_logprobs, ref_logprobs, advantages, mask, algorithm, weights)
+    _check(logprobs, old_logprobs, ref_logprobs, advantages, mask, algorithm, weights, entropies)
     mask = mask.bool()
     advantages = advantages.reshape(-1, 1).to(torch.float32)
     logprobs = torch.where(mask, logprobs, 0.0).to(torch.float32)  # masked before any arithmetic: NaN*0 is NaN
@@ -113,6 +116,9 @@ def policy_loss(
         reference = torch.where(mask, ref_logprobs.detach(), 0.0).to(torch.float32)
         kl_part = (kl_estimate(logprobs, reference, algorithm) * share).sum()
         loss = policy_part + algorithm.kl_coefficient * kl_part if algorithm.kl_coefficient > 0 else policy_part
+    if algorithm.entropy_coefficient > 0 and entropies is not None:
+        bonus = (torch.where(mask, entropies, 0.0).to(torch.float32) * share).sum()
+        loss = loss - algorithm.entropy_coefficient * bonus
     with torch.no_grad():
         used = ratio * weight * mask
         return LossOutput(
@@ -219,11 +225,13 @@ def _check(
     mask: Tensor,
     algorithm: Algorithm,
     weights: Tensor | None,
+    entropies: Tensor | None,
 ) -> None:
     shape = logprobs.shape
     if len(shape) != 2:
         raise ValueError(f"logprobs must be [rollouts, response tokens], but is {list(shape)}")
     named = {"old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "mask": mask, "weights": weights}
+    named["entropies"] = entropies
     for name, tensor in named.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have the shape of logprobs, {list(shape)}, but is {list(tensor.shape)}")
@@ -237,6 +245,10 @@ def _check(
         raise ValueError(
             f"ref_logprobs must be given with algorithm.kl_coefficient = {algorithm.kl_coefficient}; "
             "without a reference set it to 0"
+        )
+    if entropies is None and algorithm.entropy_coefficient > 0:
+        raise ValueError(
+            f"entropies must be given with algorithm.entropy_coefficient = {algorithm.entropy_coefficient}"
         )
     if (weights is None) == (algorithm.ratio == "rollout"):
         raise ValueError("weights must be given with algorithm.ratio = 'rollout' and only then (truncated_weights)")

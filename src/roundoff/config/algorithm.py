@@ -34,6 +34,8 @@ class Algorithm(Settings):
     """Divide a group's centred rewards by their standard deviation."""
     kl_coefficient: NonNegative = 0.0
     kl_estimator: Literal["low_var_kl", "k1", "k2"] = "low_var_kl"
+    entropy_coefficient: NonNegative = 0.0
+    """Weight of the entropy bonus: the loss falls by this times the entropy of the policy's tokens."""
     dynamic_sampling: bool = False
     """Drop groups of equal reward and draw more prompts until the batch is full."""
     max_sampling_batches: Count = 5
