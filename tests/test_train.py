@@ -207,6 +207,42 @@ def test_aqn_leaves_the_weights_as_they_were(small):
     assert _sample_batch(session, 1).rollouts.texts != noisy.rollouts.texts
 
 
+def gradients(session, minibatch):
+    training._minibatch_loss(session, 1, *minibatch, _before_update(session, 1, minibatch[0], first=True))
+    session.optimizer.collect()
+    found = {n: p.grad.clone() for n, p in session.model.named_parameters()}
+    for parameter in session.model.parameters():
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.001])
+def test_rollouts_without_advantage_are_passed_over_only_where_they_have_no_gradient(small, kl):
+    experiment = with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=kl)
+    session = prepare(experiment, with_training(small, minibatches=1), 0)
+    batch = _sample_batch(session, 1)
+    count, useful = len(batch.advantages), int((batch.advantages != 0).sum())
+    assert 0 < useful < count
+    ((part, advantages, normalizer),) = _minibatches(session, batch)
+    assert len(part) == (count if kl else useful)
+    assert normalizer == batch.rollouts.response_mask.sum()  # all count
+    expected = gradients(session, (batch.rollouts, batch.advantages, normalizer))
+    for name, gradient in gradients(session, (part, advantages, normalizer)).items():
+        # Sums of some hundred float32 terms in another order, relative to the largest element.
+        size = float(expected[name].abs().max())
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * size)
+
+
+def test_a_minibatch_in_which_nothing_teaches_moves_the_optimizer_on(small):
+    session = prepare(with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=0.0), small, 0)
+    batch = _sample_batch(session, 1)
+    half = len(batch.advantages) // 2
+    batch.advantages[:half], batch.advantages[half:] = 0.0, 1.0
+    parts = _minibatches(session, batch)
+    assert [int((advantages != 0).sum() > 0) for _, advantages, _ in parts] == [0, 1]
+    assert len(parts[0][0]) == session.algorithm.group_size
+
+
 class SameReward:
     """A task whose every response earns the same."""
 
@@ -218,6 +254,22 @@ class SameReward:
         if isinstance(self._reward, Exception):
             raise self._reward
         return self._reward
+
+
+def test_rollouts_whose_output_is_not_finite_are_counted_and_the_run_goes_on(small, monkeypatch):
+    session = prepare(load_experiment("quickstart-clean"), small, 0)
+    six = session.tokenizer("6")["input_ids"][0]
+    with torch.no_grad():  # whatever comes after a "6", in a prompt or a response, is not a number
+        session.model.model.embed_tokens.weight[six] = math.nan
+        session.reference.model.embed_tokens.weight[six] = math.nan
+    session.task = SameReward(session.task, 0.0)
+    monkeypatch.setattr(session.task, "reward", lambda problem, response: float(len(response) % 2))
+    row = training.take_step(session, 1, None)
+    assert 0 < row["nonfinite"] < 64
+    assert row["trained"]
+    others = [p for n, p in session.model.named_parameters() if "embed_tokens" not in n]
+    assert all(p.isfinite().all() for p in others)
+    assert math.isfinite(row["loss"])
 
 
 @pytest.mark.parametrize("name", ["quickstart-clean", "quickstart-dapo"])
@@ -279,6 +331,25 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, small
     with pytest.raises(ConfigError, match=expected):
         run(tmp_path, validate(Experiment, content, source="test"), with_training(small, **profile))
     assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"] == []
+
+
+def test_prompts_that_are_too_long_are_left_out_where_that_is_set(small):
+    prompts = [p.prompt for p in prepare(load_experiment("quickstart-clean"), small, 0).task.train()]
+    limit = sorted(map(len, prompts))[8]  # the tokenizer is one of characters
+    profile = with_training(small, max_prompt_tokens=limit, long_prompts="filter")
+    kept = [p.prompt for p in prepare(load_experiment("quickstart-clean"), profile, 0).stream.problems]
+    assert kept == [p for p in prompts if len(p) <= limit]
+    assert 8 < len(kept) < 16
+
+
+@pytest.mark.parametrize(("part", "message"), [("train", "has only 0 training problems"), ("test", "no test problems")])
+def test_a_task_without_problems_is_refused(small, monkeypatch, part, message):
+    task = prepare(load_experiment("quickstart-clean"), small, 0).task
+    empty = SameReward(task, 1.0)
+    setattr(empty, part, list)
+    monkeypatch.setattr("roundoff.session.make_task", lambda profile: empty)
+    with pytest.raises(ConfigError, match=message):
+        prepare(load_experiment("quickstart-clean"), small, 0)
 
 
 def test_unknown_task_and_device_are_named(small):

@@ -63,11 +63,13 @@ class Batch:
     """Mean length of a response, over all rollouts sampled (tokens)."""
     truncated: float
     """Share of the rollouts sampled that were cut at the length limit (fraction)."""
+    nonfinite: int
+    """Rollouts sampled that ended because the model's output was not finite; none of them is trained on."""
 
     @property
     def teaches(self) -> bool:
-        """Whether any rollout has an advantage other than zero."""
-        return bool((self.advantages != 0).any())
+        """Whether any rollout that can be trained on has an advantage other than zero."""
+        return bool(((self.advantages != 0) & ~self.rollouts.nonfinite).any())
 
 
 def collect(
@@ -125,6 +127,7 @@ def collect(
         reward_errors=errors,
         response_tokens=float(everything.lengths.float().mean()),
         truncated=float(everything.truncated.float().mean()),
+        nonfinite=int(everything.nonfinite.sum()),
     )
 
 

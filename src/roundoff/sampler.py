@@ -9,9 +9,11 @@ batch that is split, sorted or thinned out otherwise gives the same text, with o
 number of rows may round differently, and a token whose `u` lies within that rounding (about 1e-6) of a boundary then
 changes.
 
-**Hardware.** The model is called as it is, with whatever arithmetic is installed. Its noise is keyed by row ids
-(`masks.row_ids`) under `key.fold("noise")`, which `Rollouts.noise_key` records. On noisy hardware each rollout makes
-its own pass over its prompt, as on the chip; otherwise the rollouts of a prompt share one, whose result is the same.
+**Hardware.** The model's products run with whatever arithmetic is installed, by its own forward pass or by the fused
+one (`fused_decoder.py`). Noise is keyed by row ids (`masks.row_ids`) under `key.fold("noise")`, which
+`Rollouts.noise_key` records. On noisy hardware each rollout makes its own pass over its prompt, as on the chip;
+otherwise the rollouts of a prompt share one, and with the fused pass every beginning that they have in common
+(`decoding.py`).
 
 **Log-probabilities** are those of the tokens under `softmax(logits / temperature)` over the full vocabulary, before
 top-k and top-p cut it (with temperature 0, greedy decoding: at temperature 1), as in trl and verl. With top_p = 1 and

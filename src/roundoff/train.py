@@ -172,6 +172,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "response_tokens": batch.response_tokens,
         "truncated": batch.truncated,
         "reward_errors": batch.reward_errors,
+        "nonfinite": batch.nonfinite,
         "sigma": session.sigmas[step - 1],
         **layer_sigmas(session, step),
         "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
@@ -257,19 +258,21 @@ class _Before:
 def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor, Tensor]]:
     """Rollouts, their advantages and the normalizer of the loss of each minibatch.
 
-    Whole groups, in the order of the stream (a random one), cut to their own lengths. Without KL penalty and
-    entropy bonus a rollout without advantage has no gradient: it counts in the normalizer, and no pass is made over it.
+    Whole groups, in the order of the stream (a random one), cut to their own lengths; rollouts whose output was not
+    finite are left out. Without KL penalty and entropy bonus a rollout without advantage has no gradient: it counts in
+    the normalizer, and no pass is made over it.
     """
     algorithm, training = session.algorithm, session.profile.training
-    G = algorithm.group_size
+    G, rollouts = algorithm.group_size, batch.rollouts
     found = []
     for groups in torch.tensor_split(torch.arange(len(batch.advantages) // G), training.minibatches):
         members = (groups[:, None] * G + torch.arange(G)).flatten()
-        normalizer = loss_normalizer(batch.rollouts.response_mask[members], algorithm, training.max_new_tokens)
+        members = members[~rollouts.nonfinite[members]]
+        normalizer = loss_normalizer(rollouts.response_mask[members], algorithm, training.max_new_tokens)
         if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
             teaching = members[batch.advantages[members] != 0]
             members = teaching if len(teaching) else members[:G]  # the optimizer moves on all the same
-        found.append((batch.rollouts.select(members), batch.advantages[members], normalizer))
+        found.append((rollouts.select(members), batch.advantages[members], normalizer))
     return [minibatch for minibatch in found if len(minibatch[0])]
 
 
