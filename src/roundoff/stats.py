@@ -141,6 +141,26 @@ def wilson(rate: float, n: float, quantile: float) -> tuple[float, float]:
     return (rate + quantile**2 / (2 * n)) / shrink, half
 
 
+def proportion(rate: float, problems: int) -> Interval:
+    """A published rate over `problems` problems of one run, with Wilson's interval: no seed variance is in it."""
+    centre, half = wilson(rate, problems, float(distributions.norm.ppf((1 + LEVEL) / 2)))
+    return Interval(rate, max(0.0, centre - half), min(1.0, centre + half), None, 1, problems)
+
+
+def unpaired_difference(new: Interval, old: Interval) -> Interval:
+    """Difference of two proportions that nothing pairs: Newcombe's interval, and the two-sided p of the score test.
+
+    Newcombe 1998, Statist. Med. 17:873, method 10.
+    """
+    estimate = new.estimate - old.estimate
+    low = estimate - math.hypot(new.estimate - new.low, old.high - old.estimate)
+    high = estimate + math.hypot(new.high - new.estimate, old.estimate - old.low)
+    pooled = (new.estimate * new.problems + old.estimate * old.problems) / (new.problems + old.problems)
+    se = math.sqrt(pooled * (1 - pooled) * (1 / new.problems + 1 / old.problems))
+    p = float(2 * distributions.norm.sf(abs(estimate) / se)) if se > 0 else 1.0
+    return Interval(estimate, low, high, p, 1, min(new.problems, old.problems))
+
+
 def paired_benefit(treatment: ArrayLike, baseline: ArrayLike) -> Interval:
     """Mean of treatment minus baseline, both `[S, P]` with the same seeds and problems in the same order.
 

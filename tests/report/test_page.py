@@ -13,6 +13,7 @@ import pytest
 from roundoff.report.render import markdown, page
 from roundoff.report.tables import build_report
 from roundoff.run_dir import find_runs
+from tests.report.test_sections import declared, scan
 from tests.simulated import experiment, quickstart, write_run
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
@@ -93,10 +94,14 @@ def browse(html: str, width: int, scratch: Path) -> tuple[dict, str, list[str]]:
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: install the package `chromium`")
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("runs", ["quickstart", "hostile"])
+@pytest.mark.parametrize("runs", ["quickstart", "hostile", "declared"])
 def test_in_a_browser(tmp_path: Path, width: int, runs: str) -> None:
-    (quickstart if runs == "quickstart" else hostile_runs)(tmp_path / "runs")
-    html = page(build_report(*find_runs([tmp_path / "runs"]))).replace("</body>", PROBE + "</body>")
+    if runs == "declared":
+        report = declared(tmp_path / "runs", scans={"E5": scan(), "E5b": scan(tokens=512)})
+    else:
+        (quickstart if runs == "quickstart" else hostile_runs)(tmp_path / "runs")
+        report = build_report(*find_runs([tmp_path / "runs"]))
+    html = page(report).replace("</body>", PROBE + "</body>")
     found, console, urls = browse(html, width, tmp_path)
     assert found["inner"] == width
     assert found["page"] <= width

@@ -71,7 +71,8 @@ def runs_command(root: Path) -> None:
         scored = [row for row in item.metrics if "deployed" in row]
         scores = f"deployed {scored[-1]['deployed']:.1%}  clean {scored[-1]['clean']:.1%}" if scored else ""
         at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
-        click.echo(f"{item.path}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
+        title = f"  {item.experiment.title}" if item.experiment.title else ""
+        click.echo(f"{item.path}{title}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
         for line in item.status.warnings:
             click.echo(f"  warning: {line}")
     for line in skipped:

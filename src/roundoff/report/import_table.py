@@ -117,17 +117,6 @@ def read_table(path: Path, *, problems: int | None = None, baseline: str | None 
     return ImportedTable(path.name, tuple(replace(r, p_holm=p) for r, p in zip(rows, adjusted, strict=True)))
 
 
-def difference(new: stats.Interval, old: stats.Interval) -> stats.Interval:
-    """Newcombe's interval of the difference of two independent proportions, with the two-sided p of the score test."""
-    estimate = new.estimate - old.estimate
-    low = estimate - math.hypot(new.estimate - new.low, old.high - old.estimate)
-    high = estimate + math.hypot(new.high - new.estimate, old.estimate - old.low)
-    pooled = (new.estimate * new.problems + old.estimate * old.problems) / (new.problems + old.problems)
-    se = math.sqrt(pooled * (1 - pooled) * (1 / new.problems + 1 / old.problems))
-    p = float(2 * distributions.norm.sf(abs(estimate) / se)) if se > 0 else 1.0
-    return stats.Interval(estimate, low, high, p, 1, min(new.problems, old.problems))
-
-
 def imported_table(table: ImportedTable) -> RenderableType:
     """The table and its conclusion for a terminal, by `rich`."""
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
@@ -184,7 +173,7 @@ def _row(row: Mapping[str, str], scores: Mapping[str, stats.Interval | None], de
     if against is None or score is None or under is None:
         reason = "" if against is None else "no score" if score is None else f"{against} has no score in this table"
         return ImportedRow(row["id"], score, against, None, None, reason)
-    found = difference(score, under)
+    found = stats.unpaired_difference(score, under)
     half = (found.high - found.estimate) if found.estimate < 0 else (found.estimate - found.low)
     room = found.estimate**2 - half**2
     # estimate^2 = half^2 + (1.96 * sqrt(2) * seed)^2 at the limit
@@ -199,9 +188,7 @@ def _score(value: float, row: Mapping[str, str], problems: int | None, path: Pat
         raise ConfigError(f"{path}, {row['id']}: the number of problems is missing: add a column n, or give --n")
     if not 0 <= value <= 1:
         raise ConfigError(f"{path}, {row['id']}: score must be 0 to 100 % or a fraction, but is {row['score']}")
-    z = float(distributions.norm.ppf((1 + stats.LEVEL) / 2))
-    centre, half = stats.wilson(value, n, z)
-    return stats.Interval(value, max(0.0, centre - half), min(1.0, centre + half), None, 1, n)
+    return stats.proportion(value, n)
 
 
 def _number(text: str, name: str) -> float | None:

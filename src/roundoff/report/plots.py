@@ -7,8 +7,9 @@ shrinking its text; lines are paths in a box of `BOX` units that the template st
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from roundoff.report import words
 from roundoff.report.curves import DIAGNOSTICS, Curve
@@ -20,6 +21,8 @@ COLOURS = 6
 """Lines of different colours in one chart; a family with more arms gets one small chart an arm."""
 
 GREY = -1
+PEAK = 8.0
+"""Multiple of its median at which a diagnostic is cut off where single steps lie twice as far and more above it."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,29 @@ def diagnostic_charts(rows: Sequence[Row]) -> list[Chart]:
             Named(row.name, row.diagnostics[key], i) for i, row in enumerate(rows[:COLOURS]) if key in row.diagnostics
         ]
         if any(value != item.curve.mean[0] for item in found for value in item.curve.mean):
-            charts.append(_chart(title, found, scale=1, pointed=False))
+            charts.append(_chart(*_without_peaks(title, found), scale=1, pointed=False))
     return charts
+
+
+def _without_peaks(title: str, found: Sequence[Named]) -> tuple[str, list[Named]]:
+    """Curves cut at `PEAK` times their median where a few steps lie far above it, and a title that says so."""
+    values = [value for item in found for value in item.curve.high]
+    median, highest = statistics.median(values), max(values)
+    limit = PEAK * median
+    if median <= 0 or highest <= 2 * limit:
+        return title, list(found)
+
+    def cut(part: Sequence[float]) -> tuple[float, ...]:
+        return tuple(min(value, limit) for value in part)
+
+    cutting = [
+        replace(
+            item,
+            curve=replace(item.curve, mean=cut(item.curve.mean), low=cut(item.curve.low), high=cut(item.curve.high)),
+        )
+        for item in found
+    ]
+    return f"{title} (cut off: peaks to {highest:.2g})", cutting
 
 
 def _charts(drawn: Sequence[tuple[Row, Curve]], rows: Sequence[Row], title: str, *, scale: float) -> list[Chart]:

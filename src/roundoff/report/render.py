@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -22,35 +23,39 @@ from rich.text import Text
 
 from roundoff import __version__
 from roundoff.checkpoint import write_atomic
-from roundoff.report import plots, words
+from roundoff.report import plots, published, words
+from roundoff.report.scan_picture import scan_picture
 from roundoff.report.tables import Report, Row
 
 COLUMNS = (
     *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),
-    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "ratio"),
+    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "srdd", "ratio"),
     *("seeds", "problems", "start", "deployed", "deployed_low", "deployed_high", "clean", "clean_low", "clean_high"),
     *("interval_covers", "truncated", "baseline", "kind", "difference", "difference_low", "difference_high", "p"),
     *("p_holm", "tests", "verdict", "clean_difference", "best", "status"),
+    *("published_score", "published_label"),
 )
 """Columns of results.csv; scores and differences are fractions."""
 
 
 SETTINGS = (
-    ("Experiment", "id"),
     ("Algorithm", "algorithm"),
     ("Epochs", "epochs"),
     ("LoRA", "lora"),
-    ("Weights", "weight_format"),
-    ("Activations", "activation_format"),
+    ("Formats", "formats"),
     ("High precision", "keep"),
     ("Matmul noise", "matmul_noise"),
     ("Other hardware", "other_hardware"),
-    ("AQN (sigma)", "aqn"),
+    ("AQN (sigma)", "sigma"),
+    ("SRDD", "srdd"),
     ("Ratio", "ratio"),
     ("Profile", "profile"),
 )
-"""Columns of the page's table of settings, each with the field of `Settings` that it shows."""
-SHOWN_IF_SET = {"keep", "other_hardware"}
+"""Columns of settings in the page's complete table, each with the field of `Settings` that it shows."""
+SHOWN_IF_SET = {"keep", "other_hardware", "matmul_noise"}
+"""Columns that are left out where no experiment sets them."""
+SHOWN_IF_DIFFERENT = {"ratio", "profile"}
+"""Columns that are left out where all experiments agree."""
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
@@ -70,20 +75,28 @@ def page(report: Report) -> str:
     """The self-contained HTML page."""
     environment = _environment(autoescape=True)
     template = files("roundoff.report") / "templates"
+    present = {name: tuple(row for row in rows if row.seeds) for name, rows in report.families.items()}
+    present = {name: rows for name, rows in present.items() if rows}
     return environment.get_template("report.html.j2").render(
         **_context(report),
         style=Markup((template / "style.css").read_text("utf-8")),
         script=Markup((template / "script.js").read_text("utf-8")),
-        columns=[
-            (n, k) for n, k in SETTINGS if k not in SHOWN_IF_SET or any(asdict(r.settings)[k] for r in report.rows)
-        ],
+        columns=[(name, key) for name, key in SETTINGS if _is_shown(key, report.rows)],
+        scans=[(scan, Markup(scan_picture(scan.content, scan.title, standalone=False))) for scan in report.scans],
+        present=present,
         score_forest=plots.score_forest(report.rows),
         effect_forest=plots.effect_forest(report.rows),
-        learning={name: plots.learning_charts(rows) for name, rows in report.families.items()},
-        sigma={name: plots.sigma_chart(rows) for name, rows in report.families.items()},
-        diagnostics={name: plots.diagnostic_charts(rows) for name, rows in report.families.items()},
+        learning={name: plots.learning_charts(rows) for name, rows in present.items()},
+        sigma={name: plots.sigma_chart(rows) for name, rows in present.items()},
+        diagnostics={name: plots.diagnostic_charts(rows) for name, rows in present.items()},
         box=plots.BOX,
     )
+
+
+def _is_shown(key: str, rows: Sequence[Row]) -> bool:
+    """Whether a column of settings says anything."""
+    values = {getattr(row.settings, key) for row in rows if row.seeds or key != "profile"}
+    return len(values) > 1 if key in SHOWN_IF_DIFFERENT else key not in SHOWN_IF_SET or any(values)
 
 
 def markdown(report: Report) -> str:
@@ -121,6 +134,8 @@ def flat(row: Row) -> dict[str, Any]:
         "best": row.is_best,
         "status": row.status,
     }
+    if row.published:
+        values |= {"published_score": row.published.score.estimate, "published_label": row.published.label}
     for name, interval in (("deployed", row.deployed), ("clean", row.clean), ("difference", effect)):
         if interval:
             values |= {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
@@ -145,6 +160,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "tests": report.tests,
         "updated": report.updated,
         "rows": rows,
+        "scans": [asdict(scan) for scan in report.scans],
         "sources": [asdict(source) for source in report.sources],
         "skipped": list(report.skipped),
     }
@@ -153,10 +169,14 @@ def as_json(report: Report) -> dict[str, Any]:
 def terminal_table(report: Report) -> RenderableType:
     """Scores, comparisons and answers for a terminal, by `rich`; 80 columns are enough."""
     parts: list[RenderableType] = [_score_table(report)]
-    if any(row.baseline for row in report.rows):
+    if any(row.baseline and row.seeds for row in report.rows):
         parts.append(_effect_table(report))
-    parts += [Text.assemble((answer.asked, "dim"), "\n", answer.answer) for answer in words.answers(report)]
-    notes = [f"{row.id}: {row.status}" for row in report.rows if not row.is_whole]
+    for answer in words.answers(report):
+        family = (f"{answer.family}: ", "bold") if answer.family else ""
+        parts.append(Text.assemble(family, (answer.asked, "dim"), "\n", answer.answer))
+    notes = [f"{row.id}: {row.status}" for row in report.rows if row.seeds and not row.is_whole]
+    missing = [row.id for row in report.rows if not row.seeds]
+    notes += [f"not run: {', '.join(missing)}"] if missing else []
     notes += [f"skipped: {line}" for line in report.skipped]
     parts += [Text("\n".join(notes), style="yellow")] if notes else []
     if any(row.deployed and row.deployed.covers == "problems only" for row in report.rows):
@@ -174,9 +194,9 @@ def _score_table(report: Report) -> Table:
     for family, rows in report.families.items():
         if len(report.families) > 1:
             table.add_row(Text(family or "no family", style="italic"))
-        for row in rows:
+        for row in (row for row in rows if row.seeds):
             table.add_row(
-                Text(row.name + (" (best)" if row.is_best else "")),
+                Text.assemble(row.id, " (best)" if row.is_best else "", (f"\n{row.title}" if row.title else "", "dim")),
                 Text(words.seeds_text(row)),
                 Text(words.percent(row.start)),
                 Text(words.score_text(row.deployed), style="bold"),
@@ -187,18 +207,19 @@ def _score_table(report: Report) -> Table:
 
 def _effect_table(report: Report) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    table.add_column("Against its baseline")
+    table.add_column("Difference")
     table.add_column("Points [95 %]", no_wrap=True)
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("Verdict", min_width=14)
-    for row in report.rows:
+    for row in (row for row in report.rows if row.seeds):
+        name = Text.assemble(row.id, (f" against {row.baseline}", "dim"))
         if row.comparison:
             effect, shown = row.comparison.deployed, row.comparison.is_shown
             style = ("green" if effect.estimate > 0 else "red") if shown else ""
             cells = (words.effect_text(effect), words.p_text(row.comparison.p_holm), row.comparison.verdict)
-            table.add_row(Text(row.name), *(Text(cell, style=style) for cell in cells))
+            table.add_row(name, *(Text(cell, style=style) for cell in cells))
         elif row.baseline:
-            table.add_row(Text(row.name), words.NONE, words.NONE, Text(row.no_comparison, style="yellow"))
+            table.add_row(name, words.NONE, words.NONE, Text(row.no_comparison, style="yellow"))
     return table
 
 
@@ -211,6 +232,7 @@ def _context(report: Report) -> dict[str, Any]:
         "overview": words.overview(report),
         "glossary": words.GLOSSARY,
         "words": words,
+        "published_setting": published.SETTING,
     }
 
 

@@ -14,8 +14,10 @@ LIGHT, DARK = (247, 251, 255), (8, 48, 107)
 """Colours of the smallest and the largest damage of a column."""
 
 
-def scan_picture(scan: Mapping[str, Any], title: str) -> str:
+def scan_picture(scan: Mapping[str, Any], title: str, *, standalone: bool = True) -> str:
     """An SVG of what `LayerScan.to_json` gives: a row a layer, a column a metric, dark where the damage is large.
+
+    Inside an HTML page (`standalone=False`) it needs no namespace, and the page gives the title.
 
     Each column has a colour scale of its own, from its smallest to its largest value, because units differ; a ratio in
     dB counts as damage where it is small. The ranking is written at the right.
@@ -25,19 +27,22 @@ def scan_picture(scan: Mapping[str, Any], title: str) -> str:
     rank = {layer: place for place, layer in enumerate(scan["ranking"], 1)}
     width = LEFT + CELL_WIDTH * len(metrics) + 60
     height = TOP + CELL_HEIGHT * len(rows) + BOTTOM
+    namespace = ' xmlns="http://www.w3.org/2000/svg"' if standalone else ""
+    named = f'role="img" aria-label="{escape(title)}"'
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'<svg{namespace} viewBox="0 0 {width} {height}" width="{width}" height="{height}" {named} '
         f'font-family="sans-serif" font-size="{FONT}">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="8" y="18" font-size="14" font-weight="bold">{escape(title)}</text>',
     ]
+    if standalone:
+        parts.append(f'<text x="8" y="18" font-size="14" font-weight="bold">{escape(title)}</text>')
     for column, (name, metric) in enumerate(metrics.items()):
         x = LEFT + column * CELL_WIDTH
         parts.append(_heading(x, metric, chosen=name == scan["rank_by"]))
         shades = _shades([row[name] for row in rows], decibel=metric["decibel"])
         for place, (row, shade) in enumerate(zip(rows, shades, strict=True)):
             y = TOP + place * CELL_HEIGHT
-            tip = f"layer {row['layer']}, {metric['title']}: {row[name]:.4g} {metric['unit']}"
+            tip = f"layer {int(row['layer'])}, {metric['title']}: {row[name]:.4g} {metric['unit']}"
             ink = "white" if shade > 0.55 else "black"
             parts.append(
                 f'<rect x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 1}" fill="{_colour(shade)}">'
@@ -49,7 +54,7 @@ def scan_picture(scan: Mapping[str, Any], title: str) -> str:
     parts.append(f'<text x="{right}" y="{TOP - 8}">rank</text>')
     for place, row in enumerate(rows):
         y = TOP + place * CELL_HEIGHT + 12
-        parts.append(f'<text x="{LEFT - 8}" y="{y}" text-anchor="end">{row["layer"]}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y}" text-anchor="end">{int(row["layer"])}</text>')
         parts.append(f'<text x="{right}" y="{y}">{rank[row["layer"]]}</text>')
     parts.append(
         f'<text x="8" y="{height - 12}">rows: decoder layers; each column is shaded from its smallest to its largest '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from roundoff.config import AQN, Experiment, Hardware, Profile
+from roundoff.config import AQN, SRDD, Experiment, Hardware, Profile
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,32 @@ class Settings:
     """`relative_std` (fraction)."""
     other_hardware: str
     aqn: str
+    sigma: str
+    """First and last sigma of AQN, such as `0.05 → 0.0005`."""
     aqn_layers: str
+    srdd: str
+    """What the SRDD scan is used for, and how it ranks."""
     ratio: str
     profile: str
     model: str
     task: str
 
     @property
+    def formats(self) -> str:
+        """Formats of weights (W) and activations (A), such as `W mxfp4` or `W, A mxfp4`; empty without any."""
+        if self.weight_format and self.weight_format == self.activation_format:
+            return f"W, A {self.weight_format}"
+        named = (("W", self.weight_format), ("A", self.activation_format))
+        return ", ".join(f"{what} {name}" for what, name in named if name)
+
+    @property
     def line(self) -> str:
         """The settings that matter on one line."""
-        formats = f"W {self.weight_format or '–'} / A {self.activation_format or '–'}"
         parts = [
             self.algorithm,
             f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}",
             self.lora,
-            formats if self.weight_format or self.activation_format else "",
+            self.formats,
             f"high precision: {self.keep}" if self.keep else "",
             f"{100 * self.matmul_noise:g} % matmul noise" if self.matmul_noise else "",
             self.other_hardware,
@@ -59,7 +70,9 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         matmul_noise=experiment.hardware.matmul_noise.relative_std,
         other_hardware=_other(experiment.hardware),
         aqn=_aqn(experiment.aqn) if experiment.aqn else "",
+        sigma=_sigma(experiment.aqn) if experiment.aqn else "",
         aqn_layers=experiment.aqn.layers if experiment.aqn else "",
+        srdd=_srdd(experiment),
         ratio=algorithm.ratio,
         profile=profile.name if profile else "",
         model=profile.model if profile else "",
@@ -67,15 +80,27 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
     )
 
 
+def _sigma(aqn: AQN) -> str:
+    return f"{aqn.sigma_start:g}" if aqn.schedule == "constant" else f"{aqn.sigma_start:g} → {aqn.sigma_end:g}"
+
+
 def _aqn(aqn: AQN) -> str:
-    falls = f"{aqn.sigma_start:g}" if aqn.schedule == "constant" else f"{aqn.sigma_start:g} → {aqn.sigma_end:g}"
     extras = [
         f"{aqn.schedule} schedule",
         "" if aqn.layers == "all" else f"{aqn.layers} layers",
         "" if aqn.noise == "absolute" else "relative",
         "" if aqn.target == "rmsnorm" else f"on {aqn.target}",
     ]
-    return ", ".join([falls, *(extra for extra in extras if extra)])
+    return ", ".join([_sigma(aqn), *(extra for extra in extras if extra)])
+
+
+def _srdd(experiment: Experiment) -> str:
+    if not experiment.needs_scan:
+        return ""
+    layers = experiment.aqn.layers if experiment.aqn else "all"
+    kept = "layers kept" if isinstance(experiment.hardware.precision.keep, str) else ""
+    uses = [use for use in ("" if layers == "all" else layers, kept) if use]
+    return f"{', '.join(uses)} by {(experiment.srdd or SRDD()).metric}"
 
 
 def _other(hardware: Hardware) -> str:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 
 from roundoff import stats
 from roundoff.config import ConfigError, Experiment
+from roundoff.report.aqn_table import AqnRow, aqn_row
 from roundoff.report.arms import Arm, group_arms
 from roundoff.report.compare import ALPHA, Comparison, compare_arms, comparison_kind, paired_scores, start_scores
 from roundoff.report.curves import DIAGNOSTICS, Curve, seed_curve, sigma_curve
 from roundoff.report.flips import Flips, find_flips
+from roundoff.report.published import Published, published
+from roundoff.report.scans import Scan, find_scans
 from roundoff.report.settings import Settings, settings_in_words
 from roundoff.report.sources import Source, find_sources
 from roundoff.report.status import SeedRow, arm_status, seed_row
@@ -50,6 +53,9 @@ class Row:
     sigma: Curve | None
     diagnostics: dict[str, Curve]
     flips: Flips | None
+    aqn: AqnRow | None
+    published: Published | None
+    """What others published for an experiment of this id: shown beside, never used."""
 
     @property
     def name(self) -> str:
@@ -69,6 +75,8 @@ class Report:
     """Comparisons tested, over which Holm's correction runs."""
     updated: str
     """When a run last changed (UTC)."""
+    scans: tuple[Scan, ...] = ()
+    """The SRDD scans that runs rest on, each different one once."""
 
     @property
     def families(self) -> dict[str, tuple[Row, ...]]:
@@ -103,12 +111,14 @@ def build_report(runs: Iterable[Run], skipped: Sequence[str] = (), experiments: 
     ]
     known = {arm.experiment.id for arm in arms}
     rows += [_missing(experiment) for experiment in experiments if experiment.id not in known]
+    scans, damaged = find_scans(arms)
     return Report(
         rows=tuple(rows),
         sources=find_sources(found),
-        skipped=(*skipped, *left_out),
+        skipped=(*skipped, *left_out, *damaged),
         tests=max((c.tests for c in corrected if c), default=0),
         updated=max((run.status.updated for run in found), default=""),
+        scans=scans,
     )
 
 
@@ -215,6 +225,8 @@ def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: s
         sigma=sigma_curve(arm),
         diagnostics={key: curve for key, curve in diagnostics.items() if curve},
         flips=find_flips(arm, baseline_arm(arm, arms)) if comparison else None,
+        aqn=aqn_row(arm),
+        published=published(arm.experiment.id, arm.experiment.baseline),
     )
 
 
@@ -240,4 +252,6 @@ def _missing(experiment: Experiment) -> Row:
         sigma=None,
         diagnostics={},
         flips=None,
+        aqn=None,
+        published=published(experiment.id, experiment.baseline),
     )

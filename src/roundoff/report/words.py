@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from roundoff.report.compare import Comparison
 from roundoff.report.tables import Report, Row
-from roundoff.stats import Interval
+from roundoff.stats import MIN_SEEDS, Interval
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
@@ -35,6 +35,8 @@ GLOSSARY = {
     "into per-layer multipliers of AQN, or into the layers to keep in high precision.",
     "importance ratio": "New over old probability of a sampled token. Its effective sample size falls where noise "
     "makes the two disagree.",
+    "KL": "Kullback-Leibler divergence of the next-token distribution from that of the clean model (nats a token).",
+    "published": "A score that others gave for an experiment of the same id: shown beside ours, used in no figure.",
     "flip": "A problem that one arm solves and the other does not.",
 }
 """Words of the report (design section 1), in the order in which they are explained."""
@@ -100,6 +102,30 @@ def effect_text(interval: Interval) -> str:
 def p_text(p: float | None) -> str:
     """`0.03`, `< 0.001` or a dash."""
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def factors(values: Sequence[float]) -> str:
+    """Factors by layer, runs of equal ones together: `0-3: 1.5, 4-9: 1`; `1 everywhere` without any."""
+    if not values:
+        return "1 everywhere"
+    parts, start = [], 0
+    for i in range(1, len(values) + 1):
+        if i == len(values) or f"{values[i]:.3g}" != f"{values[start]:.3g}":
+            layers = str(start) if i - 1 == start else f"{start}-{i - 1}"
+            parts.append(f"{layers}: {values[start]:.3g}")
+            start = i
+    return ", ".join(parts)
+
+
+def best_text(rows: Sequence[Row]) -> str:
+    """Which arm of a family is best, where the intervals support it; that none is, where they do not; or nothing."""
+    tested = [row for row in rows if row.deployed and row.deployed.seeds >= MIN_SEEDS]
+    if len(tested) < 2:
+        return ""
+    best = [row.id for row in rows if row.is_best]
+    if best:
+        return f"best on {'its' if len(best) == 1 else 'their'} hardware: {', '.join(best)}"
+    return "no arm is shown to be the best on its hardware"
 
 
 def seeds_text(row: Row) -> str:
