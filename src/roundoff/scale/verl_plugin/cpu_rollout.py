@@ -49,7 +49,7 @@ class CpuReplica(RolloutReplica):  # type: ignore[misc]
         )
         self.servers.append(server)
         self._server_handle = server
-        self._server_address = await server.address.remote()  # type: ignore[attr-defined]
+        self._server_address = await server.address.remote()
 
 
 class ServerAdapter(BaseRollout):  # type: ignore[misc]
