@@ -94,9 +94,12 @@ def check_equal(found):
     torch.testing.assert_close(packed, plain, **ROUNDING)
     torch.testing.assert_close(packed_entropy, entropy, **ROUNDING)
     assert packed_gradients.keys() == gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, gradient in gradients.items():
-        # Sums of a few hundred float32 terms in another order, relative to the largest element.
-        torch.testing.assert_close(packed_gradients[name], gradient, atol=2e-4 * gradient.abs().max().item(), rtol=0)
+        # Sums of a few hundred float32 terms in another order, relative to the largest element of the tensor; and of
+        # the model, as some gradients are zero but for rounding (a bias on keys moves all scores of a row alike).
+        tolerance = 2e-4 * float(gradient.abs().max()) + 1e-6 * largest
+        torch.testing.assert_close(packed_gradients[name], gradient, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("chunk", [None, 7])
