@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from roundoff.run_dir import read_run
 from roundoff.session import make_task, prepare
 from roundoff.srdd import experiment_scan
 from roundoff.tasks import Message, Problem
+from roundoff.tasks.find import _from_file as find_module
 from tests.small_models import make_tokenizer
 from tests.test_train import run, with_training
 
@@ -166,6 +168,23 @@ def test_a_character_that_the_model_cannot_read_is_refused_before_training(profi
     (tmp_path / "own.py").write_text(OWN.replace('f"{n}+{n}"', 'f"{n} plus {n}"'))
     with pytest.raises(ModelError, match="cannot read the character ' '"):
         prepare(load_experiment("quickstart-clean"), profile, 0)
+
+
+def test_a_run_does_not_go_on_with_other_problems_or_another_template(tmp_path, profile):
+    profile = with_training(profile, prompts_per_step=8)
+    run(tmp_path / "runs", load_experiment("quickstart-clean"), profile, stop_after=1)
+    own, settings = tmp_path / "own.py", tmp_path / "model" / "tokenizer_config.json"
+    before = settings.read_text()
+    settings.write_text(before.replace("-{{ m.content }}", "+{{ m.content }}"))
+    with pytest.raises(ConfigError, match="problems of task 'sums', or how they are asked, have changed"):
+        run(tmp_path / "runs", load_experiment("quickstart-clean"), profile)
+    settings.write_text(before)
+    (tmp_path / "other.py").write_text(OWN.replace("str(2 * n)", "str(3 * n)"))
+    sys.modules[str(own.resolve())] = find_module(tmp_path / "other.py")
+    with pytest.raises(ConfigError, match="problems of task 'sums'"):
+        run(tmp_path / "runs", load_experiment("quickstart-clean"), profile)
+    del sys.modules[str(own.resolve())]
+    assert run(tmp_path / "runs", load_experiment("quickstart-clean"), profile).is_final
 
 
 def test_the_template_stays_with_an_exported_model(tmp_path, profile):

@@ -66,6 +66,8 @@ class Session:
     """AQN's sigma of each step (zero throughout without AQN)."""
     scan: LayerScan | None = None
     """The SRDD scan, where a setting refers to one."""
+    problems: str = ""
+    """SHA-256 over the task's problems as they are asked, and their answers."""
     position: int = 0
     """Prompts drawn from the stream so far."""
     ranks: Ranks = ALONE
@@ -167,7 +169,7 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     policy = load_policy(experiment, profile, seed, scan=scan)
     if training.gradient_checkpointing:
         check_layers(policy.model)
-    check_prompts(policy.loaded, (*offered, *task.test()))
+    asked = check_prompts(policy.loaded, (*offered, *task.test()))
     problems = _within_length(offered, policy.loaded, profile)
     _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
     per_epoch = steps_per_epoch(len(problems), algorithm, given)
@@ -178,7 +180,7 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
         reference = _load_on_hardware(experiment, profile, seed, scan)[0].model.requires_grad_(False)
     optimizer = MasterAdamW(policy.trainable, learning_rate(experiment, profile), training)
     stream = PromptStream(problems, key.fold("data"))
-    session = Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan)
+    session = Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan, asked)
     if experiment.aqn is not None:
         for step in (1, total):
             check_multipliers(session.model, experiment.aqn, session.multipliers(step))
@@ -259,13 +261,16 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> None:
-    """Check that the model can be asked every problem, as `roundoff.prompts` puts it.
+def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> str:
+    """Check that the model can be asked every problem; returns SHA-256 over them as they are asked, and their answers.
 
     Raises:
         ModelError: if the tokenizer would drop a character, or the chat template refuses a conversation.
     """
-    check_readable(loaded, (text(loaded.tokenizer, problem) for problem in problems))
+    asked = [text(loaded.tokenizer, problem) for problem in problems]
+    check_readable(loaded, asked)
+    lines = (f"{problem.id}\x1f{shown}\x1f{problem.answer}\n" for problem, shown in zip(problems, asked, strict=True))
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Profile) -> list[Problem]:
@@ -295,7 +300,7 @@ def save(session: Session, run_dir: RunDirectory, step: int) -> None:
     """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
     trained = session.trainable
     tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": session.optimizer.tensors()}
-    state = {"position": session.position, "base": session.policy.base}
+    state = {"position": session.position, "base": session.policy.base, "problems": session.problems}
     run_dir.save_checkpoint(step, tensors, state, keep=session.profile.training.keep_checkpoints)
 
 
@@ -303,10 +308,15 @@ def restore(session: Session, checkpoint: Checkpoint) -> int:
     """Put a checkpoint's content in place, bit for bit; returns its step.
 
     Raises:
-        ConfigError: if the profile's model has changed since the run began.
+        ConfigError: if the profile's model or the task's problems have changed since the run began.
         DamagedCheckpointError: if the checkpoint holds the weights of another model.
     """
     _check_base(session.policy, checkpoint)
+    if checkpoint.state.get("problems", session.problems) != session.problems:
+        raise ConfigError(
+            f"the problems of task {session.task.name!r}, or how they are asked, have changed since this run began: "
+            "bring the old data back to go on, or move the run's directory away to begin again"
+        )
     put_weights(session.policy, checkpoint)
     session.optimizer.put(checkpoint.tensors["optimizer"])
     session.position = checkpoint.state["position"]
