@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Progress:
         self._drawn = 0.0
         self._said: dict[str, tuple[str, int]] = {}
         self._warned: dict[str, int] = {}
+        self._opened = datetime.now(UTC).isoformat(timespec="seconds")
         self._ended: dict[Path, list[dict[str, Any]]] = {}
 
     @contextmanager
@@ -100,8 +101,10 @@ class Progress:
         phase, step = self._said.get(name, ("queued", -1))
         if job.phase != phase and job.phase == "running":
             self._line(f"{name}: {'resumed' if job.resumed else 'started'}")
+        if metrics and metrics[-1]["step"] < step:
+            step = -1  # steps after the checkpoint are taken again
         for row in metrics if job.phase != "complete" or phase != "queued" else []:
-            if row["step"] > step and "deployed" in row:
+            if row["step"] > step and "deployed" in row and row.get("time", self._opened) >= self._opened:
                 left = _time(seconds_left(job, metrics)) if job.phase == "running" else ""
                 self._line(
                     f"{name}: step {row['step']}/{total_steps(job)}"
