@@ -62,6 +62,14 @@ def test_time_comes_from_measured_steps(tmp_path: Path) -> None:
     assert "Time: measured in 1 run of profile tiny; 2 runs at a time." in said
 
 
+def test_experiments_named_are_those_whose_variance_counts(tmp_path: Path) -> None:
+    quickstart(tmp_path, problems=100)
+    assert any("measured in 3 comparisons" in line for line in lines("--effect", 4, "--runs", tmp_path))
+    assert any("measured in 1 comparison:" in line for line in lines("noise-aqn", "--effect", 4, "--runs", tmp_path))
+    error = planned("absent", "--effect", 4, "--runs", tmp_path).exception
+    assert isinstance(error, ConfigError) and "there is no run of absent" in str(error)
+
+
 def test_a_smaller_effect_needs_more_seeds(tmp_path: Path) -> None:
     quickstart(tmp_path, problems=100)
 

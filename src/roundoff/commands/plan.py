@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,8 @@ def plan_command(
     response_tokens: float | None,
     config: Path | None,
 ) -> None:
-    """Say what evidence costs: with --effect, the seeds and problems that it takes to show a difference; with
-    --profile alone, time and memory of each experiment NAME (default: all) and of the whole table.
+    """Say what evidence costs: with --effect, the seeds and problems that it takes to show a difference as variable as
+    those of the experiments NAME; with --profile alone, their time and memory (default: all experiments).
     """
     from rich.console import Console
 
@@ -72,8 +73,7 @@ def plan_command(
         raise ConfigError(f"--gpus {gpus} must be a multiple of --ranks {ranks}")
     is_given = context.get_parameter_source("gpus") is not click.core.ParameterSource.DEFAULT
     place = machine or ("a100-80gb" if is_given and effect is None else "here")
-    runs = _runs(root, profile_name)
-    model = None
+    runs = _runs(root, profile_name, names if effect is not None else ())
     if profile_name is not None:
         experiments, profile = with_overrides(
             select(names, everything=not names), load_profile(profile_name), assignments
@@ -82,8 +82,7 @@ def plan_command(
     if effect is not None:
         time = _time(runs)
         if time is None and profile_name is not None:
-            model = _model(profile, place, ranks, memory, lengths, config)
-            time = _estimated_time(model, experiments)
+            time = _estimated_time(_model(profile, place, ranks, memory, lengths, config), experiments)
         Console().print(_seeds(effect, runs, time, power, comparisons, problems, gpus // ranks))
         return
     model = _model(profile, place, ranks, memory, lengths, config)
@@ -115,11 +114,26 @@ def _sizes(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _runs(root: Path, profile_name: str | None) -> list[Run]:
+def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Run]:
+    """Runs of one profile (the one of most runs, unless it is named), of the experiments named and their baselines.
+
+    Raises:
+        ConfigError: if experiments are named and none has a run.
+    """
     from roundoff.run_dir import find_runs
 
     found = find_runs([root])[0] if root.is_dir() else []
-    return [run for run in found if profile_name is None or run.profile.name == profile_name]
+    if names:
+        from roundoff.experiments import families
+
+        wanted = {one for name in names for one in families().get(name, (name,))}
+        wanted |= {run.experiment.baseline for run in found if run.experiment.id in wanted and run.experiment.baseline}
+        found = [run for run in found if run.experiment.id in wanted]
+        if not found:
+            raise ConfigError(f"there is no run of {', '.join(names)} in {root}: their variance is not known")
+    profiles = Counter(run.profile.name for run in found)
+    chosen = profile_name or (profiles.most_common(1)[0][0] if profiles else "")
+    return [run for run in found if run.profile.name == chosen]
 
 
 def _time(runs: Sequence[Run]) -> RunTime | None:
