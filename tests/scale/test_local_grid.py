@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,9 @@ from roundoff.experiments import load_experiment
 from roundoff.run_dir import read_run
 from roundoff.scale.local_grid import RunRequest, run_grid
 
+LONG = 100
+"""Steps of a long run."""
+
 
 @pytest.fixture
 def requests(tmp_path, small):
@@ -19,6 +23,17 @@ def requests(tmp_path, small):
         RunRequest(load_experiment("quickstart-clean"), small, seed, tmp_path, {"command": "test"}, tracker="none")
         for seed in (0, 1)
     ]
+
+
+@pytest.fixture
+def long_requests(requests):
+    """Runs that last for seconds, so that they can be met at work."""
+    return [replace(r, experiment=r.experiment.model_copy(update={"epochs": LONG // 2})) for r in requests]
+
+
+def is_at_work(request):
+    metrics = request.path / "metrics.jsonl"
+    return (request.path / "status.json").exists() and metrics.exists() and metrics.stat().st_size > 0
 
 
 def test_runs_are_made_once_and_then_known(requests):
@@ -31,39 +46,39 @@ def test_runs_are_made_once_and_then_known(requests):
     assert [(job.phase, job.message) for job in again] == [("complete", "was complete")] * 2
 
 
-def test_a_killed_run_takes_no_other_with_it_and_can_be_resumed(requests):
+def test_a_killed_run_takes_no_other_with_it_and_can_be_resumed(long_requests):
     killed = []
 
     def kill_first(jobs):
-        if not killed and jobs[0].process is not None and (jobs[0].request.path / "metrics.jsonl").exists():
+        if not killed and jobs[0].process is not None and is_at_work(jobs[0].request):
             os.kill(jobs[0].process.pid, signal.SIGKILL)
             killed.append(True)
 
-    jobs = run_grid(requests, workers=2, watch=kill_first)
+    jobs = run_grid(long_requests, workers=2, watch=kill_first)
     assert killed
     assert jobs[0].phase == "failed"
     assert "its process died (exit code -9)" in jobs[0].message
     assert jobs[1].phase == "complete"
-    assert read_run(requests[0].path).status.state == "interrupted"
-    assert [job.phase for job in run_grid(requests, workers=2)] == ["complete", "complete"]
+    assert read_run(long_requests[0].path).status.state == "interrupted"
+    assert [job.phase for job in run_grid(long_requests, workers=2)] == ["complete", "complete"]
 
 
-def test_an_interrupt_saves_every_run_and_the_next_call_goes_on(requests):
+def test_an_interrupt_saves_every_run_and_the_next_call_goes_on(long_requests):
     def interrupt():
         deadline = time.monotonic() + 60
-        while not (requests[0].path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        while not is_at_work(long_requests[0]) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    jobs = run_grid(requests, workers=1)
+    jobs = run_grid(long_requests, workers=1)
     thread.join()
     assert jobs[0].phase == "interrupted"
     assert (jobs[1].phase, jobs[1].message) == ("interrupted", "not begun")
-    assert read_run(requests[0].path).status.state == "interrupted"
-    assert [job.phase for job in run_grid(requests, workers=2)] == ["complete", "complete"]
-    assert [row["step"] for row in read_run(requests[0].path).metrics] == [0, 1, 2]
+    assert read_run(long_requests[0].path).status.state == "interrupted"
+    assert [job.phase for job in run_grid(long_requests, workers=2)] == ["complete", "complete"]
+    assert [row["step"] for row in read_run(long_requests[0].path).metrics] == list(range(LONG + 1))
 
 
 def test_a_wrong_setting_fails_its_run_with_its_message(requests, tmp_path, small):
