@@ -63,16 +63,17 @@ def counted(hardware: Hardware, *, training: bool, layers: int, hidden: int = 64
     """Counts of one pass over `ROWS` x `COLUMNS` tokens."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": intermediate}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": ROWS * COLUMNS}
     model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).train(training)
     if not hardware.changes_nothing:
         install(model, hardware, seed=0)
-    tokens = torch.ones(ROWS, COLUMNS, dtype=torch.int64)
+    tokens = torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS)  # texts that differ: equal ones share their pass
+    mask = torch.ones_like(tokens)
     rows = row_ids(torch.arange(ROWS), positions(torch.zeros(ROWS, dtype=torch.int64), COLUMNS))
     key = Key.from_seed(0) if hardware.is_noisy else None
 
     def once() -> None:
-        logprobs, _ = token_logprobs(model, tokens, tokens, RESPONSE, temperature=1.0, rows=rows, key=key)
+        logprobs, _ = token_logprobs(model, tokens, mask, RESPONSE, temperature=1.0, rows=rows, key=key)
         if training:
             logprobs.sum().backward()
 
