@@ -5,6 +5,7 @@ import torch
 
 from roundoff.config import Profile
 from roundoff.experiments import load_profile
+from tests.small_models import make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +30,9 @@ def small() -> Profile:
             "training": training,
         }
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """That of the small random models."""
+    return make_tokenizer()

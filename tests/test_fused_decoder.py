@@ -14,7 +14,7 @@ from roundoff.hardware import install
 from roundoff.kv_cache import KVCache, SharedCache
 from roundoff.models.load import load_model
 from roundoff.numerics.backend import use_backend
-from tests.small_models import PROMPTS, ROUNDING, draw, make, make_tokenizer, same
+from tests.small_models import PROMPTS, ROUNDING, draw, make, same
 
 MODELS = {
     "heads of 16": ("qwen2", {"hidden_size": 64}),
@@ -28,11 +28,6 @@ MODELS = {
         {"hidden_size": 64, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def small(**changes):

@@ -9,12 +9,7 @@ from roundoff.config import Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
 from roundoff.logprobs import token_logprobs
 from roundoff.rollouts import concatenate
-from tests.small_models import KEY, ROUNDING, draw, make, make_tokenizer, plain_logprobs, same
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+from tests.small_models import KEY, ROUNDING, draw, make, plain_logprobs, same
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,8 @@ from roundoff.config import Deadzone, Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
 from roundoff.logprobs import token_logprobs
 from roundoff.masks import AttentionPattern
-from tests.small_models import ROUNDING, draw, make, make_tokenizer
+from tests.small_models import ROUNDING, draw, make
 from tests.test_sampler import FAMILIES
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")

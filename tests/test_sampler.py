@@ -10,12 +10,7 @@ from roundoff.hardware import install
 from roundoff.logprobs import token_logprobs
 from roundoff.rollouts import concatenate
 from roundoff.sampler import _Settings, choose
-from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, make_tokenizer, plain_logprobs, same
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, plain_logprobs, same
 
 
 @pytest.fixture(scope="module", params=[32, 64], ids=["own pass", "fused pass"])

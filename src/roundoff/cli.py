@@ -84,7 +84,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
-    except Exception as error:
+    except Exception as error:  # of any class: `is_expected` tells roundoff's own, all others are raised
         if not is_expected(error):
             raise
         _fail(str(error))

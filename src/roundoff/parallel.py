@@ -65,7 +65,7 @@ class Ranks:
         if self.leads:
             try:
                 result = make()
-            except Exception as caught:
+            except Exception as caught:  # raised again below, on every rank
                 error = caught
         shown = None if error is None else _portable(error)
         result, shown = self.gather((result, shown))[0]
@@ -179,6 +179,6 @@ def _portable(error: Exception) -> Exception:
 
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 (its own bytes)
-    except Exception:
+    except Exception:  # a class may refuse to be pickled, or to be made again, in ways of its own
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

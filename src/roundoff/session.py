@@ -164,9 +164,10 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
+    loaded = _load(profile)
     if scan is None and experiment.needs_scan:
-        scan = experiment_scan(experiment, _load(profile), task, seed)
-    policy = load_policy(experiment, profile, seed, scan=scan)
+        scan = experiment_scan(experiment, loaded, task, seed)
+    policy = _policy(experiment, loaded, seed, scan)
     if training.gradient_checkpointing:
         check_layers(policy.model)
     asked = check_prompts(policy.loaded, (*offered, *task.test()))
@@ -177,7 +178,9 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     sigmas = sigma_curve(total, per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
     reference = None
     if algorithm.kl_coefficient > 0 and policy.adapters is None:
-        reference = _load_on_hardware(experiment, profile, seed, scan)[0].model.requires_grad_(False)
+        reference = _load(profile).model
+        _install(experiment, reference, seed, scan)
+        reference.requires_grad_(False)
     optimizer = MasterAdamW(policy.trainable, learning_rate(experiment, profile), training)
     stream = PromptStream(problems, key.fold("data"))
     session = Session(experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan, asked)
@@ -195,9 +198,15 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: La
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
+    loaded = _load(profile)
     if scan is None and needs_scan(experiment.hardware):
-        scan = experiment_scan(experiment, _load(profile), make_task(profile), seed)
-    loaded, installed = _load_on_hardware(experiment, profile, seed, scan)
+        scan = experiment_scan(experiment, loaded, make_task(profile), seed)
+    return _policy(experiment, loaded, seed, scan)
+
+
+def _policy(experiment: Experiment, loaded: LoadedModel, seed: int, scan: LayerScan | None) -> Policy:
+    """A plain model made into the policy: on its hardware, with fresh adapters where the experiment has any."""
+    installed = _install(experiment, loaded.model, seed, scan)
     base = _digest(loaded.model)
     lora = experiment.lora
     adapters = attach(loaded.model, lora, Key.from_seed(seed)) if lora is not None else None
@@ -215,15 +224,12 @@ def _load(profile: Profile) -> LoadedModel:
     )
 
 
-def _load_on_hardware(
-    experiment: Experiment, profile: Profile, seed: int, scan: LayerScan | None
-) -> tuple[LoadedModel, InstalledHardware | None]:
-    """The profile's model with the experiment's hardware installed, if that changes anything."""
+def _install(
+    experiment: Experiment, model: PreTrainedModel, seed: int, scan: LayerScan | None
+) -> InstalledHardware | None:
+    """Put the experiment's hardware on a plain model, if that changes anything."""
     hardware = experiment.hardware if scan is None else resolve_keep(experiment.hardware, scan)
-    loaded = _load(profile)
-    if hardware.changes_nothing:
-        return loaded, None
-    return loaded, install(loaded.model, hardware, seed=seed)
+    return None if hardware.changes_nothing else install(model, hardware, seed=seed)
 
 
 def learning_rate(experiment: Experiment, profile: Profile) -> float:

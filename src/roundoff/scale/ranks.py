@@ -68,7 +68,7 @@ def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], N
     with warnings_as_text(job.warnings.append):
         try:
             job.phase, job.message = execute(job.request, after_step, ranks)
-        except Exception as error:
+        except Exception as error:  # whatever ends a run is noted in its job, and the next run is made
             job.phase, job.message = "failed", message_of(error)
             if not (ranks.leads or is_expected(error)):  # what roundoff raises is raised, and said, by the first too
                 print(f"rank {ranks.index}: {job.message}", file=sys.stderr)

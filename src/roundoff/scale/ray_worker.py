@@ -110,10 +110,10 @@ def make_run(assignment: Assignment, desk: Any, before: Update | None) -> Outcom
                 outcome = Outcome(phase, message)
             except RunLockedError:
                 return Outcome("held", "another process is at work in its directory")
-            except Exception as error:
+            except Exception as error:  # the run's own failure; its files go back with it
                 outcome = Outcome("failed", message_of(error))
             return replace(outcome, warnings=tuple(warnings), update=None if outbox is None else outbox.changes())
-    except Exception as error:
+    except Exception as error:  # of what lies around the run; Ray would wrap it in a traceback of its own
         return Outcome("failed", message_of(error))
 
 

@@ -17,32 +17,6 @@ static inline float total(F a) {
     return a[0] + a[1];
 }
 
-// Lane i of the result is the sum of all lanes of m[i]: the transposing tree of `maxima`, with sums.
-template <int S> static inline F fold_sum(F a, F b) {
-    F low, high;
-    if (S == 1) {
-        low = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        high = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    } else if (S == 2) {
-        low = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        high = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    } else if (S == 4) {
-        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-        high = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    } else {
-        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        high = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    return low + high;
-}
-static inline F sums(const F m[16]) {
-    F a[8], b[4], c[2];
-    for (int i = 0; i < 8; ++i) a[i] = fold_sum<1>(m[2 * i], m[2 * i + 1]);
-    for (int i = 0; i < 4; ++i) b[i] = fold_sum<2>(a[2 * i], a[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) c[i] = fold_sum<4>(b[2 * i], b[2 * i + 1]);
-    return fold_sum<8>(c[0], c[1]);
-}
-
 // exp to about 1 ulp: x = n*ln2 + r, a polynomial of degree 6 in r (Cephes expf), then n added to the exponent.
 static inline F exponential(F x) {
     x = at_least(at_most(x, splat(88.0f)), splat(-87.0f));

@@ -100,10 +100,16 @@ static inline void stream_fence() {
 #endif
 }
 
-// Lane i of the result is the maximum of all lanes of m[i]: a transposing tree of 15 steps.
-template <int S> static inline U fold(U a, U b) {
+struct Larger {
+    template <class V> static inline V of(V a, V b) { return max(a, b); }
+};
+struct Sum {
+    template <class V> static inline V of(V a, V b) { return a + b; }
+};
+// One level of the transposing trees below: lanes of a and b in groups of S, neighbouring groups joined by OP.
+template <int S, class OP, class V> static inline V fold(V a, V b) {
     static_assert(S == 1 || S == 2 || S == 4 || S == 8, "");
-    U low, high;
+    V low, high;
     if (S == 1) {
         low = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
         high = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
@@ -117,21 +123,24 @@ template <int S> static inline U fold(U a, U b) {
         low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
         high = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     }
-    return max(low, high);
+    return OP::of(low, high);
 }
-static inline U maxima(const U m[16]) {
-    U a[8], b[4], c[2];
-    for (int i = 0; i < 8; ++i) a[i] = fold<1>(m[2 * i], m[2 * i + 1]);
-    for (int i = 0; i < 4; ++i) b[i] = fold<2>(a[2 * i], a[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) c[i] = fold<4>(b[2 * i], b[2 * i + 1]);
-    return fold<8>(c[0], c[1]);
+// Lane i of the result joins all lanes of m[i]: a transposing tree of 15 steps.
+template <class OP, class V> static inline V folded(const V m[16]) {
+    V a[8], b[4], c[2];
+    for (int i = 0; i < 8; ++i) a[i] = fold<1, OP>(m[2 * i], m[2 * i + 1]);
+    for (int i = 0; i < 4; ++i) b[i] = fold<2, OP>(a[2 * i], a[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) c[i] = fold<4, OP>(b[2 * i], b[2 * i + 1]);
+    return fold<8, OP>(c[0], c[1]);
 }
-// The same for eight vectors, each of whose halves has a maximum of its own.
+static inline U maxima(const U m[16]) { return folded<Larger>(m); }
+static inline F sums(const F m[16]) { return folded<Sum>(m); }
+// `maxima` of eight vectors, each of whose halves has a maximum of its own.
 static inline U maxima_of_halves(const U m[8]) {
     U a[4], b[2];
-    for (int i = 0; i < 4; ++i) a[i] = fold<1>(m[2 * i], m[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) b[i] = fold<2>(a[2 * i], a[2 * i + 1]);
-    return fold<4>(b[0], b[1]);
+    for (int i = 0; i < 4; ++i) a[i] = fold<1, Larger>(m[2 * i], m[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) b[i] = fold<2, Larger>(a[2 * i], a[2 * i + 1]);
+    return fold<4, Larger>(b[0], b[1]);
 }
 // The low half of a beside the high half of b.
 static inline F halves(F a, F b) {

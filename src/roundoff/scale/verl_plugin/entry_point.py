@@ -10,7 +10,7 @@ import traceback
 
 try:
     from roundoff.scale.verl_plugin import entry
-except Exception as error:
+except Exception as error:  # verl would swallow whatever it is
     traceback.print_exc()
     print(f"roundoff: the plugin for verl could not be activated: {error}", file=sys.stderr)
     raise SystemExit(3) from error
