@@ -49,13 +49,20 @@ def test_the_layout_of_the_documented_example(tokenizer, model):
 
 
 def test_long_groups_are_split_and_short_prompts_stay_plain():
-    written = [(n,) * 10 for n in range(8)]
     is_new = [True, *[False] * 7]
-    filled = packing._filled(written, is_new, 25)
+    texts = packing._Texts.of([(n,) * 10 for n in range(8)], is_new)
+    filled = packing._filled(texts, 25)
     assert (filled.row, filled.offset, filled.extra) == ([0, 0, 1, 1, 2, 2, 3, 3], [0, 10] * 4, 20)
     # A prompt of 1,000 tokens is worth sharing by all 8; one of a single token by none, as packing only adds pairs.
-    assert packing._rows(written, is_new, 1000, 1010, 64).row == [0] * 8
-    assert packing._rows([(n,) * 1000 for n in range(8)], is_new, 1, 1001, 64) is None
+    assert packing._rows(texts, 1000, 1010, 64).row == [0] * 8
+    long = packing._Texts.of([(n,) * 1000 for n in range(8)], is_new)
+    assert packing._rows(long, 1, 1001, 64) is None
+
+
+def test_equal_responses_to_one_prompt_stand_once_whatever_lies_between():
+    texts = packing._Texts.of([(1, 2), (3,), (1, 2), (1, 2), ()], [True, False, False, True, False])
+    assert texts == packing._Texts([0, 1, 0, 2, 3], [0, 1, 3, 4], [2, 1, 2, 0], [True, False, True, False])
+    assert packing._filled(texts, 2) == packing._Rows([0, 1, 2, 2], [0, 0, 0, 2], 2)
 
 
 def both(monkeypatch, model, rollouts, chunk=None):

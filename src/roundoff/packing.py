@@ -103,12 +103,16 @@ def packed(
         return None
     inputs = (lengths - 1).clamp(min=0)
     written = [tuple(text[:n]) for text, n in zip(tokens[:, start:].tolist(), inputs.tolist(), strict=True)]
-    is_new = [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()]
-    rows = _rows(written, is_new, start - first, last - first, hidden)
+    texts = _Texts.of(written, [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()])
+    rows = _rows(texts, start - first, last - first, hidden)
     if rows is None:
         return None
-    row, offset = (torch.tensor(x, device=tokens.device) for x in (rows.row, rows.offset))
-    opener = torch.tensor([n for n in range(len(is_new)) if n == 0 or rows.row[n] != rows.row[n - 1]])
+    number, writer, row, offset = (
+        torch.tensor(x, device=tokens.device) for x in (texts.number, texts.writer, rows.row, rows.offset)
+    )
+    opener = writer[torch.cat([row.new_ones(1), row.diff()]).bool()]
+    is_writer = torch.zeros_like(number, dtype=torch.bool).index_fill_(0, writer, True)
+    row, offset = row[number], offset[number]
     width, count, extra = start - first, len(opener), rows.extra
 
     left = left_padding(mask[opener, first:])
@@ -119,8 +123,7 @@ def packed(
     position[:, :width] = positions(left, width)
     segment[:, :width].masked_fill_(mask[opener, first:start], 0)
     rollout, index = inside.nonzero(as_tuple=True)
-    first_of_equals = torch.tensor(rows.is_first, device=tokens.device)
-    fed = (index < inputs[rollout]) & first_of_equals[rollout]
+    fed = (index < inputs[rollout]) & is_writer[rollout]
     n, t = rollout[fed], index[fed]
     place = row[n], width + offset[n] + t
     packed_tokens[place] = tokens[n, start + t]
@@ -139,53 +142,73 @@ def packed(
 
 
 @dataclass(frozen=True, slots=True)
+class _Texts:
+    """The distinct responses to each prompt, one after the other."""
+
+    number: list[int]
+    """Which of them each rollout wrote."""
+    writer: list[int]
+    """The first rollout that wrote it."""
+    length: list[int]
+    opens: list[bool]
+    """Whether it is the first to its prompt."""
+
+    @classmethod
+    def of(cls, written: list[tuple[int, ...]], is_new: list[bool]) -> _Texts:
+        """`written` by the rollouts, whose prompt `is_new` where it differs from the one before."""
+        texts = cls([], [], [], [])
+        known: dict[tuple[int, ...], int] = {}
+        for rollout, (response, new) in enumerate(zip(written, is_new, strict=True)):
+            if new:
+                known = {}
+            if response not in known:
+                known[response] = len(texts.length)
+                texts.writer.append(rollout)
+                texts.length.append(len(response))
+                texts.opens.append(new)
+            texts.number.append(known[response])
+        return texts
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
-    """Which row each rollout is in, where its response begins there, and the columns after the prompt."""
+    """Which row each text is in, where it begins there, and the columns after the prompt."""
 
     row: list[int]
     offset: list[int]
-    is_first: list[bool]
-    """Whether the rollout is the first of its row that wrote this."""
     extra: int
 
 
-def _rows(
-    written: list[tuple[int, ...]], is_new: list[bool], prompt: int, plain_columns: int, hidden: int
-) -> _Rows | None:
-    """The cheapest distribution of the responses `written` over rows; None if the plain layout is cheaper."""
+def _rows(texts: _Texts, prompt: int, plain_columns: int, hidden: int) -> _Rows | None:
+    """The cheapest distribution of the texts over rows; None if the plain layout is cheaper."""
 
     def cost(rows: int, columns: int) -> int:
         return rows * columns * (COLUMN * hidden + columns)
 
-    longest = max(map(len, written))
-    whole = _filled(written, is_new, longest * len(written))
-    best, least = None, cost(len(written), plain_columns)
+    rollouts, longest = len(texts.number), max(texts.length)
+    whole = _filled(texts, sum(texts.length))
+    best, least = None, cost(rollouts, plain_columns)
     for limit in dict.fromkeys(max(longest, round(whole.extra / split)) for split in SPLITS):
-        rows = _filled(written, is_new, limit)
+        rows = _filled(texts, limit)
         count, columns = rows.row[-1] + 1, prompt + rows.extra
         found = cost(count, columns)
-        if found < least and count * columns**2 <= MOST_PAIRS * len(written) * plain_columns**2:
+        if found < least and count * columns**2 <= MOST_PAIRS * rollouts * plain_columns**2:
             best, least = rows, found
     return best
 
 
-def _filled(written: list[tuple[int, ...]], is_new: list[bool], limit: int) -> _Rows:
-    """Responses one after the other; a row begins with each prompt, and where `limit` columns would be passed."""
-    row, offset, is_first = [], [], []
+def _filled(texts: _Texts, limit: int) -> _Rows:
+    """Texts one after the other; a row begins with each prompt, and where `limit` columns would be passed."""
+    row, offset = [], []
     current, used, extra = -1, 0, 0
-    place: dict[tuple[int, ...], int] = {}
-    for response, new in zip(written, is_new, strict=True):
-        known = response in place and not new
-        if new or (not known and used + len(response) > limit):
-            current, used, place = current + 1, 0, {}
-        is_first.append(not known)
-        if not known:
-            place[response] = used
-            used += len(response)
+    for length, opens in zip(texts.length, texts.opens, strict=True):
+        if opens or used + length > limit:
+            current, used = current + 1, 0
         row.append(current)
-        offset.append(place[response])
+        offset.append(used)
+        used += length
         extra = max(extra, used)
-    return _Rows(row, offset, is_first, extra)
+    return _Rows(row, offset, extra)
 
 
 def _used_columns(mask: Tensor, response_length: int) -> tuple[int, int]:
