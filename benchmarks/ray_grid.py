@@ -1,7 +1,7 @@
 """Eight short runs on a Ray cluster of this machine beside the same eight as local processes, two at a time.
 
-Start-up ends when the first run has written its status: until then Ray starts its servers, and both import torch. Both
-ways are taken in turn; runs must come out with the same bits.
+Start-up ends when both workers have a run whose status is written: until then Ray starts its servers and two processes,
+and all import torch. Both ways are taken in turn; runs must come out with the same bits.
 """
 
 import json
@@ -19,7 +19,7 @@ from roundoff.scale.ray_cluster import RayOptions
 from roundoff.scale.ray_grid import run_on_ray
 
 GOAL = 1.10
-ROUNDS, WORKERS, SEEDS = 2, 2, 8
+ROUNDS, WORKERS, SEEDS = 3, 2, 8
 
 
 def requests_in(root: Path) -> list[RunRequest]:
@@ -35,11 +35,11 @@ def requests_in(root: Path) -> list[RunRequest]:
 def timed(way: str, root: Path) -> dict[str, float]:
     """Seconds of start-up, of the rest, and of steps on each of the two workers."""
     requests = requests_in(root)
-    first: list[float] = []
+    started: list[float] = []
 
     def watch(jobs: Sequence[Job]) -> None:
-        if not first and any(root.glob("*/*/*/status.json")):
-            first.append(time.perf_counter())
+        if not started and len(list(root.glob("*/*/*/status.json"))) >= WORKERS:
+            started.append(time.perf_counter())
 
     began = time.perf_counter()
     if way == "ray":
@@ -50,7 +50,7 @@ def timed(way: str, root: Path) -> dict[str, float]:
     if any(job.phase != "complete" for job in jobs):
         raise SystemExit(f"{way}: {[(job.phase, job.message) for job in jobs]}")
     made = [sum(row["seconds"] for row in read_metrics(request.path)) for request in requests]
-    return {"start": first[0] - began, "rest": ended - first[0], "in steps": sum(made) / WORKERS}
+    return {"start": started[0] - began, "rest": ended - started[0], "in steps": sum(made) / WORKERS}
 
 
 def rows(root: Path) -> list[list[dict[str, object]]]:

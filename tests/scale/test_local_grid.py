@@ -1,5 +1,6 @@
 """Many runs: isolated from each other, stopped and resumed, never made twice."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -36,6 +37,13 @@ def is_at_work(request):
     return (request.path / "status.json").exists() and metrics.exists() and metrics.stat().st_size > 0
 
 
+def wait_until(true):
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_runs_are_made_once_and_then_known(requests):
     seen = []
     jobs = run_grid(requests, workers=2, watch=lambda jobs: seen.append([job.phase for job in jobs]))
@@ -63,11 +71,21 @@ def test_a_killed_run_takes_no_other_with_it_and_can_be_resumed(long_requests):
     assert [job.phase for job in run_grid(long_requests, workers=2)] == ["complete", "complete"]
 
 
+def test_runs_whose_parent_is_killed_save_and_leave(long_requests):
+    parent = multiprocessing.get_context("spawn").Process(target=run_grid, args=(long_requests,), kwargs={"workers": 2})
+    parent.start()
+    wait_until(lambda: all(map(is_at_work, long_requests)))
+    parent.kill()
+    parent.join()
+    wait_until(lambda: "running" not in [read_run(request.path).status.state for request in long_requests])
+    status = [read_run(request.path).status for request in long_requests]
+    assert [(s.state, s.reason, s.step < LONG) for s in status] == [("interrupted", "stopped on request", True)] * 2
+    assert [job.phase for job in run_grid(long_requests, workers=2)] == ["complete", "complete"]
+
+
 def test_an_interrupt_saves_every_run_and_the_next_call_goes_on(long_requests):
     def interrupt():
-        deadline = time.monotonic() + 60
-        while not is_at_work(long_requests[0]) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: is_at_work(long_requests[0]))
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=interrupt)

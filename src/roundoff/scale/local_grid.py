@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -167,14 +167,24 @@ def _start(job: Job, context: Any) -> None:
 
 
 def _work(request: RunRequest, result: Connection) -> None:
-    """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why."""
+    """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why.
+
+    A run whose parent was killed stops as if it had been asked to: the same command, given again, finds it free.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with stop_requests() as stop, warnings_as_text(lambda text: result.send(("warning", text))):
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def send(kind: str, text: str) -> None:
+        with suppress(BrokenPipeError):  # the parent is gone; the run's directory says how it ended
+            result.send((kind, text))
+
+    with stop_requests() as stop, warnings_as_text(lambda text: send("warning", text)):
         try:
-            outcome = execute(request, stop)
+            outcome = execute(request, lambda: stop() or not parent.is_alive())
         except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
             outcome = ("failed", message_of(error))
-        result.send(outcome)
+        send(*outcome)
 
 
 def _collect_result(job: Job) -> None:
