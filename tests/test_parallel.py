@@ -41,6 +41,13 @@ def test_values_come_in_the_order_of_the_ranks():
     assert on_ranks(3, lambda ranks: ranks.first(lambda: ranks.index)) == [0] * 3
 
 
+def test_tensors_are_stacked_in_the_order_of_the_ranks_not_numbers_included():
+    own = [torch.tensor([1.0, math.nan]), torch.tensor([-0.5, math.inf]), torch.tensor([0.0, 3.0])]
+    assert torch.equal(ALONE.stack(own[0])[0, :1], own[0][:1])
+    for found in on_ranks(3, lambda ranks: ranks.stack(own[ranks.index])):
+        torch.testing.assert_close(found, torch.stack(own), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("error", [DamagedCheckpointError("no good"), OSError(28, "No space left", "here")])
 def test_an_error_of_the_first_rank_is_raised_on_every_rank(error):
     def fail():

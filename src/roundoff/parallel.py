@@ -91,6 +91,15 @@ class Ranks:
             rank = different[0]
             raise ConfigError(f"ranks disagree on {what}: rank 0 has {values[0]}, rank {rank} has {values[rank]}")
 
+    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of every rank, of one shape, along a new first axis [count, ...], on every rank."""
+        if self.count == 1:
+            return tensor[None]
+        rows = tensor.new_zeros(self.count, *tensor.shape)
+        rows[self.index] = tensor
+        self._sum(rows)  # one exchange; `gather` pickles, and sends lengths first
+        return rows
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum gradients over the ranks, in place; None counts as zero, unless it is None on every rank."""
         if self.count == 1:

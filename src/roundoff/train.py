@@ -345,9 +345,12 @@ def _minibatch_loss(
         session.optimizer.collect()
         outputs.append(replace(output, loss=output.loss.detach()))
         entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
-    everywhere = session.ranks.gather((outputs, entropy))
-    whole = combine([output for found, _ in everywhere for output in found])
-    return whole, sum(found for _, found in everywhere) / max(1, int(whole.tokens))
+    whole = combine(outputs) if outputs else LossOutput.nothing()
+    if session.ranks.count > 1:
+        own = [*whole.metrics().values(), entropy]
+        ranks = session.ranks.stack(torch.tensor(own, dtype=torch.float64)).unbind()
+        whole, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), float(sum(row[-1] for row in ranks))
+    return whole, entropy / max(1, int(whole.tokens))
 
 
 def _micro_batches(count: int, size: int) -> list[Tensor]:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from roundoff.algorithms.loss import combine, kl_estimate, loss_normalizer, policy_loss, truncated_weights
+from roundoff.algorithms.loss import LossOutput, combine, kl_estimate, loss_normalizer, policy_loss, truncated_weights
 from roundoff.config import Algorithm
 
 PLAIN = Algorithm(name="GRPO", kl_coefficient=0.0)
@@ -72,6 +72,7 @@ def test_micro_batches_add_up_to_the_minibatch(aggregation):
     (gradient_of_parts,) = torch.autograd.grad(parts[0].loss + parts[1].loss, new)
     torch.testing.assert_close(gradient_of_parts, gradient, **TIGHT)
     assert combine(parts).metrics() == pytest.approx(whole.metrics(), abs=2e-6)
+    assert combine([*parts, LossOutput.nothing()]).metrics() == pytest.approx(whole.metrics(), abs=2e-6)
     # A mean of means differs: this test would pass without a normalizer if the rollouts had equal lengths.
     if aggregation == "token-mean":
         alone = [policy_loss(new[[i]], old[[i]], reference[[i]], advantages[[i]], mask[[i]], algorithm) for i in (0, 1)]

@@ -59,6 +59,11 @@ class LossOutput:
         """Every field as a float, for a log."""
         return {name: float(getattr(self, name).detach()) for name in self.__slots__}
 
+    @classmethod
+    def nothing(cls) -> LossOutput:
+        """The output of no rollouts; beside others it changes nothing in `combine`."""
+        return cls(*[torch.zeros(())] * len(cls.__slots__))
+
 
 def policy_loss(
     logprobs: Tensor,
