@@ -48,7 +48,7 @@ class Batch:
 
     rollouts: Rollouts
     advantages: Tensor
-    """[N], zero for a group of equal rewards."""
+    """[N], zero for a group of equal rewards; on the device of the rollouts."""
     reward: float
     """Mean over all rollouts sampled, penalties included (reward units)."""
     accuracy: float
@@ -102,7 +102,7 @@ def collect(
         rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled
         errors += sum(s.errors for _, s in parts)
         accuracy = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
-        lengths = rollouts.lengths.view(drawn, G)
+        lengths = rollouts.lengths.cpu().view(drawn, G)
         rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
         seen.append((rollouts, rewards, accuracy))
         usable += int(mixed_groups(rewards).sum())
@@ -119,7 +119,7 @@ def collect(
     members = (chosen[:, None] * G + torch.arange(G)).flatten()
     return Batch(
         rollouts=everything if len(members) == len(everything.texts) else everything.select(members),
-        advantages=group_advantages(rewards[chosen], algorithm).flatten(),
+        advantages=group_advantages(rewards[chosen], algorithm).flatten().to(everything.tokens.device),
         reward=float(rewards.mean()),
         accuracy=float(torch.cat([a for _, _, a in seen]).mean()),
         mixed_groups=float(mixed.float().mean()),

@@ -264,9 +264,10 @@ def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor,
     """
     algorithm, training = session.algorithm, session.profile.training
     G, rollouts = algorithm.group_size, batch.rollouts
+    numbers = torch.arange(len(batch.advantages), device=batch.advantages.device)
     found = []
-    for groups in torch.tensor_split(torch.arange(len(batch.advantages) // G), training.minibatches):
-        members = (groups[:, None] * G + torch.arange(G)).flatten()
+    for groups in torch.tensor_split(numbers.view(-1, G), training.minibatches):
+        members = groups.flatten()
         members = members[~rollouts.nonfinite[members]]
         normalizer = loss_normalizer(rollouts.response_mask[members], algorithm, training.max_new_tokens)
         if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
