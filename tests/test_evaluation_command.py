@@ -10,7 +10,7 @@ from roundoff.checkpoint import DamagedCheckpointError
 from roundoff.config import ConfigError, Hardware, LoRA
 from roundoff.evaluation_command import describe, load_hardware, open_subject, save, score_subject
 from roundoff.experiments import load_experiment
-from roundoff.models.load import TINY_DIRECTORY
+from roundoff.models.load import TINY_DIRECTORY, load_model
 from roundoff.run_dir import DamagedRunError, Run, read_run
 from tests.test_train import run, with_training
 
@@ -165,7 +165,14 @@ class TestHardware:
 
     @pytest.mark.parametrize(
         ("text", "message"),
-        [("precision = {", "is not TOML"), ('[precision]\nwieght = "nvfp4"', "did you mean 'weight'")],
+        [
+            ("precision = {", "is not TOML"),
+            ('[precision]\nwieght = "nvfp4"', "did you mean 'weight'"),
+            (
+                '[hardware.precision]\nweight = "nvfp4"\n[matmul_noise]\nrelative_std = 0.1',
+                "matmul_noise must be inside",
+            ),
+        ],
     )
     def test_wrong_file(self, tmp_path: Path, text, message):
         file = tmp_path / "chip.toml"
@@ -184,11 +191,26 @@ class TestHardware:
         ("tiny", {"step": 3}, "--step chooses a checkpoint of a run"),
         ("tiny", {"assignments": ["hardware.matmul_noise.relative_std=3"]}, "relative_std must be in"),
         ("tiny", {"profile": "tinny"}, "did you mean 'tiny'"),
+        ("tiny", {"assignments": ["algorithm.temperature=0.5"]}, "--set algorithm.temperature changes no score"),
+        ("tiny", {"assignments": ["profile.training.learning_rate=1.0"]}, "learning_rate changes no score"),
     ],
 )
 def test_bad_input(target, options, message):
     with pytest.raises(ConfigError, match=message):
         open_subject(target, **options)
+
+
+def test_a_checkpoint_is_named_by_its_step(runs, small):
+    made = runs("quickstart-noise", small)
+    with pytest.raises(ConfigError, match="last is no checkpoint, whose name reads step-<n>"):
+        open_subject(str(made.path / "checkpoints" / "last"))
+
+
+def test_a_response_that_leaves_no_room_for_the_prompt_is_refused():
+    limit = load_model("tiny").model.config.max_position_embeddings
+    subject = open_subject("tiny", assignments=[*SETTINGS, f"profile.training.max_new_tokens={limit}"])
+    with pytest.raises(ConfigError, match=f"do not fit into the {limit} positions of the model"):
+        score_subject(subject)
 
 
 def test_a_directory_that_is_neither(tmp_path):

@@ -322,6 +322,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, sm
         ({}, {"max_prompt_tokens": 3}, "max_prompt_tokens is 3, but 16 training prompts are longer"),
         ({}, {"max_prompt_tokens": 3, "long_prompts": "filter"}, "only 0 training prompts"),
         ({}, {"prompts_per_step": 17}, "only 16 training problems"),
+        ({}, {"max_new_tokens": 10_000}, "max_new_tokens = 10000 do not fit into the .* positions of the model"),
         ({"hardware": {"precision": {"weight": "mxfp4"}, "exclude": ["*"]}}, {}, "no Linear"),
         ({"hardware": {"precision": {"weight": "mxfp4", "keep": [99]}}}, {}, "99"),
     ],

@@ -8,6 +8,7 @@ does.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +24,18 @@ from roundoff.experiments import load_experiment, load_profile, with_overrides
 from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import Evaluation, Run, read_run
-from roundoff.session import check_prompts, load_policy, make_task, put_weights
+from roundoff.session import check_prompts, check_room, load_policy, make_task, put_weights
 from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 
 PLAIN = "none"
 """Name of the hardware that changes nothing."""
+SETTABLE = (
+    "hardware",
+    *(f"profile.{name}" for name in ("model", "chat", "dtype", "device", "threads", "allow_download", "task")),
+    *(f"profile.training.{name}" for name in ("max_new_tokens", "noise_draws")),
+)
+"""Settings that a score depends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,7 @@ def open_subject(
         DamagedRunError: if the run cannot be read.
         DamagedCheckpointError: if it has no usable checkpoint.
     """
+    _check_assignments(assignments)
     subject = _find(target, step, profile)
     experiment, scale = subject.experiment, subject.profile
     if hardware is not None:
@@ -99,6 +107,14 @@ def open_subject(
     (changed,), scale = with_overrides([experiment], scale, assignments)
     experiment = experiment.model_copy(update={"hardware": changed.hardware})
     return replace(subject, experiment=experiment, profile=scale, seed=subject.seed if seed is None else seed)
+
+
+def _check_assignments(assignments: Sequence[str]) -> None:
+    """Refuse to replace what a score does not depend on: it would do nothing, without a word."""
+    for text in assignments:
+        path = text.partition("=")[0].strip()
+        if not any(path == name or path.startswith(f"{name}.") for name in SETTABLE):
+            raise ConfigError(f"--set {path} changes no score: roundoff eval takes {', '.join(SETTABLE)}")
 
 
 def load_hardware(name: str) -> Hardware:
@@ -116,6 +132,9 @@ def load_hardware(name: str) -> Hardware:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{name}: is not TOML: {error}") from None
         if "extends" not in content and "algorithm" not in content:
+            beside = [key for key in content if key in Hardware.model_fields]
+            if "hardware" in content and beside:
+                raise ConfigError(f"{name}: {', '.join(beside)} must be inside [hardware], not beside it")
             return validate(Hardware, content.get("hardware", content), source=name)
     return load_experiment(name).hardware
 
@@ -145,6 +164,7 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
     if subject.adapter is not None:
         load_adapters(policy.model, subject.adapter)
     check_prompts(policy.loaded, task.test())
+    check_room(policy.loaded, task.test(), profile.training)
     key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
     evaluation = evaluate(
         policy.model,
@@ -226,7 +246,10 @@ def _find(target: str, step: int | None, profile: str | None) -> Subject:
     if path.parent.name == "checkpoints" and (path.parents[1] / "experiment.toml").exists():
         if step is not None:
             raise ConfigError(f"{path} is the checkpoint of one step: leave out --step")
-        path, step = path.parents[1], int(path.name.rpartition("-")[2])
+        number = re.fullmatch(r"step-(\d+)", path.name)
+        if number is None:
+            raise ConfigError(f"{path} is no checkpoint, whose name reads step-<n>")
+        path, step = path.parents[1], int(number[1])
     if (path / "experiment.toml").exists():
         return _state_of_run(read_run(path), step, profile)
     if step is not None:

@@ -72,7 +72,8 @@ class FusedDecoder:
         decoder: Any = base.model
         cosine, sine = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(columns)[None])
         noisy = base.config._attn_implementation == attention.NAME
-        layers = tuple(_Layer.of(layer) for layer in decoder.layers)
+        windows = AttentionPattern.of(base).windows(base.config)
+        layers = tuple(_Layer.of(layer, window) for layer, window in zip(decoder.layers, windows, strict=True))
         return cls(base, kernels, layers, noisy, cosine[0].contiguous(), sine[0].contiguous())
 
     def reads(self, columns: int) -> bool:
@@ -93,7 +94,7 @@ class FusedDecoder:
             q, k, v = _linear(layer.q, x), _linear(layer.k, x), _linear(layer.v, x)
             size = layer.attention.head_dim
             place = _Place.of(cache, index, B, k.shape[1] // size, size, k)
-            mixed = self._attend(layer.attention, place, (q, k, v), left, (B, Q), mask)
+            mixed = self._attend(layer, place, (q, k, v), left, (B, Q), mask)
             x = self._norm(hidden, _linear(layer.o, mixed), layer.norm_after)
             gate, up = _linear(layer.gate, x), _linear(layer.up, x)
             self.kernels.gate(gate.data_ptr(), up.data_ptr(), gate.numel(), _threads(gate))
@@ -117,7 +118,7 @@ class FusedDecoder:
 
     def _attend(
         self,
-        module: Any,
+        layer: _Layer,
         place: _Place,
         qkv: tuple[Tensor, Tensor, Tensor],
         left: Tensor,
@@ -126,17 +127,17 @@ class FusedDecoder:
     ) -> Tensor:
         """Mixed values [B*Q, H*D] of new columns; their keys and values are in the cache afterwards."""
         B, Q = shape
+        module = layer.attention
         q, D, own = qkv[0], module.head_dim, place.own
         out = None if self.noisy_attention else torch.empty_like(q)
         start, prompt = place.start, place.prompt
         kv_heads, capacity = own.keys.shape[1], own.keys.shape[2]
-        window = getattr(module, "sliding_window", None) or 0
         tensors = *qkv, out, *((None, None) if prompt is None else (prompt.keys, prompt.values)), own.keys, own.values
         width = 0 if prompt is None else prompt.keys.shape[2]
         self.kernels.attend(
             _pointers(*tensors, self.cosine, self.sine),
             _pointers(place.prompt_row, place.own_row, left),
-            (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, window, width, capacity, D),
+            (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, layer.window, width, capacity, D),
             module.scaling,
             torch.get_num_threads(),
         )
@@ -198,13 +199,15 @@ class _Layer:
     gate: nn.Module
     up: nn.Module
     down: nn.Module
+    window: int
+    """Columns that its attention sees, the query's own included (0: all)."""
 
     @classmethod
-    def of(cls, layer: Any) -> _Layer:
+    def of(cls, layer: Any, window: int) -> _Layer:
         attended, mlp = layer.self_attn, layer.mlp
         projections = attended.q_proj, attended.k_proj, attended.v_proj, attended.o_proj
         gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        return cls(layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated)
+        return cls(layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window)
 
 
 @dataclass(eq=False, slots=True)

@@ -15,11 +15,15 @@ back, as `transformers.masking_utils.sliding_window_overlay` has it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from roundoff.config import ConfigError
 
 POSITIONS_PER_ROLLOUT = 2**20
 """Row id of a token: `rollout_id * 2**20 + position` (longest sequence: 1,048,576 tokens)."""
@@ -44,31 +48,37 @@ class AttentionPattern:
         """The pattern of a causal `transformers` model.
 
         Raises:
-            ValueError: if it has other layers (linear, chunked) or takes no prepared mask (Bloom, flash attention).
+            ConfigError: if it has other layers (linear, chunked) or takes no prepared mask (Bloom, flash attention).
         """
         config = model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None)
         if kinds is None:
-            kinds = [_SLIDING if window and getattr(config, "use_sliding_window", True) else _FULL]
+            slides = window and getattr(config, "use_sliding_window", True) and _knows_windows(config)
+            kinds = [_SLIDING if slides else _FULL]
         unknown = set(kinds) - {_FULL, _SLIDING}
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"roundoff samples models whose layers are full or sliding-window attention, but {config.model_type} "
                 f"has {', '.join(sorted(unknown))}"
             )
         if not getattr(model, "_supports_attention_backend", False):
-            raise ValueError(
+            raise ConfigError(
                 f"{config.model_type} builds its own masks (its attention does not go through transformers' attention "
                 "interface), so roundoff cannot sample from it"
             )
         implementation = getattr(config, "_attn_implementation", None) or ""
         if "flash" in implementation or "flex" in implementation or "paged" in implementation:
-            raise ValueError(
+            raise ConfigError(
                 f"the attention implementation must take a prepared mask, but is {implementation!r}: load the model "
                 "with attn_implementation='sdpa'"
             )
         return cls(frozenset(kinds), window if _SLIDING in kinds else 0)
+
+    def windows(self, config: Any) -> tuple[int, ...]:
+        """Columns that each layer of the model with this config sees, the query's own included (0: all)."""
+        kinds = getattr(config, "layer_types", None) or [next(iter(self.kinds))] * config.num_hidden_layers
+        return tuple(self.window if kind == _SLIDING else 0 for kind in kinds)
 
     def slides(self, columns: int) -> bool:
         """Whether a sequence of so many columns is longer than the window."""
@@ -96,6 +106,13 @@ class AttentionPattern:
             return _additive(seen, dtype)
         near = _additive(seen & (distance < self.window), dtype)
         return near if self.kinds == {_SLIDING} else {_FULL: _additive(seen, dtype), _SLIDING: near}
+
+
+def _knows_windows(config: Any) -> bool:
+    """Whether models of this config have windows: a config.json may set `sliding_window` for a model without, Llama."""
+    kind = type(config)
+    names = [field.name for field in fields(kind)] if is_dataclass(kind) else signature(kind.__init__).parameters
+    return "sliding_window" in names
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from roundoff.config import ConfigError
 from roundoff.decoding import DecodingBatch, Passes, Prompts
 from roundoff.fused_decoder import FusedDecoder
 from roundoff.logprobs import is_noisy, token_logprobs
@@ -101,8 +102,9 @@ def sample(
         max_rows: rollouts decoded together at most; changes memory and speed, not the result.
 
     Raises:
-        ValueError: on a setting out of range, a tokenizer without pad or end token, a prompt that encodes to nothing,
-            or one that leaves no room for the response within `max_position_embeddings`.
+        ConfigError: for a model or tokenizer that cannot be sampled, a prompt that encodes to nothing, or one that
+            leaves no room for the response within `max_position_embeddings`.
+        ValueError: on an argument out of range.
     """
     settings = _Settings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
     encoded = _encode(model, tokenizer, prompts, max_new_tokens)
@@ -223,15 +225,41 @@ def _cut(probabilities: Tensor, settings: _Settings) -> Tensor:
     return probabilities
 
 
+def check_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: Sequence[int], max_new_tokens: int
+) -> None:
+    """Check, before anything is sampled, that prompts of so many tokens can be answered.
+
+    Raises:
+        ConfigError: as `sample`.
+    """
+    AttentionPattern.of(model)
+    _special_tokens(model, tokenizer)
+    limit, longest = _position_limit(model), max(prompt_tokens, default=0)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and profile.training.max_new_tokens = {max_new_tokens} do not fit into the "
+            f"{limit} positions of the model: lower max_new_tokens, or leave long prompts out"
+        )
+
+
+def _position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that prompt and response may have together; None where the model does not say."""
+    found: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
     """Every token that ends a response, and the padding token."""
     ends: set[int] = set()
     for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
         ends.update([] if value is None else [value] if isinstance(value, int) else value)
     if not ends:
-        raise ValueError("the tokenizer must have an end token, but tokenizer.eos_token is None: no response would end")
+        raise ConfigError(
+            "the tokenizer must have an end token, but tokenizer.eos_token is None: no response would end"
+        )
     if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer must have a pad token: set tokenizer.pad_token = tokenizer.eos_token")
+        raise ConfigError("the tokenizer must have a pad token: set tokenizer.pad_token = tokenizer.eos_token")
     return tuple(sorted(ends)), int(tokenizer.pad_token_id)
 
 
@@ -249,12 +277,12 @@ def _encode(
     if given and asked:
         raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
     encoded = given or encode(tokenizer, asked)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = _position_limit(model)
     for number, tokens in enumerate(encoded):
         if not tokens:
-            raise ValueError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
+            raise ConfigError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
         if limit is not None and len(tokens) + max_new_tokens > limit:
-            raise ValueError(
+            raise ConfigError(
                 f"prompt {number} has {len(tokens)} tokens: with max_new_tokens = {max_new_tokens} it does not fit "
                 f"into the {limit} positions of the model; shorten or filter it (training.max_prompt_tokens)"
             )

@@ -24,6 +24,7 @@ from roundoff.optimizer import MasterAdamW
 from roundoff.parallel import ALONE, Ranks
 from roundoff.prompts import encode, text
 from roundoff.run_dir import RunDirectory
+from roundoff.sampler import check_sampling
 from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers, needs_scan, resolve_keep
 from roundoff.tasks import Problem, Task, load_task
 
@@ -165,14 +166,15 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
         raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
     loaded = _load(profile)
+    asked = check_prompts(loaded, (*offered, *task.test()))
+    problems, lengths = _within_length(offered, loaded, profile)
+    _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
+    check_room(loaded, task.test(), training, lengths)
     if scan is None and experiment.needs_scan:
         scan = experiment_scan(experiment, loaded, task, seed)
     policy = _policy(experiment, loaded, seed, scan)
     if training.gradient_checkpointing:
         check_layers(policy.model)
-    asked = check_prompts(policy.loaded, (*offered, *task.test()))
-    problems = _within_length(offered, policy.loaded, profile)
-    _check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
     per_epoch = steps_per_epoch(len(problems), algorithm, given)
     total = experiment.epochs * per_epoch
     sigmas = sigma_curve(total, per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
@@ -279,18 +281,32 @@ def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _within_length(problems: Sequence[Problem], loaded: LoadedModel, profile: Profile) -> list[Problem]:
-    """Training problems whose prompt fits; with `long_prompts = "error"` one that does not is an error."""
+def check_room(
+    loaded: LoadedModel, problems: Sequence[Problem], training: Training, lengths: Sequence[int] = ()
+) -> None:
+    """Check that the model can be sampled, and has positions for every problem's prompt (and those of `lengths`).
+
+    Raises:
+        ConfigError: naming what does not fit.
+    """
+    asked = [len(ids) for ids in encode(loaded.tokenizer, problems)]
+    check_sampling(loaded.model, loaded.tokenizer, [*asked, *lengths], training.max_new_tokens)
+
+
+def _within_length(
+    problems: Sequence[Problem], loaded: LoadedModel, profile: Profile
+) -> tuple[list[Problem], list[int]]:
+    """Training problems whose prompt fits, and its tokens; with `long_prompts = "error"` one that does not raises."""
     limit = profile.training.max_prompt_tokens
     lengths = [len(ids) for ids in encode(loaded.tokenizer, problems)]
-    kept = [p for p, length in zip(problems, lengths, strict=True) if length <= limit]
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
     if len(kept) < len(lengths) and profile.training.long_prompts == "error":
         longest = max(lengths)
         raise ConfigError(
             f"profile.training.max_prompt_tokens is {limit}, but {len(lengths) - len(kept)} training prompts are "
             f"longer (up to {longest} tokens): raise it, or set long_prompts = 'filter'"
         )
-    return kept
+    return [problems[i] for i in kept], [lengths[i] for i in kept]
 
 
 def _check_enough(count: int, said: str, algorithm: Algorithm, training: Training) -> None:
