@@ -150,10 +150,18 @@ def test_seeds(text, seeds):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "a", "2-", "1,1", "3-1"])
+@pytest.mark.parametrize("text", ["", "-1", "a", "2-", "1,1", "3-1", "0,3-1", "²"])
 def test_wrong_seeds(text):
     with pytest.raises(ConfigError, match="--seeds must"):
         parse_seeds(text)
+
+
+def test_cores_are_counted_where_the_system_does_not_say_which_may_be_used(monkeypatch):
+    from roundoff.commands.run import _cores
+
+    assert _cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr("os.sched_getaffinity")  # macOS
+    assert _cores() == os.cpu_count()
 
 
 def test_a_table_from_elsewhere_is_judged_by_its_intervals(tmp_path):

@@ -1,6 +1,7 @@
 """A complete run taken further: the first epoch is not repeated, the first run is left as it was."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from roundoff.algorithms.schedule import sigma_curve
 from roundoff.checkpoint import DamagedCheckpointError
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
-from roundoff.extension import begin_extension, differences, extended
+from roundoff.extension import _root, begin_extension, differences, extended
 from roundoff.run_dir import Run, Status, read_run, run_path
 from tests.test_survival import left
 from tests.test_train import reproducible, run, with_training
@@ -89,6 +90,17 @@ def test_zones_belong_to_the_length_of_the_run(tmp_path, small):
     status = Status("complete", 4, 4)
     parent = Run(tmp_path, settings.model_copy(update={"aqn": aqn}), small, 0, status, {}, ())
     assert "zones of AQN changed places in the middle of 4 steps, not of 8" in differences(parent, 2)
+
+
+@pytest.mark.parametrize(
+    ("place", "given"), [("x/p-1/seed-0", "."), ("x/p-1", "seed-0"), ("x/p-1/seed-1", "../seed-0")]
+)
+def test_a_run_named_from_within_its_directories_lies_below_the_same_root(tmp_path, monkeypatch, place, given):
+    (tmp_path / "x" / "p-1" / "seed-0").mkdir(parents=True)
+    (tmp_path / place).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / place)
+    assert _root(Path(given)) == tmp_path
+    assert _root(Path("runs/x/p-1/seed-0")) == Path("runs")
 
 
 def test_names():

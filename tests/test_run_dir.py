@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from roundoff.config import ConfigError
 from roundoff.experiments import load_experiment, load_profile
 from roundoff.run_dir import (
     DamagedRunError,
@@ -17,6 +18,7 @@ from roundoff.run_dir import (
     find_runs,
     read_metrics,
     read_run,
+    run_path,
 )
 
 
@@ -41,6 +43,15 @@ def test_path_names_experiment_profile_and_seed(run_dir, tmp_path):
     assert (experiment, seed) == ("quickstart-noise-aqn", "seed-3")
     assert profile_and_hash.startswith("tiny-")
     assert len(profile_and_hash) == len("tiny-") + 8
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp/x", "é" * 200])
+def test_a_name_that_cannot_name_a_directory_below_the_root_is_refused(tmp_path, small, name):
+    experiment = load_experiment("quickstart-clean")
+    with pytest.raises(ConfigError, match="the id of an experiment must be"):
+        run_path(tmp_path, experiment.model_copy(update={"id": name}), small, 0)
+    with pytest.raises(ConfigError, match="the name of a profile must be"):
+        run_path(tmp_path, experiment, small.model_copy(update={"name": name}), 0)
 
 
 def test_what_is_written_is_read_back(run_dir):
@@ -151,6 +162,17 @@ def test_damaged_directories_are_listed_with_the_reason(run_dir, tmp_path, victi
     assert runs == []
     assert len(skipped) == 1
     assert victim in skipped[0]
+
+
+def test_what_is_no_run_is_passed_over(run_dir, tmp_path):
+    run_dir.start({}, 2)
+    (run_dir.path.with_name("seed-3.tar.gz")).write_text("an archive of it")
+    experiment = load_experiment("quickstart-clean")
+    with RunDirectory(tmp_path, experiment, load_profile("tiny"), 0):
+        pass  # as `prepare` leaves it that refused the settings
+    runs, skipped = find_runs([tmp_path])
+    assert [found.path for found in runs] == [run_dir.path]
+    assert skipped == []
 
 
 def test_damaged_evaluation_names_the_file(run_dir):

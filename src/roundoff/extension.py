@@ -47,7 +47,7 @@ def begin_extension(parent: Run, epochs: int, provenance: Mapping[str, Any]) -> 
     if not parent.is_final:
         raise ConfigError(f"{parent.path} is {parent.status.state}, not complete: finish it before extending it")
     experiment = extended(parent.experiment, epochs)
-    root = parent.path.parents[2]
+    root = _root(parent.path)
     path = run_path(root, experiment, parent.profile, parent.seed)
     if (path / "status.json").exists():
         _check_parent(path, parent)
@@ -56,6 +56,12 @@ def begin_extension(parent: Run, epochs: int, provenance: Mapping[str, Any]) -> 
         with RunDirectory(root, experiment, parent.profile, parent.seed) as directory:
             directory.take_over(parent, provenance, total)
     return experiment, root
+
+
+def _root(path: Path) -> Path:
+    """The directory of all runs that the run in `path`, `<root>/<experiment>/<profile>-<hash>/seed-<n>`, lies in."""
+    whole = len(path.parts) > 3 and ".." not in path.parts[-3:]  # else it begins inside of the root
+    return (path if whole else path.resolve()).parents[2]
 
 
 def _check_parent(path: Path, parent: Run) -> None:

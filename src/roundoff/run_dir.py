@@ -40,7 +40,7 @@ from roundoff.checkpoint import (
     write_atomic,
     write_directory,
 )
-from roundoff.config import Experiment, Profile, result_hash
+from roundoff.config import ConfigError, Experiment, Profile, result_hash
 from roundoff.run_record import (
     DamagedRunError,
     Evaluation,
@@ -80,6 +80,8 @@ __all__ = [
     "run_path",
 ]
 
+LONGEST_NAME = 240
+"""Bytes of a directory's name; file systems take 255, of which a profile's has nine for the hash."""
 LOCK_WAIT_S = 1.0
 """Seconds to wait for a lock: a reader may hold it for an instant to see whether the run is alive."""
 
@@ -89,7 +91,16 @@ class RunLockedError(RuntimeError):
 
 
 def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) -> Path:
-    """Directory of one run; the hash separates settings that give different results."""
+    """Directory of one run; the hash separates settings that give different results.
+
+    Raises:
+        ConfigError: if the name of the experiment or the profile can be no name of a directory.
+    """
+    for what, name in (("the id of an experiment", experiment.id), ("the name of a profile", profile.name)):
+        if not name or name in (".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+            raise ConfigError(
+                f"{what} must be 1 to {LONGEST_NAME} characters that can name a directory, without '/', but is {name!r}"
+            )
     return root / experiment.id / f"{profile.name}-{result_hash(experiment, profile)}" / f"seed-{seed}"
 
 

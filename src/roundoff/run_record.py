@@ -152,6 +152,8 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
     skipped: list[str] = []
     for root in roots:
         for path in sorted({*root.glob("**/seed-*"), *([root] if root.name.startswith("seed-") else [])}):
+            if not path.is_dir() or {file.name for file in path.iterdir()} <= {".lock"}:
+                continue  # a file of such a name, or a run that was refused before it began
             try:
                 runs.append(read_run(path))
             except DamagedRunError as error:

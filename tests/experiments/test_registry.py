@@ -127,6 +127,19 @@ def overridden(name, *assignments):
     return changed
 
 
+def test_long_values_are_cut_in_names_and_still_told_apart():
+    experiment, profile = load_experiment("quickstart-clean"), load_profile("tiny")
+    name = {}
+    for last in "ab":
+        text = f"profile.task.settings.train=/data/{'very-long-directory/' * 12}{last}.jsonl"
+        task = "profile.task.name=gsm8k"
+        (_,), scale = with_overrides([experiment], profile, [task, text])
+        name[last] = scale.name
+        assert len(scale.name.encode()) < 200
+        assert scale.name.startswith("tiny+name=gsm8k,train=_data_very-long-directory_")
+    assert name["a"] != name["b"]
+
+
 def test_values_that_fit_together_are_checked_together():
     aqn = overridden("quickstart-noise-aqn", "aqn.sigma_end=0.2", "aqn.sigma_start=0.3").aqn  # 0.05 at first
     assert (aqn.sigma_start, aqn.sigma_end) == (0.3, 0.2)

@@ -187,6 +187,10 @@ def row(question, answer):
     return {"question": question, "answer": answer}
 
 
+def verl_row(content="a", **others):
+    return [{"prompt": [{"role": "user", "content": content}], "reward_model": {"ground_truth": "1"}, **others}]
+
+
 A = row("a", "#### 1")
 
 
@@ -204,12 +208,34 @@ A = row("a", "#### 1")
         ([{"prompt": [], "reward_model": {"ground_truth": "1"}}], "row 1: prompt holds no message"),
         ([{"prompt": [{"role": "user", "content": "a"}], "reward_model": {}}], "KeyError: 'ground_truth'"),
         ([], "holds no problems"),
+        (verl_row(content=[{"type": "text", "text": "a"}]), "row 1: role and content of a message must be texts"),
+        (verl_row(content=None), "row 1: role and content of a message must be texts, but one is 'None'"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_where(tmp_path, rows, message):
     files = raw_files(tmp_path)
     with pytest.raises(TaskError, match=message):
         make({**files, "train": write_jsonl(tmp_path / "bad.jsonl", rows)})
+
+
+def test_half_a_character_is_an_error_of_its_row(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": "\\ud83d?", "answer": "1"}\n')
+    with pytest.raises(TaskError, match="row 2: the question holds what is no character"):
+        make({**raw_files(tmp_path), "train": str(tmp_path / "bad.jsonl")})
+
+
+@pytest.mark.parametrize("extra", [{}, {"extra_info": None}, {"extra_info": "none"}, {"extra_info": {"question": 3}}])
+def test_extra_info_of_another_form_is_passed_over(tmp_path, extra):
+    files = {**raw_files(tmp_path), "train": write_jsonl(tmp_path / "verl.jsonl", verl_row(**extra))}
+    assert [p.messages for p in make(files).train()] == [(Message("user", "a"),)]
+
+
+def test_bytes_that_windows_adds_are_no_part_of_the_problems(tmp_path):
+    """A byte order mark, carriage returns, empty lines."""
+    plain = raw_files(tmp_path)
+    text = Path(plain["train"]).read_text("utf-8").replace("\n", "\r\n") + "\r\n\r\n"
+    (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert make({**plain, "train": str(tmp_path / "windows.jsonl")}).train() == make(plain).train()
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def group_advantages(rewards: Tensor, algorithm: Algorithm) -> Tensor:
 def mixed_groups(rewards: Tensor) -> Tensor:
     """Whether each group [P] of rewards [P, G] holds two different rewards, without which it teaches nothing.
 
-    Dynamic sampling keeps these groups alone (DAPO, arXiv:2503.14476, equation 11).
+    Dynamic sampling keeps these groups alone. Rewards are taken with their penalties; DAPO (arXiv:2503.14476, equation
+    11) keeps the groups in which some responses are right and some are not.
 
     Raises:
         ValueError: as `group_advantages`.

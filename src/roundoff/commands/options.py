@@ -76,7 +76,7 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
-        if not low.isdigit() or (dash and not high.isdigit()):
+        if not low.isdecimal() or (dash and not (high.isdecimal() and int(low) <= int(high))):
             raise ConfigError(f"--seeds must read 3, 0-2 or 0,4,7, but is {text!r}")
         seeds += range(int(low), int(high if dash else low) + 1)
     if not seeds or len(seeds) != len(set(seeds)):

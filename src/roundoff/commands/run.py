@@ -90,7 +90,7 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     for task in {request.profile.task.model_dump_json(): request.profile.task for request in requests}.values():
         load_task(task.name, task.settings)
     threads = max(request.profile.threads for request in requests)
-    here = workers or max(1, len(os.sched_getaffinity(0)) // threads)
+    here = workers or max(1, _cores() // threads)
     progress = Progress(Console(), here)
     leads = True
     with progress.shown():
@@ -112,6 +112,13 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     if leads:
         _tell(failed, stopped)
     return 1 if failed else 130 if stopped else 0
+
+
+def _cores() -> int:
+    """Cores that this process may use; on systems that do not say (macOS), all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _tell(failed: list[Job], stopped: list[Job]) -> None:

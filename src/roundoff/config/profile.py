@@ -16,7 +16,8 @@ class Training(Settings):
     minibatches: Count = 1
     """Optimizer steps on each batch of rollouts."""
     micro_batch: Whole = 0
-    """Rollouts in one forward and backward pass (0: a whole minibatch); changes memory, not the result."""
+    """Rollouts in one forward and backward pass (0: a whole minibatch); changes memory, float32 rounding, and, as each
+    pass makes products of its own, the draws of backward noise on `dW`."""
     gradient_checkpointing: bool = False
     """Compute each decoder layer again in the backward pass; less memory, more time, the same bits."""
     learning_rate: Positive

@@ -7,6 +7,7 @@ are bases to extend and not experiments themselves.
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,6 +19,8 @@ from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Prof
 TABLE = Path(__file__).parent
 Assignment = tuple[list[str], Any]
 """Path of a setting, and its value."""
+LONGEST_LABEL = 160
+"""Bytes of what is appended to a name for changed settings: it becomes the name of a directory."""
 OPTIONAL_TABLES = ("aqn", "srdd", "lora")
 """Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
 
@@ -182,7 +185,11 @@ def _label(parsed: Sequence[Assignment]) -> str:
     flat = [
         pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
     ]
-    return ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
+    label = ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
+    if len(label.encode()) <= LONGEST_LABEL:
+        return label
+    digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # what is cut off still tells two labels apart
+    return label.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
 
 
 def _parse_assignment(text: str) -> Assignment:

@@ -185,7 +185,7 @@ class GSM8KTask:
 
     def _read_verl(self, row: Row, where: str) -> Problem:
         try:
-            messages = tuple(Message(str(m["role"]), str(m["content"])) for m in row["prompt"])
+            messages = tuple(Message(m["role"], m["content"]) for m in row["prompt"])
             truth = str(row["reward_model"]["ground_truth"])
         except (TypeError, KeyError) as error:
             raise TaskError(
@@ -194,14 +194,22 @@ class GSM8KTask:
             ) from error
         if not messages:
             raise TaskError(f"{where}: prompt holds no message")
-        extra = row.get("extra_info") or {}
-        question = extra.get("question") or messages[-1].content.removesuffix(INSTRUCTION)
-        worked = extra.get("answer")
+        for part in (text for message in messages for text in (message.role, message.content)):
+            if not isinstance(part, str):
+                raise TaskError(f"{where}: role and content of a message must be texts, but one is {str(part)[:80]!r}")
+        extra = row.get("extra_info")
+        question, worked = (extra.get(name) if isinstance(extra, Mapping) else None for name in ("question", "answer"))
+        if not isinstance(question, str) or not question.strip():
+            question = messages[-1].content.removesuffix(INSTRUCTION)
         return self._problem(question, messages, truth, where, worked if isinstance(worked, str) else None)
 
     def _problem(
         self, question: str, messages: tuple[Message, ...], answer: str, where: str, worked: str | None = None
     ) -> Problem:
+        try:
+            "".join((question, *(message.content for message in messages))).encode()
+        except UnicodeEncodeError as error:  # JSON can hold half a character, as \ud83d
+            raise TaskError(f"{where}: the question holds what is no character: {error}") from error
         final = answer.rpartition(MARKER)[2].strip()
         truth = self._form.truth(final)
         if truth is None:

@@ -52,7 +52,7 @@ def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
 def _json_lines(path: Path) -> list[Row]:
     rows = []
     try:
-        lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON text may hold U+2028
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
