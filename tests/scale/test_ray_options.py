@@ -2,7 +2,9 @@
 
 import platform
 import socket
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -10,8 +12,11 @@ from filelock import FileLock
 
 from roundoff.cli import cli
 from roundoff.config import ConfigError
+from roundoff.scale import ray_cluster, ray_worker
 from roundoff.scale.ray_cluster import check_address, missing_resource
-from roundoff.scale.ray_worker import Desk, _check_shared, _check_versions, driver_versions
+from roundoff.scale.ray_grid import _Sent
+from roundoff.scale.ray_worker import Desk, Parcel, Post, _check_shared, _check_versions, driver_versions
+from roundoff.scale.run_sync import Outbox
 
 
 @pytest.mark.parametrize("address", ["quickstart-clean", "ray://head:10001", "head:", ":6379", "http://head:6379"])
@@ -58,14 +63,60 @@ def test_a_node_with_other_versions_is_refused():
 
 
 def test_the_desk_tells_an_attempt_that_was_given_up_to_stop():
-    desk = Desk()
-    assert not desk.beat(0, 1, "a", ["first"])
-    assert not desk.beat(0, 2, "b", [])
-    assert desk.beat(0, 1, "a", ["late"])
-    assert desk.collect() == ({0: (2, "b")}, [(0, 1, ["first"])])
+    desk, first = Desk(), Parcel(0, ["first"])
+    assert not desk.beat(0, 1, "a", first)
+    assert not desk.beat(0, 2, "b", None)
+    assert desk.beat(0, 1, "a", Parcel(1, ["late"]))
+    assert desk.collect() == ({0: (2, "b")}, [(0, 1, first)])
     assert desk.collect()[1] == []
     desk.stop()
-    assert desk.beat(0, 2, "b", [])
+    assert desk.beat(0, 2, "b", None)
+
+
+def test_a_lost_parcel_cuts_an_attempt_off_and_one_that_came_twice_does_not():
+    sent = _Sent(job=None, number=0)
+    assert sent.is_next(Parcel(0, []))
+    sent.parcels = 1
+    assert not sent.is_next(Parcel(0, []))
+    assert not sent.cut_off
+    assert not sent.is_next(Parcel(2, []))  # the desk died with number 1
+    assert sent.cut_off
+    assert not sent.is_next(Parcel(1, []))
+
+
+class FullStore:
+    """A connection to a desk, through a Ray whose object store is full."""
+
+    exceptions = SimpleNamespace(RayActorError=ConnectionError)
+    beat = SimpleNamespace(remote=lambda *_: False)
+
+    def get(self, value):
+        return value
+
+    def put(self, value):
+        raise MemoryError("the object store is full")
+
+
+def test_changes_that_cannot_be_sent_end_the_run_and_are_not_kept_quiet(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    monkeypatch.setitem(sys.modules, "ray", FullStore())
+    monkeypatch.setattr(ray_worker, "BEAT_S", 0.01)
+    post = Post(SimpleNamespace(number=0, attempt=1), FullStore(), Outbox(tmp_path))
+    with post.beating() as stop:
+        deadline = time.monotonic() + 10
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert post.trouble == "MemoryError: the object store is full"
+    assert post.sent == 0
+
+
+@pytest.mark.parametrize(("workers", "cpus", "wanted"), [(1, 1.4, 2), (5, 0.5, 3), (2, None, 2), (1, 0.25, 1)])
+def test_a_cluster_that_is_started_here_holds_the_runs_it_was_made_for(monkeypatch, workers, cpus, wanted):
+    asked = {}
+    fake = SimpleNamespace(init=lambda **settings: asked.update(settings), shutdown=lambda: None)
+    monkeypatch.setattr(ray_cluster, "require", lambda *_: fake)
+    with ray_cluster.connected(ray_cluster.RayOptions(cpus_per_run=cpus), workers):
+        assert asked["num_cpus"] == wanted
 
 
 class FakeRay:

@@ -5,6 +5,7 @@ Nothing is reported to anybody (Ray's usage statistics are off) and a cluster st
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def connected(options: RayOptions, workers: int) -> Iterator[ModuleType]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read by Ray when it starts
     settings: dict[str, Any] = {"address": options.address, "log_to_driver": False}
     if options.address == LOCAL:
-        settings |= {"num_cpus": max(1, round(workers * (options.cpus_per_run or 1))), "include_dashboard": False}
+        settings |= {"num_cpus": math.ceil(workers * (options.cpus_per_run or 1)), "include_dashboard": False}
     try:
         ray.init(**settings, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:

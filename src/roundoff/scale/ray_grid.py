@@ -23,7 +23,7 @@ from roundoff.config import ConfigError
 from roundoff.run_dir import RunDirectory, RunLockedError
 from roundoff.scale.local_grid import POLL_S, Job, RunRequest, check_distinct, job_of, stop_requests
 from roundoff.scale.ray_cluster import LOCAL, RayOptions, connected, missing_resource
-from roundoff.scale.ray_worker import Assignment, Desk, Outcome, driver_versions, make_run
+from roundoff.scale.ray_worker import Assignment, Desk, Outcome, Parcel, driver_versions, make_run
 from roundoff.scale.run_sync import put, snapshot
 
 HELD_WAIT_S = 2.0
@@ -45,8 +45,15 @@ class _Sent:
     """The driver's own hold of the directory, with `sync`."""
     died: list[str] = field(default_factory=list)
     """What ended each attempt that ended without an outcome."""
+    parcels: int = 0
+    """Parcels of this attempt that were put in place."""
     cut_off: bool = False
     """Whether something that this attempt sent was lost: what it sends after that is of no use."""
+
+    def is_next(self, parcel: Parcel) -> bool:
+        """Whether a parcel is the one that follows; a gap cuts the attempt off, one that came twice is no gap."""
+        self.cut_off = self.cut_off or parcel.number > self.parcels
+        return not self.cut_off and parcel.number == self.parcels
 
 
 def run_on_ray(
@@ -126,9 +133,9 @@ class _Grid:
         try:
             while True:
                 self._receive()
-                if stop() and not stopped:
+                if stop():
+                    self._stop(take_back=not stopped)
                     stopped = True
-                    self._stop()
                 waiting = [] if stopped else [s for s in self._sent if s.job.phase == "queued" and not s.reference]
                 flying = [s for s in self._sent if s.reference]
                 for sent in [s for s in waiting if s.not_before <= time.monotonic()][: self._limit - len(flying)]:
@@ -184,7 +191,7 @@ class _Grid:
         flying = [s.reference for s in self._sent if s.reference is not None]
         ended = set(self._ray.wait(flying, num_returns=len(flying), timeout=0)[0]) if flying else set()
         began, mail = self._ray.get(self._desk.collect.remote())  # asked after: all that ended tasks have sent is in it
-        for number, attempt, parcel in mail:
+        for number, attempt, parcel in mail:  # of one attempt in their order
             self._unpack(self._sent[number], attempt, parcel)
         for sent in self._sent:
             if sent.reference is None:
@@ -197,15 +204,16 @@ class _Grid:
             if sent.reference in ended:
                 self._end(sent)
 
-    def _unpack(self, sent: _Sent, attempt: int, parcel: list[Any]) -> None:
-        if sent.reference is None or attempt != sent.attempt or sent.cut_off:
-            return  # from an attempt that was given up
-        for reference in parcel:
+    def _unpack(self, sent: _Sent, attempt: int, parcel: Parcel) -> None:
+        if sent.reference is None or attempt != sent.attempt or not sent.is_next(parcel):
+            return  # from an attempt that was given up, or has lost a part
+        for reference in parcel.update:
             try:
                 put(self._ray.get(reference, timeout=60), sent.job.request.path)
             except self._ray.exceptions.RayError:  # its node died with it; the next attempt starts before this change
                 sent.cut_off = True
                 return
+        sent.parcels += 1
 
     def _end(self, sent: _Sent) -> None:
         """Take in the outcome of an attempt."""
@@ -218,9 +226,9 @@ class _Grid:
             outcome = Outcome("failed", str(error).strip().splitlines()[-1])
         except errors.RayError as error:
             outcome = self._died(sent, type(error).__name__)
-        if sent.cut_off and outcome.update is not None:
+        if outcome.update is not None and (sent.cut_off or outcome.parcels != sent.parcels):
             outcome = self._died(sent, "its files were lost on the way")
-        sent.reference, sent.cut_off = None, False
+        sent.reference, sent.cut_off, sent.parcels = None, False, 0
         sent.job.warnings += outcome.warnings
         if outcome.update is not None:
             put(outcome.update, sent.job.request.path)
@@ -241,12 +249,12 @@ class _Grid:
         sent.job.phase, sent.job.message = "queued", "held by another process; waits"
         sent.not_before = time.monotonic() + HELD_WAIT_S
 
-    def _stop(self) -> None:
+    def _stop(self, take_back: bool) -> None:
         """Let running tasks finish their step and save; take back those that wait."""
-        for sent in self._sent:
+        for sent in self._sent if take_back else ():
             if sent.reference and sent.job.phase == "queued":
                 self._ray.cancel(sent.reference)
-        self._ray.get(self._desk.stop.remote())
+        self._ray.get(self._desk.stop.remote())  # each time: a desk that was started again knows nothing
 
     def _let_go(self, sent: _Sent) -> None:
         if sent.held is not None:

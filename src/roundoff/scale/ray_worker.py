@@ -58,28 +58,43 @@ class Outcome:
     """What went wrong and was survived."""
     update: Update | None = None
     """The last changes, where files are sent back."""
+    parcels: int = 0
+    """Parcels of changes sent before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Changes of a run directory on their way to the driver."""
+
+    number: int
+    """Of the attempt, from 0."""
+    update: list[Any]
+    """Ray's reference to the `Update`; in a list, or Ray would fetch it for the desk."""
 
 
 @dataclass
 class Desk:
-    """An actor beside the driver: tasks tell it that they live, and learn from it whether to stop."""
+    """An actor beside the driver: tasks tell it that they live, and learn from it whether to stop.
+
+    It is started again if it dies, and then knows nothing; parcels are numbered so that a lost one is noticed.
+    """
 
     attempts: dict[int, int] = field(default_factory=dict)
     """The attempt at each job that counts; an older one, cut off from the cluster for a while, is told to stop."""
     nodes: dict[int, str] = field(default_factory=dict)
-    mail: list[tuple[int, int, list[Any]]] = field(default_factory=list)
+    mail: list[tuple[int, int, Parcel]] = field(default_factory=list)
     stopping: bool = False
 
-    def beat(self, number: int, attempt: int, node: str, parcel: list[Any]) -> bool:
+    def beat(self, number: int, attempt: int, node: str, parcel: Parcel | None) -> bool:
         """Note a sign of life and what came with it; whether the task is to stop."""
         if attempt < self.attempts.get(number, 0):
             return True
         self.attempts[number], self.nodes[number] = attempt, node
-        if parcel:
+        if parcel is not None:
             self.mail.append((number, attempt, parcel))
         return self.stopping
 
-    def collect(self) -> tuple[dict[int, tuple[int, str]], list[tuple[int, int, list[Any]]]]:
+    def collect(self) -> tuple[dict[int, tuple[int, str]], list[tuple[int, int, Parcel]]]:
         """Attempt and node of every job that has begun, and the parcels since the last call."""
         mail, self.mail = self.mail, []
         return {number: (self.attempts[number], node) for number, node in self.nodes.items()}, mail
@@ -100,21 +115,34 @@ def make_run(assignment: Assignment, desk: Any, before: Update | None) -> Outcom
         _check_versions(assignment.versions)
         if assignment.probe is not None:
             _check_shared(assignment.probe)
-        with _files(assignment, before) as (request, outbox), _beating(assignment, desk, outbox) as stop:
-            if stop():
-                return Outcome("interrupted", "not begun")
-            warnings: list[str] = []
-            try:
-                with warnings_as_text(warnings.append):
-                    phase, message = execute(request, stop)
-                outcome = Outcome(phase, message)
-            except RunLockedError:
-                return Outcome("held", "another process is at work in its directory")
-            except Exception as error:  # the run's own failure; its files go back with it
-                outcome = Outcome("failed", message_of(error))
-            return replace(outcome, warnings=tuple(warnings), update=None if outbox is None else outbox.changes())
+        with _files(assignment, before) as (request, outbox):
+            post = Post(assignment, desk, outbox)
+            with post.beating() as stop:
+                outcome = _attempt(request, stop)
+            if outbox is None:
+                return outcome
+            if post.trouble:
+                message = f"its files cannot be sent back ({post.trouble}); it can be resumed"
+                return Outcome("failed", message, outcome.warnings, parcels=post.sent)
+            return replace(outcome, update=outbox.changes(), parcels=post.sent)
     except Exception as error:  # of what lies around the run; Ray would wrap it in a traceback of its own
         return Outcome("failed", message_of(error))
+
+
+def _attempt(request: RunRequest, stop: Callable[[], bool]) -> Outcome:
+    """Make the run, unless it is to be stopped already; its own failure is an outcome."""
+    if stop():
+        return Outcome("interrupted", "not begun")
+    warnings: list[str] = []
+    try:
+        with warnings_as_text(warnings.append):
+            phase, message = execute(request, stop)
+        outcome = Outcome(phase, message)
+    except RunLockedError:
+        outcome = Outcome("held", "another process is at work in its directory")
+    except Exception as error:  # the run's own failure; its files go back with it
+        outcome = Outcome("failed", message_of(error))
+    return replace(outcome, warnings=tuple(warnings))
 
 
 def _check_versions(expected: dict[str, str | None]) -> None:
@@ -160,39 +188,61 @@ def _files(assignment: Assignment, before: Update | None) -> Iterator[tuple[RunR
             request = replace(request, root=scratch)
             put(before, request.path)
             outbox = Outbox(request.path)
-            outbox.changes()  # what came from the driver need not go back
+            outbox.changes(quiet=True)  # what came from the driver need not go back
             yield request, outbox
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-@contextmanager
-def _beating(assignment: Assignment, desk: Any, outbox: Outbox | None) -> Iterator[Callable[[], bool]]:
-    """Tell the desk that this task lives, now and every second, and send what has changed; yields whether to stop."""
-    import ray
+@dataclass
+class Post:
+    """A task's connection to the desk: that it lives, every second, and what has changed in its directory."""
 
-    stop, done = threading.Event(), threading.Event()
-    who = (assignment.number, assignment.attempt, platform.node())
+    assignment: Assignment
+    desk: Any
+    outbox: Outbox | None
+    sent: int = 0
+    """Parcels."""
+    trouble: str = ""
+    """Why the desk could not be reached, or changes not be sent, if so: the task then ends after its step."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _done: threading.Event = field(default_factory=threading.Event)
 
-    def beat(parcel: list[Any]) -> None:
-        if ray.get(desk.beat.remote(*who, parcel)):
-            stop.set()
+    @contextmanager
+    def beating(self) -> Iterator[Callable[[], bool]]:
+        """Beat now and every second until the end of the block; yields whether to stop."""
+        self._beat(None)
+        thread = threading.Thread(target=self._keep_beating, daemon=True)
+        thread.start()
+        try:
+            yield self._stop.is_set
+        finally:
+            self._done.set()
+            with suppress(RuntimeError):
+                thread.join()
 
-    def keep_beating() -> None:
-        while not done.wait(BEAT_S):
-            changes = outbox.changes() if outbox is not None else None
+    def _beat(self, parcel: Parcel | None) -> None:
+        import ray
+
+        assignment = self.assignment
+        if ray.get(self.desk.beat.remote(assignment.number, assignment.attempt, platform.node(), parcel)):
+            self._stop.set()
+
+    def _keep_beating(self) -> None:
+        import ray
+
+        while not self._done.wait(BEAT_S):
             try:
-                beat([ray.put(changes)] if changes else [])
-            except ray.exceptions.RayError:  # the driver is gone, and the desk with it
-                stop.set()
+                changes = self.outbox.changes() if self.outbox is not None else None
+                if changes:
+                    self._beat(Parcel(self.sent, [ray.put(changes)]))
+                    self.sent += 1
+                else:
+                    self._beat(None)
+            except ray.exceptions.RayActorError:  # the driver is gone, and the desk with it
+                self._stop.set()
                 return
-
-    beat([])
-    thread = threading.Thread(target=keep_beating, daemon=True)
-    thread.start()
-    try:
-        yield stop.is_set
-    finally:
-        done.set()
-        with suppress(RuntimeError):
-            thread.join()
+            except Exception as error:  # a full object store, an unreadable file: the driver must not miss it unsaid
+                self.trouble = message_of(error)
+                self._stop.set()
+                return

@@ -1,11 +1,14 @@
 """Copies of run directories between machines that share no disk: what has changed, packed, sent, and put in place.
 
 A copy is always one that a run can go on from: a checkpoint arrives whole or not at all, and after the metrics of the
-steps before it; what the run has removed (old checkpoints, steps taken again) is removed from the copy last.
+steps before it; the status is no younger than anything else; what the run has removed (old checkpoints, steps taken
+again) is removed from the copy last. The run goes on while it is read, so any file may vanish at any moment.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,43 +36,59 @@ class Update:
 
 @dataclass
 class Outbox:
-    """What of one run directory has been sent already."""
+    """What of one run directory has been sent already; for one thread at a time."""
 
     path: Path
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
-    _units: set[str] = field(default_factory=set)
+    """Time of the last change (ns) and size of each file."""
+    _units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Inode and time of the last change (ns) of each unit: one that was written again is another."""
 
-    def changes(self) -> Update:
-        """What has changed since the last call."""
-        units = {u: self.path / u for u in _units(self.path)}  # listed first: metrics read below are no older
+    def changes(self, *, quiet: bool = False) -> Update:
+        """What has changed since the last call; `quiet`: no run is at work there, so what is incomplete stays so."""
         files: dict[str, bytes] = {}
+        # The status first, so that it says nothing of files read before they were there; then the units, so that the
+        # metrics read below are no older. Both are put in place in the opposite order.
+        status = self._changed("status.json")
+        units = {name: mark for name in _units(self.path) if (mark := _unit_mark(self.path / name)) is not None}
         present = set(units)
-        for file in sorted(_single_files(self.path), key=lambda f: (f.name == "status.json", f)):
-            name = file.relative_to(self.path).as_posix()
-            try:
-                state = file.stat()
-                mark = (state.st_mtime_ns, state.st_size)
-                if self._sent.get(name) != mark:
-                    files[name] = file.read_bytes()
-                    self._sent[name] = mark
-            except FileNotFoundError:  # the run has just removed it
-                continue
-            present.add(name)
+        for name in sorted(_single_files(self.path)):
+            if name != "status.json" and (content := self._changed(name)) is not None:
+                files[name] = content
+            if name in self._sent:
+                present.add(name)
+        if status is not None:
+            files["status.json"] = status
         whole: dict[str, dict[str, bytes]] = {}
-        for name, directory in units.items():
-            if name not in self._units:
-                try:
-                    whole[name] = {f.name: f.read_bytes() for f in sorted(directory.iterdir())}
-                except FileNotFoundError:
+        for name, mark in units.items():
+            if self._units.get(name) != mark:
+                found = _read_unit(self.path / name)
+                if found is None or not (quiet or _is_whole(name, found)):
                     present.discard(name)
                     continue
-                self._units.add(name)
+                whole[name] = found
+                self._units[name] = mark
         return Update(files, whole, frozenset(present))
+
+    def _changed(self, name: str) -> bytes | None:
+        """Content of a file that has changed since it was sent; None if it has not, or is not there."""
+        file = self.path / name
+        try:
+            state = file.stat()
+            mark = (state.st_mtime_ns, state.st_size)
+            if self._sent.get(name) == mark:
+                return None
+            content = file.read_bytes()
+        except FileNotFoundError:  # the run has just removed it, or not written it yet
+            self._sent.pop(name, None)
+            return None
+        self._sent[name] = mark
+        return content
 
 
 def snapshot(path: Path) -> Update:
     """All that a run directory holds."""
-    return Outbox(path).changes()
+    return Outbox(path).changes(quiet=True)
 
 
 def put(update: Update, path: Path) -> None:
@@ -90,15 +109,18 @@ def put(update: Update, path: Path) -> None:
     for name in _units(path):
         if name not in update.present:
             shutil.rmtree(path / name)
-    for file in _single_files(path):
-        if file.relative_to(path).as_posix() not in update.present:
-            file.unlink()
+    for name in _single_files(path):
+        if name not in update.present:
+            (path / name).unlink()
 
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
+    with partial.open("wb") as file:  # flushed: metrics must not be younger on disk than the checkpoint after them
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 
@@ -108,12 +130,37 @@ def _units(path: Path) -> list[str]:
     return found + (["adapter"] if (path / "adapter").is_dir() else [])
 
 
-def _single_files(path: Path) -> list[Path]:
-    """Every other file that is the run's: no lock, nothing half-written."""
-    return [
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.relative_to(path).parts[0] not in UNITS
-    ]
+def _unit_mark(path: Path) -> tuple[int, int] | None:
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return None
+    return state.st_ino, state.st_mtime_ns
+
+
+def _read_unit(path: Path) -> dict[str, bytes] | None:
+    """Files of a unit; None where it has just vanished."""
+    try:
+        return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+    except FileNotFoundError:
+        return None
+
+
+def _is_whole(name: str, files: dict[str, bytes]) -> bool:
+    """Whether a checkpoint has every file that it lists: a run removes old ones file by file."""
+    if not name.startswith("checkpoints/"):
+        return True
+    try:
+        return set(json.loads(files["state.json"])["checksums"]) <= set(files)
+    except (KeyError, ValueError, TypeError):
+        return False
+
+
+def _single_files(path: Path) -> list[str]:
+    """Relative paths of every other file that is the run's: no lock, nothing half-written."""
+    found = []
+    for directory, inner, names in os.walk(path):  # which passes over a directory that vanishes meanwhile
+        here = Path(directory).relative_to(path)
+        inner[:] = [name for name in inner if not name.startswith(".") and (here / name).as_posix() not in UNITS]
+        found += [(here / name).as_posix() for name in names if not name.startswith(".")]
+    return found
