@@ -64,11 +64,14 @@ def verl_config_command(
         devices=devices,
         nodes=nodes,
     )
+    if write_data:
+        from roundoff.session import make_task
+
+        task = make_task(profile)
+        if not task.train()[0].messages:  # a plain prompt, which verl would put through the chat template all the same
+            profile = profile.model_copy(update={"chat": False})
     text = command(experiment, profile, seed, resources, None if scan is None else read_scan(scan))
     if write_data:
-        from roundoff.tasks import load_task
-
-        task = load_task(profile.task.name, profile.task.settings)
         write_problems(task, data, conversations=profile.chat is not False)
     for path in (resources.train, resources.val):
         if not path.is_file():

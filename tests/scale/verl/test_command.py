@@ -54,6 +54,41 @@ def test_the_profile_and_the_algorithm_are_in_it(tmp_path):
     assert "reward.reward_manager.name" not in arguments
 
 
+def test_warm_up_and_entropy_bonus_are_in_it(tmp_path):
+    """verl moves its learning rate once a step, as roundoff does, however many minibatches a step has."""
+    settings = ("profile.training.warmup_steps=10", "algorithm.entropy_coefficient=0.01")
+    _, arguments = words(tmp_path, "quickstart-noise", *settings)
+    assert arguments["actor_rollout_ref.actor.ppo_mini_batch_size"] == "32"  # two a step
+    assert arguments["actor_rollout_ref.actor.optim.lr_warmup_steps"] == "10"
+    assert arguments["actor_rollout_ref.actor.entropy_coeff"] == "0.01"
+
+
+def test_micro_batches_divide_the_share_of_a_device(tmp_path):
+    """verl stops at its first update where they do not: 32 prompts x 5 rollouts on 8 devices are 20 each."""
+    experiments, profile = with_overrides(
+        select(["E5b"]), load_profile("gsm8k-1.5b"), ("hardware.matmul_noise.attention=false",)
+    )
+    text = command(experiments[0], profile, 0, Resources(tmp_path, tmp_path, tmp_path, devices=8))
+    assert profile.training.micro_batch == 8
+    assert "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=5 " in text
+    _, whole = words(tmp_path, "quickstart-noise", "profile.training.micro_batch=1000")
+    assert whole["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "128"
+
+
+def test_an_epoch_that_draws_more_than_it_trains_on_is_told_of(tmp_path):
+    variables, _ = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.oversampling=2")
+    assert from_environment(variables).oversampling == 2
+
+
+def test_plain_prompts_are_asked_without_the_models_chat_template(tmp_path):
+    pytest.importorskip("pyarrow")
+    base = ["verl-config", "quickstart-mxfp4", "--data", str(tmp_path), "--set", "profile.model=/models/qwen"]
+    result = CliRunner().invoke(cli, [*base, "--write-data"])
+    assert result.exit_code == 0, result.output
+    assert "roundoff_plain" in result.stdout  # arithmetic asks no conversations
+    assert (tmp_path / "train.parquet").is_file()
+
+
 def test_dapo(tmp_path):
     _, arguments = words(tmp_path, "quickstart-noise", "algorithm.name=DAPO", "algorithm.overlong_buffer=0.25")
     _, on = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.overlong_buffer=0.25")

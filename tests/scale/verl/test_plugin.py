@@ -87,6 +87,51 @@ def test_the_variables_of_older_scripts_activate_it_through_the_entry_point(tmp_
     assert done.stdout.split()[-3:] == ["RoundoffEngine", "RoundoffTrainer", "RoundoffTrainer"], done.stderr[-2000:]
 
 
+def test_what_the_driver_was_told_reaches_processes_of_a_cluster_that_was_not(tmp_path):
+    """Ray was started before: its processes do not have this shell's environment."""
+    job = json.dumps({"runtime_env": {"env_vars": {"VERL_PLATFORM": "cpu"}}})  # Ray refuses a variable given twice
+    told = with_entry_point(tmp_path, VERL_NOISY_OPS_ENABLED="1", VERL_PLATFORM="cpu", RAY_JOB_CONFIG_JSON_ENV_VAR=job)
+    script = "import json, verl.trainer.main_ppo as m; print(json.dumps(m.get_ppo_ray_runtime_env()['env_vars']))"
+    done = run("-c", script, env=told)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["VERL_NOISY_OPS_ENABLED"] == "1"
+    assert found["VERL_USE_EXTERNAL_MODULES"] == ENTRY  # a node without roundoff fails
+    assert "VERL_PLATFORM" not in found
+
+
+FAILED = """
+import verl
+from types import SimpleNamespace as N
+from omegaconf import OmegaConf
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from roundoff.scale.verl_plugin.trainer import RoundoffTrainer
+
+found = {"train": set(), "val": set()}
+PPOTrainer._build_replay_buffer = lambda self: N(failure_keys=found, _sync_metadata_from_transfer_queue=lambda: None)
+trainer = object.__new__(RoundoffTrainer)
+for refill in (False, True):
+    found["val"].clear()
+    trainer.config = OmegaConf.create({"trainer": {"v1": {"sampler": {"sync_refill_failed_groups": refill}}}})
+    sync = trainer._build_replay_buffer()._sync_metadata_from_transfer_queue
+    sync()
+    found["val"].add("prompt")
+    try:
+        sync()
+        print("went on")
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_a_rollout_that_raises_ends_the_run(tmp_path):
+    """verl notes it and goes on with the others: a score would be that of the answers that raised nothing."""
+    told = environment(tmp_path, {"hardware": NOISY}, VERL_USE_EXTERNAL_MODULES=ENTRY, VERL_PLATFORM="cpu")
+    done = run("-c", FAILED, env=told)
+    stopped, went_on = done.stdout.splitlines()[-2:]
+    assert stopped.startswith("rollouts or rewards of 1 prompts failed"), done.stderr[-2000:]
+    assert went_on == "went on"
+
+
 def test_the_entry_point_ends_the_process_too_though_verl_swallows_its_errors(tmp_path):
     told = with_entry_point(tmp_path, VERL_NOISY_OPS_ENABLED="1", VERL_NOISY_OPS_SCALE="much")
     done = run("-c", "import verl; print('went on')", env=told)

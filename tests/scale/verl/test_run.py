@@ -25,6 +25,7 @@ title = "check"
 name = "GRPO"
 group_size = 4
 dynamic_sampling = true
+oversampling = 2
 [hardware.precision]
 weight = "mxfp4"
 [hardware.matmul_noise]
@@ -40,11 +41,11 @@ model = "tiny"
 device = "cpu"
 [task]
 name = "arithmetic"
-settings = { train_problems = 24, test_problems = 16 }
+settings = { train_problems = 48, test_problems = 16 }
 [training]
 prompts_per_step = 8
 minibatches = 2
-micro_batch = 8
+micro_batch = 3
 learning_rate = 1e-4
 lora_learning_rate = 1e-3
 max_prompt_tokens = 16
@@ -52,7 +53,7 @@ max_new_tokens = 24
 evaluate_every = 2
 checkpoint_every = 3
 """
-STEPS, RANKS = 3, 2
+STEPS, RANKS = 3, 2  # an epoch: 48 problems, two drawn for each of the 8 prompts of a step
 
 
 @pytest.fixture(scope="module")

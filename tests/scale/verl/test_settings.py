@@ -3,9 +3,18 @@
 import pytest
 
 from roundoff.config import ConfigError
-from roundoff.scale.verl_plugin.settings import VARIABLE, PluginSettings, from_environment
+from roundoff.scale.verl_plugin.settings import VARIABLE, PluginSettings, forwarded, from_environment
 
 ON = {"VERL_NOISY_OPS_ENABLED": "1"}
+
+
+def test_what_every_process_of_a_run_must_have():
+    entry = "roundoff.scale.verl_plugin.entry"
+    assert forwarded({**ON, "PATH": "/bin", "VERL_PLATFORM": "cpu"}) == {
+        **ON, "VERL_PLATFORM": "cpu", "VERL_USE_EXTERNAL_MODULES": entry
+    }  # fmt: skip
+    assert forwarded({"VERL_USE_EXTERNAL_MODULES": "mine"})["VERL_USE_EXTERNAL_MODULES"] == f"mine,{entry}"
+    assert forwarded({"VERL_USE_EXTERNAL_MODULES": entry}) == {"VERL_USE_EXTERNAL_MODULES": entry}
 
 
 def test_nothing_asked_for():

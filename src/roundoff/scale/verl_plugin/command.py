@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING
 
 import roundoff
 from roundoff.config import ConfigError, Experiment, Profile
-from roundoff.scale.verl_plugin.settings import VARIABLE, PluginSettings, check
+from roundoff.scale.verl_plugin.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
 
 if TYPE_CHECKING:
     from roundoff.srdd import LayerScan
 
-MODULES = "VERL_USE_EXTERNAL_MODULES"
-ENTRY = "roundoff.scale.verl_plugin.entry"
 WORKER_EXTENSION = "roundoff.scale.verl_plugin.vllm_worker.HardwareWorker"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 """Chat template where none is to be used: the prompt as it is."""
@@ -74,6 +72,7 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
             aqn=experiment.aqn,
             multipliers=multipliers,
             ratio="replayed" if ratio == "replayed" else "recomputed",
+            oversampling=experiment.algorithm.oversampling,
             seed=seed,
         )
     )
@@ -90,7 +89,7 @@ def command(
     on_cpu = profile.device == "cpu"
     variables = {MODULES: ENTRY, VARIABLE: plugin_settings(experiment, seed, scan).model_dump_json()}
     if on_cpu:
-        variables["VERL_PLATFORM"] = "cpu"
+        variables[PLATFORM] = "cpu"
     arguments = [
         *_data(profile, seed, resources),
         *_model(experiment, profile),
@@ -165,16 +164,17 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
             f"a minibatch of {prompts} prompts x {algorithm.group_size} rollouts must be divisible by the "
             f"{ranks} devices under verl"
         )
-    micro = min(training.micro_batch, share) if (share := prompts * algorithm.group_size // ranks) else 0
+    share = prompts * algorithm.group_size // ranks
+    micro = _divisor(share, training.micro_batch or share)
     actor = "actor_rollout_ref.actor"
     yield f"{actor}.strategy=fsdp2"
     yield f"{actor}.ppo_mini_batch_size={prompts}"
-    yield f"{actor}.ppo_micro_batch_size_per_gpu={micro or share}"
-    yield f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={micro or share}"
-    yield f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={micro or share}"
+    yield f"{actor}.ppo_micro_batch_size_per_gpu={micro}"
+    yield f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={micro}"
+    yield f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={micro}"
     rate = training.lora_learning_rate if experiment.lora is not None else training.learning_rate
     yield f"{actor}.optim.lr={rate:g}"
-    yield f"{actor}.optim.lr_warmup_steps={training.warmup_steps * training.minibatches}"
+    yield f"{actor}.optim.lr_warmup_steps={training.warmup_steps}"  # verl's scheduler moves once a step as well
     yield f"{actor}.optim.weight_decay={training.weight_decay:g}"
     yield f"{actor}.optim.betas=[{training.betas[0]:g},{training.betas[1]:g}]"
     yield f"{actor}.optim.clip_grad={training.gradient_clip:g}"
@@ -184,7 +184,7 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
     yield f"{actor}.clip_ratio_high={algorithm.clip_high:g}"
     yield f"{actor}.clip_ratio_c=1000000.0"  # verl's dual clip, which neither GRPO nor DAPO has
     yield f"{actor}.loss_agg_mode={_AGGREGATION[algorithm.aggregation]}"
-    yield f"{actor}.entropy_coeff=0"
+    yield f"{actor}.entropy_coeff={algorithm.entropy_coefficient:g}"
     yield f"{actor}.use_kl_loss={algorithm.kl_coefficient > 0}"
     if algorithm.kl_coefficient > 0:
         yield f"{actor}.kl_loss_coef={algorithm.kl_coefficient:g}"
@@ -195,6 +195,11 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
     for part in (actor, "actor_rollout_ref.ref"):
         yield f"+{part}.fsdp_config.mixed_precision.param_dtype={precision}"
         yield f"{part}.fsdp_config.model_dtype=fp32"
+
+
+def _divisor(share: int, limit: int) -> int:
+    """The largest divisor of a device's share of a minibatch up to the limit: verl takes micro-batches of one size."""
+    return next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
 
 
 def _rollout(experiment: Experiment, profile: Profile, seed: int) -> Iterator[str]:

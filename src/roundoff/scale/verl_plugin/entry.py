@@ -6,10 +6,12 @@ and passes its errors on. Where no variable asks for hardware, nothing is done.
 
 from __future__ import annotations
 
+import json
 import os
+from typing import Any
 
 from roundoff.config import ConfigError
-from roundoff.scale.verl_plugin.settings import VERL_VERSION, from_environment
+from roundoff.scale.verl_plugin.settings import PLATFORM, VERL_VERSION, forwarded, from_environment
 
 
 def activate() -> bool:
@@ -19,7 +21,7 @@ def activate() -> bool:
         ConfigError: if the settings are wrong, or verl is of another version than the plugin was written for.
     """
     settings = from_environment(os.environ)
-    on_cpu = os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
+    on_cpu = os.environ.get(PLATFORM, "").strip().lower() == "cpu"
     if settings is None:
         return False
     import verl
@@ -43,7 +45,28 @@ def activate() -> bool:
 
         cpu_platform.register_engine()
         cpu_rollout.register()
+    _forward_variables()
     return True
+
+
+def _forward_variables() -> None:
+    """Let verl's driver give the plugin's variables to every process, also where Ray was started before this shell.
+
+    Processes of such a cluster have the environment of `ray start`, and would go on without any hardware.
+    """
+    from verl.trainer import constants_ppo
+
+    plain = constants_ppo.get_ppo_ray_runtime_env
+
+    def with_variables(config: Any = None) -> dict[str, Any]:
+        environment: dict[str, Any] = plain(config)
+        job = json.loads(os.environ.get(constants_ppo.RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+        given = (job.get("runtime_env") or {}).get("env_vars") or {}  # every process has these; Ray refuses them twice
+        ours = {name: value for name, value in forwarded(os.environ).items() if name not in given}
+        environment.setdefault("env_vars", {}).update(ours)
+        return environment
+
+    constants_ppo.get_ppo_ray_runtime_env = with_variables
 
 
 ACTIVE = activate()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from roundoff.config import ConfigError
 from roundoff.tasks import load_task
 from roundoff.tasks.base import Problem, Task
+
+BY_ANSWER = ("arithmetic", "gsm8k")
+"""Tasks whose reward depends on nothing of a problem but its answer, so that files without ids will do."""
 
 
 def compute_score(
@@ -19,14 +25,46 @@ def compute_score(
     task: str = "",
     settings: str = "{}",
 ) -> float:
-    """1.0 where the response ends in the right answer, else 0.0, as the task judges it.
+    """1.0 where the response ends in the right answer, else 0.0, as the task judges it; 0.0 where it cannot.
 
-    `task` and `settings` (JSON) come from `reward.custom_reward_function.reward_kwargs`; `data_source` and
-    `extra_info` are verl's and play no part.
+    `task` and `settings` (JSON) come from `reward.custom_reward_function.reward_kwargs`; `extra_info["id"]` is the
+    problem's, as `roundoff verl-config --write-data` writes it; `data_source` is verl's and plays no part.
+
+    Raises:
+        ConfigError: if the task has no such problem.
     """
-    return _task(task, settings).reward(Problem(id="", prompt="", answer=str(ground_truth)), solution_str)
+    judge = _judge(task, settings)
+    reward = judge.task.reward(judge.problem(str(ground_truth), (extra_info or {}).get("id")), solution_str)
+    return reward if math.isfinite(reward) else 0.0
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """A task and its problems."""
+
+    task: Task
+    by_id: Mapping[str, Problem]
+    by_answer: Mapping[str, Problem]
+
+    def problem(self, answer: str, identity: str | None) -> Problem:
+        """The problem of an id, or, where answers are enough, one with this answer."""
+        found = self.by_id.get(identity) if identity is not None else None
+        if identity is None and self.task.name in BY_ANSWER:
+            found = self.by_answer.get(_plain(answer))
+        if found is None or _plain(found.answer) != _plain(answer):
+            raise ConfigError(
+                f"task {self.task.name!r} has no problem with extra_info.id {identity!r} and the answer "
+                f"{answer[:40]!r}: write verl's files by `roundoff verl-config --write-data`, with the same task"
+            )
+        return found
+
+
+def _plain(answer: str) -> str:
+    return answer.replace(",", "")
 
 
 @cache
-def _task(name: str, settings: str) -> Task:
-    return load_task(name, json.loads(settings))
+def _judge(name: str, settings: str) -> _Judge:
+    task = load_task(name, json.loads(settings))
+    problems = (*task.train(), *task.test())
+    return _Judge(task, {p.id: p for p in problems}, {_plain(p.answer): p for p in problems})

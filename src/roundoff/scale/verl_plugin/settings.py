@@ -25,10 +25,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 from roundoff.config import AQN, ConfigError, Hardware, MatmulNoise, Settings, nearest, validate
+from roundoff.config.base import Count
 
 VARIABLE = "ROUNDOFF_VERL_SETTINGS"
 PREFIX = "VERL_NOISY_OPS_"
 KNOWN = tuple(PREFIX + name for name in ("ENABLED", "SCALE", "TYPE", "FORWARD_ONLY", "ALL_OPS"))
+MODULES = "VERL_USE_EXTERNAL_MODULES"
+"""verl's variable of modules to import in every process; their errors are passed on."""
+ENTRY = "roundoff.scale.verl_plugin.entry"
+PLATFORM = "VERL_PLATFORM"
+"""verl's variable of the kind of device."""
 VERL_VERSION = "0.9.1"
 """The version whose extension points and private names the plugin was written for."""
 
@@ -46,6 +52,8 @@ class PluginSettings(Settings):
     """Factors on AQN's sigma by decoder layer, from a scan; None: every layer has the same sigma."""
     ratio: Literal["replayed", "recomputed"] = "replayed"
     """Whether old and new log-probabilities see the same noise draws (see `Algorithm.ratio`)."""
+    oversampling: Count = 1
+    """Prompts that an epoch counts for each one trained on (see `Algorithm.oversampling`)."""
     seed: int = 0
     """Of the noise, of the faults and of AQN."""
 
@@ -82,6 +90,16 @@ def from_environment(environment: Mapping[str, str]) -> PluginSettings | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{VARIABLE} must be a JSON object, but is {text[:40]!r}")
     return check(validate(PluginSettings, content, source=VARIABLE))
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that every process of a run must have, where one with these variables starts it.
+
+    The plugin's entry is among them, so that a process on a node without roundoff fails instead of going on without.
+    """
+    found = {name: environment[name] for name in (*KNOWN, VARIABLE, PLATFORM) if name in environment}
+    modules = [name for name in environment.get(MODULES, "").split(",") if name]
+    return found | {MODULES: ",".join(modules if ENTRY in modules else [*modules, ENTRY])}
 
 
 def check(settings: PluginSettings) -> PluginSettings:

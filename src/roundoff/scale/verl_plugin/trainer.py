@@ -6,6 +6,7 @@
   syncs once before the first step and once after each; the last sync precedes no rollouts and is silent.
 - An evaluation, the one before training included, is announced too: rollout processes take the noise off for it.
 - Each batch carries its step to the engines, which key their noise by it.
+- A rollout or a reward that raises ends the run.
 
 What the processes report is kept in `roundoff.json` in `trainer.default_local_dir`.
 """
@@ -43,6 +44,46 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
             raise ConfigError("trainer.v1.trainer_mode=roundoff needs ROUNDOFF_VERL_SETTINGS in every process")
         self._settings: PluginSettings = settings
         super().__init__(config)
+
+    def _build_replay_buffer(self) -> Any:
+        """verl's, but an error in a rollout or a reward ends the run.
+
+        verl logs it, trains on the rest of the batch (the missing rollouts are padding), and averages the score of an
+        evaluation over what is left. With `trainer.v1.sampler.sync_refill_failed_groups=True` it replaces such groups
+        in training, and that is taken as the wish to go on.
+        """
+        buffer = super()._build_replay_buffer()
+        if not self.config.trainer.v1.sampler.get("sync_refill_failed_groups", False):
+            plain = buffer._sync_metadata_from_transfer_queue
+
+            def checked() -> None:
+                plain()
+                failed = sum(len(keys) for keys in buffer.failure_keys.values())
+                if failed:
+                    raise RuntimeError(
+                        f"rollouts or rewards of {failed} prompts failed; the log says why (_run_prompt). verl "
+                        "would go on without them; to replace them in training set "
+                        "trainer.v1.sampler.sync_refill_failed_groups=True"
+                    )
+
+            buffer._sync_metadata_from_transfer_queue = checked
+        return buffer
+
+    def _init_dataloader(self) -> None:
+        """verl's; an epoch of an experiment that draws more prompts than it trains on has fewer steps."""
+        super()._init_dataloader()
+        if self._settings.oversampling == 1:
+            return
+        self.steps_per_epoch //= self._settings.oversampling
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"{len(self.train_dataset)} training prompts do not fill one step of {self._settings.oversampling} x "
+                f"{self.config.data.train_batch_size}: lower data.train_batch_size, or give more data"
+            )
+        if self.config.trainer.total_training_steps is None:
+            self.total_training_steps = self.steps_per_epoch * self.config.trainer.total_epochs
+            with open_dict(self.config):
+                self.config.actor_rollout_ref.actor.optim.total_training_steps = self.total_training_steps
 
     def on_init_end(self) -> None:
         """Check every process, then send the first weights."""
