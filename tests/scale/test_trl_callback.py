@@ -28,11 +28,12 @@ class Trainer:
 
     def __init__(self, model, callback, **arguments):
         self.model, self.callback = model, callback
-        self.args = SimpleNamespace(**{"num_train_epochs": 1.0, "use_vllm": False, **arguments})
+        defaults = {"num_train_epochs": 1.0, "max_steps": -1, "gradient_accumulation_steps": 1, "use_vllm": False}
+        self.args = SimpleNamespace(**defaults | arguments)
         self.state = SimpleNamespace(max_steps=4, global_step=0)
 
     def event(self, name):
-        getattr(self.callback, name)(self.args, self.state, None, model=self.model)
+        getattr(self.callback, name)(self.args, self.state, None, model=self.model, train_dataloader=range(4))
 
     def generate(self):
         ids = torch.arange(1, 6)[None]
@@ -134,6 +135,61 @@ def test_two_callbacks_on_one_model_are_refused():
     Trainer(model, AqnCallback(SETTINGS, seed=0)).event("on_train_begin")
     with pytest.raises(ConfigError, match="wrapped already"):
         Trainer(model, AqnCallback(SETTINGS, seed=0)).event("on_train_begin")
+
+
+def test_training_that_an_exception_ended_can_be_begun_again():
+    model = build("qwen2")
+    trainer = Trainer(model, AqnCallback(SETTINGS, seed=0))
+    trainer.event("on_train_begin")
+    trainer.step()
+    plain = type(model).generate
+    trainer.event("on_train_begin")  # as after Ctrl-C: on_train_end never came
+    seen = watched(model)
+    trainer.step()
+    assert len({value for _, value in seen}) == 1
+    trainer.event("on_train_end")
+    assert "generate" not in vars(model)
+    assert type(model).generate is plain
+
+
+def test_an_exception_in_a_rollout_leaves_no_noise():
+    model = build("qwen2")
+    before = model.model.norm.weight.detach().clone()
+    trainer = Trainer(model, AqnCallback(SETTINGS.model_copy(update={"schedule": "constant"}), seed=0))
+    trainer.event("on_train_begin")
+    trainer.event("on_step_begin")
+    model.train()
+    with pytest.raises(AttributeError):
+        model.generate(object())
+    assert trainer.callback.sigmas == {1: 0.1}
+    assert torch.equal(model.model.norm.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({}, 4),
+        ({"num_train_epochs": 2.0}, 2),
+        ({"num_train_epochs": 3.0, "max_steps": 4}, 4),  # trl's default of epochs plays no part: 4 batches are one
+        ({"num_train_epochs": 3.0, "max_steps": 4, "gradient_accumulation_steps": 2}, 2),
+    ],
+)
+def test_epochs_of_the_schedule_are_those_of_the_trainer(arguments, steps):
+    aqn = AQN(sigma_start=0.1, sigma_end=0.01, schedule="epoch", stages=1)
+    trainer = Trainer(build("qwen2"), AqnCallback(aqn, seed=0), **arguments)
+    trainer.event("on_train_begin")
+    for _ in range(4):
+        trainer.step()
+    assert list(trainer.callback.sigmas.values()) == sigma_curve(4, steps, aqn)
+
+
+def test_a_step_on_the_rollouts_of_the_one_before_has_its_sigma():
+    trainer = Trainer(build("qwen2"), AqnCallback(SETTINGS.model_copy(update={"schedule": "linear"}), seed=0))
+    trainer.event("on_train_begin")
+    trainer.step()
+    trainer.event("on_step_begin")
+    trainer.event("on_step_end")
+    assert trainer.callback.sigmas == {1: 0.1, 2: 0.1}
 
 
 def test_noisy_layers_that_are_computed_again_are_refused():

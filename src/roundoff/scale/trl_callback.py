@@ -16,7 +16,7 @@ rollout, training and evaluation computes on it. Its noise is drawn anew in ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,7 @@ class AqnCallback(TrainerCallback):
         Raises:
             ConfigError: if trl will not call it, the weights are sharded, or AQN cannot be applied to this model.
         """
+        self._unwrap()  # where an exception ended the training before
         model = kwargs["model"]
         for name in _OTHER_GENERATORS:
             if getattr(args, name, False):
@@ -65,7 +66,7 @@ class AqnCallback(TrainerCallback):
             raise ConfigError("the model's weights are sharded over processes, which AQN in trl does not support")
         if "generate" in vars(model):
             raise ConfigError("generate of this model is wrapped already: give the trainer one AqnCallback")
-        per_epoch = max(1, round(state.max_steps / max(1.0, args.num_train_epochs)))
+        per_epoch = _steps_per_epoch(args, state, kwargs.get("train_dataloader"))
         self._curve = sigma_curve(state.max_steps, per_epoch, self.aqn)
         self._model = model
         model.generate = self._wrapped(model, model.generate)
@@ -77,7 +78,7 @@ class AqnCallback(TrainerCallback):
         self._step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check that there were rollouts.
+        """Check that there were rollouts; a step without any of its own trains on those of the step before.
 
         Raises:
             RuntimeError: if the trainer has taken a step without calling `generate` once.
@@ -88,6 +89,7 @@ class AqnCallback(TrainerCallback):
                 "the trainer took a step without calling model.generate in training mode, so AQN was never in force: "
                 "it generates in another way (a rollout function?), which AqnCallback does not support"
             )
+        self.sigmas.setdefault(self._step + 1, list(self.sigmas.values())[-1])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,6 +115,17 @@ class AqnCallback(TrainerCallback):
                 return generate(*inputs, **named)
 
         return generate_with_noise
+
+
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, batches: Sized | None) -> int:
+    """Optimizer steps of an epoch, as the trainer counts them; `max_steps` overrides the number of epochs."""
+    if args.max_steps <= 0:
+        return max(1, round(state.max_steps / max(1.0, args.num_train_epochs)))
+    try:
+        count = 0 if batches is None else len(batches)
+    except TypeError:  # data without a length have no epochs
+        count = 0
+    return max(1, -(-count // args.gradient_accumulation_steps)) if count else state.max_steps
 
 
 def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> InstalledHardware:
