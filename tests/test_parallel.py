@@ -1,6 +1,7 @@
 """Ranks: what they exchange, and that their number does not change a run."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from roundoff import parallel
 from roundoff.checkpoint import DamagedCheckpointError
 from roundoff.config import ConfigError, Experiment, validate
 from roundoff.experiments import load_experiment
+from roundoff.models.load import ModelError
 from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import RunDirectory, RunLockedError, read_run
 from roundoff.scale.led_run import LedRunDirectory
@@ -163,3 +165,39 @@ def test_a_directory_that_is_held_is_refused_on_every_rank(tmp_path, small):
 
     with RunDirectory(*arguments):
         on_ranks(2, work)
+
+
+def test_an_error_before_training_on_one_rank_ends_all_and_is_said_by_the_first(tmp_path, small):
+    """Such as a model that the second machine lacks: the first must not wait for it, nor blame the connection."""
+    missing = small.model_copy(update={"model": str(tmp_path / "nowhere")})
+
+    def work(ranks):
+        request = RunRequest(dapo(), missing if ranks.index else small, 0, tmp_path, {}, tracker="none")
+        with pytest.raises((ConfigError, ModelError)) as caught:
+            execute(request, lambda: False, ranks)
+        return str(caught.value)
+
+    first, second = on_ranks(2, work)
+    assert "nowhere" in second
+    assert first == f"rank 1: {second}"
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_failure_of_one_rank_is_not_taken_by_the_others_for_what_they_wait_for(tmp_path, small, monkeypatch):
+    class BrokenError(RuntimeError):
+        pass
+
+    train = sys.modules["roundoff.train"]  # the name itself is that of the function
+    plain = train.take_step
+
+    def breaks(session, step, run_dir):
+        if session.ranks.index == 1:
+            raise BrokenError("out of memory")
+        return plain(session, step, run_dir)
+
+    monkeypatch.setattr(train, "take_step", breaks)
+    request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
+    with pytest.raises(BrokenError):  # and no other error: the first rank's meeting was broken off
+        on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
+    status = read_run(request.path).status
+    assert (status.state, status.reason.split(":")[1].strip()) == ("failed", "BrokenBarrierError")

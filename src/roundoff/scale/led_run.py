@@ -31,7 +31,12 @@ class LedRunDirectory(RunDirectory):
         return self._ranks.first(lambda: self._held.start(provenance, total_steps, warnings))
 
     def set_status(self, status: Status) -> Status:
-        """As `RunDirectory.set_status`."""
+        """As `RunDirectory.set_status`; a failure is written without a word to the others.
+
+        They may be waiting for something else, which this would be taken for, or have failed themselves.
+        """
+        if status.state == "failed":
+            return self._held.set_status(status) if self._ranks.leads else status
         return self._ranks.first(lambda: self._held.set_status(status))
 
     def write_scan(self, content: Mapping[str, Any]) -> None:

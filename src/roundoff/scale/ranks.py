@@ -76,6 +76,8 @@ def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], N
 
 def _check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
     """Refuse ranks that would make different runs, or make them with different packages."""
+    from roundoff.session import training_in_force
+
     runs = [
         f"{r.experiment.id} {r.profile.name}-{result_hash(r.experiment, r.profile)} seed {r.seed}" for r in requests
     ]
@@ -83,8 +85,9 @@ def _check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
     ranks.agree("the configuration", f"{len(runs)} runs from {runs[0]} on (all: {digest})")
     ranks.agree("the device", requests[0].profile.device)
     ranks.agree("versions", ", ".join(f"{name} {package_version(name)}" for name in PACKAGES))
-    smallest = min(request.profile.training.prompts_per_step for request in requests)
+    smallest = min(training_in_force(r.experiment.algorithm, r.profile.training).prompts_per_step for r in requests)
     if smallest < ranks.count:
         raise ConfigError(
             f"profile.training.prompts_per_step must be at least {ranks.count}, the number of ranks, but is {smallest}"
+            + (" (a minibatch with algorithm.ratio = 'one')" if requests[0].profile.training.minibatches > 1 else "")
         )
