@@ -67,6 +67,35 @@ def test_memory_by_hand():
     assert estimated("E6a").memory["gradients and optimizer"] == 12 * 36_929_536
 
 
+def test_each_pass_over_a_batch_moves_the_weights():
+    once = load_experiment("E8a")
+    once = once.model_copy(update={"algorithm": once.algorithm.model_copy(update={"ratio": "replayed"})})
+    twice = once.model_copy(update={"algorithm": once.algorithm.model_copy(update={"optimizer_epochs": 2})})
+    one, two = (model(ranks=8).estimate(e, steps=1).parts for e in (once, twice))
+    for part in ("update", "optimizer", "all-reduce"):
+        assert two[part] == pytest.approx(2 * one[part])
+    # with one pass the first of four minibatches needs no log-probabilities before the update
+    assert two["old log-probabilities"] == pytest.approx(one["old log-probabilities"] * 4 / 3)
+
+
+def test_ratio_one_takes_shorter_steps_and_more_of_them():
+    recomputed = load_experiment("E8a")
+    one = recomputed.model_copy(update={"algorithm": recomputed.algorithm.model_copy(update={"ratio": "one"})})
+    costs = model()
+    steps = [steps_per_epoch(7473, e.algorithm, costs.profile.training) for e in (recomputed, one)]
+    whole, quarters = (costs.estimate(e, steps=n) for e, n in zip((recomputed, one), steps, strict=True))
+    assert steps == [29, 116]
+    assert quarters.parts["update"] == pytest.approx(whole.parts["update"] / 4, rel=0.01)
+    assert quarters.evaluations == whole.evaluations
+
+
+def test_memory_counts_the_rows_of_an_evaluation():
+    """80 rollouts of a step but 165 test problems on each of eight devices."""
+    found = model(ranks=8).estimate(load_experiment("E5"), steps=1).memory["sampling"]
+    shape = model().shape
+    assert found == pytest.approx(1319 / 8 * (1536 * 2 * shape.layers * shape.kv_width * 2 + shape.vocabulary * 20))
+
+
 def test_cost_rises_with_what_is_done():
     plain, w4a4, noise = (estimated(name).seconds / estimated(name).steps for name in ("E7a", "E13h", "E5"))
     assert plain < w4a4 < noise

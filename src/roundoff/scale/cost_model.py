@@ -176,7 +176,14 @@ class CostModel:
         Raises:
             ConfigError: if there are more devices than prompts to share.
         """
-        training, algorithm = self.profile.training, experiment.algorithm
+        from roundoff.session import training_in_force
+
+        algorithm = experiment.algorithm
+        training = training_in_force(algorithm, self.profile.training)
+        if training != self.profile.training:  # `ratio = "one"` takes shorter steps
+            return replace(self, profile=self.profile.model_copy(update={"training": training})).estimate(
+                experiment, steps=steps
+            )
         if training.prompts_per_step < self.ranks:
             raise ConfigError(f"{self.ranks} devices cannot share {training.prompts_per_step} prompts a step")
         draws = 1.0
@@ -278,17 +285,18 @@ class CostModel:
         update = self._seconds(
             work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
         )
-        old = {"one": 0.0, "replayed": 1 - 1 / training.minibatches}.get(algorithm.ratio, 1.0)
-        trained = self._trained(experiment)
-        optimizer = training.minibatches * trained * 4 * OPTIMIZER_PASSES / self.machine.bandwidth
+        passes = algorithm.optimizer_epochs
+        replayed = 1 - 1 / training.minibatches if passes == 1 else 1.0
+        old = {"one": 0.0, "replayed": replayed}.get(algorithm.ratio, 1.0)
+        moved = passes * training.minibatches * self._trained(experiment) * 4  # bytes, over all optimizer steps
         parts = {
-            "update": update * algorithm.optimizer_epochs,
+            "update": update * passes,
             "old log-probabilities": forward() * old,
             "reference": forward() if algorithm.kl_coefficient else 0.0,
-            "optimizer": optimizer,
+            "optimizer": moved * OPTIMIZER_PASSES / self.machine.bandwidth,
         }
         if self.ranks > 1 and self.machine.interconnect:
-            parts["all-reduce"] = training.minibatches * trained * 4 / self.machine.interconnect
+            parts["all-reduce"] = moved / self.machine.interconnect
         return parts
 
     def _laid_out(self, experiment: Experiment, rollouts: float, width: float) -> tuple[float, float]:
@@ -320,7 +328,7 @@ class CostModel:
         layer = SAVED_HIDDEN * shape.hidden + SAVED_INTERMEDIATE * shape.intermediate
         saved = shape.layers * shape.hidden + layer if training.gradient_checkpointing else shape.layers * layer
         rollouts = training.prompts_per_step * experiment.algorithm.oversampling * experiment.algorithm.group_size
-        rows = min(MAX_ROWS, rollouts / self.ranks)
+        rows = min(MAX_ROWS, max(rollouts, self.problems[1]) / self.ranks)  # an evaluation samples as well
         length = training.max_prompt_tokens + training.max_new_tokens
         masters = 4 if size < 4 and experiment.lora is None else 0
         needs_copy = experiment.algorithm.kl_coefficient > 0 and experiment.lora is None
