@@ -84,6 +84,9 @@ def roundoff(*arguments: str) -> None:
 
 
 def main() -> None:
+    from roundoff.experiments import load_experiment, load_profile
+    from roundoff.run_dir import run_path
+
     if Path.cwd() != ROOT:
         raise SystemExit(f"run this in {ROOT}")
     began = time.perf_counter()
@@ -94,8 +97,8 @@ def main() -> None:
         print(f"converted {weights.name} ({time.perf_counter() - began:.0f} s with the download)", flush=True)
     runs, profile = str(HERE / "runs"), f"{SETTINGS}/real-profile.toml"
     roundoff("run", f"{SETTINGS}/real.toml", "--profile", profile, "--seeds", "0", "--runs", runs, "--tracker", "none")
-    (run,) = (HERE / "runs").glob("real/*/seed-0")
-    roundoff("eval", str(run))
+    experiment = load_experiment(f"{SETTINGS}/real.toml")
+    roundoff("eval", str(run_path(Path(runs), experiment, load_profile(profile), 0)))  # runs of other settings are kept
     roundoff("scan", str(model), "--profile", profile, "--weight", "mxfp4", "--tokens", "256")
     roundoff("report", runs, "--out", str(HERE / "report"))
     print(f"\n{time.perf_counter() - began:.0f} s in all")
