@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from roundoff.config import ConfigError
+from roundoff.errors import message_of
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,27 @@ class Ranks:
         if shown is not None:
             raise shown
         return result  # type: ignore[no-any-return]
+
+    def everywhere(self, make: Callable[[], T]) -> T:
+        """What each rank makes for itself; an error of any of them ends all, so that none waits for one that is gone.
+
+        Raises:
+            ConfigError: for an error of another rank, such as a model that its machine lacks.
+        """
+        if self.count == 1:
+            return make()
+        error: Exception | None = None
+        try:
+            made = make()
+        except Exception as caught:  # raised again below, when the others know of it
+            error = caught
+        said = self.gather(None if error is None else message_of(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise ConfigError(f"rank {rank}: {text}")
+        return made
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""

@@ -15,7 +15,6 @@ from roundoff.aqn import check_multipliers
 from roundoff.batch import PromptStream
 from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
 from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
-from roundoff.errors import message_of
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.checkpointing import check_layers
 from roundoff.models.load import LoadedModel, check_readable, load_model
@@ -190,32 +189,6 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     if experiment.aqn is not None:
         for step in (1, total):
             check_multipliers(session.model, experiment.aqn, session.multipliers(step))
-    return session
-
-
-def prepare_on_ranks(
-    experiment: Experiment, profile: Profile, seed: int, ranks: Ranks, *, scan: LayerScan | None = None
-) -> Session:
-    """`prepare` on every rank; an error of any of them ends all, so that none waits for it and the first says it.
-
-    Raises:
-        ConfigError: as `prepare`; for an error of another rank, such as a model that its machine lacks; or if the
-            ranks have other weights.
-    """
-    session: Session | None = None
-    error: Exception | None = None
-    try:
-        session = prepare(experiment, profile, seed, scan=scan)
-    except Exception as caught:  # raised again below, when the others know of it
-        error = caught
-    said = ranks.gather(None if error is None else message_of(error))
-    if session is None:
-        raise error or AssertionError("neither a session nor an error")
-    for rank, text_of_error in enumerate(said):
-        if text_of_error is not None:
-            raise ConfigError(f"rank {rank}: {text_of_error}")
-    session.ranks = ranks
-    ranks.agree("the weights of the model", session.policy.base)
     return session
 
 

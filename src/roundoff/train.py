@@ -37,7 +37,7 @@ from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
 from roundoff.run_dir import Evaluation, RunDirectory
 from roundoff.sampler import sample
-from roundoff.session import Session, prepare_on_ranks, restore, save
+from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker, scalars
@@ -81,7 +81,9 @@ def train(
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
     scan = None if kept is None else LayerScan.from_json(kept)
-    session = prepare_on_ranks(experiment, profile, seed, ranks, scan=scan)
+    session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
+    session.ranks = ranks
+    ranks.agree("the weights of the model", session.policy.base)
     try:
         return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
