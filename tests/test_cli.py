@@ -52,7 +52,11 @@ def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
         (["run", "quickstart", "--set", "hardware.matmul_noise.relative_std=1.5"], "must be in [0, 1) (5 % is 0.05)"),
         (["run", "quickstart", "--set", "hardware.precision.weight=mxfp5"], "did you mean 'mxfp4'?"),
         (["show", "quickstart-nois"], "did you mean 'quickstart-noise'?"),
+        (["run", "quickstart", "--seeds", "²"], "--seeds must read 3, 0-2 or 0,4,7, but is '²'"),
         (["report"], "there are no runs in runs"),
+        (["report", "--out", f"{__file__}/report"], "test_cli.py is a file and not a directory"),
+        (["scan", "tiny", "--json", f"{__file__}/scan.json"], "test_cli.py is a file and not a directory"),
+        (["eval", "tiny", "--out", f"{__file__}/scores.json"], "test_cli.py is a file and not a directory"),
     ],
 )
 def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, expected):
@@ -60,6 +64,16 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, expec
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_runs_are_said_to_be_none(tmp_path):
+    assert "there are no runs in nowhere" in roundoff("runs", "--runs", "nowhere", cwd=tmp_path).stderr
+
+
+def test_a_scan_is_written_into_a_new_directory(tmp_path):
+    options = ["--tokens", "32", "--no-gradient", "--json", "new/scan.json", "--picture", "new/scan.svg"]
+    roundoff("scan", "tiny", *options, cwd=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["scan.json", "scan.svg"]
 
 
 def test_run_report_and_runs_from_end_to_end(tmp_path):

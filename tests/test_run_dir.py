@@ -185,3 +185,41 @@ def test_damaged_evaluation_names_the_file(run_dir):
     file.write_text("")
     with pytest.raises(DamagedRunError, match="holds no outcome"):
         read_run(run_dir.path).evaluation(0)
+
+
+@pytest.mark.parametrize(
+    ("victim", "content", "reason"),
+    [
+        ("metrics.jsonl", b"\xff\xfe\n", "cannot be read"),
+        ("metrics.jsonl", b"5\n", "line 1 is not the row of a step"),
+        ("metrics.jsonl", b'{"kl": 1}\n', "line 1 is not the row of a step"),
+        ("metrics.jsonl", b'{"step": 1, "kl": "x"}\n', "kl must be a number"),
+        ("provenance.json", b"[]", "holds no object"),
+        ("status.json", b'{"state": "done", "step": 1, "total_steps": 2}', "state must be one of running, complete"),
+        ("status.json", b'{"state": "complete", "step": 1, "total_steps": "2"}', "of another type"),
+        ("status.json", b'{"state": "complete", "step": 1, "total_steps": 2, "updated": null}', "of another type"),
+    ],
+)
+def test_files_of_the_wrong_content_are_named(run_dir, tmp_path, victim, content, reason):
+    run_dir.start({"command": "c"}, total_steps=2)
+    (run_dir.path / victim).write_bytes(content)
+    runs, skipped = find_runs([tmp_path])
+    assert (runs, len(skipped)) == ([], 1)
+    assert victim in skipped[0] and reason in skipped[0]
+
+
+@pytest.mark.parametrize("change", [{"deployed": []}, {"deployed": [float("nan")]}, {"clean": 0.5}, {"id": 7}])
+def test_an_outcome_that_is_none_damages_its_evaluation(run_dir, change):
+    run_dir.start({}, total_steps=0)
+    run_dir.write_evaluation(evaluation(0))
+    file = run_dir.path / "evaluations" / "step-000000.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | change), *others]) + "\n")
+    with pytest.raises(DamagedRunError, match=r"step-000000\.jsonl cannot be read"):
+        read_run(run_dir.path).evaluation(0)
+
+
+def test_roots_within_each_other_give_each_run_once(run_dir, tmp_path):
+    run_dir.start({"command": "c"}, total_steps=2)
+    runs, skipped = find_runs([tmp_path, run_dir.path.parent, run_dir.path])
+    assert ([run.path for run in runs], skipped) == ([run_dir.path], [])

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
@@ -133,7 +133,7 @@ def read_run(path: Path) -> Run:
     """
     try:
         settings = _parsed(path / "experiment.toml", tomllib.loads)
-        provenance = _parsed(path / "provenance.json", json.loads)
+        provenance = _parsed(path / "provenance.json", _object)
         experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
         profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
         status = read_status(path)
@@ -147,13 +147,17 @@ def read_run(path: Path) -> Run:
 
 
 def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run below `roots`, and a line for each directory that looks like a run but cannot be read."""
+    """Every run below `roots`, each once, and a line for each directory that looks like a run but cannot be read."""
     runs: list[Run] = []
     skipped: list[str] = []
+    seen: set[Path] = set()
     for root in roots:
         for path in sorted({*root.glob("**/seed-*"), *([root] if root.name.startswith("seed-") else [])}):
             if not path.is_dir() or {file.name for file in path.iterdir()} <= {".lock"}:
                 continue  # a file of such a name, or a run that was refused before it began
+            if path.resolve() in seen:  # roots may lie within each other
+                continue
+            seen.add(path.resolve())
             try:
                 runs.append(read_run(path))
             except DamagedRunError as error:
@@ -162,17 +166,27 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`; a last line cut short by a kill is left out."""
+    """Rows of `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        DamagedRunError: if a line is no row of a step and its numbers.
+    """
     file = path / "metrics.jsonl"
-    lines = file.read_text("utf-8").splitlines(keepends=True) if file.exists() else []
+    lines = _parsed(file, lambda text: text.splitlines(keepends=True)) if file.exists() else []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise DamagedRunError(f"{file}: line {number} is not JSON: {error}") from error
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            raise DamagedRunError(f"{file}: line {number} is not the row of a step")
+        for name, value in row.items():
+            if name != "time" and not isinstance(value, int | float | list | None):
+                raise DamagedRunError(f"{file}: line {number}: {name} must be a number, but is {value!r}")
+        rows.append(row)
     return rows
 
 
@@ -185,12 +199,22 @@ def read_evaluation(run: Path, step: int) -> Evaluation:
     path = run / "evaluations" / f"step-{step:06d}.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        outcomes = tuple(Outcome(**{**row, "deployed": tuple(row["deployed"])}) for row in rows)
+        outcomes = tuple(_checked(Outcome(**{**row, "deployed": tuple(row["deployed"])})) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedRunError(f"{path} cannot be read: {error}") from error
     if not outcomes:
         raise DamagedRunError(f"{path} holds no outcome")
     return Evaluation(step, outcomes)
+
+
+def _checked(outcome: Outcome) -> Outcome:
+    """The outcome, if its texts are texts and it was solved or not in every draw."""
+    texts = outcome.id, outcome.prompt, outcome.answer, outcome.response, outcome.clean_response
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a text of the problem {outcome.id!r} is of another type")
+    if not outcome.deployed or any(solved not in (0, 1) for solved in (*outcome.deployed, outcome.clean)):
+        raise ValueError(f"{outcome.id} must be solved (1) or not (0) in each draw, but is {outcome.deployed}")
+    return outcome
 
 
 def read_scan(path: Path) -> dict[str, Any] | None:
@@ -206,9 +230,7 @@ def _measured(file: Path) -> dict[str, Any] | None:
     """The object in a file that not every run has."""
     if not file.exists():
         return None
-    content = _parsed(file, json.loads)
-    if not isinstance(content, dict):
-        raise DamagedRunError(f"{file} holds no object")
+    content: dict[str, Any] = _parsed(file, _object)
     return content
 
 
@@ -218,11 +240,27 @@ def read_status(path: Path) -> Status:
     Raises:
         DamagedRunError: if there is none, or it is malformed.
     """
+    file = path / "status.json"
+    content = _parsed(file, _object)
     try:
-        content = _parsed(path / "status.json", json.loads)
-        return Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
-    except (TypeError, AttributeError) as error:
-        raise DamagedRunError(f"{path / 'status.json'} is not a status: {error}") from error
+        status = Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
+    except TypeError as error:
+        raise DamagedRunError(f"{file} is not a status: {error}") from error
+    texts = status.reason, status.updated, *status.warnings
+    whole = isinstance(status.step, int) and isinstance(status.total_steps, int)
+    if not whole or not isinstance(status.seconds, int | float) or not all(isinstance(text, str) for text in texts):
+        raise DamagedRunError(f"{file} is not a status: a value in it is of another type")
+    if status.state not in get_args(State):
+        known = ", ".join(get_args(State))
+        raise DamagedRunError(f"{file} is not a status: state must be one of {known}, but is {status.state!r}")
+    return status
+
+
+def _object(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
 
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
@@ -249,4 +287,4 @@ def step_of(path: Path) -> int:
 
 def evaluation_files(path: Path) -> Sequence[Path]:
     """Evaluation files of the run in `path`, by step."""
-    return sorted((path / "evaluations").glob("step-*.jsonl"))
+    return sorted(file for file in (path / "evaluations").glob("step-*.jsonl") if file.stem[5:].isdecimal())

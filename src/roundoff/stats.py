@@ -5,8 +5,9 @@ with one draw). The model is two-way random effects,
 
     y[s, p] = mean + seed[s] + problem[p] + residual[s, p],
 
-so an interval answers "what would other seeds on other problems of this kind give", and not "what would these runs
-give again". A benefit is the same model on the differences between two arms, paired by seed and problem.
+so an interval is for the mean over all seeds and all problems of this kind, and not for what these runs would give
+again; a single further run varies more. A benefit is the same model on the differences between two arms, paired by
+seed and problem.
 
 The variance of the mean is `(MS_seed + MS_problem - MS_residual) / (S*P)` in mean squares of the two-way layout, with
 Satterthwaite's degrees of freedom (Satterthwaite 1946, Biometrics Bulletin 2:110) and Student's t. Resampling seeds and

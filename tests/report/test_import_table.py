@@ -89,3 +89,10 @@ def test_bad_tables_are_refused(tmp_path: Path, text: str, message: str) -> None
 def test_an_absent_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_table(tmp_path / "absent.csv")
+
+
+def test_a_percent_sign_makes_percent_of_small_scores_too(tmp_path: Path) -> None:
+    first, second = read_table(written(tmp_path, "id,score,n\na,0.9 %,1000\nb,0.5 %,1000\n"), baseline="a").rows
+    assert first.score is not None and second.difference is not None
+    assert first.score.estimate == pytest.approx(0.009)
+    assert second.difference.estimate == pytest.approx(-0.004)

@@ -96,3 +96,13 @@ def test_other_problems_and_empty_directories_are_refused(tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     assert "scored on different problems (200 and 150" in refused("a", "b", "--runs", tmp_path)
     assert "there is no run in" in refused(tmp_path / "empty", "a", "--runs", tmp_path)
+
+
+def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
+    for seed in range(4):
+        write_run(tmp_path, experiment("a", lora={}), seed, HALF, HALF)
+    for seed in (0, 1):
+        write_run(tmp_path, experiment("b"), seed, HALF, HALF)
+    said = compared("a", "b", "--runs", tmp_path).output
+    assert said.startswith("Not testable. Two seeds in common: ")
+    assert "Left out: 2 complete runs without a partner of the same seed." in said

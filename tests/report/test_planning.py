@@ -111,3 +111,10 @@ def test_what_makes_no_sense_is_refused(arguments: tuple[object, ...], reason: s
     error = planned(*arguments).exception
     assert isinstance(error, ConfigError)
     assert reason in str(error)
+
+
+def test_a_name_without_runs_is_refused_though_another_has_some(tmp_path: Path) -> None:
+    quickstart(tmp_path, problems=20)
+    error = planned("--effect", 2, "noise-aqn", "nose", "--runs", tmp_path).exception
+    assert isinstance(error, ConfigError)
+    assert "there is no run of nose in" in str(error) and "did you mean 'noise'?" in str(error)

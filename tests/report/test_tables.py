@@ -1,5 +1,6 @@
 """The report as data: what is scored, what is not, and what is said of each."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from roundoff.report import words
-from roundoff.report.render import table_csv, terminal_table, write_report
+from roundoff.report.render import page, table_csv, terminal_table, write_report
 from roundoff.report.tables import Report, build_report
 from roundoff.run_dir import find_runs
 from tests.simulated import experiment, profile, quickstart, write_run
@@ -108,11 +109,12 @@ def test_damaged_foreign_and_doubled_runs_are_skipped_with_the_reason(tmp_path: 
     file.write_text(file.read_text("utf-8")[:1010], "utf-8")
     other = write_run(tmp_path / "one", experiment("a"), 2, np.ones(70), np.ones(70))
     (tmp_path / "one" / "foreign" / "seed-9").mkdir(parents=True)
+    (tmp_path / "one" / "foreign" / "seed-9" / "notes.txt").write_text("none of ours")
     report = report_on(tmp_path)
     (row,) = report.rows
     assert [seed.seed for seed in row.seeds] == [0]
     reasons = "\n".join(report.skipped)
-    for text in ("second copy", str(file), f"{other}: was scored on other problems", "foreign"):
+    for text in ("second copy", str(file), f"{other}: was scored on other problems", "foreign/seed-9"):
         assert text in reasons
     assert len(report.skipped) == 4
 
@@ -203,3 +205,93 @@ def test_the_terminal_table_fits_80_columns(simulated: Report) -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "costs accuracy" in text and "58.9 % [" in text
+
+
+def test_two_single_runs_of_different_seeds_are_reported_as_such(tmp_path: Path) -> None:
+    """Seed 1 of the baseline solves problems 0 to 49, seed 0 of the treatment 0 to 59: ten gained."""
+    write_run(tmp_path, experiment("a"), 1, FIRST_HALF, FIRST_HALF)
+    more = (np.arange(100) < 60).astype(float)
+    write_run(tmp_path, experiment("b", baseline="a", lora={}), 0, more, more)
+    report = report_on(tmp_path)
+    flips, comparison = report.rows[1].flips, report.rows[1].comparison
+    assert flips and comparison
+    assert (flips.seed, flips.baseline_seed, flips.gained, flips.lost) == (0, 1, 10.0, 0.0)
+    assert comparison.verdict == "one run: not testable"
+    assert words.paired_text(comparison) == "seed 0 with seed 1, by problem alone"
+    assert "seed 0 with seed 1, by problem alone" in page(report)
+    assert "and, of the baseline, of seed 1" in page(report)
+
+
+def test_a_difference_over_fewer_seeds_than_the_scores_says_so(tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run(tmp_path, experiment("b", baseline="a", lora={}), seed, FIRST_HALF, FIRST_HALF)
+    for seed in range(3):
+        write_run(tmp_path, experiment("a"), seed, FIRST_HALF, FIRST_HALF)
+    (comparison,) = (row.comparison for row in report_on(tmp_path).rows if row.comparison)
+    assert words.paired_text(comparison) == "over seeds 0, 1, 2: 2 runs without a partner"
+
+
+def test_a_single_problem_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    write_run(tmp_path, experiment("a"), 0, np.ones(1), np.ones(1))
+    report = report_on(tmp_path)
+    assert report.rows == ()
+    assert "scored on a single problem" in report.skipped[0]
+
+
+def test_numbers_that_are_not_finite_leave_the_report_whole(tmp_path: Path) -> None:
+    """A ratio that overflowed in one step: the curve passes over it, and results.json stays JSON."""
+    what = experiment("a", aqn={"sigma_start": 0.05, "sigma_end": 0.01})
+    path = write_run(tmp_path / "runs", what, 0, FIRST_HALF, FIRST_HALF)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    rows[5] |= {"ratio_std": float("nan"), "kl": float("inf")}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "preflight.json").write_text('{"kl": Infinity}')
+    report = report_on(tmp_path / "runs")
+    written = write_report(report, tmp_path / "out")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    data = json.loads(written[2].read_text("utf-8"), parse_constant=refuse)
+    assert data["rows"][0]["aqn"]["kl"] is None
+    curve = report.rows[0].diagnostics["ratio_std"]
+    assert 5 not in curve.steps and 6 in curve.steps
+
+
+def test_best_is_not_said_of_an_arm_that_was_not_compared_with_a_better_one(tmp_path: Path) -> None:
+    """c scores most, under seeds that no other has: nothing shows that b is the best."""
+    for name, solved, first, lora in (("a", 100, 0, None), ("b", 200, 0, {}), ("c", 290, 5, {"rank": 4})):
+        for seed in range(3):
+            outcomes = (np.arange(300) < solved + seed).astype(float)
+            write_run(tmp_path, experiment(name, family="f", lora=lora), first + seed, outcomes, outcomes)
+    assert not any(row.is_best for row in report_on(tmp_path).rows)
+
+
+def test_a_baseline_with_runs_of_two_settings_is_not_chosen_by_chance(tmp_path: Path) -> None:
+    old, new = {"name": "GRPO"}, {"name": "GRPO", "group_size": 6}
+    for seed in range(3):
+        for algorithm in (old, new):
+            write_run(tmp_path, experiment("base", algorithm=algorithm), seed, FIRST_HALF, FIRST_HALF)
+        write_run(tmp_path, experiment("t", baseline="base", lora={}, algorithm=new), seed, FIRST_HALF, FIRST_HALF)
+    (row,) = (row for row in report_on(tmp_path).rows if row.id == "t")
+    assert row.comparison is None and row.flips is None
+    assert "its baseline base has runs of 2 settings" in row.no_comparison
+
+
+def test_of_two_baselines_the_one_on_the_same_hardware_is_taken(tmp_path: Path) -> None:
+    for std in (0.1, 0.2):
+        chip = {"matmul_noise": {"relative_std": std}}
+        for seed in range(3):
+            write_run(tmp_path, experiment("base", hardware=chip), seed, FIRST_HALF, FIRST_HALF)
+            write_run(tmp_path, experiment("t", baseline="base", lora={}, hardware=chip), seed, FIRST_HALF, FIRST_HALF)
+    found = [row.comparison for row in report_on(tmp_path).rows if row.id == "t"]
+    assert [c.kind if c else None for c in found] == ["benefit", "benefit"]
+
+
+def test_no_cell_of_the_csv_is_a_formula_and_no_p_is_zero(tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(tmp_path, experiment("a", title='=HYPERLINK("x","y")'), seed, np.zeros(100), np.zeros(100))
+        write_run(tmp_path, experiment("b", baseline="a", lora={}), seed, np.ones(100), np.ones(100))
+    first, second = csv.DictReader(table_csv(report_on(tmp_path)).splitlines())
+    assert first["title"] == '\'=HYPERLINK("x","y")'
+    assert 0 < float(second["p"]) < 1e-6

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from roundoff.commands.options import run_argument, set_option, step_option
-from roundoff.config import ConfigError
+from roundoff.commands.options import check_new_file, run_argument, set_option, step_option
 
 
 @click.command("eval")
@@ -39,8 +38,8 @@ def eval_command(
     """Score a run, one of its checkpoints, an adapter or a model, deployed (on the hardware) and clean."""
     from roundoff import evaluation_command as command
 
-    if out is not None and out.exists():
-        raise ConfigError(f"{out} exists: name another file")
+    if out is not None:
+        check_new_file(out, "--out")
     subject = command.open_subject(
         target, step=step, profile=profile_name, seed=seed, hardware=hardware, task=task, assignments=assignments
     )

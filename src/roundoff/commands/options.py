@@ -67,6 +67,28 @@ def chosen_trackers(names: str, project: str | None, online: bool) -> tuple[str,
     return names, wandb
 
 
+def check_directory(path: Path, option: str) -> None:
+    """Make sure before anything is computed that `path` is a directory, or can become one.
+
+    Raises:
+        ConfigError: if it, or what it lies in, is a file.
+    """
+    nearest_there = next(part for part in (path, *path.absolute().parents) if part.exists())
+    if not nearest_there.is_dir():
+        raise ConfigError(f"{option} {path}: {nearest_there} is a file and not a directory")
+
+
+def check_new_file(path: Path, option: str) -> None:
+    """Make sure before anything is computed that `path` is free and can be written.
+
+    Raises:
+        ConfigError: if it is there already, or lies in what is no directory.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} exists: name another file")
+    check_directory(path.parent, option)
+
+
 def parse_seeds(text: str) -> list[int]:
     """The seeds meant by `3`, `0-2` or `0,4,7`.
 

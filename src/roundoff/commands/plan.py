@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from roundoff.commands.options import parse_seeds, runs_option, seeds_option, set_option
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, nearest
 
 if TYPE_CHECKING:
     from roundoff.config import Experiment, Profile
@@ -109,7 +109,7 @@ def _seeds(
 
 def _sizes(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 1 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 1 for part in parts):
         raise ConfigError(f"--problems must read 256 or 256,1024, each at least 2, but is {text!r}")
     return [int(part) for part in parts]
 
@@ -118,7 +118,7 @@ def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Ru
     """Runs of one profile (the one of most runs, unless it is named), of the experiments named and their baselines.
 
     Raises:
-        ConfigError: if experiments are named and none has a run.
+        ConfigError: if one is named that has no run.
     """
     from roundoff.run_dir import find_runs
 
@@ -126,11 +126,17 @@ def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Ru
     if names:
         from roundoff.experiments import families
 
-        wanted = {one for name in names for one in families().get(name, (name,))}
+        meant = {name: families().get(name, (name,)) for name in names}
+        absent = [name for name, ids in meant.items() if not any(run.experiment.id in ids for run in found)]
+        if absent:
+            known = tuple(dict.fromkeys(run.experiment.id for run in found))
+            raise ConfigError(
+                f"there is no run of {', '.join(absent)} in {root}{nearest(absent[0], known)}: how much it varies is "
+                "not known"
+            )
+        wanted = {one for ids in meant.values() for one in ids}
         wanted |= {run.experiment.baseline for run in found if run.experiment.id in wanted and run.experiment.baseline}
         found = [run for run in found if run.experiment.id in wanted]
-        if not found:
-            raise ConfigError(f"there is no run of {', '.join(names)} in {root}: their variance is not known")
     profiles = Counter(run.profile.name for run in found)
     chosen = profile_name or (profiles.most_common(1)[0][0] if profiles else "")
     return [run for run in found if run.profile.name == chosen]

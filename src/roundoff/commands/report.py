@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from roundoff.commands.options import REPORT, RUNS, runs_option
+from roundoff.commands.options import REPORT, RUNS, check_directory, runs_option
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def report_command(roots: Sequence[Path], out: Path) -> None:
     from roundoff.report.tables import build_report
     from roundoff.run_dir import find_runs
 
+    check_directory(out, "--out")
     chosen = tuple(roots) or (RUNS,)
     runs, skipped = find_runs(chosen)
     if not runs:
@@ -67,6 +68,8 @@ def runs_command(root: Path) -> None:
     from roundoff.run_dir import find_runs
 
     found, skipped = find_runs((root,))
+    if not found and not skipped:
+        click.echo(f"there are no runs in {root}: `roundoff run` makes them", err=True)
     for item in found:
         scored = [row for row in item.metrics if "deployed" in row]
         scores = f"deployed {scored[-1]['deployed']:.1%}  clean {scored[-1]['clean']:.1%}" if scored else ""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from roundoff.checkpoint import write_atomic
+from roundoff.commands.options import check_new_file
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, validate
 
 if TYPE_CHECKING:
@@ -61,9 +63,9 @@ def scan_command(model: str, **options: Any) -> None:
 
     MODEL is `tiny`, a directory or a hub name. Two halves of the task's texts are ranked apart and compared.
     """
-    for option in ("json_file", "picture"):
-        if options[option] is not None and options[option].exists():
-            raise ConfigError(f"{options[option]} exists: name another file")
+    for option, name in (("json_file", "--json"), ("picture", "--picture")):
+        if options[option] is not None:
+            check_new_file(options[option], name)
     if options["faults"]:
         _find_faults(model, options)
         return
@@ -208,5 +210,5 @@ def _write_json(path: Path | None, data: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, "utf-8")
+    write_atomic(path, text)
     click.echo(f"wrote {path}")

@@ -99,7 +99,7 @@ def read_scores(runs: Sequence[Run]) -> Scores:
 
     Raises:
         DamagedRunError: if an evaluation cannot be read.
-        ValueError: if the runs were scored on different problems, or a problem appears twice.
+        ValueError: if the runs were scored on different problems or on a single one, or a problem appears twice.
     """
     deployed, clean, cut = [], [], []
     problems: tuple[str, ...] = ()
@@ -110,6 +110,8 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         ids, this = tuple(o.id for o in outcomes), _digest(evaluation)
         if len(set(ids)) < len(ids):
             raise ValueError(f"{run.path}: a problem was scored twice in one evaluation")
+        if len(ids) < 2:
+            raise ValueError(f"{run.path}: was scored on a single problem, and an interval needs two")
         if digest and this != digest:
             raise ValueError(f"{run.path}: was scored on other problems than {runs[0].path}")
         problems, digest = problems or ids, this

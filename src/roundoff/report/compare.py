@@ -35,6 +35,10 @@ class Comparison:
     """Problems gained and lost, a seed at a time (exact McNemar: about that one pair of runs)."""
     differs: tuple[str, ...] = ()
     """Settings in which the two differ, by path."""
+    baseline_seeds: tuple[int, ...] = ()
+    """Seeds of the baseline: others than `seeds` only where each arm has a single run."""
+    unpaired: int = 0
+    """Complete runs of either arm that have no partner of the same seed, and so are no part of the difference."""
     start: float | None = None
     """Difference of deployed scores before training (fraction): what the hardware does to the untrained model."""
     p_holm: float | None = None
@@ -86,6 +90,8 @@ def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
         clean=stats.paired_benefit(new.clean, old.clean),
         flips=tuple(stats.mcnemar(a, b) for a, b in zip(new.deployed, old.deployed, strict=True)),
         differs=_differing(treatment, baseline),
+        baseline_seeds=old.seeds,
+        unpaired=len(treatment.final) + len(baseline.final) - len(new.seeds) - len(old.seeds),
         start=_start_difference((treatment, new.seeds), (baseline, old.seeds)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,12 @@ class Curve:
 
 
 def seed_curve(arm: Arm, key: str) -> Curve | None:
-    """`key` over steps, or None where no run has it; a step counts where every seed that is scored has a value."""
+    """`key` over steps, or None where no run has it; a step counts where each seed that is scored has a number."""
     runs = arm.final or arm.runs
-    series = [{row["step"]: float(row[key]) for row in run.metrics if row.get(key) is not None} for run in runs]
+    series = [
+        {row["step"]: float(row[key]) for row in run.metrics if row.get(key) is not None and math.isfinite(row[key])}
+        for run in runs
+    ]
     series = [values for values in series if values]
     if not series:
         return None

@@ -39,6 +39,8 @@ class Flips:
 
     seed: int
     """Seed whose responses are shown."""
+    baseline_seed: int
+    """The same of the baseline: another one only where each arm has a single run."""
     gained: float
     """Problems that the treatment alone solved, mean over seeds."""
     lost: float
@@ -47,16 +49,16 @@ class Flips:
 
 
 def find_flips(treatment: Arm, baseline: Arm) -> Flips:
-    """Flips of the lowest common seed, those first that flip in most seeds.
+    """Flips of the lowest common seed (of two single runs, those of each), those first that flip in most seeds.
 
     Raises:
         ConfigError: if the arms cannot be paired.
     """
     new, old = paired_scores(treatment, baseline)
-    seed = new.seeds[0]
+    seed, other = new.seeds[0], old.seeds[0]
     difference = new.deployed - old.deployed
     mean = difference.mean(axis=0)
-    ours, theirs = _outcomes(treatment, seed), _outcomes(baseline, seed)
+    ours, theirs = _outcomes(treatment, seed), _outcomes(baseline, other)
     shown: list[Flip] = []
     for sign in (1, -1):
         order = np.argsort(-sign * mean, kind="stable")
@@ -76,7 +78,7 @@ def find_flips(treatment: Arm, baseline: Arm) -> Flips:
                 )
             )
     gained, lost = (float((sign * difference > 0).sum()) / len(new.seeds) for sign in (1, -1))
-    return Flips(seed, gained, lost, len(new.problems), tuple(shown))
+    return Flips(seed, other, gained, lost, len(new.problems), tuple(shown))
 
 
 def _outcomes(arm: Arm, seed: int) -> dict[str, Outcome]:

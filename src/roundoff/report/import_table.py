@@ -96,15 +96,15 @@ class ImportedTable:
 def read_table(path: Path, *, problems: int | None = None, baseline: str | None = None) -> ImportedTable:
     """The table in a CSV or Markdown file with the columns id, score and, if given, n and baseline.
 
-    Scores are percent if any is above 1, fractions otherwise. `problems` stands in for a missing n; `baseline` is the
-    id that every row without one of its own is compared with.
+    Scores are percent if any is above 1 or has a percent sign, fractions otherwise. `problems` stands in for a missing
+    n; `baseline` is the id that every row without one of its own is compared with.
 
     Raises:
         ConfigError: if the file cannot be read, or a column, a number of problems or a score is missing or wrong.
     """
     cells = _cells(path)
     raw = [_number(row["score"], f"{path}, {row['id']}: score") for row in cells]
-    percent = any(value is not None and value > 1 for value in raw)
+    percent = any(value is not None and value > 1 for value in raw) or any("%" in row["score"] for row in cells)
     scores: dict[str, stats.Interval | None] = {}
     for row, value in zip(cells, raw, strict=True):
         if row["id"] in scores:

@@ -100,7 +100,8 @@ def _answer(pair: Pair) -> str:
     side = "more" if d.estimate > 0 else "less"
     bounds = f"95 %: {words.points(d.low)} to {words.points(d.high)}"
     if d.p is None:
-        count = "One run each" if len(c.seeds) == 1 else "Two seeds each"
+        one, two = ("One seed", "Two seeds") if c.unpaired else ("One run each", "Two seeds each")
+        count = (one if len(c.seeds) == 1 else two) + (" in common" if c.unpaired else "")
         return (
             f"Not testable. {count}: A scores {size} {side} than B with the hardware on ({bounds}, over problems "
             "only). Another seed may well give another answer; a test needs three."
@@ -110,8 +111,8 @@ def _answer(pair: Pair) -> str:
         verb = {"benefit": ("A helps", "A hurts"), "cost": ("A gains", "The hardware of A costs accuracy")}[c.kind]
         return f"{verb[d.estimate < 0]}: it scores {size} {side} than B with the hardware on ({bounds}; {p})."
     return (
-        f"No {c.kind} is shown: A scores {size} {side} than B with the hardware on, and other seeds and problems could "
-        f"put the difference anywhere from {words.points(d.low)} to {words.points(d.high)} points ({p})."
+        f"No {c.kind} is shown: A scores {size} {side} than B with the hardware on, and over all seeds and problems of "
+        f"this kind the difference may be anything from {words.points(d.low)} to {words.points(d.high)} points ({p})."
     )
 
 
@@ -135,6 +136,8 @@ def _basis(pair: Pair) -> str:
     kind = "the same hardware" if c.kind == "benefit" else "B on plain arithmetic"
     how = "seed and problem" if pair.new.seeds == pair.old.seeds else "problem"
     lines.append(f"Paired by {how} over the same {words.number(c.problems, 'problem')}; {kind}.")
+    if c.unpaired:
+        lines.append(f"Left out: {words.number(c.unpaired, 'complete run')} without a partner of the same seed.")
     if not c.differs:
         lines.append("Their settings are equal.")
     elif len(c.differs) <= LISTED:

@@ -217,11 +217,11 @@ def _charts(drawn: Sequence[tuple[Row, Curve]], rows: Sequence[Row], title: str,
     if len(rows) <= COLOURS:
         places = {row.key: i for i, row in enumerate(rows)}
         return [_chart(title, [Named(row.name, curve, places[row.key]) for row, curve in drawn], scale=scale)]
-    curves = {row.id: curve for row, curve in drawn}
+    curves = {(row.id, row.settings.profile): curve for row, curve in drawn}
     ends = [v for _, curve in drawn for v in (*curve.low, *curve.high)]
     charts = []
     for row, curve in drawn:
-        under = curves.get(row.baseline or "")
+        under = curves.get((row.baseline or "", row.settings.profile))
         named = [Named(row.baseline or "", under, GREY)] if under else []
         named.append(Named(row.name, curve, 0))
         charts.append(_chart(f"{row.name}: deployed score (%)", named, scale=scale, limits=(min(ends), max(ends))))

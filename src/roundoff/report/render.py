@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -38,6 +39,9 @@ COLUMNS = (
 """Columns of results.csv; scores and differences are fractions."""
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Beginnings of a text that spreadsheets take for a formula."""
+
 SETTINGS = (
     ("Algorithm", "algorithm"),
     ("Epochs", "epochs"),
@@ -63,7 +67,7 @@ def write_report(report: Report, out: Path) -> list[Path]:
     contents = {
         "summary.md": markdown(report),
         "results.csv": table_csv(report),
-        "results.json": json.dumps(as_json(report), indent=1, ensure_ascii=False) + "\n",
+        "results.json": json.dumps(_finite(as_json(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.html": page(report),
     }
     for name, content in contents.items():
@@ -212,7 +216,8 @@ def _effect_table(report: Report) -> Table:
     table.add_column("p", justify="right", no_wrap=True)
     table.add_column("Verdict", min_width=14)
     for row in (row for row in report.rows if row.seeds):
-        name = Text.assemble(row.id, (f" against {row.baseline}", "dim"))
+        over = words.paired_text(row.comparison) if row.comparison else ""
+        name = Text.assemble(row.id, (f" against {row.baseline}" + (f" ({over})" if over else ""), "dim"))
         if row.comparison:
             effect, shown = row.comparison.deployed, row.comparison.is_shown
             style = ("green" if effect.estimate > 0 else "red") if shown else ""
@@ -248,4 +253,18 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
 
 
 def _plain(value: Any) -> Any:
-    return "" if value is None else round(value, 6) if isinstance(value, float) else value
+    """A cell of results.csv: six decimals, or six digits of what is smaller; no text that a spreadsheet computes."""
+    if isinstance(value, float):
+        return round(value, 6) if abs(value) >= 1e-3 or not value else float(f"{value:.6g}")
+    if isinstance(value, str) and value.startswith(FORMULA):
+        return f"'{value}"
+    return "" if value is None else value
+
+
+def _finite(value: Any) -> Any:
+    """The same data with null for what JSON has no number for: an infinite SQNR, a KL that overflowed."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

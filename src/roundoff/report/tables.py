@@ -125,16 +125,33 @@ def build_report(runs: Iterable[Run], skipped: Sequence[str] = (), experiments: 
 def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
     """The arm that `arm` declares as its baseline: same profile, whatever its directory.
 
+    Of several that carry the id (its settings were changed between the runs) it is the one that can be compared.
+
     Raises:
-        ConfigError: if no run of it was found.
+        ConfigError: if no run of it was found, or several could be meant.
     """
     candidates = [other for other in arms if other.experiment.id == arm.experiment.baseline]
     same = [other for other in candidates if _scale(other) == _scale(arm)]
+    fit = [other for other in same if _is_comparable(arm, other)]
+    if len(fit) > 1:
+        places = ", ".join(str(other.runs[0].path.parent) for other in fit)
+        raise ConfigError(
+            f"its baseline {arm.experiment.baseline} has runs of {len(fit)} settings ({places}): give the report those "
+            "that count, or use `roundoff compare`"
+        )
     if same:
-        return same[0]
+        return (fit or same)[0]
     if candidates:
         raise ConfigError(f"{arm.experiment.baseline} ran under other profile settings than {arm.experiment.id}")
     raise ConfigError(f"its baseline {arm.experiment.baseline} has no run: `roundoff run {arm.experiment.baseline}`")
+
+
+def _is_comparable(arm: Arm, other: Arm) -> bool:
+    try:
+        comparison_kind(arm, other)
+    except ConfigError:
+        return False
+    return True
 
 
 def _scale(arm: Arm) -> str:
@@ -184,12 +201,17 @@ def _best(arms: Sequence[Arm]) -> set[str]:
         for other in arms:
             if other is arm or not arm.scores or not other.scores or other.experiment.family != arm.experiment.family:
                 continue
-            try:
-                if _scale(arm) != _scale(other) or comparison_kind(arm, other) != "benefit":
-                    continue
-                new, old = paired_scores(arm, other)
-            except ConfigError:
+            if (
+                _scale(arm) != _scale(other)
+                or not _is_comparable(arm, other)
+                or comparison_kind(arm, other) != "benefit"
+            ):
                 continue
+            try:
+                new, old = paired_scores(arm, other)
+            except ConfigError:  # no seed in common: nothing shows which of the two is better
+                leads = False
+                break
             result = stats.paired_benefit(new.deployed, old.deployed)
             leads &= result.estimate > 0
             p_values.append(result.p)

@@ -24,11 +24,12 @@ GLOSSARY = {
     "start": "Deployed score before any training.",
     "cost": "Deployed score minus that of the same training on plain arithmetic.",
     "benefit": "Deployed score minus that of the declared baseline on the same hardware: what the remedy does.",
-    "interval": "95 %: where the mean would lie with other seeds on other problems of this kind. With fewer than three "
-    "seeds it carries problem variance only and is marked †.",
-    "p": "Probability of a difference this large if there were none, corrected over all comparisons of this report "
-    "(Holm). Not given below three seeds.",
-    "best": "Said only of an arm whose difference to every other arm of its family on the same hardware excludes zero.",
+    "interval": "95 %: where the mean over all seeds and all problems of this kind is to be looked for. With fewer "
+    "than three seeds it carries problem variance only and is marked †.",
+    "p": "Probability of a difference at least this large if there were none, corrected over all comparisons of this "
+    "report (Holm). Not given below three seeds.",
+    "best": "Said only of an arm whose difference to every other scored arm of its family under the same profile and "
+    "on the same hardware excludes zero.",
     "AQN": "Adaptive Quantization Noise: scheduled noise of standard deviation sigma on RMSNorm weights, in rollouts "
     "only.",
     "SRDD": "Static Relative Deadzone Detection: one scan that measures each layer's quantization error and turns it "
@@ -115,6 +116,17 @@ def factors(values: Sequence[float]) -> str:
             parts.append(f"{layers}: {values[start]:.3g}")
             start = i
     return ", ".join(parts)
+
+
+def paired_text(comparison: Comparison) -> str:
+    """Over which seeds two arms were compared, where it is not over all that they completed; empty otherwise."""
+    seeds = ", ".join(map(str, comparison.seeds))
+    plural = "s" if len(comparison.seeds) > 1 else ""
+    if comparison.baseline_seeds != comparison.seeds:
+        return f"seed {seeds} with seed {', '.join(map(str, comparison.baseline_seeds))}, by problem alone"
+    if comparison.unpaired:
+        return f"over seed{plural} {seeds}: {number(comparison.unpaired, 'run')} without a partner"
+    return ""
 
 
 def best_text(rows: Sequence[Row]) -> str:
