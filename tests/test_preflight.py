@@ -12,7 +12,9 @@ from roundoff.experiments import load_experiment
 from roundoff.hardware import install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.numerics.rng import Key
-from roundoff.preflight import preflight
+from roundoff.preflight import preflight, rounded_away
+from roundoff.remedies import rounding_warnings
+from roundoff.session import prepare
 from tests.families import build, every_family
 from tests.test_train import reproducible, run
 
@@ -82,6 +84,23 @@ def test_multipliers_scale_the_noise_of_their_layer(tiny):
     for name, share in shares.items():
         factor = 1.0 if name == "model.norm" else factors[int(name.split(".")[2])]
         assert share == pytest.approx(factor * plain[name])
+
+
+def test_noise_that_the_dtype_rounds_away_is_said(small):
+    # norm weights of tiny lie around 1, where bfloat16 has steps of 1/256 and 1/128: sigma 0.05 is felt, 0.0005 is not
+    model = load_model("tiny", dtype=torch.bfloat16).model
+    assert rounded_away(model, 0.05, None, KEY, ABSOLUTE) < 0.1
+    assert rounded_away(model, 0.0005, None, KEY, ABSOLUTE) > 0.9
+    assert rounded_away(load_model("tiny").model, 0.0005, None, KEY, ABSOLUTE) < 0.1
+    falling = load_experiment("quickstart-noise-aqn")
+    falling = falling.model_copy(update={"epochs": 4, "aqn": falling.aqn.model_copy(update={"schedule": "linear"})})
+    low = small.model_copy(update={"dtype": "bfloat16"})
+    (line,) = rounding_warnings(prepare(falling, low, 0))  # eight steps from 0.05 to 0.0005; the last is lost
+    assert line.startswith("AQN at sigma 0.0005 and below (1 of 8 noisy steps) leaves more than half of the weights")
+    assert rounding_warnings(prepare(falling, small, 0)) == ()
+    loud = falling.model_copy(update={"aqn": falling.aqn.model_copy(update={"sigma_end": 0.05})})
+    assert rounding_warnings(prepare(loud, low, 0)) == ()
+    assert rounding_warnings(prepare(load_experiment("quickstart-clean"), low, 0)) == ()
 
 
 @every_family

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundoff.aqn import aqn_noise, noise_shares
+from roundoff.aqn import aqn_noise, aqn_targets, noise_shares
 from roundoff.config import AQN
 from roundoff.hardware import hardware_off
 from roundoff.hardware.installed import installed
@@ -34,6 +34,8 @@ KL_LIMIT = 1.0
 """Divergence above which a sigma is warned about (nats per token: the likely next tokens are others)."""
 DROWNED = 0.5
 """Noise over weight (RMS) above which a weight is called drowned (fraction; 6 dB of signal over noise)."""
+ROUNDED_AWAY = 0.5
+"""Share of the perturbed weights that keep their bits above which noise is said to be lost in rounding (fraction)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,21 @@ def preflight(
                     hardware_kl += _divergence(clean, model, batch) / tokens
     shares = noise_shares(model, sigma, multipliers, aqn)
     return Preflight(sigma, fmean(kl), tuple(kl), hardware_kl, tokens, shares)
+
+
+@torch.no_grad()
+def rounded_away(model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN) -> float:
+    """Share of the weights under AQN that rounding to their dtype gives back as they were (fraction).
+
+    A bfloat16 weight of 1 has neighbours at a distance of 2^-8 and 2^-7: noise of 0.001 reaches the middle of that way
+    with probability 0.03.
+    """
+    shares = noise_shares(model, sigma, multipliers, aqn)
+    weights = [target.weight for target in aqn_targets(model, aqn) if shares[target.name]]
+    before = [weight.detach().clone() for weight in weights]
+    with aqn_noise(model, sigma, multipliers, key, aqn):
+        kept = sum(int((weight == old).sum()) for weight, old in zip(weights, before, strict=True))
+    return kept / sum(weight.numel() for weight in weights)
 
 
 def _off(model: nn.Module) -> AbstractContextManager[None]:

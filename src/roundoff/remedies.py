@@ -6,11 +6,14 @@ The layers that AQN spares or stresses are those of the session's SRDD scan, if 
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
-from roundoff.aqn import aqn_noise
-from roundoff.preflight import Preflight, preflight
+import torch
+
+from roundoff.aqn import aqn_noise, aqn_targets
+from roundoff.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
 from roundoff.run_dir import RunDirectory, Status
 from roundoff.session import Session
 from roundoff.srdd import calibration_texts
@@ -47,6 +50,28 @@ def measure_aqn(session: Session) -> Preflight | None:
     )
 
 
+def rounding_warnings(session: Session) -> tuple[str, ...]:
+    """A line where AQN's smaller sigmas do next to nothing, as the model's dtype rounds their noise away."""
+    aqn = session.experiment.aqn
+    noisy = sorted({sigma for sigma in session.sigmas if sigma})
+    if aqn is None or all(target.weight.dtype == torch.float32 for target in aqn_targets(session.model, aqn)):
+        return ()
+
+    def is_lost(sigma: float) -> bool:
+        factors = session.multipliers(session.sigmas.index(sigma) + 1)
+        return rounded_away(session.model, sigma, factors, session.key.fold("aqn", "rounding"), aqn) > ROUNDED_AWAY
+
+    lost = bisect_left(noisy, True, key=lambda sigma: not is_lost(sigma))
+    if not lost:
+        return ()
+    steps = sum(0 < sigma <= noisy[lost - 1] for sigma in session.sigmas)
+    return (
+        f"AQN at sigma {noisy[lost - 1]:g} and below ({steps} of {sum(map(bool, session.sigmas))} noisy steps) leaves "
+        f"more than half of the weights as they are: {session.profile.dtype} rounds the noise away; raise "
+        "aqn.sigma_end, or set profile.dtype = 'float32'",
+    )
+
+
 def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
     """Keep the scan and AQN's pre-flight in the run's directory, and warn of what they show."""
     said: tuple[str, ...] = ()
@@ -55,7 +80,7 @@ def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> S
         said += session.scan.warnings()
     if (measured := measure_aqn(session)) is not None:
         run_dir.write_preflight(measured.to_json())
-        said += measured.warnings()
+        said += (*measured.warnings(), *rounding_warnings(session))
     for line in said:
         warnings.warn(line, stacklevel=5)
     return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *said)))))

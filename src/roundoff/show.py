@@ -59,7 +59,7 @@ def model(experiment: Experiment, profile: Profile) -> str:
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    from roundoff.remedies import measure_aqn
+    from roundoff.remedies import measure_aqn, rounding_warnings
     from roundoff.session import prepare
 
     session = prepare(experiment, profile, seed=0)
@@ -69,6 +69,7 @@ def model(experiment: Experiment, profile: Profile) -> str:
     measured = measure_aqn(session)
     if measured is not None:
         lines += ["# aqn: before training", *measured.lines()]
+        lines += [f"warning: {line}" for line in rounding_warnings(session)]
     return "\n".join(lines) + "\n"
 
 

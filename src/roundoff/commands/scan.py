@@ -112,7 +112,10 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     if options["task"] is not None:
         profile = profile.model_copy(update={"task": type(profile.task)(name=options["task"])})
     if options["texts"] is not None:
-        texts: list[Asked] = [*options["texts"].read_text("utf-8").splitlines()]
+        try:
+            texts: list[Asked] = [*options["texts"].read_text("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--texts {options['texts']} is not UTF-8: {error}") from None
     else:
         texts = [*calibration_texts(make_task(profile))]
     device = resolve_device(options["device"])
