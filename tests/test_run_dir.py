@@ -111,6 +111,19 @@ def test_running_without_a_holder_is_interrupted(tmp_path):
     assert read_run(directory.path).status.state == "interrupted"
 
 
+def test_a_run_of_another_user_is_running_while_it_is_held(run_dir, monkeypatch):
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    run_dir.start({}, 2)
+    monkeypatch.setattr("roundoff.run_record.FileLock", refused)
+    assert read_run(run_dir.path).status.state == "running"
+    run_dir.__exit__()
+    assert read_run(run_dir.path).status.state == "interrupted"
+    (run_dir.path / ".lock").unlink(missing_ok=True)
+    assert read_run(run_dir.path).status.state == "interrupted"
+
+
 def test_rewind_drops_later_steps_and_a_half_written_line(run_dir):
     run_dir.start({}, total_steps=4)
     for step in range(4):

@@ -277,7 +277,21 @@ def _is_held(path: Path) -> bool:
     except Timeout:
         return True
     except OSError:
+        return _is_held_by_another_user(path / ".lock")
+
+
+def _is_held_by_another_user(lock: Path) -> bool:
+    """Whether a lock that may only be read is held: asked for a share of it, which its holder excludes."""
+    try:
+        import fcntl
+
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no such locks here, or no lock at all (a copy without it)
         return False
+    return False
 
 
 def step_of(path: Path) -> int:

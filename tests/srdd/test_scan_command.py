@@ -56,6 +56,16 @@ def test_a_fault_is_an_exit_code(monkeypatch):
     assert "suspect: model.layers.0.self_attn.q_proj" in run("--faults", check=1)
 
 
+def test_empty_lines_are_no_texts(tmp_path):
+    (tmp_path / "texts").write_bytes("\ufeff1+2=3\r\n\r\n\r\n4+5=9\r\n7-1=6\r\n".encode())
+    assert "15 tokens" in run("--texts", str(tmp_path / "texts"), "--no-gradient")
+    with pytest.raises(ConfigError, match="all 3 were"):  # else those after the empty lines would be seen twice
+        run("--texts", str(tmp_path / "texts"), "--frontier")
+    (tmp_path / "latin").write_bytes(b"1+2=3\n\xe9\n")
+    with pytest.raises(ConfigError, match="latin is not UTF-8"):
+        run("--texts", str(tmp_path / "latin"))
+
+
 def test_texts_of_a_file(tmp_path):
     (tmp_path / "texts").write_text("1+2=3\n4+5=9\n7-1=6\n")
     assert "15 tokens" in run("--texts", str(tmp_path / "texts"), "--no-gradient")

@@ -112,10 +112,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     if options["task"] is not None:
         profile = profile.model_copy(update={"task": type(profile.task)(name=options["task"])})
     if options["texts"] is not None:
-        try:
-            texts: list[Asked] = [*options["texts"].read_text("utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--texts {options['texts']} is not UTF-8: {error}") from None
+        texts: list[Asked] = [*_lines(options["texts"])]
     else:
         texts = [*calibration_texts(make_task(profile))]
     device = resolve_device(options["device"])
@@ -135,6 +132,15 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
         raise ConfigError(f"--frontier needs texts that the ranking did not see, but all {len(texts)} were: give more")
     fresh = calibration_batches(loaded.tokenizer, texts[used:], max_tokens=options["tokens"], batches=4)
     return Subject(loaded, batches, fresh)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty: every one is a text, so that those used can be counted."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--texts {path} is not UTF-8: {error}") from None
+    return [line for line in lines if line.strip()]
 
 
 def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -> None:

@@ -197,6 +197,8 @@ def _parse_assignment(text: str) -> Assignment:
     keys = path.strip().split(".")
     if not equals or not all(keys) or keys == ["profile"]:
         raise ConfigError(f"--set must read path.to.setting=value, but is {text!r}")
+    if keys == ["id"]:
+        raise ConfigError("--set id: what is changed is given an id that says how; a file of your own has one of yours")
     try:
         return keys, tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
