@@ -45,7 +45,24 @@ def test_a_number_is_read_alone_marked_and_last(written: str, value: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "written", ["", "x", "1,08", "1.2.3", "1e5", "12,5", "1/2/2020", "5/0", "9" * 5000, "B12", "H2O"]
+    "written",
+    [
+        "",
+        "x",
+        "1,08",
+        "1.2.3",
+        "1e5",
+        "12,5",
+        "1/2/2020",
+        "5/0",
+        "9" * 5000,
+        "B12",
+        "H2O",
+        "1_000",
+        "2^3",
+        "0x1F",
+        "1.e5",
+    ],
 )
 def test_half_of_what_is_no_number_is_not_an_answer(written: str) -> None:
     assert whole_number_text(written) is None

@@ -4,10 +4,10 @@
     that is 3/4 of it  ->  3/4           the last number of the text (flexible)
 
 Numbers are compared as fractions, so that `18`, `18.00` and `36/2` are one answer and `0.33` and `1/3` are two.
-Understood are thousands' commas (`1,080`), signs (also U+2212), currency before or after, decimals, fractions and mixed
-numbers (`1 1/2`). A percent sign is a unit, as dollars are: `25%` is 25, never 0.25. What is written in another way
-(`1,08`, `1.2.3`, `1e5`) is no number at all: half of it is never taken for the answer. LaTeX is left to `math-verify`
-(`tasks.latex`).
+Understood are thousands' commas (`1,080`), signs (also U+2212), currency before or after, decimals, fractions and
+mixed numbers (`1 1/2`). A percent sign is a unit, as dollars are: `25%` is 25, never 0.25. What is written in another
+way (`1,08`, `1.2.3`, `1e5`, `1_000`, `2^3`) is no number at all: half of it is never taken for the answer. LaTeX is
+left to `math-verify` (`tasks.latex`).
 """
 
 import re
@@ -25,9 +25,9 @@ _NUMBER = re.compile(
     # a minus sign after a digit, a letter or a bracket is a subtraction or a hyphen
     rf"(?:(?<![0-9A-Za-z)\]}}%])(?P<sign>[-+−])(?={_CURRENCY}|[.0-9]))?"
     rf"{_CURRENCY}?(?P<late>(?<=[$€£¥₹])[-+−])?"
-    r"(?<![A-Za-z_0-9])(?<![0-9][.,/])"
+    r"(?<![A-Za-z_0-9^])(?<![0-9][.,/])"
     rf"(?:(?P<whole>[0-9]+) (?P<part>[0-9]+)/(?P<of>[0-9]+)|(?P<value>{_VALUE})(?: ?/ ?(?P<over>[0-9]+))?)"
-    r"(?![0-9]|[.,/][0-9]|[eE][-+]?[0-9])"
+    r"(?![0-9]|[.,/][0-9]|\.?[eE][-+]?[0-9]|_[0-9]|[xX][0-9]|\^)"
 )
 _AFTER = re.compile(rf"\s*(?:%|\\%|{_CURRENCY})?\s*\.?\s*")
 
