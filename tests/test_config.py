@@ -51,6 +51,10 @@ def message(**settings) -> str:
             "but is 'sdd:3'",
         ),
         (
+            {"hardware": {"precision": {"keep": [1]}, "matmul_noise": {"relative_std": 0.1}}},
+            "x.toml: hardware.precision keep = (1,) does nothing without a format: set weight or activation",
+        ),
+        (
             {"algorithm": {"name": "GRPO", "oversampling": 2}},
             "x.toml: algorithm oversampling = 2 draws prompts that nothing uses without dynamic sampling: "
             "set dynamic_sampling = true, or oversampling = 1",

@@ -165,7 +165,8 @@ def test_keep_is_resolved_and_installs():
     with pytest.raises(ConfigError, match="keeps more layers than the model has"):
         resolve_keep(Hardware(precision=Precision(weight="mxfp4", keep="srdd:9")), found)
     with pytest.raises(ConfigError, match="does nothing without a format"):
-        resolve_keep(Hardware(precision=Precision(keep="srdd:1"), matmul_noise=NOISE.matmul_noise), found)
+        unchecked = Precision.model_construct(weight=None, activation=None, keep="srdd:1")
+        resolve_keep(NOISE.model_copy(update={"precision": unchecked}), found)
 
 
 def test_the_frontier_falls_to_zero():

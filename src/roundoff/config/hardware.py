@@ -66,6 +66,12 @@ class Precision(Settings):
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
     """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k most sensitive of a scan."""
 
+    @model_validator(mode="after")
+    def _keeps_from_something(self) -> Self:
+        if self.keep and not (self.weight or self.activation):
+            raise ValueError(f"keep = {self.keep!r} does nothing without a format: set weight or activation")
+        return self
+
 
 class Deadzone(Settings):
     """Inputs of a Linear with `abs(x) < threshold * max(abs(x))` become zero."""
