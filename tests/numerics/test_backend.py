@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +99,65 @@ def test_an_unwritable_cache_gives_a_private_directory(tmp_path, monkeypatch):
     directory = backend.cache_directory()
     assert directory.is_dir() and directory.stat().st_mode & 0o077 == 0
     directory.rmdir()
+
+
+def test_a_user_without_a_home_gets_a_private_directory(tmp_path, monkeypatch):
+    def fail():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(backend.Path, "home", fail)
+    monkeypatch.setattr(backend.tempfile, "tempdir", str(tmp_path))
+    assert backend.cache_directory().parent == tmp_path
+
+
+def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.setattr(backend.tempfile, "tempdir", str(blocked / "none"))
+    with pytest.raises(backend.BuildError, match="no directory to compile the kernels in"):
+        backend.cache_directory()
+    with pytest.raises(backend.BuildError, match="cannot be compiled into"):
+        backend.compile_kernels(blocked, COMPILER)
+
+
+@pytest.mark.slow
+def test_a_private_directory_is_not_left_behind(tmp_path):
+    # A temporary directory for each process that runs under a read-only home would fill the disk.
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    program = (
+        "import torch; from roundoff.numerics.backend import build; from roundoff.numerics.quantize import quantize;"
+        "build(); assert quantize(torch.full((4, 32), 3.0), 'mxfp4').eq(3.0).all()"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "temporary")}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory by what /proc says of it")
+def test_a_thread_that_cannot_be_started_is_done_without():
+    # No memory for the stack of a further thread: the process must not end for that.
+    program = """
+import resource, torch
+from pathlib import Path
+from roundoff.numerics.backend import use_backend
+from roundoff.numerics.quantize import quantize
+x = torch.randn(2048, 1024)
+out = torch.empty_like(x)
+torch.set_num_threads(1)
+with use_backend("compiled"):
+    expected = quantize(x, "mxfp4")
+    torch.set_num_threads(4)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), -1))
+    quantize(x, "mxfp4", out=out)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert torch.equal(out, expected)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.slow

@@ -39,6 +39,8 @@ BUILD_TIMEOUT = 300  # seconds
 # A tensor below this number of elements is never shared between threads (kernels/roundoff.cpp: PER_THREAD).
 THREADED_ELEMENTS = 1 << 18
 
+_PRIVATE = "roundoff-"  # first part of the name of a private directory
+
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
 
 
@@ -80,6 +82,14 @@ def kernels_for(x: Tensor) -> Kernels | None:
     return _kernels()
 
 
+def can_write(out: Tensor, x: Tensor) -> bool:
+    """Whether a kernel may write to `out` as it reads the contiguous `x`: `out` is `x`, or shares nothing with it."""
+    if not out.is_contiguous():
+        return False
+    shift = abs(out.data_ptr() - x.data_ptr())
+    return shift == 0 or shift >= x.numel() * x.element_size()
+
+
 def thread_count(elements: int) -> int:
     """Threads for a work of this size: torch's setting, but one for small work. Results never depend on it."""
     return torch.get_num_threads() if elements >= 2 * THREADED_ELEMENTS else 1
@@ -100,9 +110,15 @@ def build() -> Kernels:
     """Compile (or find in the cache) and load the kernels.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler, or it fails, or there is nowhere to write.
     """
-    return load(compile_kernels(cache_directory(), find_compiler(COMPILERS)))
+    compiler = find_compiler(COMPILERS)
+    directory = cache_directory()
+    try:
+        return load(compile_kernels(directory, compiler))
+    finally:
+        if directory.name.startswith(_PRIVATE):  # nobody will find it again
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def find_compiler(names: tuple[str, ...]) -> str:
@@ -115,16 +131,22 @@ def find_compiler(names: tuple[str, ...]) -> str:
 
 
 def cache_directory() -> Path:
-    """The user's cache directory (XDG Base Directory specification), or a private temporary one if read-only."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = base / "roundoff"
+    """The user's cache directory (XDG Base Directory specification), or a private temporary one if read-only.
+
+    Raises:
+        BuildError: neither can be written to.
+    """
     try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "roundoff"
         directory.mkdir(parents=True, exist_ok=True)
         if os.access(directory, os.W_OK | os.X_OK):
             return directory
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home directory
         pass
-    return Path(tempfile.mkdtemp(prefix="roundoff-"))
+    try:
+        return Path(tempfile.mkdtemp(prefix=_PRIVATE))
+    except OSError as error:
+        raise BuildError(f"there is no directory to compile the kernels in ({error})") from None
 
 
 def _sources() -> list[Path]:
@@ -163,8 +185,11 @@ def compile_kernels(directory: Path, compiler: str) -> Path:
     if library.exists():
         return library
     source = next(path for path in sources if path.name == "roundoff.cpp")
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
-    os.close(handle)
+    try:
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
+        os.close(handle)
+    except OSError as error:
+        raise BuildError(f"the kernels cannot be compiled into {directory} ({error})") from None
     try:
         for flags in ((*FLAGS, *NATIVE), FLAGS):
             result = _run([compiler, *flags, "-o", temporary, str(source)])

@@ -1,6 +1,7 @@
 // roundoff's compiled kernels: quantize-dequantize and keyed noise. No dependency; loaded through ctypes.
 // Build with -O3 -march=native -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
 #include <algorithm>
+#include <system_error>
 #include <thread>
 #include <vector>
 #include "decode.h"
@@ -21,7 +22,13 @@ template <class Function> void parallel(int64_t n, int64_t grain, int64_t elemen
     parts = std::min(parts, std::max<int64_t>(units, 1));
     auto cut = [&](int64_t p) { return std::min(n, units * p / parts * grain); };
     std::vector<std::thread> others;
-    for (int64_t p = 1; p < parts; ++p) others.emplace_back([&, p] { f(cut(p), cut(p + 1)); });
+    others.reserve(parts);
+    int64_t p = 1;
+    try {
+        for (; p < parts; ++p) others.emplace_back([&, p] { f(cut(p), cut(p + 1)); });
+    } catch (const std::system_error&) {  // no further thread can be had: this one does the rest
+        f(cut(p), n);
+    }
     f(0, cut(1));
     for (auto& t : others) t.join();
 }
