@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundoff.numerics.backend import use_backend
-from roundoff.numerics.formats import get_format
+from roundoff.numerics.formats import E2M1, Format, get_format
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
@@ -48,7 +48,7 @@ def test_axis(shape, axis):
         quantize(torch.ones(shape), "mxfp4", axis=axis)
 
 
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, torch.tensor(math.nan), torch.tensor([[-1.0]] * 4)])
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e39, -1.0, torch.tensor(math.nan), torch.tensor([[-1.0]] * 4)])
 def test_tensor_scale_values(scale):
     out = torch.zeros(4, 32)
     with pytest.raises(ValueError, match="tensor_scale must be finite and not negative"):
@@ -75,3 +75,26 @@ def test_out(out):
 def test_a_cast_has_no_stochastic_rounding():
     with pytest.raises(ValueError, match="not for the cast 'bf16'"):
         quantize(torch.ones(32), "bf16", stochastic=Key(0))
+
+
+def test_a_cast_has_no_tensor_scale():
+    with pytest.raises(ValueError, match="'bf16' has no tensor scale"):
+        quantize(torch.ones(32), "bf16", tensor_scale=2.0)
+    assert torch.equal(quantize(torch.ones(32), "bf16", tensor_scale="row"), torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fmt": None}, "a format is a name such as 'mxfp4' or a Format, but got NoneType"),
+        ({"fmt": "mxfp4", "stochastic": True}, "stochastic must be a Key .* but is True"),
+    ],
+)
+def test_arguments_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        quantize(torch.ones(4, 32), **options)
+
+
+def test_a_format_with_blocks_needs_a_scale():
+    with pytest.raises(ValueError, match="blocks of 16 without a scale"):
+        Format("odd", E2M1, 16, "none")

@@ -97,6 +97,14 @@ class TestEveryFormat:
         quantize(x, name, out=wide[:, ::2])
         assert same(wide[:, ::2].contiguous(), quantize(x, name)) and bool((wide[:, 1::2] == 9.0).all())
 
+    def test_out_that_overlaps_the_input(self, name, dtype):
+        # The result is that of the input as it was, as with torch's copy_, whichever of the two comes first.
+        for begin, end in ((0, 5), (5, 0)):
+            buffer = draw(1500, dtype=dtype)
+            x, out = buffer[begin : begin + 1400], buffer[end : end + 1400]
+            expected = quantize(x.clone(), name)
+            assert quantize(x, name, out=out) is out and same(out, expected)
+
     def test_rows_are_padded_one_by_one(self, name, dtype):
         scale = 0.01 if FORMATS[name].tensor_divisor else None
         for columns in (1, 15, 17, 33, 70, 257):

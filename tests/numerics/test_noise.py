@@ -106,6 +106,13 @@ class TestReplay:
         assert torch.equal(matmul_noise(y.t().contiguous().t(), 0.05, KEY), expected)
         assert matmul_noise(y, 0.05, KEY, out=y) is y and torch.equal(y, expected)
 
+    def test_out_that_overlaps_the_product(self, dtype):
+        for begin, end in ((0, 5), (5, 0)):
+            buffer = self.y(dtype, 1, 1500)
+            y, out = buffer[:, begin : begin + 1400], buffer[:, end : end + 1400]
+            expected = matmul_noise(y.clone(), 0.05, KEY)
+            assert matmul_noise(y, 0.05, KEY, out=out) is out and torch.equal(out, expected)
+
     def test_more_dimensions_are_rows(self, dtype):
         y = self.y(dtype, 2, 3, 4, 16)
         flat = matmul_noise(y.reshape(24, 16), 0.05, KEY)
@@ -121,12 +128,14 @@ class TestReplay:
 @pytest.mark.parametrize("options", [{}, {"rows": torch.arange(3)}])
 def test_bad_noise_is_refused_before_anything_is_written(options):
     y = torch.ones(3, 8)
-    for s in (-0.1, math.nan, math.inf):
+    for s in (-0.1, math.nan, math.inf, 1e39):
         with pytest.raises(ValueError, match="relative_std must be finite and not negative"):
             matmul_noise(y, s, KEY, out=y, **options)
     for bad in (torch.ones(3, 8, dtype=torch.float64), torch.ones(3, 8, dtype=torch.int64)):
         with pytest.raises(TypeError, match="float32 or bfloat16"):
             matmul_noise(bad, 0.1, KEY, **options)
+    with pytest.raises(TypeError, match=r"draws by a Key .* but got 7"):
+        matmul_noise(y, 0.1, 7, out=y, **options)
     with pytest.raises(ValueError, match=r"rows must be int64 of shape \(3,\)"):
         matmul_noise(y, 0.1, KEY, rows=torch.arange(4), out=y)
     with pytest.raises(ValueError, match="column_start must be int64"):
@@ -134,6 +143,17 @@ def test_bad_noise_is_refused_before_anything_is_written(options):
     with pytest.raises(ValueError, match="out must be like y"):
         matmul_noise(y, 0.1, KEY, out=torch.ones(3, 9))
     assert torch.equal(y, torch.ones(3, 8))
+
+
+@pytest.mark.usefixtures("backend")
+def test_draws_are_float32_whatever_torchs_default_is():
+    expected = uniform(KEY, (3, 8)), normal(KEY, (3, 8))
+    torch.set_default_dtype(torch.float64)  # as a loader of models sets it; in bfloat16 a kernel would write too far
+    try:
+        drawn = uniform(KEY, (3, 8)), normal(KEY, (3, 8))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(d.dtype is torch.float32 and torch.equal(d, e) for d, e in zip(drawn, expected, strict=True))
 
 
 def check_moments(total, chunk):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from roundoff.numerics.backend import use_backend
-from roundoff.numerics.formats import FORMATS
+from roundoff.numerics.formats import E2M1, E4M3, FORMATS, Element, Format
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
@@ -100,6 +100,35 @@ def test_paths_agree_on_stochastic_rounding_and_odd_shapes(name):
         for key in (None, KEY):
             expected, q = both(lambda x=x, key=key: quantize(x, name, stochastic=key))
             assert same(expected, q), (shape, key)
+
+
+OWN = [
+    Format("mxfp4 in blocks of 16", E2M1, 16, "e8m0", "floor", 6.0),
+    Format("mxint8", Element("int8", 0, 0, 6, -127.0, 127.0), 32, "e8m0", "floor", 127.0),
+    Format("fp4 in blocks of 32 under e4m3", E2M1, 32, "e4m3", divisor=6.0),
+    Format("int4 in groups of 64", Element("int4", 0, 0, 0, -7.0, 7.0), 64, "float32", divisor=7.0),
+    Format("fp4 in groups of 32", E2M1, 32, "float32", divisor=6.0),
+    Format("fp4 rows", E2M1, None, "float32", divisor=6.0),
+    Format("e4m3 without a scale", E4M3, None, "none"),
+]
+
+
+@pytest.mark.parametrize("fmt", OWN, ids=lambda fmt: fmt.name)
+def test_paths_agree_on_formats_of_ones_own(fmt):
+    # Those whose layout no kernel knows are computed in plain torch on both.
+    for shape in ((9, 192), (3, 70)):
+        x = random_blocks(*shape, seed=12)
+        for key in (None, KEY):
+            expected, q = both(lambda x=x, key=key: quantize(x, fmt, stochastic=key))
+            assert same(expected, q), (shape, key)
+
+
+def test_a_block_of_ones_own_size_has_a_scale_of_its_own():
+    x = torch.ones(1, 32)
+    x[0, 16:] = 1024.0  # under one scale for all 32, 1 / 256 rounds to zero
+    assert torch.equal(quantize(x, OWN[0]), x)
+    assert torch.equal(quantize(torch.tensor([[100.4, -0.3]]), OWN[1]), torch.tensor([[100.0, 0.0]]))
+    assert torch.equal(quantize(torch.tensor([[1.1, 500.0]]), OWN[6]), torch.tensor([[1.125, 448.0]]))
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3"])

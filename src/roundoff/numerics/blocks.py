@@ -112,8 +112,7 @@ def _chunk(x: Tensor, fmt: Format, scales: Tensor | None, words: Tensor | None) 
     assert fmt.element is not None
     rows, columns = x.shape
     if fmt.scale == "none":
-        assert scales is not None
-        q = _elements(x, scales, fmt.element, words)
+        q = _elements(x, torch.ones_like(x[:1, :1]) if scales is None else scales, fmt.element, words)
         return q.masked_fill_(~x.isfinite(), math.nan)
     size = fmt.block or columns
     padding = -columns % size

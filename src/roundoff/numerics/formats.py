@@ -89,6 +89,9 @@ class Format:
     `block` is the number of elements along the axis that share a scale; None means a whole row (or, where `scale` is
     "none" and `tensor_divisor` is set, the whole tensor). `divisor` turns a block's amax into its scale,
     `tensor_divisor` the tensor's amax into the tensor's float32 scale; None: there is no such scale.
+
+    Raises:
+        ValueError: there are blocks, but no scale for them.
     """
 
     name: str
@@ -99,13 +102,30 @@ class Format:
     divisor: float = 1.0
     tensor_divisor: float | None = None
     packed: bytes = field(init=False, repr=False, compare=False)  # `Spec` of kernels/blocks.h
+    has_kernel: bool = field(init=False, repr=False, compare=False)
+    """Whether the compiled kernels know this layout; a format of one's own may take plain torch everywhere."""
 
     def __post_init__(self) -> None:
+        if self.scale == "none" and self.block is not None:
+            raise ValueError(
+                f"format {self.name!r} has blocks of {self.block} without a scale: set scale, or block=None"
+            )
         e = self.element or Element("", 0, 0, 0, 0.0, 0.0)
         rule = _RULES.index(self.rule or "floor")
         integers = (_SCALES.index(self.scale), rule, self.block or 0, e.mantissa_bits, e.emin, e.emax)
         packed = struct.pack("=6i4f", *integers, e.low, e.high, self.divisor, self.tensor_divisor or 0.0)
         object.__setattr__(self, "packed", packed)
+        object.__setattr__(self, "has_kernel", self.element is not None and self._is_laid_out_as_kernels_are())
+
+    def _is_laid_out_as_kernels_are(self) -> bool:
+        integer = self.element is not None and self.element.is_integer
+        layouts = {
+            "none": self.block is None,
+            "e8m0": self.block == MX_BLOCK and not integer,
+            "e4m3": self.block == NVFP4_BLOCK and not integer,
+            "float32": self.block is None or (self.block == INT4_GROUP and integer),
+        }
+        return layouts[self.scale]
 
 
 E2M1 = Element("e2m1", 1, 0, 2, -6.0, 6.0)

@@ -6,15 +6,15 @@ depend on the batch it is computed in, on its padding, or on how many threads wo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .backend import Kernels, kernels_for, thread_count
+from .backend import Kernels, can_write, kernels_for, thread_count
 from .rng import Key, normal, normal_rows
 
+_LARGEST = torch.finfo(torch.float32).max
 _CHUNK = 1 << 15  # draws made at a time by the pure-torch path
 
 
@@ -41,14 +41,14 @@ def matmul_noise(
     Raises:
         TypeError, ValueError: before anything is written.
     """
-    _check(y, relative_std, out)
+    _check(y, relative_std, key, out)
     ids = None if rows is None else _index("rows", rows, y)
     first = None if column_start is None else _index("column_start", column_start, y)
     if relative_std == 0 or y.numel() == 0:
         with torch.no_grad():
             return y.clone() if out is None else out.copy_(y)
     kernels = kernels_for(y)
-    if kernels is not None and y.is_contiguous() and (out is None or out.is_contiguous()):
+    if kernels is not None and y.is_contiguous() and (out is None or can_write(out, y)):
         return _compiled(kernels, y, relative_std, key, ids, first, out)
     with torch.no_grad():
         flat = y.reshape(-1, y.shape[-1])
@@ -111,15 +111,19 @@ def gaussian(
     return normal(key, shape, dtype=dtype, rows=rows, device=device)
 
 
-def _check(y: Tensor, relative_std: float, out: Tensor | None) -> None:
+def _check(y: Tensor, relative_std: float, key: object, out: Tensor | None) -> None:
     """Refuse what cannot be computed."""
     if not isinstance(y, Tensor) or (y.dtype is not torch.float32 and y.dtype is not torch.bfloat16):
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"matmul_noise takes a float32 or bfloat16 tensor, but got {kind}")
     if y.dim() == 0:
         raise ValueError("matmul_noise takes a product [..., N], but got a scalar tensor")
-    if not (math.isfinite(relative_std) and relative_std >= 0):
-        raise ValueError(f"relative_std must be finite and not negative (5 % is 0.05), but is {relative_std}")
+    if not 0 <= relative_std <= _LARGEST:
+        raise ValueError(
+            f"relative_std must be finite and not negative (5 % is 0.05) in float32, but is {relative_std}"
+        )
+    if not isinstance(key, Key):
+        raise TypeError(f"matmul_noise draws by a Key (Key.from_seed(0)), but got {key!r}")
     if out is not None and out is not y and (out.shape != y.shape or out.dtype != y.dtype or out.device != y.device):
         raise ValueError(f"out must be like y ({y.dtype}, {tuple(y.shape)}), but is {out.dtype}, {tuple(out.shape)}")
 

@@ -7,16 +7,15 @@ carries no gradient: how a gradient passes (straight-through) is the business of
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .backend import Kernels, kernels_for, thread_count
+from .backend import Kernels, can_write, kernels_for, thread_count
 from .blocks import quantize_rows, tensor_scales
 from .formats import FORMATS, Format, get_format
 from .rng import Key
 
+_LARGEST = torch.finfo(torch.float32).max
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Where tensor scales come from: the enum `Source` of kernels/roundoff.cpp.
 _NONE, _FROM_TENSOR, _FROM_ROW, _GIVEN, _GIVEN_ROWS = range(5)
@@ -49,13 +48,13 @@ def quantize(
     """
     if isinstance(fmt, str):
         fmt = FORMATS.get(fmt) or get_format(fmt)
-    _check(x, axis, out)
+    _check(x, fmt, axis, out, stochastic)
+    source, given = _source(x, fmt, axis, tensor_scale)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
-    source, given = _source(x, fmt, axis, tensor_scale)
     last = axis == -1 or axis == x.dim() - 1
-    kernels = kernels_for(x)
-    if kernels is not None and last and x.is_contiguous() and (out is None or out.is_contiguous()):
+    kernels = kernels_for(x) if fmt.has_kernel else None
+    if kernels is not None and last and x.is_contiguous() and (out is None or can_write(out, x)):
         return _compiled(kernels, x, fmt, source, given, out, stochastic)
     with torch.no_grad():
         return _general(kernels, x, fmt, axis, source, given, out, stochastic)
@@ -129,15 +128,19 @@ def _cast(x: Tensor, fmt: Format, out: Tensor | None, stochastic: Key | None) ->
         raise ValueError(f"stochastic rounding is defined for block formats, not for the cast {fmt.name!r}")
     with torch.no_grad():
         result = x.to(_CASTS[fmt.name])
-        if out is not None:
-            return out.copy_(result)
-        return result.to(x.dtype) if result is not x else x.clone()
+        if result is x and out is not x and (out is None or not (x.is_contiguous() and can_write(out, x))):
+            result = x.clone()
+        return result.to(x.dtype) if out is None else out.copy_(result)
 
 
-def _check(x: Tensor, axis: int, out: Tensor | None) -> None:
+def _check(x: Tensor, fmt: object, axis: int, out: Tensor | None, stochastic: object) -> None:
     """Refuse what cannot be quantized, before anything is written."""
     if not isinstance(x, Tensor):
         raise TypeError(f"quantize takes a torch.Tensor, but got {type(x).__name__}")
+    if not isinstance(fmt, Format):
+        raise TypeError(f"a format is a name such as 'mxfp4' or a Format, but got {type(fmt).__name__}")
+    if stochastic is not None and not isinstance(stochastic, Key):
+        raise TypeError(f"stochastic must be a Key (Key.from_seed(0)) or None, but is {stochastic!r}")
     dtype = x.dtype
     if dtype is not torch.float32 and dtype is not torch.bfloat16:
         raise TypeError(f"quantize takes float32 or bfloat16, but the tensor is {dtype}; convert it first")
@@ -170,8 +173,8 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
         raise ValueError(f'tensor_scale must be None, "row", a number or a tensor, but is {tensor_scale!r}')
     if isinstance(tensor_scale, Tensor):
         return _given_scales(x, axis, tensor_scale)
-    if not (math.isfinite(tensor_scale) and tensor_scale >= 0):
-        raise ValueError(f"tensor_scale must be finite and not negative, but is {tensor_scale}")
+    if not 0 <= tensor_scale <= _LARGEST:
+        raise ValueError(f"tensor_scale must be finite and not negative in float32, but is {tensor_scale}")
     return _GIVEN, float(tensor_scale)
 
 
@@ -179,7 +182,7 @@ def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Ten
     """A given scale tensor as a number or as float32 [R]."""
     scale = scale.detach().to(device=x.device, dtype=torch.float32)
     if not bool((scale.isfinite() & (scale >= 0)).all()):
-        raise ValueError("tensor_scale must be finite and not negative, but holds other values")
+        raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
     if scale.numel() == 1:
         return _GIVEN, float(scale)
     shape = list(x.shape)

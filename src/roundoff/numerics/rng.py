@@ -186,7 +186,7 @@ def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
     kernels = kernels_for(ids)
     if kernels is None:
         return None
-    out = torch.empty(ids.shape[0], columns)
+    out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)  # whatever torch's defaults are
     if out.numel():
         ids = ids.contiguous()
         threads = thread_count(out.numel())
