@@ -9,6 +9,7 @@ from torch import nn
 
 from roundoff.config import Deadzone, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_off, install, noise_key
+from roundoff.numerics.backend import use_backend
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -219,6 +220,36 @@ def test_new_values_by_data_or_load_state_dict_are_seen():
         assert torch.equal(model(x), old * 4.0)
 
 
+def test_other_weights_at_the_same_address_are_seen():
+    # Weights given for one call are freed after it, and the next ones may come to lie in their place, at version 0.
+    model = One(normal(48, 64))
+    install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
+    name, x = "layers.0.up_proj.weight", normal(4, 64)
+    for seed in range(5):
+        weights = {name: normal(48, 64, seed=seed)}
+        with torch.no_grad():
+            y = torch.func.functional_call(model, weights, (x,))
+        assert torch.equal(y, F.linear(x, quantize(weights[name], "mxfp4"))), seed
+        del weights
+
+
+@pytest.mark.parametrize("path", ["compiled", "torch"])
+@pytest.mark.parametrize(("weight", "activation"), [("mxfp4", None), ("mxfp4", "mxfp4"), ("bf16", None)])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(weight, activation, path):
+    model, x = One(normal(48, 64)), normal(4, 64)
+    install(model, Hardware(precision=Precision(weight=weight, activation=activation)), seed=0)
+    with use_backend(path):
+        with torch.inference_mode():
+            first = model(x).clone()
+        for _ in range(2):
+            y = model(x)
+            y.sum().backward()
+            assert torch.equal(y.detach(), first)
+            with torch.no_grad():
+                model.linear.weight.mul_(2.0)
+            first = first * 2.0
+
+
 def test_a_weight_changed_between_forward_and_backward_is_an_error_as_on_a_plain_linear():
     model = One(normal(48, 64))
     install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
@@ -287,10 +318,11 @@ def test_bfloat16_weights_stay_bfloat16():
     assert {t.dtype for t in (y, dx, dw)} == {torch.bfloat16}
 
 
-def test_a_frozen_base_keeps_the_cached_copy_and_no_more():
+@pytest.mark.parametrize("activation", [None, "mxfp4"])
+def test_a_frozen_base_keeps_the_cached_copy_and_no_more(activation):
     model = One(normal(48, 64))
     model.requires_grad_(False)
-    install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
+    install(model, Hardware(precision=Precision(weight="mxfp4", activation=activation)), seed=0)
     x = normal(4, 64).requires_grad_(True)
     y = model(x)
     saved = []
@@ -299,7 +331,8 @@ def test_a_frozen_base_keeps_the_cached_copy_and_no_more():
     y.sum().backward()
     assert x.grad is not None
     state = model.linear.hardware_state
-    assert set(saved) <= {state.quantized_weight(model.linear.weight).data_ptr()}
+    weight = model.linear.weight  # itself saved for the check of its version
+    assert set(saved) <= {state.quantized_weight(weight).data_ptr(), weight.data_ptr()}
 
 
 def test_nan_spoils_its_block_and_nothing_else():

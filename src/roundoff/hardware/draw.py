@@ -9,7 +9,8 @@ token rows (`dW`) fold a fingerprint of the batch's row ids into their key inste
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,14 @@ class Runtime:
     """The last quantized activation (weak reference to x, its version, format, Q(x)): q, k and v see the same x."""
     calls: dict[str, int] = field(default_factory=dict)
     """Products drawn without `noise_key` so far, by module name."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy (deepcopy, pickle) takes over: no activation, and no draw of a block that it will never leave."""
+        return {slot.name: getattr(self, slot.name) for slot in fields(self)} | {"shared": None, "draw": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def current(self, name: str) -> Draw:
         """The draw of `noise_key`, or outside of it the next one of this module's call counter.

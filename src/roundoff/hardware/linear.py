@@ -10,15 +10,15 @@
   maximum is that of the token for the same reason. Deadzone first, then the format.
 - `dX` and `dW` pass straight through formats, deadzone and faults (their derivative counts as 1).
 - `Q(W)` is kept in a buffer of its own beside the parameters and computed again only when the weight has changed
-  (version counter, address, dtype or device). The steps of fused optimizers, which torch does not count, are counted by
-  a hook (see `install`). Changes made through `weight.data`, as PEFT's `merge_adapter` makes them, nobody counts: call
-  `InstalledHardware.refresh()` after those.
+  (version counter, storage, address, dtype or device). The steps of fused optimizers, which torch does not count, are
+  counted by a hook (see `install`). Changes made through `weight.data`, as PEFT's `merge_adapter` makes them, nobody
+  counts: call `InstalledHardware.refresh()` after those.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -63,6 +63,8 @@ class LinearState:
     """How often `Q(W)` was computed."""
     _cached: Tensor | None = None
     _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
+    _cached_in: weakref.ref[torch.UntypedStorage] | None = None
+    """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
     _keys: ProductKeys | None = field(default=None)
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear on Q(W)."""
@@ -75,8 +77,8 @@ class LinearState:
         if self.weight_format is None:
             return weight.detach()
         tag = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        cached = self._cached
-        if cached is None or tag != self._cached_of:
+        cached, lay = self._cached, self._cached_in
+        if cached is None or lay is None or tag != self._cached_of or lay() is not weight.untyped_storage():
             if cached is not None and (cached.shape, cached.dtype, cached.device) != (
                 weight.shape,
                 weight.dtype,
@@ -84,14 +86,24 @@ class LinearState:
             ):
                 cached = None
             self._cached_of = None  # an error below must not leave a half-written copy in use
-            cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
-            self._cached_of = tag
+            with torch.inference_mode(False):  # autograd takes no copy that was made in inference mode
+                cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
+            self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
         return cached
 
     def refresh(self) -> None:
         """Forget `Q(W)`."""
         self._cached_of = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy (deepcopy, pickle) takes over: it quantizes its own weight."""
+        state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
+        return state | {"_cached": None, "_cached_of": None, "_cached_in": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What enters the product: x after deadzone and format, without gradient."""
@@ -103,7 +115,7 @@ class LinearState:
 
     def shared_input(self, x: Tensor) -> Tensor:
         """`quantized_input(x)`, computed once for the Linears that see the same x one after the other (q, k, v)."""
-        if self.activation_format is None or self.deadzone or x.is_inference():
+        if self.activation_format is None or self.deadzone or x.is_inference() or torch.is_inference_mode_enabled():
             return self.quantized_input(x)
         shared = self.runtime.shared
         if shared is not None:
@@ -183,8 +195,8 @@ class _Product(torch.autograd.Function):
         draw: Draw | None,
     ) -> Tensor:
         # The weight is saved for torch's version check alone: a weight changed before backward is an error, as it is
-        # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change.
-        ctx.save_for_backward(qx, qw, weight)
+        # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change. Q(x) is of use to dW alone.
+        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight)
         ctx.state, ctx.draw = state, draw
         return state.product(qx, qw, bias, draw)
 
