@@ -219,3 +219,14 @@ def test_adapters_change_no_draw():
             found = {t.name: t.weight.detach().clone() for t in aqn_targets(wrapped, aqn)}
         assert found.keys() == expected.keys()
         assert changed(expected, found) == set()
+
+
+def test_a_weight_that_two_modules_share_gets_the_noise_of_one():
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(256, 256) for _ in range(2))})
+    model["layers"][1].weight = model["layers"][0].weight
+    assert [t.name for t in aqn_targets(model, LINEAR)] == ["layers.0"]
+    before = model["layers"][0].weight.detach().clone()
+    with aqn_noise(model, 0.05, None, KEY, LINEAR):
+        eps = (model["layers"][1].weight.detach() - before) / 0.05
+    assert abs(eps.var() - 1) < 4.5 * (2 / eps.numel()) ** 0.5  # standard errors of the variance
+    assert torch.equal(model["layers"][0].weight.detach(), before)

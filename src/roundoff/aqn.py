@@ -57,16 +57,19 @@ class AqnTarget:
 def aqn_targets(model: nn.Module, aqn: AQN, *, router_norms: bool = False) -> list[AqnTarget]:
     """The weights that AQN perturbs, in the model's order; `router_norms` takes in norms in front of a router.
 
+    A weight that two modules share counts once, as the first one's.
+
     Raises:
         ConfigError: if there is none.
     """
     modules = {plain_name(name): module for name, module in model.named_modules()}
     left_out = set() if router_norms else set(_norms_before_routers(modules))
-    targets = [
+    found = [
         AqnTarget(name, layer_index(name), module)
         for name, module in modules.items()
         if _is_target(name, module, aqn) and name not in left_out
     ]
+    targets = list({id(target.weight): target for target in reversed(found)}.values())[::-1]
     if not targets:
         classes = sorted({type(m).__name__ for m in modules.values() if any(True for _ in m.parameters(recurse=False))})
         raise ConfigError(
