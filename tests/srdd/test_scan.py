@@ -204,9 +204,41 @@ def test_bad_input_names_the_alternatives():
         scan(nn.ModuleDict({"head": nn.Linear(4, 4)}), texts(), "mxfp4")
     with pytest.raises(ConfigError, match="k must be in 1 to 2"):
         scan(model, texts(), "mxfp4").most_sensitive(3)
+    with pytest.raises(ConfigError, match="label_draws must be at least 1"):
+        scan(model, texts(), "mxfp4", label_draws=0)
+    for batch in ({}, {"input_ids": torch.ones(5).long()}, {"input_ids": [[1, 2]]}):
+        with pytest.raises(ConfigError, match=r"calibration batch 0 must hold tensors input_ids \[N, S\]"):
+            scan(model, [batch], "mxfp4")
+    with pytest.raises(ConfigError, match=r"input_ids \[2, 5\], attention_mask \[2, 4\]"):
+        scan(model, [{"input_ids": torch.ones(2, 5).long(), "attention_mask": torch.ones(2, 4)}], "mxfp4")
     install(model, WEIGHTS, seed=0)
     with pytest.raises(ConfigError, match="hardware is installed on this model"):
         scan(model, texts(), "mxfp4")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "options", "reason"),
+    [
+        (WEIGHTS, {"rank_by": "exact"}, "exact=True"),
+        (WEIGHTS, {"rank_by": "gradient", "gradient": False}, "gradient is off"),
+        (WEIGHTS, {"rank_by": "sqnr"}, "no format of activations"),
+        (ACTIVATIONS, {"rank_by": "weight_error"}, "no format of weights"),
+    ],
+)
+def test_ranking_by_what_is_not_measured_is_refused_before_the_scan(hardware, options, reason):
+    model = plain_model(2)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the scan has begun"))
+    with pytest.raises(ConfigError, match=f"cannot rank by '{options['rank_by']}': .*{reason}"):
+        scan(model, texts(), hardware, **options)
+
+
+def test_a_score_that_is_not_finite_ranks_nothing():
+    model = plain_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match=r"shadow score is NaN or infinite in layers \[2, 3\]"):
+        scan(model, texts(), "mxfp4", gradient=False)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_calibration_takes_whole_texts_up_to_the_limit():

@@ -97,13 +97,21 @@ def read_batches(batches: Sequence[Mapping[str, Tensor]], device: torch.device) 
     """Calibration batches of what a tokenizer returns; a single batch of several texts is cut into two.
 
     Raises:
-        ConfigError: if there is no token in them.
+        ConfigError: if there is no token in them, or a batch is not what a tokenizer returns.
     """
     found: list[Calibration] = []
     first = 0
-    for batch in batches:
-        tokens = batch["input_ids"].to(device)
+    for number, batch in enumerate(batches):
+        tokens: Any = batch.get("input_ids")
         given = batch.get("attention_mask")
+        fits = isinstance(tokens, Tensor) and tokens.dim() == 2 and (given is None or given.shape == tokens.shape)
+        if not fits:
+            has = (f"{name} {list(getattr(value, 'shape', ['?']))}" for name, value in batch.items())
+            raise ConfigError(
+                f"calibration batch {number} must hold tensors input_ids [N, S] and, if any, attention_mask [N, S], "
+                f"but has {', '.join(has) or 'nothing'}"
+            )
+        tokens = tokens.to(device)
         mask = torch.ones_like(tokens, dtype=torch.bool) if given is None else given.to(device).bool()
         used = mask.any(dim=1)
         tokens, mask = tokens[used], mask[used]

@@ -126,8 +126,20 @@ class LayerScan:
         return self._damage(self.layers, metric)
 
     def ranking(self, metric: str | None = None, direction: str = "sensitive") -> tuple[int, ...]:
-        """All decoder layers, the most damaged first (`robust`: last)."""
-        return tuple(ranking(self.damage(metric), direction))
+        """All decoder layers, the most damaged first (`robust`: last).
+
+        Raises:
+            ConfigError: if the scan does not have this metric, or it is not finite in some layer.
+        """
+        damage = self.damage(metric)
+        bad = [layer for layer, value in damage.items() if not math.isfinite(value)]
+        if bad:
+            title = METRICS[self.rank_by if metric is None else metric].title
+            raise ConfigError(
+                f"{title} is NaN or infinite in layers {bad}, so nothing can be ranked by it: weights with NaN or Inf, "
+                "or overflow on the calibration text"
+            )
+        return tuple(ranking(damage, direction))
 
     def most_sensitive(self, k: int, metric: str | None = None) -> tuple[int, ...]:
         """The k most damaged layers, in the model's order.

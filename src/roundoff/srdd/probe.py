@@ -72,9 +72,10 @@ def scan(
     if labels not in ("drawn", "text"):
         raise ConfigError(f"labels must be 'drawn' or 'text', but is {labels!r}")
     hardware = scanned_hardware(fmt)
+    if label_draws < 1:
+        raise ConfigError(f"label_draws must be at least 1, but is {label_draws} (gradient=False leaves the score out)")
     chosen = rank_by or ("gradient" if gradient else "shadow")
-    if chosen not in METRICS:
-        raise ConfigError(f"rank_by must be one of {', '.join(METRICS)}, but is {chosen!r}{nearest(chosen, METRICS)}")
+    _check_ranked(chosen, hardware, gradient=gradient, exact=exact)
     layers = decoder_layers(model)
     texts = read_batches(batches, next(model.parameters()).device)
     key = Key.from_seed(seed).fold("srdd")
@@ -107,8 +108,22 @@ def scan(
         _linear_metrics(whole, weights),
         chosen,
     )
-    result.values()  # an unmeasured metric to rank by is an error here, not at first use
+    result.ranking()  # a metric that is not finite is an error here, not at first use
     return result
+
+
+def _check_ranked(metric: str, hardware: Hardware, *, gradient: bool, exact: bool) -> None:
+    """Refuse to rank by what the scan will not measure."""
+    if metric not in METRICS:
+        raise ConfigError(f"rank_by must be one of {', '.join(METRICS)}, but is {metric!r}{nearest(metric, METRICS)}")
+    reason = {
+        "gradient": None if gradient else "gradient is off",
+        "shadow": None,
+        "exact": None if exact else "it is measured with exact=True (--exact) only",
+        "weight_error": None if hardware.precision.weight else "no format of weights is set",
+    }.get(metric, None if hardware.precision.activation else "no format of activations is set")
+    if reason is not None:
+        raise ConfigError(f"this scan cannot rank by {metric!r}: {reason}")
 
 
 def scanned_hardware(fmt: str | Hardware) -> Hardware:
