@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 
 from roundoff.config import ConfigError
 from roundoff.models.shape import model_shape
@@ -61,3 +61,10 @@ def test_a_config_file_stands_in_for_a_model_that_is_not_here(tmp_path):
 def test_an_unknown_model_is_an_error_that_says_what_to_give():
     with pytest.raises(ConfigError, match=r"did you mean 'Qwen/Qwen2.5-1.5B-Instruct'\?.*give --config"):
         model_shape("Qwen/Qwen2.5-1.5B-Instruc")
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    # Counted as a dense model it would come out ten times too small, and so would a plan.
+    Qwen3MoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a mixture of experts \(.*: num_(local_)?experts = 8\)"):
+        model_shape(str(tmp_path))

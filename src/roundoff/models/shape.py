@@ -19,6 +19,8 @@ from roundoff.config import ConfigError, nearest
 HERE = Path(__file__).parent
 BIASED = ("qwen2",)
 """Model types whose query, key and value have a bias, though their config.json does not say so."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Settings of which a mixture of experts has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +78,16 @@ def model_shape(name: str, config: Path | None = None) -> ModelShape:
         config: a `config.json` to read instead.
 
     Raises:
-        ConfigError: if nothing here says what the model looks like.
+        ConfigError: if nothing here says what the model looks like, or it is a mixture of experts.
     """
     directory = HERE / "tiny" if name == "tiny" else Path(name).expanduser()
     path = directory / "config.json" if config is None else config
     if path.is_file():
         try:
-            return _shape(name, json.loads(path.read_text("utf-8")), str(path))
+            content = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise ConfigError(f"{path} cannot be read: {error}") from None
+        return _shape(name, content, str(path))
     known = tomllib.loads((HERE / "shapes.toml").read_text("utf-8"))
     if config is not None or name not in known:
         wanted = path if config is not None else name
@@ -97,6 +100,12 @@ def model_shape(name: str, config: Path | None = None) -> ModelShape:
 
 def _shape(name: str, content: Mapping[str, Any], source: str) -> ModelShape:
     content = content.get("text_config", content)
+    for key in EXPERTS:
+        if content.get(key):
+            raise ConfigError(
+                f"{name} is a mixture of experts ({source}: {key} = {content[key]}), whose size is not counted here: "
+                "planning knows dense models of the kind of Llama and Qwen2"
+            )
     try:
         heads, hidden = int(content["num_attention_heads"]), int(content["hidden_size"])
         return ModelShape(
@@ -113,3 +122,5 @@ def _shape(name: str, content: Mapping[str, Any], source: str) -> ModelShape:
         )
     except KeyError as error:
         raise ConfigError(f"{source} does not say {error.args[0]}, so the size of {name} is not known") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source} holds a size that is no number: {error}") from None
