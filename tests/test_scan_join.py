@@ -129,7 +129,7 @@ def test_the_most_sensitive_layers_are_kept_in_high_precision(tmp_path, small):
     ("tables", "expected"),
     [
         ({"hardware": {"precision": {"weight": "mxfp4", "keep": "srdd:7"}}}, "keeps more layers than the model has"),
-        ({"hardware": {"precision": {"keep": "srdd:1"}}}, "leaves every forward pass as it is"),
+        ({"hardware": {"precision": {"keep": "srdd:1"}}}, "does nothing without a format"),
         ({"aqn": {"sigma_start": 0.1, "sigma_end": 0.1, "layers": "targeted"}}, "leaves every forward pass as it is"),
     ],
 )
