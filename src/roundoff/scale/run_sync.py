@@ -94,8 +94,8 @@ def snapshot(path: Path) -> Update:
 def put(update: Update, path: Path) -> None:
     """Bring the copy in `path` up to date; one that is cut short at any point can be gone on from."""
     for name, content in update.files.items():
-        if name != "status.json":
-            _write(path / name, content)
+        if name != "status.json":  # flushed before a checkpoint: the metrics up to it are never younger on disk
+            _write(path / name, content, flush=bool(update.units))
     for name, files in update.units.items():
 
         def fill(directory: Path, files: dict[str, bytes] = files) -> None:
@@ -105,7 +105,7 @@ def put(update: Update, path: Path) -> None:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         write_directory(path / name, fill)
     if "status.json" in update.files:
-        _write(path / "status.json", update.files["status.json"])
+        _write(path / "status.json", update.files["status.json"], flush=bool(update.units))
     for name in _units(path):
         if name not in update.present:
             shutil.rmtree(path / name)
@@ -114,13 +114,14 @@ def put(update: Update, path: Path) -> None:
             (path / name).unlink()
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, *, flush: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:  # flushed: metrics must not be younger on disk than the checkpoint after them
+    with partial.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            os.fsync(file.fileno())
     partial.replace(path)
 
 

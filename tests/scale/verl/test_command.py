@@ -38,6 +38,7 @@ def test_the_settings_reach_every_process(tmp_path):
     assert json.loads(forwarded.strip("'")) == json.loads(variables[VARIABLE])
     assert variables["VERL_USE_EXTERNAL_MODULES"] == "roundoff.scale.verl_plugin.entry"
     assert arguments["trainer.v1.trainer_mode"] == "roundoff"
+    assert arguments["ray_kwargs.ray_init.address"] == "local"  # whatever cluster runs here: its devices are not these
 
 
 def test_the_profile_and_the_algorithm_are_in_it(tmp_path):

@@ -285,6 +285,7 @@ def _cpu(resources: Resources) -> Iterator[str]:
         yield f"actor_rollout_ref.{part}.use_torch_compile=False"
         yield f"actor_rollout_ref.{part}.fsdp_config.use_torch_compile=False"
     yield "trainer.device=cpu"
+    yield "+ray_kwargs.ray_init.address=local"  # a cluster that happens to run here has no such devices
     yield f"+ray_kwargs.ray_init.num_gpus={resources.devices}"
     yield f"ray_kwargs.ray_init.num_cpus={resources.devices + 8}"  # logical too: each process of verl asks for one
     yield "+ray_kwargs.ray_init.include_dashboard=False"
