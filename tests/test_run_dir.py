@@ -8,6 +8,7 @@ import pytest
 
 from roundoff.config import ConfigError
 from roundoff.experiments import load_experiment, load_profile
+from roundoff.provenance import provenance
 from roundoff.run_dir import (
     DamagedRunError,
     Evaluation,
@@ -236,3 +237,9 @@ def test_roots_within_each_other_give_each_run_once(run_dir, tmp_path):
     run_dir.start({"command": "c"}, total_steps=2)
     runs, skipped = find_runs([tmp_path, run_dir.path.parent, run_dir.path])
     assert ([run.path for run in runs], skipped) == ([run_dir.path], [])
+
+
+def test_the_command_can_be_given_again_however_it_was_started():
+    """`python -m roundoff`, as under torchrun, is known to Python as a file __main__.py."""
+    for program in ("/env/bin/roundoff", "/env/lib/python/site-packages/roundoff/__main__.py"):
+        assert provenance([program, "run", "quickstart clean"])["command"] == "roundoff run 'quickstart clean'"

@@ -17,9 +17,10 @@ PACKAGES = ("roundoff", "torch", "transformers", "peft", "numpy", "tokenizers", 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
     """Versions, machine, commit of roundoff's source tree (None outside one), and the command (default: this one)."""
     arguments = command or sys.argv
+    name = Path(arguments[0]).name
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(arguments[0]).name, *arguments[1:]]),
+        "command": shlex.join(["roundoff" if name == "__main__.py" else name, *arguments[1:]]),
         "python": platform.python_version(),
         "versions": {name: package_version(name) for name in PACKAGES},
         "machine": machine(),
