@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import RunDirectory, RunLockedError, read_run
 from roundoff.scale.led_run import LedRunDirectory
 from roundoff.scale.local_grid import RunRequest, execute
+from roundoff.scale.ranks import _check_agreement
 from tests.thread_ranks import on_ranks
 
 
@@ -201,3 +203,19 @@ def test_a_failure_of_one_rank_is_not_taken_by_the_others_for_what_they_wait_for
         on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
     status = read_run(request.path).status
     assert (status.state, status.reason.split(":")[1].strip()) == ("failed", "BrokenBarrierError")
+
+
+@pytest.mark.parametrize(("ratio", "accepted"), [("replayed", True), ("one", False)])
+def test_a_step_must_have_a_prompt_for_each_rank(tmp_path, small, ratio, accepted):
+    training = small.training.model_copy(update={"prompts_per_step": 4, "minibatches": 2})
+    content = {**dapo().model_dump(), "algorithm": {"name": "DAPO", "group_size": 4, "ratio": ratio}}
+    profile = small.model_copy(update={"training": training})
+    request = RunRequest(validate(Experiment, content, source="test"), profile, 0, tmp_path, {}, tracker="none")
+
+    said = r"must be at least 3, the number of ranks, but is 2 \(algorithm\.ratio"
+
+    def work(ranks):
+        with nullcontext() if accepted else pytest.raises(ConfigError, match=said):
+            _check_agreement([request], ranks)
+
+    on_ranks(3, work)

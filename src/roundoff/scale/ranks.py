@@ -86,8 +86,9 @@ def _check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
     ranks.agree("the device", requests[0].profile.device)
     ranks.agree("versions", ", ".join(f"{name} {package_version(name)}" for name in PACKAGES))
     smallest = min(training_in_force(r.experiment.algorithm, r.profile.training).prompts_per_step for r in requests)
+    given = min(request.profile.training.prompts_per_step for request in requests)
     if smallest < ranks.count:
         raise ConfigError(
             f"profile.training.prompts_per_step must be at least {ranks.count}, the number of ranks, but is {smallest}"
-            + (" (a minibatch with algorithm.ratio = 'one')" if requests[0].profile.training.minibatches > 1 else "")
+            + (" (algorithm.ratio = 'one' makes a step of each minibatch)" if smallest < given else "")
         )
