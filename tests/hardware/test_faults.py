@@ -160,3 +160,10 @@ def test_a_low_bit_of_a_bfloat16_model_is_an_error():
     fault = Fault(kind="bitflip", layer=0, amount=1.0, bit=3)
     with pytest.raises(ConfigError, match="no bit 3"):
         install(Layers().to(torch.bfloat16), Hardware(faults=(fault,)), seed=0)
+
+
+def test_a_low_bit_that_autocast_rounds_away_is_an_error():
+    model = Layers()
+    install(model, Hardware(faults=(Fault(kind="bitflip", layer=0, amount=1.0, bit=5),)), seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="bit 5 on bfloat16"):
+        model(torch.ones(2, 8))

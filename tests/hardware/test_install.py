@@ -160,6 +160,15 @@ def test_a_half_precision_model_is_an_error():
         install(build().half(), W4A4, seed=0)
 
 
+def test_weights_made_in_inference_mode_are_an_error_under_a_format():
+    with torch.inference_mode():
+        model = build()
+        with pytest.raises(ConfigError, match=r"made in torch\.inference_mode"):
+            install(model, W4A4, seed=0)
+        install(model, NOISY, seed=0)
+        assert bool(logits(model).isfinite().all())
+
+
 def test_off_nests_and_survives_exceptions():
     model, plain = build(), logits(build())
     found = install(model, EVERYTHING, seed=0)

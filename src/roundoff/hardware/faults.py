@@ -74,7 +74,13 @@ class InstalledFault:
 
 
 def flip_bit(y: Tensor, bit: int) -> Tensor:
-    """`y` with one bit of its float32 representation inverted (0: lowest of the mantissa, 31: sign); same dtype."""
+    """`y` with one bit of its float32 representation inverted (0: lowest of the mantissa, 31: sign); same dtype.
+
+    Raises:
+        ValueError: if the dtype has no such bit, so that rounding to it would undo the fault.
+    """
+    if bit < 16 and y.dtype is torch.bfloat16:
+        raise ValueError(f"bitflip of bit {bit} on bfloat16 (autocast?), which has no bit below 16")
     mask = (1 << bit) - (1 << 32 if bit == 31 else 0)
     return (y.to(torch.float32).contiguous().view(torch.int32) ^ mask).view(torch.float32).to(y.dtype)
 

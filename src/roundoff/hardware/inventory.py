@@ -122,6 +122,11 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
             )
         if matrices[0].dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"{name} is of {matrices[0].dtype}: hardware takes float32 or bfloat16 models")
+        if hardware.precision.weight and matrices[0].is_inference():
+            raise ConfigError(
+                f"{name} was made in torch.inference_mode, so nobody would see when its Q(W) is out of date: load the "
+                "model outside of it (evaluating inside is fine)"
+            )
         return None
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear with a forward of its own"
