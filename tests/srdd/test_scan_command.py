@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from io import StringIO
 from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from roundoff.commands.scan import scan_command
 from roundoff.config import ConfigError
 from roundoff.report.scan_picture import scan_picture
-from roundoff.report.scan_tables import fault_lines
+from roundoff.report.scan_tables import fault_lines, linear_table, scan_table
 
 
 def run(*arguments, check=0):
@@ -125,3 +127,32 @@ def test_fault_lines_name_the_suspect_first():
     lines = fault_lines({"alarms": [alarm], "checked": ["a", "b"], "unchecked": ["c"], "suspect": "layers.1.up"})
     assert lines[1] == "suspect: layers.1.up (the first in forward order)"
     assert lines[-1] == "not checked: c"
+
+
+def test_no_heading_is_cut_on_a_narrow_terminal() -> None:
+    """Ten columns of a scan in 80 characters: words may be broken, but none ends in an ellipsis."""
+    titles = [
+        "gradient score",
+        "energy error",
+        "shadow score",
+        "deadzone",
+        "saturation",
+        "weight error",
+        "SQNR (classic)",
+    ]
+    metrics = {title: {"title": title, "unit": "nats^2/token"} for title in [*titles, "relative error (classic)"]}
+    rows = [{"layer": layer, **dict.fromkeys(metrics, 0.0123)} for layer in (0, 1)]
+    agreement = dict.fromkeys(metrics, 0.5)
+    scan = {"metrics": metrics, "rank_by": "deadzone", "ranking": [1, 0], "layers": rows, "agreement": agreement}
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(scan_table(scan, "title"))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_linears_are_listed_by_what_the_hardware_touches() -> None:
+    untouched = dict.fromkeys(("energy_error", "deadzone_ratio", "saturation_ratio", "weight_error"))
+    assert linear_table({"linears": [{"name": "a", **untouched}]}, 8) is None
+    table = linear_table({"linears": [{"name": "a", **untouched, "weight_error": 0.1}]}, 8)
+    assert table is not None and [column.header for column in table.columns] == ["Linear", "weight error"]

@@ -166,7 +166,8 @@ def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -
     data = {"model": model, "title": title, **found.to_json()}
     console = Console()
     console.print(scan_table(data, f"{model}: {title}, {found.tokens} tokens"))
-    console.print(linear_table(data, LINEARS_SHOWN))
+    if (linears := linear_table(data, LINEARS_SHOWN)) is not None:
+        console.print(linears)
     click.echo(f"ranking by {data['metrics'][found.rank_by]['title']}: {', '.join(map(str, found.ranking()))}")
     agreement = found.agreement()
     if agreement is not None:

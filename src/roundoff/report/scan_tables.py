@@ -11,12 +11,14 @@ from rich.table import Table
 def scan_table(scan: Mapping[str, Any], title: str) -> Table:
     """A row a decoder layer, a column a metric; the ranking one is starred, classic ones say so."""
     metrics: Mapping[str, Mapping[str, Any]] = scan["metrics"]
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("layer", justify="right")
-    table.add_column("rank", justify="right")
+    table = Table(
+        title=title, title_justify="left", header_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False
+    )  # no lines: ten columns have to fit a terminal
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("rank", justify="right", no_wrap=True)
     for name, metric in metrics.items():
         star = " *" if name == scan["rank_by"] else ""
-        table.add_column(f"{metric['title']}{star}\n{metric['unit']}", justify="right")
+        table.add_column(f"{metric['title']}{star}\n{metric['unit']}", justify="right", overflow="fold")
     rank = {layer: place for place, layer in enumerate(scan["ranking"], 1)}
     for row in scan["layers"]:
         cells = [_number(row[name]) for name in metrics]
@@ -30,15 +32,19 @@ def scan_table(scan: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def linear_table(scan: Mapping[str, Any], count: int) -> Table:
-    """The Linears with the largest error of input or weight."""
+def linear_table(scan: Mapping[str, Any], count: int) -> Table | None:
+    """The Linears with the largest error of input or weight; None on hardware that touches neither."""
+    titles = {"energy_error": "energy error", "deadzone_ratio": "deadzone"}
+    titles |= {"saturation_ratio": "saturation", "weight_error": "weight error"}
+    names = [name for name in titles if any(row[name] is not None for row in scan["linears"])]
+    if not names:
+        return None
     rows = sorted(scan["linears"], key=lambda row: -(row["energy_error"] or row["weight_error"] or 0.0))
     table = Table(title=f"Linears with the largest error (of {len(rows)})", title_justify="left", header_style="bold")
     table.add_column("Linear")
-    for heading in ("energy error", "deadzone", "saturation", "weight error"):
-        table.add_column(heading, justify="right")
+    for name in names:
+        table.add_column(titles[name], justify="right")
     for row in rows[:count]:
-        names = ("energy_error", "deadzone_ratio", "saturation_ratio", "weight_error")
         table.add_row(row["name"], *(_number(row[name]) for name in names))
     return table
 
