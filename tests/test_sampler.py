@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers
 
-from roundoff.config import Hardware, MatmulNoise
+from roundoff.config import ConfigError, Hardware, MatmulNoise
 from roundoff.hardware import install
 from roundoff.logprobs import token_logprobs
 from roundoff.rollouts import concatenate
-from roundoff.sampler import _Settings, choose
+from roundoff.sampler import _Settings, check_sampling, choose
 from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, plain_logprobs, same
 
 
@@ -312,10 +312,23 @@ def test_a_tokenizer_without_special_tokens_is_refused(tokenizer, name, message)
         draw(model, broken)
 
 
+def test_what_cannot_be_sampled_is_known_before(tokenizer):
+    model = make()
+    check_sampling(model, tokenizer, [1, 52], 12)  # 64 positions
+    with pytest.raises(ConfigError, match=r"a prompt of 53 tokens and .*max_new_tokens = 12 do not fit into the 64"):
+        check_sampling(model, tokenizer, [1, 53], 12)
+    with pytest.raises(ConfigError, match="encodes to no token at all"):
+        check_sampling(model, tokenizer, [1, 0], 12)
+    broken = copy.deepcopy(tokenizer)
+    broken.eos_token, model.generation_config.eos_token_id = None, None
+    with pytest.raises(ConfigError, match="an end token"):
+        check_sampling(model, broken, [1], 12)
+
+
 def test_models_with_other_attention_are_refused(tokenizer):
     model = make()
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="qwen2 has linear_attention"):
+    with pytest.raises(ConfigError, match="qwen2 has linear_attention"):
         draw(model, tokenizer)
     bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=16, hidden_size=8, n_layer=1, n_head=1))
     bloom.generation_config.eos_token_id = 1

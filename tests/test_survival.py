@@ -283,3 +283,14 @@ def test_a_run_killed_after_its_last_checkpoint_has_its_score(tmp_path, small, m
         assert final == run_dir.evaluation(2)
         assert read_run(run_dir.path).is_final
         assert (run_dir.path / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_last_score_that_is_lost_is_made_again(tmp_path, small, damage):
+    experiment = load_experiment("quickstart-noise")
+    whole = run(tmp_path, experiment, small)
+    file = whole.path / "evaluations" / "step-000002.jsonl"
+    before = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(before[:-20])
+    assert run(tmp_path, experiment, small).is_final
+    assert file.read_bytes() == before

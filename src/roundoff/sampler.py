@@ -236,6 +236,8 @@ def check_sampling(
     AttentionPattern.of(model)
     _special_tokens(model, tokenizer)
     limit, longest = _position_limit(model), max(prompt_tokens, default=0)
+    if not all(prompt_tokens):
+        raise ConfigError("a prompt of the task encodes to no token at all: the model would have nothing to go on from")
     if limit is not None and longest + max_new_tokens > limit:
         raise ConfigError(
             f"a prompt of {longest} tokens and profile.training.max_new_tokens = {max_new_tokens} do not fit into the "

@@ -35,7 +35,7 @@ from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
-from roundoff.run_dir import Evaluation, RunDirectory
+from roundoff.run_dir import DamagedRunError, Evaluation, RunDirectory
 from roundoff.sampler import sample
 from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
@@ -134,8 +134,11 @@ def _train(
                 )
                 ended = "interrupted"
                 return None
-        if start == total:  # stopped between its last checkpoint and its end
-            evaluation = run_dir.evaluation(total)
+        if start == total:  # stopped between its last checkpoint and its end, or its last score was lost
+            try:
+                evaluation = run_dir.evaluation(total)
+            except DamagedRunError:
+                evaluation = _score(session, run_dir, total)
         if session.policy.adapters is not None:
             run_dir.save_adapter(session.policy.adapters.save)
         ended = "complete"
@@ -359,6 +362,24 @@ def _micro_batches(count: int, size: int) -> list[Tensor]:
     return list(torch.split(torch.arange(count), size or count)) if count else []
 
 
+def _score(session: Session, run_dir: RunDirectory, step: int) -> Evaluation:
+    """Evaluate the model as it is after `step`, and keep every outcome."""
+    training = session.profile.training
+    evaluation = evaluate(
+        session.model,
+        session.tokenizer,
+        session.task,
+        key=session.key,
+        max_new_tokens=training.max_new_tokens,
+        noise_draws=training.noise_draws,
+        noisy=session.experiment.hardware.is_noisy,
+        step=step,
+        ranks=session.ranks,
+    )
+    run_dir.write_evaluation(evaluation)
+    return evaluation
+
+
 def _record(
     session: Session, run_dir: RunDirectory, tracker: Tracker, step: int, metrics: Metrics, clock: Clock
 ) -> Evaluation | None:
@@ -367,18 +388,7 @@ def _record(
     evaluation = None
     if step in (0, total) or step % session.profile.training.evaluate_every == 0:
         began = time.perf_counter()
-        evaluation = evaluate(
-            session.model,
-            session.tokenizer,
-            session.task,
-            key=session.key,
-            max_new_tokens=session.profile.training.max_new_tokens,
-            noise_draws=session.profile.training.noise_draws,
-            noisy=session.experiment.hardware.is_noisy,
-            step=step,
-            ranks=session.ranks,
-        )
-        run_dir.write_evaluation(evaluation)
+        evaluation = _score(session, run_dir, step)
         metrics |= {"deployed": evaluation.deployed, "clean": evaluation.clean}
         metrics["seconds_evaluate"] = time.perf_counter() - began
     metrics |= {"seconds": clock.lap(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
