@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from roundoff.commands.options import check_new_file, run_argument, set_option, step_option
+from roundoff.config import ConfigError
 
 
 @click.command("eval")
@@ -19,7 +20,7 @@ from roundoff.commands.options import check_new_file, run_argument, set_option, 
 @set_option
 @click.option("--draws", type=click.IntRange(min=1), help="Noise draws of the deployed score. [default: the profile's]")
 @click.option("--samples", type=click.IntRange(min=1), help="Sample so many responses to each problem, for pass@k.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the samples. [default: 1]")
 @click.option("--seed", type=int, help="Seed of noise and samples. [default: the run's own; 0 for a model]")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for scores and per-problem outcomes.")
 def eval_command(
@@ -31,7 +32,7 @@ def eval_command(
     assignments: Sequence[str],
     draws: int | None,
     samples: int | None,
-    temperature: float,
+    temperature: float | None,
     seed: int | None,
     out: Path | None,
 ) -> None:
@@ -40,10 +41,12 @@ def eval_command(
 
     if out is not None:
         check_new_file(out, "--out")
+    if temperature is not None and samples is None:
+        raise ConfigError("--temperature is that of --samples, and does nothing to greedy decoding: give --samples too")
     subject = command.open_subject(
         target, step=step, profile=profile_name, seed=seed, hardware=hardware, task=task, assignments=assignments
     )
-    result = command.score_subject(subject, draws=draws, samples=samples or 0, temperature=temperature)
+    result = command.score_subject(subject, draws=draws, samples=samples or 0, temperature=temperature or 1.0)
     click.echo(command.describe(result))
     if out is not None:
         command.save(result, out)

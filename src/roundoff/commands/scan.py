@@ -66,11 +66,27 @@ def scan_command(model: str, **options: Any) -> None:
     for option, name in (("json_file", "--json"), ("picture", "--picture")):
         if options[option] is not None:
             check_new_file(options[option], name)
+    _check_idle(options)
     if options["faults"]:
         _find_faults(model, options)
         return
     hardware, title = chosen_hardware(options)
     _scan(model, hardware, title, options)
+
+
+def _check_idle(options: dict[str, Any]) -> None:
+    """Refuse options that would do nothing beside the others.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    of_a_scan = {"both": "--format", "rank_by": "--rank-by", "with_frontier": "--frontier", "mode": "--multipliers"}
+    of_a_scan |= {name: f"--{name}" for name in ("weight", "activation", "noise", "hardware", "exact", "picture")}
+    idle = [shown for name, shown in of_a_scan.items() if options[name] not in (None, False)]
+    if options["faults"] and idle:
+        raise ConfigError(f"--faults looks for faults of this machine as it is: leave out {', '.join(idle)}")
+    if options["direction"] != "sensitive" and options["mode"] is None:
+        raise ConfigError("--direction is that of --multipliers, and does nothing without: give --multipliers too")
 
 
 def chosen_hardware(options: dict[str, Any]) -> tuple[Hardware, str]:
