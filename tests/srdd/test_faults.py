@@ -168,3 +168,38 @@ def test_same_bits_sees_signs_of_zero_and_equal_nans():
     assert checks.same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
     assert not checks.same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert sorted(FAMILIES)
+
+
+def spoil(model, name):
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[70 if "embed" in name else 3] = float("nan")
+
+
+@pytest.mark.parametrize("hardware", [None, Hardware(precision=Precision(weight="mxfp4", activation="mxfp4"))])
+@pytest.mark.parametrize(
+    ("name", "site", "said"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj", "of the weight is NaN"),
+        ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, of finite inputs"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site made"),
+        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site made"),
+        ("model.norm.weight", "lm_head", "no checked site made"),
+    ],
+)
+def test_a_nan_in_memory_is_named_and_what_it_spoils_is_not_called_checked(name, site, said, hardware):
+    model = plain_model()
+    if name.endswith("bias"):
+        up = model.model.layers[1].mlp.up_proj
+        up.bias = nn.Parameter(torch.zeros(up.out_features))
+    spoil(model, name)
+    if hardware is not None:
+        install(model, hardware, seed=0)
+    report = find_faults(model, texts())
+    assert (report.suspect.check, report.suspect.site) == ("nonfinite", site) and said in report.suspect.detail
+    tied = ["lm_head"] if "embed" in name else []  # the same weight
+    assert [alarm.site for alarm in report.alarms if alarm.check == "nonfinite"] == [site, *tied]
+    if name != "model.embed_tokens.weight":
+        assert "model.layers.0" in report.checked
+    if site != "lm_head" and not tied:
+        assert "lm_head" not in report.checked
+        assert any("the input is not finite" in line for line in report.unchecked)

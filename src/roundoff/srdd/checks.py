@@ -2,7 +2,7 @@
 
 | check | what it compares | what it cannot see |
 |---|---|---|
-| nonfinite | NaN or Inf made out of finite numbers | everything finite |
+| nonfinite | NaN or Inf in a weight, or made out of finite numbers | everything finite |
 | replay | the same input twice, to the bit | an error that repeats itself |
 | zero | share of outputs that are exactly zero | errors that zero nothing |
 | constant | channels that give one value for every token | channels that still vary |

@@ -26,6 +26,7 @@ ATTENTION_NAMES = ("self_attn", "attention", "attn")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 """In models that have the second of them, these are what a layer adds to its input (Gemma 2 and 3, OLMo 2)."""
+_NOT_FINITE = " and what follows it: the input is not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +206,18 @@ class Inspector:
 
     def _check_linear(self, name: str, module: nn.Linear, given: Tensor, output: Tensor) -> None:
         x, weight = _operands(module, given)
-        finite = bool(x.isfinite().all()) and bool(weight.isfinite().all())
         self._replay(name, lambda: module.forward(given), output)
         x, y = self._tokens(x), self._tokens(output)
         weight = weight.cpu() if self.host else weight
         bias = None if module.bias is None else module.bias.detach().to(weight.device)
         live = (weight != 0).any(-1)
-        if not finite or not self._statistics(name, x, y, live, coarse=_is_coarse(module)):
+        if not self._takes_numbers(name, x):
+            return
+        bad = float((~weight.isfinite()).double().mean())
+        if bad:
+            self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of the weight is NaN or Inf")
+            return
+        if not self._statistics(name, x, y, live, coarse=_is_coarse(module)):
             return
         excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
         if excess > checks.CHECKSUM_LIMIT:
@@ -231,8 +237,9 @@ class Inspector:
                 self._replay(name, lambda: layer.forward(*args, **kwargs), h)
             x, y = self._tokens(before), self._tokens(h)
             live = torch.ones(y.shape[-1], dtype=torch.bool, device=y.device)
-            finite = bool(x.isfinite().all()) and all(bool(part.isfinite().all()) for part in self._parts.values())
-            if finite and self._statistics(name, x, y, live) and self._contributions[index] is not None:
+            spoilt = any(check == "nonfinite" and site.startswith(f"{name}.") for check, site in self.alarms)
+            fine = self._takes_numbers(name, x) and not spoilt and self._statistics(name, x, y, live)
+            if fine and self._contributions[index] is not None:
                 parts = [self._tokens(part) for part in self._parts.values()]
                 excess = checks.residual_excess(x, parts, y)
                 if excess > checks.RESIDUAL_LIMIT:
@@ -242,6 +249,19 @@ class Inspector:
             self._leave(name)
 
         return hook
+
+    def _takes_numbers(self, name: str, x: Tensor) -> bool:
+        """Whether the inputs [T, K] of a site are finite; if not, it is not checked, and somebody is to blame."""
+        if bool(x.isfinite().all()):
+            return True
+        if not any(check == "nonfinite" for check, _ in self.alarms):
+            bad = float((~x.isfinite()).double().mean())
+            text = f"{bad:.2%} of the input is NaN or Inf, which no checked site made: look right before it"
+            self._alarm("nonfinite", name, bad, 0.0, text)
+        if not any(line.endswith(_NOT_FINITE) for line in self.unchecked):
+            self.unchecked[f"{name}{_NOT_FINITE}"] = None
+        self.checked.pop(name, None)
+        return False
 
     def _replay(self, name: str, again: Callable[[], Any], output: Tensor) -> None:
         """Compare with the same computation repeated."""
