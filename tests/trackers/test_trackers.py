@@ -46,7 +46,7 @@ def test_every_run_has_the_same_hyper_parameters(tmp_path):
             aqn={"sigma_start": 0.05, "sigma_end": 0.01, "layers": "zone"},
             srdd={},
             lora={},
-            hardware={"precision": {"keep": [0]}, "deadzone": {"threshold": 0.1, "layers": [1]}},
+            hardware={"precision": {"weight": "mxfp4", "keep": [0]}, "deadzone": {"threshold": 0.1, "layers": [1]}},
         ),
         profile(),
     )
