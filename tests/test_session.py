@@ -12,7 +12,8 @@ from roundoff.evaluation_command import open_subject, score_subject
 from roundoff.experiments import load_experiment
 from roundoff.models.load import TINY_DIRECTORY
 from roundoff.session import prepare, put_weights
-from roundoff.train import _before_update, _minibatches, _sample_batch, take_step
+from roundoff.train import _sample_batch, take_step
+from roundoff.update import _before_update, _minibatches
 from tests.test_survival import left
 from tests.test_train import run, with_algorithm, with_training
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from roundoff.algorithms.loss import policy_loss
 from roundoff.config import ConfigError, Experiment, Profile, validate
 from roundoff.experiments import families, load_experiment
 from roundoff.run_dir import RunDirectory, read_run
 from roundoff.session import prepare
 from roundoff.trackers import NullTracker
-from roundoff.train import NonFiniteLossError, _before_update, _logprobs, _minibatches, _sample_batch, train
+from roundoff.train import _sample_batch, train
+from roundoff.update import NonFiniteLossError, _before_update, _logprobs, _minibatch_loss, _minibatches
 
 training = importlib.import_module("roundoff.train")  # `roundoff.train` is the function
 
@@ -193,7 +195,7 @@ def clean_update(profile: Profile, micro_batch: int) -> dict[str, torch.Tensor]:
     session = prepare(load_experiment("quickstart-clean"), with_training(profile, micro_batch=micro_batch), 0)
     parts = _minibatches(session, _sample_batch(session, 1))
     before = _before_update(session, 1, parts[0][0], first=True)
-    training._minibatch_loss(session, 1, *parts[0], before)
+    _minibatch_loss(session, 1, *parts[0], before)
     return {n: p.grad.clone() for n, p in session.model.named_parameters()}
 
 
@@ -208,7 +210,7 @@ def test_aqn_leaves_the_weights_as_they_were(small):
 
 
 def gradients(session, minibatch):
-    training._minibatch_loss(session, 1, *minibatch, _before_update(session, 1, minibatch[0], first=True))
+    _minibatch_loss(session, 1, *minibatch, _before_update(session, 1, minibatch[0], first=True))
     session.optimizer.collect()
     found = {n: p.grad.clone() for n, p in session.model.named_parameters()}
     for parameter in session.model.parameters():
@@ -296,13 +298,13 @@ def test_a_reward_that_fails_is_zero_and_counted(small, reward):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, small, monkeypatch):
-    real = training.policy_loss
+    real = policy_loss
 
     def broken(*arguments, **options):
         output = real(*arguments, **options)
         return type(output)(**{**{n: getattr(output, n) for n in output.__slots__}, "loss": output.loss * math.nan})
 
-    monkeypatch.setattr(training, "policy_loss", broken)
+    monkeypatch.setattr("roundoff.update.policy_loss", broken)
     with pytest.raises(NonFiniteLossError):
         run(tmp_path, load_experiment("quickstart-clean"), small)
     path = next(tmp_path.rglob("seed-0"))

@@ -14,24 +14,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
-from roundoff.batch import Batch, collect, share_of
+from roundoff.batch import Batch, collect
 from roundoff.checkpoint import Checkpoint, DiskFullError, is_disk_full
 from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
 from roundoff.evaluate import evaluate
-from roundoff.logprobs import token_logprobs
-from roundoff.models.checkpointing import checkpointed
-from roundoff.models.dropout import dropout_on
-from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
@@ -41,12 +34,9 @@ from roundoff.session import Session, prepare, restore, save
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker, scalars
+from roundoff.update import NonFiniteLossError, update
 
 Metrics = dict[str, Any]
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or the gradient is not a number; the batch was saved."""
 
 
 def train(
@@ -186,7 +176,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         for group in session.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         try:
-            metrics |= _update(session, step, batch)
+            metrics |= update(session, step, batch)
         except NonFiniteLossError:
             session_state = {"step": step, "texts": batch.rollouts.texts, "advantages": batch.advantages.tolist()}
             run_dir.save_diagnostics(f"nonfinite-step-{step:06d}", session_state)
@@ -216,150 +206,6 @@ def _sample_batch(session: Session, step: int) -> Batch:
 
     with aqn_of_step(session, step):
         return collect(session.stream, session.position, sampler, session.task, algorithm, training, session.ranks)
-
-
-def _update(session: Session, step: int, batch: Batch) -> Metrics:
-    """Optimizer steps on one batch; metrics are means over them, the ratio's those of the first minibatch."""
-    parts = [(*share_of(session.ranks, part, own), whole) for part, own, whole in _minibatches(session, batch)]
-    old = [_before_update(session, step, part, first=i == 0) for i, (part, _, _) in enumerate(parts)]
-    outputs: list[LossOutput] = []
-    norms: list[float] = []
-    entropies: list[float] = []
-    for _ in range(session.algorithm.optimizer_epochs):
-        for (part, advantages, normalizer), before in zip(parts, old, strict=True):
-            output, entropy = _minibatch_loss(session, step, part, advantages, normalizer, before)
-            moved = list(session.optimizer.masters.values())
-            session.ranks.sum_gradients(moved)
-            norm = torch.nn.utils.clip_grad_norm_(moved, session.profile.training.gradient_clip)
-            if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
-                raise NonFiniteLossError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
-            session.optimizer.step()
-            session.optimizer.zero_grad(set_to_none=True)
-            outputs.append(output)
-            norms.append(float(norm))
-            entropies.append(entropy)
-    logged = [o.metrics() for o in outputs]
-    mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
-    return {
-        "loss": mean["loss"],
-        "kl": mean["kl"],
-        "entropy": sum(entropies) / len(entropies),
-        "clip_fraction": mean["clip_low_fraction"] + mean["clip_high_fraction"],
-        **{name: logged[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
-        "grad_norm": sum(norms) / len(norms),
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _Before:
-    """Log-probabilities [n, t] of a minibatch before this batch's first update."""
-
-    old: Tensor | None
-    reference: Tensor | None
-    weights: Tensor | None
-
-
-def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor, Tensor]]:
-    """Rollouts, their advantages and the normalizer of the loss of each minibatch.
-
-    Whole groups, in the order of the stream (a random one), cut to their own lengths; rollouts whose output was not
-    finite are left out. Without KL penalty and entropy bonus a rollout without advantage has no gradient: it counts in
-    the normalizer, and no pass is made over it.
-    """
-    algorithm, training = session.algorithm, session.profile.training
-    G, rollouts = algorithm.group_size, batch.rollouts
-    numbers = torch.arange(len(batch.advantages), device=batch.advantages.device)
-    found = []
-    for groups in torch.tensor_split(numbers.view(-1, G), training.minibatches):
-        members = groups.flatten()
-        members = members[~rollouts.nonfinite[members]]
-        normalizer = loss_normalizer(rollouts.response_mask[members], algorithm, training.max_new_tokens)
-        if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
-            teaching = members[batch.advantages[members] != 0]
-            members = teaching if len(teaching) else members[:G]  # the optimizer moves on all the same
-        found.append((rollouts.select(members), batch.advantages[members], normalizer))
-    return [minibatch for minibatch in found if len(minibatch[0])]
-
-
-def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [n, t] of the responses, every matrix product and dropout mask drawn by `key`."""
-    with dropout_on(model), checkpointed(model, session.profile.training.gradient_checkpointing):
-        return token_logprobs(
-            model,
-            part.tokens,
-            part.attention_mask,
-            part.response_mask.shape[1],
-            temperature=session.algorithm.temperature,
-            rows=part.rows,
-            key=key,
-        )
-
-
-def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> _Before:
-    """What the loss compares with; under which noise is the whole point of `Algorithm.ratio`.
-
-    The first minibatch of a step meets the weights of the old policy. With replayed noise its own log-probabilities
-    *are* the old ones, bit for bit, so that pass is not made twice.
-    """
-    algorithm = session.algorithm
-    if not len(part):  # more ranks than rollouts
-        return _Before(None, None, None)
-    key = session.key.fold("update", step)
-    old_key = key if algorithm.ratio == "replayed" else key.fold("old")
-    same = algorithm.ratio == "one" or (algorithm.ratio == "replayed" and first and algorithm.optimizer_epochs == 1)
-
-    def whole(model: PreTrainedModel) -> Tensor:  # in micro-batches of the update's shapes: other shapes, other bits
-        rows = _micro_batches(len(part.texts), session.profile.training.micro_batch)
-        return torch.cat([_logprobs(session, model, part.select(r, trim=False), old_key)[0] for r in rows])
-
-    with torch.no_grad():
-        old = None if same else whole(session.model)
-        with session.reference_policy() as model:
-            reference = None if model is None else whole(model)
-        weights = None
-        if algorithm.ratio == "rollout" and old is not None:
-            weights = truncated_weights(old, part.logprobs, part.response_mask, algorithm)
-    return _Before(old, reference, weights)
-
-
-def _minibatch_loss(
-    session: Session, step: int, part: Rollouts, advantages: Tensor, normalizer: Tensor, before: _Before
-) -> tuple[LossOutput, float]:
-    """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy (nats).
-
-    Gradients are those of this rank's rollouts; their sum over the ranks is that of the minibatch.
-    """
-    training, algorithm = session.profile.training, session.algorithm
-    outputs: list[LossOutput] = []
-    entropy = 0.0
-    for rows in _micro_batches(len(advantages), training.micro_batch):
-        micro = part.select(rows, trim=False)
-        logprobs, entropies = _logprobs(session, session.model, micro, session.key.fold("update", step))
-        output = policy_loss(
-            logprobs,
-            logprobs.detach() if before.old is None else before.old[rows],
-            None if before.reference is None else before.reference[rows],
-            advantages[rows],
-            micro.response_mask,
-            algorithm,
-            normalizer=normalizer,
-            weights=None if before.weights is None else before.weights[rows],
-            entropies=entropies,
-        )
-        output.loss.backward()  # type: ignore[no-untyped-call]
-        session.optimizer.collect()
-        outputs.append(replace(output, loss=output.loss.detach()))
-        entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
-    whole = combine(outputs) if outputs else LossOutput.nothing()
-    if session.ranks.count > 1:
-        own = [*whole.metrics().values(), entropy]
-        ranks = session.ranks.stack(torch.tensor(own, dtype=torch.float64)).unbind()
-        whole, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), float(sum(row[-1] for row in ranks))
-    return whole, entropy / max(1, int(whole.tokens))
-
-
-def _micro_batches(count: int, size: int) -> list[Tensor]:
-    return list(torch.split(torch.arange(count), size or count)) if count else []
 
 
 def _score(session: Session, run_dir: RunDirectory, step: int) -> Evaluation:
