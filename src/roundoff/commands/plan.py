@@ -80,7 +80,9 @@ def plan_command(
         )
         lengths = _lengths(profile, runs, prompt_tokens, response_tokens)
     if effect is not None:
-        time = _time(runs)
+        from roundoff.report.planning import measured_time
+
+        time = measured_time(runs)
         if time is None and profile_name is not None:
             time = _estimated_time(_model(profile, place, ranks, memory, lengths, config), experiments)
         Console().print(_seeds(effect, runs, time, power, comparisons, problems, gpus // ranks))
@@ -140,12 +142,6 @@ def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Ru
     profiles = Counter(run.profile.name for run in found)
     chosen = profile_name or (profiles.most_common(1)[0][0] if profiles else "")
     return [run for run in found if run.profile.name == chosen]
-
-
-def _time(runs: Sequence[Run]) -> RunTime | None:
-    from roundoff.report.planning import measured_time
-
-    return measured_time(runs)
 
 
 def _estimated_time(model: CostModel, experiments: Sequence[Experiment]) -> RunTime:

@@ -14,7 +14,15 @@ from roundoff import stats
 from roundoff.config import ConfigError, Experiment
 from roundoff.report.aqn_table import AqnRow, aqn_row
 from roundoff.report.arms import Arm, group_arms
-from roundoff.report.compare import ALPHA, Comparison, compare_arms, comparison_kind, paired_scores, start_scores
+from roundoff.report.compare import (
+    ALPHA,
+    Comparison,
+    Kind,
+    compare_arms,
+    comparison_kind,
+    paired_scores,
+    start_scores,
+)
 from roundoff.report.curves import DIAGNOSTICS, Curve, seed_curve, sigma_curve
 from roundoff.report.flips import Flips, find_flips
 from roundoff.report.published import Published, published
@@ -132,7 +140,7 @@ def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
     """
     candidates = [other for other in arms if other.experiment.id == arm.experiment.baseline]
     same = [other for other in candidates if _scale(other) == _scale(arm)]
-    fit = [other for other in same if _is_comparable(arm, other)]
+    fit = [other for other in same if _kind(arm, other) is not None]
     if len(fit) > 1:
         places = ", ".join(str(other.runs[0].path.parent) for other in fit)
         raise ConfigError(
@@ -146,12 +154,12 @@ def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
     raise ConfigError(f"its baseline {arm.experiment.baseline} has no run: `roundoff run {arm.experiment.baseline}`")
 
 
-def _is_comparable(arm: Arm, other: Arm) -> bool:
+def _kind(arm: Arm, other: Arm) -> Kind | None:
+    """What the difference of two arms is; None where it is nothing."""
     try:
-        comparison_kind(arm, other)
+        return comparison_kind(arm, other)
     except ConfigError:
-        return False
-    return True
+        return None
 
 
 def _scale(arm: Arm) -> str:
@@ -201,11 +209,7 @@ def _best(arms: Sequence[Arm]) -> set[str]:
         for other in arms:
             if other is arm or not arm.scores or not other.scores or other.experiment.family != arm.experiment.family:
                 continue
-            if (
-                _scale(arm) != _scale(other)
-                or not _is_comparable(arm, other)
-                or comparison_kind(arm, other) != "benefit"
-            ):
+            if _scale(arm) != _scale(other) or _kind(arm, other) != "benefit":
                 continue
             try:
                 new, old = paired_scores(arm, other)
