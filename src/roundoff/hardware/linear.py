@@ -33,6 +33,10 @@ from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
 
+LINEAR_STATE = "hardware_state"
+"""Attribute of a Linear on hardware that holds its `LinearState`."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProductKeys:
     """Keys of the three products of one Linear under one base key."""
