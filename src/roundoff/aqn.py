@@ -35,8 +35,8 @@ _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_nor
 _ACTIVE = "_roundoff_aqn_active"
 """Where a perturbed module, and its weight, count the `aqn_noise` blocks that they are inside of.
 
-The module's count reaches every model that holds the module, under whatever wrapper, and stays on a copy made inside the
-block, which keeps the noise. The weight's count reaches other modules that share the weight.
+The module's count reaches every model that holds the module, under whatever wrapper, and stays on a copy made inside
+the block, which keeps the noise. The weight's count reaches other modules that share the weight.
 """
 
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from roundoff.hardware.freshness import Freshness
 from roundoff.numerics.rng import Key
 
 POSITIONS = 1 << 20
@@ -138,12 +139,12 @@ class Runtime:
     """The `InstalledHardware` that this is the state of."""
     thread: int | None = None
     """The thread that opened `noise_key`; None outside of it."""
-    freshness: Any = None
-    """What notices writes to weights that torch does not count (`freshness.py`); made at first use."""
+    freshness: Freshness = field(default_factory=Freshness)
+    """What notices writes to weights that torch does not count."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy (deepcopy, pickle) takes over: no activation, and no draw of a block that it will never leave."""
-        own = dict.fromkeys(("shared", "draw", "owner", "thread", "freshness"))
+        own = dict.fromkeys(("shared", "draw", "owner", "thread")) | {"freshness": Freshness()}
         return {slot.name: getattr(self, slot.name) for slot in fields(self)} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -235,9 +235,7 @@ def _switches(
     return tuple(found)
 
 
-def _attach_bystanders(
-    model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime
-) -> tuple[nn.Module, ...]:
+def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime) -> tuple[nn.Module, ...]:
     """Modules that share a switched attention config and have no noise of their own: they compute plain attention."""
     switched = {id(switch.config) for switch in switches if switch.attribute == "_attn_implementation"}
     found = []

@@ -77,7 +77,8 @@ class InstalledHardware:
     def _count_fused_steps(self) -> None:
         """Count the writes of `fused=True` optimizers, which leave torch's version counters as they were.
 
-        An optimizer hook, taken away with this object: without it `Q(W)` would stay that of the first step for ever.
+        An optimizer hook; once this object is gone it does nothing. It is not taken away then, because objects may go
+        while an optimizer runs through its hooks, which torch does not allow to change meanwhile.
         """
         reference = weakref.ref(self)
 
@@ -88,8 +89,7 @@ class InstalledHardware:
                 stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
                 torch.autograd.graph.increment_version(stepped)
 
-        handle = register_optimizer_step_post_hook(count)
-        weakref.finalize(self, handle.remove)
+        register_optimizer_step_post_hook(count)
 
     @property
     def is_on(self) -> bool:
@@ -230,7 +230,7 @@ def states_of(module: nn.Module) -> list[LinearState]:
 
 
 def installed(model: nn.Module) -> InstalledHardware | None:
-    """The hardware that a model, a part of it, or what wraps it (PEFT, data parallel) computes on; None if there is none.
+    """The hardware that a model, a part of it, or a wrapper (PEFT, data parallel) computes on; None if there is none.
 
     Raises:
         ConfigError: if a module was copied out of another installed model, whose switches would not reach it.
@@ -242,11 +242,11 @@ def installed(model: nn.Module) -> InstalledHardware | None:
     for name, module in model.named_modules():
         for state in states_of(module)[:1]:
             owner = state.runtime.owner() if state.runtime.owner is not None else None
-            if owner is not None and any(module is own for own in owner.model.modules()):
+            if isinstance(owner, InstalledHardware) and any(module is own for own in owner.model.modules()):
                 return owner
             raise ConfigError(
-                f"{name or 'this module'} was copied out of a model with installed hardware, which neither hardware_off "
-                "nor noise_key of this model would reach: copy the whole model, or uninstall before copying"
+                f"{name or 'this module'} was copied out of a model with installed hardware; neither hardware_off "
+                "nor noise_key of this model would reach it: copy the whole model, or uninstall before copying"
             )
     return None
 

@@ -1,7 +1,7 @@
 """Ways of computing that lead around installed hardware: what `install` refuses because it could not see it run.
 
-- torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` have a fast path for evaluation that reads the weights
-  of their Linears and never calls them.
+- torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` have a fast path for evaluation that reads the
+  weights of their Linears and never calls them.
 - A module that a model holds under two names is computed twice in one pass. Its draws are keyed by its name, so both
   products would carry the same noise.
 - A pattern of `hardware.exclude` that matches nothing leaves on the hardware what it was meant to take off.
@@ -41,8 +41,8 @@ def _check_fast_path(model: nn.Module, covered: Sequence[Found]) -> None:
         fast = isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention)
         if fast and any(id(inner) in modules for inner in module.modules()):
             raise ConfigError(
-                f"{name or 'the model'} is a torch.nn.{type(module).__name__}, whose fast path for evaluation reads its "
-                "weights around the hardware: call torch.backends.mha.set_fastpath_enabled(False) first"
+                f"{name or 'the model'} is a torch.nn.{type(module).__name__}, whose fast path for evaluation reads "
+                "its weights around the hardware: call torch.backends.mha.set_fastpath_enabled(False) first"
             )
 
 

@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 #include "decode.h"
+#include "fingerprint.h"
 #include "noise.h"
 
 using namespace roundoff;
@@ -200,6 +201,16 @@ void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t
             case 128: return attend_rows<128>(a, begin, end);
         }
     });
+}
+
+// Fingerprints of `count` ranges of memory. `lines`: about how many lines of each are read; 0: every `step`-th one, and
+// all of a range of up to SMALL bytes.
+void ro_fingerprint(const uint8_t* const* starts, const int64_t* bytes, int64_t count, int64_t lines, int64_t step,
+                    uint64_t* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t every = lines ? std::max<int64_t>(1, bytes[i] / LINE / lines) : bytes[i] <= SMALL ? 1 : step;
+        out[i] = fingerprint(starts[i], bytes[i], every);
+    }
 }
 
 }  // extern "C"
