@@ -15,7 +15,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("clock", "parallel", "provenance"), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "prompts", "sampler", "rollouts", "logprobs"), 2),
-    **dict.fromkeys(("masks", "kv_cache", "optimizer", "preflight"), 2),
+    **dict.fromkeys(("masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
     **dict.fromkeys(("evaluate", "batch", "session", "remedies", "update", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
