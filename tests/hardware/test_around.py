@@ -107,3 +107,13 @@ def test_experts_without_hardware_compute_as_in_the_plain_model(family, hardware
     assert not torch.equal(other, same)
     if hardware.deadzone or hardware.faults:  # nothing before layer 1 is on hardware
         assert torch.equal(hidden["first"][0], hidden["first"][1])
+
+
+@pytest.mark.parametrize(("fmt", "size"), [("mxfp4:ceil", 3e38), ("mxfp8_e4m3:rceil", 3.4e38), ("fp16", 7e4)])
+def test_weights_that_a_format_makes_infinite_are_refused(fmt, size):
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = size
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers up to .* infinity"):
+        install(model, Hardware(precision=Precision(weight=fmt)), seed=0)
+    install(model, Hardware(precision=Precision(activation="mxfp4")), seed=0)

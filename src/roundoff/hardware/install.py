@@ -25,7 +25,7 @@ from roundoff.hardware.installed import (
 )
 from roundoff.hardware.inventory import Entry, Found, Skipped, exclusion, find_linears, plain_name, within_layer
 from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
-from roundoff.hardware.paths import check_paths
+from roundoff.hardware.paths import check_paths, check_range
 from roundoff.numerics.rng import Key
 
 __all__ = ["InstalledHardware", "hardware_off", "install", "installed", "noise_key", "uninstall"]
@@ -57,6 +57,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in found]
     skipped += [skip for skip in kept if not plans[skip.name].does_something]
     check_paths(model, covered, hardware)
+    check_range(covered, hardware.precision.weight)
     states = [state for item in covered for state in _attach(item, plans[item.name], runtime)]
     _attach_attention(attention_modules, hardware, runtime)
     expert_modules = [item.module for item in covered if not isinstance(item.module, nn.Linear)]

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,10 @@ from torch import nn
 
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware.inventory import Found, exclusion, plain_name
+from roundoff.numerics.quantize import quantize
 
+SAFE = 1e4
+"""Weights up to this size stay finite in every format (fp16 ends at 65,504, the others at 1.7e38 or beyond)."""
 _DEFAULT_EXCLUDE: tuple[str, ...] = Hardware.model_fields["exclude"].default
 
 
@@ -31,6 +35,28 @@ def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) 
     _check_fast_path(model, covered)
     _check_two_names(model, covered, hardware)
     _check_exclude(model, hardware)
+
+
+def check_range(covered: Sequence[Found], fmt: str | None) -> None:
+    """Refuse weights that are finite and that their format would make infinite (up to 2^127 no format does).
+
+    Raises:
+        ConfigError: naming the weight and its largest number.
+    """
+    if fmt is None:
+        return
+    for item in covered:
+        for name, weight in item.module.named_parameters(recurse=False):
+            if weight.is_meta or weight.dim() < 2 or weight.numel() == 0:
+                continue
+            most = float(weight.detach().abs().max())
+            if not SAFE < most < math.inf:
+                continue
+            if bool(weight.isfinite().all()) and not bool(quantize(weight.detach(), fmt).isfinite().all()):
+                raise ConfigError(
+                    f"{item.name}.{name} holds numbers up to {most:.3g}, which hardware.precision.weight = {fmt!r} "
+                    "rounds to infinity: the weights of this model are broken, or need another scale"
+                )
 
 
 def _check_fast_path(model: nn.Module, covered: Sequence[Found]) -> None:

@@ -172,7 +172,8 @@ def _check_weights(info: dict[str, object], name: str) -> None:
 def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token; give it one")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded_tokens(model):  # padding is never attended to
+    beyond = tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embedded_tokens(model)
+    if tokenizer.pad_token_id is None or beyond:  # nothing attends to padding, so any token with an embedding will do
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {name!r}: its padding token has no embedding, and it has no end token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
@@ -182,12 +183,12 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, nam
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raise where the end token is none that the model could ever write."""
-    end = tokenizer.eos_token_id
-    if end is not None and end >= embedded_tokens(model):
+    end, count = tokenizer.eos_token_id, embedded_tokens(model)
+    if end is not None and end >= count:
         raise ModelError(
             f"model {name!r}: the tokenizer's end token {tokenizer.eos_token!r} ({end}) is beyond the model's "
-            f"{embedded_tokens(model)} embeddings, so no response would end: the tokenizer belongs to another model, or tokens "
-            "were added to it without resizing the embeddings"
+            f"{count} embeddings, so no response would end: the tokenizer belongs to another model, or tokens were added "
+            "to it without resizing the embeddings"
         )
 
 
