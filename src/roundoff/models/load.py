@@ -187,8 +187,8 @@ def _check_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name:
     if end is not None and end >= count:
         raise ModelError(
             f"model {name!r}: the tokenizer's end token {tokenizer.eos_token!r} ({end}) is beyond the model's "
-            f"{count} embeddings, so no response would end: the tokenizer belongs to another model, or tokens were added "
-            "to it without resizing the embeddings"
+            f"{count} embeddings, so no response would end: the tokenizer belongs to another model, or tokens were "
+            "added to it without resizing the embeddings"
         )
 
 
