@@ -146,8 +146,8 @@ def test_statistics_by_hand():
 
 def test_checksum_in_rounding_units():
     # y = x W^T exactly, W = [[1, 2], [3, 4]], x = (1, 1): y = (3, 7). An error of 1/2 in the second output moves the
-    # checksum under r by r_2 / 2. Its unit is u sqrt(r_1^2 (9 + 2 * 5) + r_2^2 (7.5^2 + 2 * 25)), u = 2^-24: u sqrt(125.25)
-    # for r = (1, 1), and never more than the error under r = (0, 1), u sqrt(106.25).
+    # checksum under r by r_2 / 2. Its unit is u sqrt(r_1^2 (9 + 2 * 5) + r_2^2 (7.5^2 + 2 * 25)), u = 2^-24:
+    # u sqrt(125.25) for r = (1, 1), and never more than the error under r = (0, 1), u sqrt(106.25).
     weight, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(1, 2)
     assert checks.checksum_excess(x, weight, None, torch.tensor([[3.0, 7.0]]), KEY) == 0.0
     off = checks.checksum_excess(x, weight, None, torch.tensor([[3.0, 7.5]]), KEY)
