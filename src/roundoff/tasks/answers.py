@@ -3,10 +3,11 @@
     #### $1,080.50     ->  2161/2        the answer after the last `####` (strict)
     that is 3/4 of it  ->  3/4           the last number of the text (flexible)
 
-Numbers are compared as fractions, so that `18`, `18.00` and `36/2` are one answer and `0.33` and `1/3` are two. A percent
-sign is a unit, as dollars are: `25%` is 25, never 0.25. What is understood as a number is the grammar of
-`tasks.numerals`: a number is read whole or not at all, and never without its sign. Where the last numeral of a text cannot
-be read, there is no answer: an earlier number is never taken for it. LaTeX is left to `math-verify` (`tasks.latex`).
+Numbers are compared as fractions, so that `18`, `18.00` and `36/2` are one answer and `0.33` and `1/3` are two. A
+percent sign is a unit, as dollars are: `25%` is 25, never 0.25. What is understood as a number is the grammar of
+`tasks.numerals`: a number is read whole or not at all, and never without its sign. Where the last numeral of a text
+cannot be read, there is no answer: an earlier number is never taken for it. LaTeX is left to `math-verify`
+(`tasks.latex`).
 """
 
 import re

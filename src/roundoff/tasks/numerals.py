@@ -2,7 +2,8 @@ r"""A grammar of numbers as models write them: each is read whole or not at all,
 
 Reading has two steps. `NUMERAL` takes in a number together with everything that may cling to it (`1,00,000`, `2:30`,
 `1.2.3`, `0b101`, `5{,}000`), far more than is understood; `_NUMBER` must then match all of that. What stands directly
-before and after decides on the sign, or shows that the numeral is part of something else (`2^3`, `\sqrt{5}`, `5 million`).
+before and after decides on the sign, or shows that the numeral is a part of something else (`2^3`, `\sqrt{5}`,
+`5 million`).
 
     understood    1,080   1,00,000   12'000   12{,}000   12\,000   (and a no-break or thin space as separator)
                   0.75   .5   3/4   6 / 8   1 1/2   and their forms by U+00BD or \frac{3}{4}
@@ -42,7 +43,9 @@ NUMERAL = re.compile(rf"{_START}(?:(?:{_JOIN})?{_START})*+", re.VERBOSE)
 """A number with all that clings to it, in folded text (`tasks.characters`)."""
 
 _SEPARATOR = r"(?:,(?:\\!)?|'|\{,\}|\\[,;:!]|~|\u00a0)"
-_INTEGER = rf"(?:[1-9][0-9]{{0,2}}(?P<sep>{_SEPARATOR})[0-9]{{3}}(?:(?P=sep)[0-9]{{3}})*|[1-9][0-9]?(?:,[0-9]{{2}})+,[0-9]{{3}}|[0-9]+)"
+_GROUPED = rf"[1-9][0-9]{{0,2}}(?P<sep>{_SEPARATOR})[0-9]{{3}}(?:(?P=sep)[0-9]{{3}})*"
+_INDIAN = r"[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}"
+_INTEGER = rf"(?:{_GROUPED}|{_INDIAN}|[0-9]+)"
 _NUMBER = re.compile(
     rf"(?P<value>{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[ ]?/[ ]?(?P<over>[0-9]+))?"
     r"|(?P<whole>[0-9]+)[ \u00a0](?P<part>[0-9]+)/(?P<of>[0-9]+)"
@@ -83,7 +86,8 @@ _PART_AFTER = re.compile(
   | [ ]\\(?:sqrt|pi|frac|binom|overline)(?![A-Za-z])
   | \.?\([0-9] | \.\\[A-Za-z] | \\[ ][0-9] | \u00b0[ ]?[0-9] | /[ ]?[({{\\-]   # 0.(3), 5(3), 5/(3)
   | [-\u2014](?![A-Za-z0-9\\$. ]) | --
-  | (?:k|K|M|B|T|bn|Bn|mn|Mn|mio|[xyznij])(?![A-Za-z]) | [ ]?[\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146\ubc31\ucc9c\ub9cc\uc5b5]
+  | (?:k|K|M|B|T|bn|Bn|mn|Mn|mio|[xyznij])(?![A-Za-z])
+  | [ ]?[\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146\ubc31\ucc9c\ub9cc\uc5b5]
   | [ \u00a0-]?(?i:hundred|thousand|million|billion|trillion|lakh|crore)
   | [ ](?:and|&)[ ](?:(?:an?|one|two|three)[ -](?:half|thirds?|quarters?|fourths?|fifths?)|[0-9]+[ ]?/|[{_VULGAR}])
     """,
