@@ -75,8 +75,10 @@ def test_a_tensor_of_one_element_is_a_reward():
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, 1.5, 2, 100, None, "1.0", b"1", [], 1j, {"score": 1.0}, 10**400, np.ones(2)]
-    + [ValueError("x"), MemoryError(), RecursionError(), SystemExit(0), StopIteration(), AssertionError()],
+    [
+        *(math.nan, math.inf, -math.inf, 1.5, 2, 100, None, "1.0", b"1", [], 1j, {"score": 1.0}, 10**400, np.ones(2)),
+        *(ValueError("x"), MemoryError(), RecursionError(), SystemExit(0), StopIteration(), AssertionError()),
+    ],
     ids=repr,
 )
 def test_what_is_no_reward_is_an_error_and_counts_nothing(value):
@@ -122,11 +124,10 @@ def test_a_reward_that_stands_still_ends_the_run_by_name(stuck):
     with pytest.raises(RewardTimeoutError, match=r"task giving: the reward of problem 'mine/a' took more than 0.2 s"):
         score_responses(task, [PROBLEM], ["5" * 500])
     assert signal.getsignal(signal.SIGUSR1) == before
-    assert threading.active_count() == 1 or all(not t.name.startswith("watch") for t in threading.enumerate())
 
 
 def test_without_a_limit_nothing_watches():
-    task = Giving(lambda: float(threading.active_count()) - threading.active_count() + 1.0)
+    task = Giving(None)
     task.reward_seconds = None
     count = threading.active_count()
     seen = []

@@ -55,12 +55,15 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._signalled:
             self._previous = signal.signal(signal.SIGUSR1, self._stop)
+        self._ring_after(self._seconds + 2 * GRACE_SECONDS)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._done.set()
         self._thread.join()
+        if sys.__stderr__ is not None:
+            faulthandler.cancel_dump_traceback_later()
         if self._signalled:
             signal.signal(signal.SIGUSR1, self._previous if self._previous is not None else signal.SIG_DFL)
         if self._late is not None and (error is None or isinstance(error, _StopReward)):
@@ -85,8 +88,6 @@ class Watchdog:
                 self._late = self._message()
             if self._late is not None:
                 self._interrupt(late_for)
-        if sys.__stderr__ is not None:
-            faulthandler.cancel_dump_traceback_later()
 
     def _interrupt(self, late_for: float) -> None:
         if late_for >= self._seconds + GRACE_SECONDS or not self._signalled:
