@@ -77,7 +77,7 @@ def test_the_example_is_found_from_its_profile():
     task = make_task(profile)
     assert (len(task.train()), len(task.test())) == (36, 12)
     assert check_task(task) == []
-    with pytest.raises(ConfigError, match=r"task examples/doubling\.py:Doubling: largest must be in 8 to 50"):
+    with pytest.raises(ConfigError, match=r"task doubling\.py:Doubling: largest must be in 8 to 50"):
         make_task(with_overrides([], profile, ["profile.task.settings.largest=99"])[1])
 
 

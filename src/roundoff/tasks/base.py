@@ -9,6 +9,10 @@ class TaskError(ValueError):
     """Settings of a task that cannot be used; the message names the setting and says what to do."""
 
 
+PATHS_BEGIN = "a relative path begins at the TOML file that gives it, or, for --set, where roundoff was started"
+"""What an error about a missing file adds."""
+
+
 class RewardError(RuntimeError):
     """A reward that could not be computed; the message says why. It is recorded, and the reward is 0."""
 
