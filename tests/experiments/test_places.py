@@ -8,6 +8,7 @@ import pytest
 
 from roundoff.config import ConfigError, Task, result_hash
 from roundoff.experiments import load_experiment, load_profile, with_overrides
+from roundoff.run_dir import RunDirectory, find_runs, read_run
 from roundoff.session import make_task
 from tests.tasks.problem_files import raw_files
 from tests.tasks.test_own import SOURCE
@@ -91,9 +92,19 @@ def test_a_path_that_leads_nowhere_says_where_it_began(place):
         make_task(load_profile(str(place / "lost.toml")))
 
 
+def test_a_run_records_where_its_task_lies(place, tmp_path, monkeypatch):
+    profile = load_profile("../profiles/own.toml")
+    with RunDirectory(tmp_path / "runs", load_experiment("quickstart-clean"), profile, 0) as directory:
+        directory.start({}, 1)
+    monkeypatch.chdir("/")
+    run = read_run(directory.path)
+    assert run.profile == profile
+    assert make_task(run.profile).test()[0].id == "mine/c"
+
+
+@pytest.mark.slow
 def test_a_run_and_its_score_find_the_task_from_any_directory(place, tmp_path, monkeypatch):
     from roundoff.evaluation_command import open_subject, score_subject
-    from roundoff.run_dir import find_runs
 
     (place / "own.toml").write_text(
         OWN + "[training]\nprompts_per_step = 2\nevaluate_every = 1\ncheckpoint_every = 1\nmax_new_tokens = 4\n"

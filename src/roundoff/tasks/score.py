@@ -67,11 +67,20 @@ def checked_reward(task: Task, problem: Problem, response: str) -> float:
         RewardError: if it could not be computed, or is none; the message says why.
     """
     try:
-        reward = _number(_reward_of(task)(problem, response))
+        return as_reward(_reward_of(task)(problem, response))
     except RewardError:
         raise
     except (Exception, SystemExit) as error:
         raise RewardError(f"the reward raised {type(error).__name__}: {error}") from error
+
+
+def as_reward(value: Any) -> float:
+    """What a task or a scorer returned, as a number.
+
+    Raises:
+        RewardError: if it is none, or no reward; the message says why.
+    """
+    reward = _number(value)
     if not -math.inf < reward <= 1.0:
         raise RewardError(f"a reward must be a finite number of at most 1.0, but is {reward!r}")
     return reward
