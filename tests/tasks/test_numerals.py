@@ -98,7 +98,7 @@ def test_a_dash_that_may_be_a_sign_leaves_no_number(sign: str) -> None:
             "- **5**",
             "-'5'",
         ),
-        *("minus 5", "negative $5", "-\u00a05", "-\\,5", "-√5"),
+        *("minus 5", "negative $5", "-\u00a05", "-\\,5", "-√5", "负5", "5x10-3"),
         # numbers that are read in one way or another
         *(
             "12 000",
@@ -119,10 +119,38 @@ def test_a_dash_that_may_be_a_sign_leaves_no_number(sign: str) -> None:
         *("√5", "\\sqrt{5}", "\\sqrt[3]{8}", "5√2", "5\\sqrt{2}", "5π", "5\\pi", "5x", "\\log 5", "sin(30)", "0.(3)"),
         *("5(3)", "0.\\overline{3}", "0.333...", "0.33…", "5̅", "\\frac{x}{2}", "\\frac{\\sqrt{3}}{2}", "\\frac12\\pi"),
         # more than one number
-        *("2:30", "2 : 1", "1/2/2020", "2020-01-02", "1.2.3", "3/-4", "5/0", "5½/2", "½5", "1-1/2", "5'10\"", "2h30"),
+        *(
+            "2:30",
+            "2 : 1",
+            "1/2/2020",
+            "2020-01-02",
+            "1.2.3",
+            "3/-4",
+            "5/0",
+            "5½/2",
+            "½5",
+            "1-1/2",
+            "1  1/2",
+            "5'10\"",
+            "2h30",
+        ),
         *("5 and 1/2", "5 and a half", "5...8"),
         # words of magnitude
-        *("5 million", "5-million", "5k", "5M", "$5B", "5 thousand", "5万", "5亿", "25‰"),
+        *(
+            "5 million",
+            "5-million",
+            "5k",
+            "5M",
+            "$5B",
+            "5 thousand",
+            "5万",
+            "5亿",
+            "25‰",
+            "25 ‰",
+            "$5 M",
+            "5 bn",
+            "5\\text{ million}",
+        ),
     ],
 )
 def test_what_is_no_number_is_not_read_in_half(written: str) -> None:
@@ -134,7 +162,9 @@ def test_digits_of_a_word_are_passed_over(word: str) -> None:
     assert readings(word) == [None, F(4), None]
 
 
-@pytest.mark.parametrize("text", ["3-5", "10 - 2", "3 to 5", "5 or 6", "5, 6", "3 + 4", "3 × 4", "5 ± 1", "12 13"])
+@pytest.mark.parametrize(
+    "text", ["3-5", "10 - 2", "3 to 5", "5 or 6", "5, 6", "3 + 4", "3 × 4", "5 + ½", "5 ± 1", "12 13"]
+)
 def test_a_marker_before_two_numbers_marks_none(text: str) -> None:
     assert marked_answer(f"#### {text}") is None
 

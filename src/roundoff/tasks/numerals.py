@@ -35,7 +35,7 @@ _JOIN = rf"""(?:
     [.,:'_/^]{{1,3}}[-+]?                                   # separators, dates, times, versions, powers
   | \{{,\}} | ,?\\[,;:!] | ~ | \u00a0 | \u00b7 | \*\*
   | [ ]?[/:][ ]?[-+]?                                       # 6 / 8 and 2 : 3
-  | [ ](?=[0-9]{{1,20}}[ ]?/[ ]?[0-9]|[{_VULGAR}]|\\[dtc]?frac)  # 1 1/2
+  | [ \t]{{1,4}}(?=[0-9]{{1,20}}[ ]?/[ ]?[0-9]|[{_VULGAR}]|\\[dtc]?frac)  # 1 1/2
   | [ ](?<![0-9]{{4}}[ ])(?=[0-9]{{3}}(?![0-9]))            # 12 000: perhaps one number, perhaps two
   | \.?[eE][-+]? | [A-Za-z]{{1,3}}                          # 1e5, 0b101, 2h30
 )"""
@@ -69,6 +69,7 @@ _PART_BEFORE = re.compile(
   | [-\u2014][ \t]*[*_`'"(\[{{][*_`'"(\[{{ \t]*$           # a sign before an opening bracket, or a bullet
   | [0-9][./]?\([ ]?$ | /[ ]?\([ ]?$
   | [0-9)]\*\*$ | [0-9)][ ]\*\*[ ]$
+  | [x\u00d7*][ ]?10[ ]?-$ | [\u8d1f\u8ca0]$                 # 5x10-3, and a sign in words
   | [0-9]-[0-9]{{1,8}}-$                                   # the day of a date
   | (?<![A-Za-z])\\(?!(?:{_PLAIN_COMMANDS})[ ]?$)[A-Za-z]+[ ]?$
   | \\(?!(?:{_GROUPS})\{{)[A-Za-z]+(?:\[[^\]]*\])?\{{[ ]?$
@@ -86,9 +87,11 @@ _PART_AFTER = re.compile(
   | [ ]\\(?:sqrt|pi|frac|binom|overline)(?![A-Za-z])
   | \.?\([0-9] | \.\\[A-Za-z] | \\[ ][0-9] | \u00b0[ ]?[0-9] | /[ ]?[({{\\-]   # 0.(3), 5(3), 5/(3)
   | [-\u2014](?![A-Za-z0-9\\$. ]) | --
-  | (?:k|K|M|B|T|bn|Bn|mn|Mn|mio|[xyznij])(?![A-Za-z])
+  | (?:k|K|M|B|T|bn|Bn|mn|Mn|mil|mio|[xyznij])(?![A-Za-z])
   | [ ]?[\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146\ubc31\ucc9c\ub9cc\uc5b5]
-  | [ \u00a0-]?(?i:hundred|thousand|million|billion|trillion|lakh|crore)
+  | [ \u00a0](?:k|K|M|B|T|bn|Bn|mn|Mn|mil|mio|Mio)(?![A-Za-z]) | [ ]?\u2030
+  | (?:[ \u00a0-]?|[ ]?\\(?:text|textbf|textrm|mathrm|mathbf)\{{[ ]?)
+    (?i:hundred|thousand|million|billion|trillion|lakh|crore)
   | [ ](?:and|&)[ ](?:(?:an?|one|two|three)[ -](?:half|thirds?|quarters?|fourths?|fifths?)|[0-9]+[ ]?/|[{_VULGAR}])
     """,
     re.VERBOSE,
