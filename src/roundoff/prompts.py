@@ -3,7 +3,7 @@
 A problem that comes as a conversation is asked through the chat template of the model's tokenizer, with the header of
 the answer appended (`add_generation_prompt`); its special tokens are then those of the template. Without a template, or
 where the task gives no conversation, the model continues the problem's plain prompt, and the tokenizer adds its own
-special tokens (a BOS, say). Whether a template is used is a property of the loaded tokenizer (`load_model(chat=...)`
+special tokens (a BOS, say) before it; an end token that it appends is left away. Whether a template is used is a property of the loaded tokenizer (`load_model(chat=...)`
 takes it away or insists on it), not an argument that one caller could pass and another forget.
 
 A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change over night.
@@ -19,7 +19,9 @@ from datetime import date
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from roundoff.models.load import ModelError
+from roundoff.models.errors import ModelError
+from roundoff.models.load import LoadedModel, check_readable
+from roundoff.models.tokenizer import beginning, check_begun_once, check_embedded, check_kept, check_open, end_tokens
 from roundoff.tasks import Problem
 
 DATE = date(2024, 7, 26)
@@ -86,22 +88,78 @@ def _dated(template: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[list[int]]:
-    """Token ids of each; a response is encoded by itself, as sampling appends it.
+    """Token ids of each; a response is appended to its prompt's ids as sampling does.
 
     Raises:
-        ModelError: if the chat template refuses a conversation.
+        ModelError: if the chat template refuses a conversation or closes the answer's turn, or the tokenizer appends
+            another token than its end token (which is left away).
     """
     problems = [item.problem if isinstance(item, Worked) else item for item in asked]
+    texts = [text(tokenizer, item) for item in problems]
+    found = [list(ids) for ids in _plain_ids(tokenizer, texts)]
     templated = [isinstance(item, Problem) and uses_template(tokenizer, item) for item in problems]
-    found: list[list[int]] = [[]] * len(asked)
-    for special in (True, False):  # a template writes its own special tokens
-        chosen = [i for i, by_template in enumerate(templated) if by_template is not special]
-        if chosen:
-            texts = [text(tokenizer, problems[i]) for i in chosen]
-            ids = tokenizer(texts, padding=False, add_special_tokens=special)["input_ids"]
-            for i, tokens in zip(chosen, ids, strict=True):
-                found[i] = list(tokens)
+    plain = [i for i, by_template in enumerate(templated) if not by_template]
+    if plain:
+        begin = beginning(tokenizer, [texts[i] for i in plain], [found[i] for i in plain])
+        for i in plain if begin else ():
+            found[i] = begin + found[i]
+    for i, item in enumerate(problems):
+        if isinstance(item, Problem):
+            fix = "set profile.chat = false, or correct the template" if templated[i] else "change the task's prompt"
+            what = f"the prompt of {item.id}" + (", as the chat template writes it," if templated[i] else "")
+            check_open(tokenizer, found[i], (tokenizer.eos_token_id,), what, fix)
     for i, item in enumerate(asked):
         if isinstance(item, Worked) and item.response:
-            found[i] = found[i] + list(tokenizer(item.response, add_special_tokens=False)["input_ids"])
+            found[i] = found[i] + _response(tokenizer, texts[i], found[i], item.response)
     return found
+
+
+def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
+    """Check, before anything is computed, that the model reads all of what it is asked.
+
+    Raises:
+        ModelError: if a character or a part would be lost, a token has no embedding, a prompt begins with two BOS
+            tokens or ends with an end token, or the chat template refuses a conversation.
+    """
+    tokenizer = loaded.tokenizer
+    texts = [text(tokenizer, item) for item in asked]
+    check_readable(loaded, texts)
+    where = f"model {loaded.name!r}: "
+    ends = end_tokens(loaded.model, tokenizer)
+    try:
+        encoded = encode(tokenizer, asked)
+        check_embedded(loaded.model, tokenizer, encoded)
+        for shown, ids, own, item in zip(texts, encoded, _plain_ids(tokenizer, texts), asked, strict=True):
+            check_begun_once(tokenizer, ids, f"the prompt {shown[:80]!r}")
+            check_kept(tokenizer, shown, own)
+            if isinstance(item, Problem):
+                check_open(tokenizer, ids, ends, f"the prompt {shown[-80:]!r}", "change the task's prompt or template")
+    except ModelError as error:
+        raise ModelError(where + str(error)) from None
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text alone: whole, unpadded and without special tokens, whatever the tokenizer does by itself."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer([*texts], padding=False, truncation=False, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], response: str) -> list[int]:
+    """Ids of a response to a prompt with these ids.
+
+    It is encoded by itself. A tokenizer that puts a blank before every text would begin it with one; the ids of prompt
+    and response together then hold the response as the model would write it, if they begin with those of the prompt.
+    """
+    alone = _plain_ids(tokenizer, [response])[0]
+    wanted = _decoded(tokenizer, ids) + response
+    if _decoded(tokenizer, ids + alone) != wanted:
+        own, both = _plain_ids(tokenizer, [prompt, prompt + response])
+        if both[: len(own)] == own and _decoded(tokenizer, ids + both[len(own) :]) == wanted:
+            return both[len(own) :]
+    return alone
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -38,6 +38,7 @@ from roundoff.decoding import DecodingBatch, Passes, Prompts
 from roundoff.fused_decoder import FusedDecoder
 from roundoff.logprobs import is_noisy, token_logprobs
 from roundoff.masks import AttentionPattern, positions, row_ids
+from roundoff.models.tokenizer import check_embedded, check_open, end_tokens
 from roundoff.numerics.rng import Key, uniform
 from roundoff.prompts import Asked, encode
 from roundoff.rollouts import Rollouts, concatenate
@@ -279,8 +280,12 @@ def _encode(
     if given and asked:
         raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
     encoded = given or encode(tokenizer, asked)
+    check_embedded(model, tokenizer, encoded)
+    ends = () if given else end_tokens(model, tokenizer)
     limit = _position_limit(model)
     for number, tokens in enumerate(encoded):
+        if tokens and tokens[-1] in ends:
+            check_open(tokenizer, tokens, ends, f"prompt {number}", "take it away")
         if not tokens:
             raise ConfigError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
         if limit is not None and len(tokens) + max_new_tokens > limit:
