@@ -15,6 +15,11 @@ MERGED = (
     "alone; the run's adapter/ keeps them apart"
 )
 
+ROUNDED = (
+    "each sum is rounded to {}, so that the smallest of what the adapters add is lost: the scores of the two differ a "
+    "little on plain arithmetic, too"
+)
+
 
 def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     """Write model and tokenizer after `step` (default: the last saved) to `out`; returns what is worth saying.
@@ -43,4 +48,6 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     write_directory(out, fill)
     said = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
     said.append(f"wrote {out}: {run.experiment.id} seed {run.seed} after step {checkpoint.step}")
-    return (*said, *([MERGED] if policy.adapters is not None else []))
+    if policy.adapters is not None:
+        said.append(MERGED + (f"; {ROUNDED.format(run.profile.dtype)}" if run.profile.dtype != "float32" else ""))
+    return tuple(said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from roundoff.config import ConfigError, Experiment, Profile
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.models.lora import Adapters, attach
+from roundoff.models.weights import weights_digest
 from roundoff.numerics.rng import Key
 from roundoff.prerequisites import make_task, resolve_device
 from roundoff.srdd import LayerScan, experiment_scan, needs_scan, resolve_keep
@@ -113,12 +113,3 @@ def check_base(policy: Policy, checkpoint: Checkpoint) -> None:
             f"model {policy.loaded.name!r} has changed since this run began: bring the old one back to go on, or move "
             "the run's directory away to begin again"
         )
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over names and bytes of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -2,9 +2,10 @@
 
 A problem that comes as a conversation is asked through the chat template of the model's tokenizer, with the header of
 the answer appended (`add_generation_prompt`); its special tokens are then those of the template. Without a template, or
-where the task gives no conversation, the model continues the problem's plain prompt, and the tokenizer adds its own
-special tokens (a BOS, say) before it; an end token that it appends is left away. Whether a template is used is a property of the loaded tokenizer (`load_model(chat=...)`
-takes it away or insists on it), not an argument that one caller could pass and another forget.
+where the task gives no conversation, the model continues the problem's plain prompt, and the tokenizer puts its own
+special tokens (a BOS, say) before it; an end token that it appends is left away. Whether a template is used is a
+property of the loaded tokenizer (`load_model(chat=...)` takes it away or insists on it), not an argument that one
+caller could pass and another forget.
 
 A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change over night.
 """
@@ -103,10 +104,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[l
         begin = beginning(tokenizer, [texts[i] for i in plain], [found[i] for i in plain])
         for i in plain if begin else ():
             found[i] = begin + found[i]
-    for i, item in enumerate(problems):
-        if isinstance(item, Problem):
+    for i, problem in enumerate(problems):
+        if isinstance(problem, Problem):
             fix = "set profile.chat = false, or correct the template" if templated[i] else "change the task's prompt"
-            what = f"the prompt of {item.id}" + (", as the chat template writes it," if templated[i] else "")
+            what = f"the prompt of {problem.id}" + (", as the chat template writes it," if templated[i] else "")
             check_open(tokenizer, found[i], (tokenizer.eos_token_id,), what, fix)
     for i, item in enumerate(asked):
         if isinstance(item, Worked) and item.response:

@@ -26,14 +26,16 @@ from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError, LoRA, nearest
 from roundoff.hardware.inventory import plain_name
+from roundoff.models.adapter_file import ADAPTER_CONFIG, check_base, check_complete, read_adapter, write_record
 from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
+from roundoff.models.torch_state import own_defaults
+from roundoff.models.weights import shared_weights
 from roundoff.numerics.rng import Key
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""File that makes a directory an adapter of PEFT's."""
+__all__ = ["ADAPTER_CONFIG", "Adapters", "attach", "load_adapters"]
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,32 @@ class Adapters:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, into an existing directory."""
         self.peft.save_pretrained(str(directory), save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # a model card with every field left to fill in
+        write_record(directory, self.peft.get_base_model())  # type: ignore[arg-type]
 
     def merge(self) -> PreTrainedModel:
         """The plain model with `W + (alpha / rank) * B A` in place of W; the adapters are gone afterwards.
 
+        Each sum is rounded once to the model's dtype: in bfloat16, what an adapter adds is lost where it is below
+        about 1/500 of a weight.
+
         Raises:
-            ConfigError: if hardware is installed: it would go on with the quantized weights of before.
+            ConfigError: if hardware is installed (it would go on with the quantized weights of before), a merged weight
+                is shared with another module, which would change with it, or a sum is not finite.
         """
         from roundoff.hardware.install import installed
 
         if installed(self.peft) is not None:
             raise ConfigError("adapters are merged into a plain model: load it without hardware")
+        model = self.peft.get_base_model()
+        if (shared := _shared_with(model)) is not None:
+            raise ConfigError(
+                f"the adapter of {shared[0]} cannot be merged: the weight is shared with {shared[1]} (tied embeddings), "
+                "which would change with it; keep the adapter apart, or train one without that target"
+            )
         merged: PreTrainedModel = self.peft.merge_and_unload()
+        for name, parameter in merged.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ConfigError(f"{name} is not finite after its adapter was merged into it")
         return merged
 
 
@@ -74,10 +90,12 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     """Fresh adapters on `model`, in place; afterwards they alone require gradients.
 
     Raises:
-        ConfigError: if a target matches no Linear.
+        ConfigError: if a target matches no Linear or a weight that is shared with another module, or the model has
+            adapters already.
     """
     from peft import LoraConfig, get_peft_model
 
+    _check_none(model)
     targets = _check_targets(model, lora)
     settings = LoraConfig(
         r=lora.rank,
@@ -89,6 +107,12 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     with _peft_at_work():
         torch.default_generator.manual_seed(key.fold("lora").value)
         peft = get_peft_model(model, settings)
+    if (shared := _shared_with(model)) is not None:
+        peft.base_model.unload()  # type: ignore[operator]
+        raise ConfigError(
+            f"lora.targets takes in {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merged into "
+            "it, the adapter would change both, so leave it out of lora.targets"
+        )
     return _finished(model, peft, lora.dropout)
 
 
@@ -96,25 +120,62 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
     """Saved adapters on `model`, in place, for evaluation (nothing requires gradients).
 
     Raises:
-        ConfigError: if PEFT cannot put them on this model.
+        ConfigError: if the adapter is no plain LoRA, does not fit the model tensor by tensor, or says that it
+            belongs to another base; the model is then as it was.
     """
-    from peft import PeftModel
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    _check_none(model)
+    found = read_adapter(directory)
+    check_base(found, model)
+    config = found.config
+    config.base_model_name_or_path, config.init_lora_weights, config.inference_mode = model.name_or_path, True, True
     try:
         with _peft_at_work():
-            peft = PeftModel.from_pretrained(model, str(directory))
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise ConfigError(f"the adapter in {directory} does not fit the model: {error}") from error
+            peft: PeftModel = get_peft_model(model, config)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise found.error(f"does not fit the model: {error}") from error
+    try:
+        check_complete(found, get_peft_model_state_dict(peft, save_embedding_layers=False))
+        with own_defaults():
+            set_peft_model_state_dict(peft, dict(found.tensors))
+        for name, tensor in get_peft_model_state_dict(peft, save_embedding_layers=False).items():
+            if not torch.equal(tensor.detach().cpu().double(), found.tensors[name].double()):
+                raise found.error(f"does not fit the model: {name} would be rounded to {tensor.dtype}")
+    except ConfigError:
+        peft.base_model.unload()  # type: ignore[operator]
+        raise
+    peft.requires_grad_(False)
     return _finished(model, peft, 0.0)
+
+
+def _check_none(model: PreTrainedModel) -> None:
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ConfigError("the model has adapters already: load it again, and put one adapter on it")
+
+
+def _shared_with(model: nn.Module) -> tuple[str, str] | None:
+    """A weight that merging would change and that is shared with another module, and the other's name."""
+    changed = [f"{name}." for name, module in model.named_modules() if _is_changed(module)]
+    for name, other in shared_weights(model).items():
+        if name.startswith(tuple(changed)):
+            return plain_name(name), plain_name(other)
+    return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether merging changes the module: it has an adapter, or a trained copy (PEFT's `modules_to_save`)."""
+    return hasattr(module, "lora_A") or hasattr(module, "modules_to_save")
 
 
 @contextmanager
 def _peft_at_work() -> Iterator[None]:
-    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards.
+    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards,
+    and so are torch's defaults.
 
     PEFT 0.21 asks transformers 5.23 by a name that is going out of use; no user can do anything about that.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), own_defaults():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 

@@ -1,0 +1,216 @@
+"""A saved adapter, read whole or refused: its settings, its tensors, and the base that it was trained over.
+
+PEFT is silent about tensors that an adapter's file lacks or has too many, and then computes with the first values of A
+and with B = 0: the base model is scored under the adapter's name (huggingface/peft#2699). Everything is compared here.
+
+An adapter that roundoff has saved carries a record in the header of `adapter_model.safetensors`, where other tools do
+not look: the SHA-256 and dtype of its base, and the settings that its tensors do not show.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from roundoff.config import ConfigError
+from roundoff.models.weights import weights_digest
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""File that makes a directory an adapter of PEFT's."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RECORD = "roundoff"
+"""Entry of the header of an adapter's file that holds the record."""
+
+_OTHER_FUNCTIONS = (
+    "use_dora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "arrow_config",
+    "use_bdlora",
+    "megatron_config",
+)
+"""Settings of PEFT's with which a layer does not compute `hardware(x, W) + scale * B A x`."""
+_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
+"""Values of `init_lora_weights` that leave the base as it is."""
+_RECORDED = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """What an adapter directory holds, checked by itself."""
+
+    directory: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    record: dict[str, Any] | None
+    """What roundoff recorded when it saved the adapter; None for an adapter of another tool."""
+
+    def error(self, what: str) -> ConfigError:
+        """An error about this adapter."""
+        return ConfigError(f"the adapter in {self.directory} {what}")
+
+
+def read_adapter(directory: Path) -> AdapterFile:
+    """The LoRA adapter in a directory.
+
+    Raises:
+        ConfigError: if a file is missing or cannot be read, it is no LoRA adapter, it needs arithmetic other than
+            LoRA's, it is empty, or a tensor holds NaN or infinity.
+    """
+    from peft import LoraConfig
+    from safetensors import SafetensorError, safe_open
+
+    where = f"the adapter in {directory}"
+    settings = _settings(directory)
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise ConfigError(f"{where} must be a LoRA adapter, but peft_type of {ADAPTER_CONFIG} is {kind!r}")
+    for name in _OTHER_FUNCTIONS:
+        if settings.get(name):
+            raise ConfigError(
+                f"{where} has {name} = {settings[name]!r} ({ADAPTER_CONFIG}): roundoff computes plain LoRA only"
+            )
+    if settings.get("init_lora_weights", True) not in _INITIAL_VALUES:
+        raise ConfigError(
+            f"{where} has init_lora_weights = {settings['init_lora_weights']!r} ({ADAPTER_CONFIG}), which changes the "
+            "base: convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if settings.get("bias", "none") != "none":
+        raise ConfigError(f"{where} changes the base's biases (bias = {settings['bias']!r} in {ADAPTER_CONFIG})")
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read from safetensors alone")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        config = LoraConfig.from_pretrained(str(directory))
+        record = json.loads(metadata[RECORD]) if RECORD in metadata else None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    found = AdapterFile(directory, config, tensors, record)
+    _check_tensors(found)
+    _check_record(found, settings)
+    return found
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return found
+
+
+def _check_tensors(found: AdapterFile) -> None:
+    if not found.tensors:
+        raise found.error("is empty: its file holds no tensor")
+    for name, tensor in found.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise found.error(f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}: it must be one of {kinds}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise found.error(f"holds NaN or infinity in {name}, so every result would be worthless")
+
+
+def _check_record(found: AdapterFile, settings: dict[str, Any]) -> None:
+    """Compare `adapter_config.json` with what was recorded when the adapter was saved, and with its run's settings."""
+    if found.record is not None:
+        for name, recorded in found.record["settings"].items():
+            if (value := _plain(settings.get(name))) != recorded:
+                raise found.error(
+                    f"has {name} = {value!r} in {ADAPTER_CONFIG}, but was saved with {recorded!r}: bring the old "
+                    f"{ADAPTER_CONFIG} back"
+                )
+    path = found.directory.resolve().parent / "experiment.toml"
+    if found.directory.resolve().name != "adapter" or not path.is_file():
+        return
+    try:
+        lora = tomllib.loads(path.read_text("utf-8"))["experiment"].get("lora")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if lora is None:
+        raise found.error(f"lies in the directory of a run without adapters ({path} has no table [experiment.lora])")
+    for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
+        if key in lora and settings.get(name) != lora[key]:
+            raise found.error(f"has {name} = {settings.get(name)!r}, but its run has lora.{key} = {lora[key]} ({path})")
+
+
+def check_base(found: AdapterFile, model: PreTrainedModel) -> None:
+    """Check that the plain model, with or without hardware, is the one that the adapter was trained over.
+
+    Only an adapter that roundoff has saved says which that was; tensors of another tool's must fit, nothing more.
+
+    Raises:
+        ConfigError: if its weights or their dtype differ.
+    """
+    if found.record is None:
+        return
+    trained, dtype = found.record["dtype"], str(model.dtype).removeprefix("torch.")
+    if dtype != trained:
+        raise found.error(f"was trained over a base in {trained}, but the model is in {dtype}: set profile.dtype")
+    if found.record["base"] != weights_digest(model):
+        raise found.error(
+            f"was trained over other weights than those of {model.name_or_path!r}: name the model of its run"
+        )
+
+
+def check_complete(found: AdapterFile, expected: dict[str, Tensor]) -> None:
+    """Check that the file holds the tensors that its settings call for on this model, and no others.
+
+    Raises:
+        ConfigError: naming tensors that are missing, too many, or of another shape.
+    """
+    missing, extra = sorted(expected.keys() - found.tensors), sorted(found.tensors.keys() - expected)
+    if missing or extra:
+        parts = [f"lacks {_few(missing)}"] if missing else []
+        parts += [f"holds {_few(extra)}, which this model and {ADAPTER_CONFIG} have no place for"] if extra else []
+        raise found.error(" and ".join(parts))
+    for name, tensor in expected.items():
+        if tensor.shape != found.tensors[name].shape:
+            raise found.error(
+                f"holds {name} of shape {list(found.tensors[name].shape)}, but on this model, at the rank in "
+                f"{ADAPTER_CONFIG}, it must be {list(tensor.shape)}"
+            )
+
+
+def write_record(directory: Path, model: PreTrainedModel) -> None:
+    """Put the record into the adapter that PEFT has just saved of `model`."""
+    from safetensors.torch import load_file, save_file
+
+    settings = _settings(directory)
+    record = {
+        "base": weights_digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": {name: _plain(settings.get(name)) for name in _RECORDED},
+    }
+    path = directory / ADAPTER_WEIGHTS
+    save_file(load_file(path), path, metadata={"format": "pt", RECORD: json.dumps(record)})
+
+
+def _plain(value: Any) -> Any:
+    """A setting in which the order of names does not count: PEFT writes sets."""
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
