@@ -31,10 +31,10 @@ def with_values(model):
     return model
 
 
-def by_peft(directory, **settings):
+def by_peft(directory, base="tiny", **settings):
     """An adapter that plain PEFT has saved; returns the logits of its model."""
     config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
-    model = with_values(get_peft_model(load_model("tiny").model, config).eval())
+    model = with_values(get_peft_model(load_model(base).model, config).eval())
     model.save_pretrained(str(directory))
     return logits(model)
 

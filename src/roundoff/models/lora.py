@@ -29,7 +29,7 @@ from roundoff.hardware.inventory import plain_name
 from roundoff.models.adapter_file import ADAPTER_CONFIG, check_base, check_complete, read_adapter, write_record
 from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
 from roundoff.models.torch_state import own_defaults
-from roundoff.models.weights import shared_weights
+from roundoff.models.weights import plain_parameter, shared_weights
 from roundoff.numerics.rng import Key
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class Adapters:
         model = self.peft.get_base_model()
         if (shared := _shared_with(model)) is not None:
             raise ConfigError(
-                f"the adapter of {shared[0]} cannot be merged: the weight is shared with {shared[1]} (tied embeddings), "
-                "which would change with it; keep the adapter apart, or train one without that target"
+                f"the adapter of {shared[0]} cannot be merged: the weight is shared with {shared[1]} (tied "
+                "embeddings), which would change with it; keep the adapter apart, or train one without that target"
             )
         merged: PreTrainedModel = self.peft.merge_and_unload()
         for name, parameter in merged.named_parameters():
@@ -110,8 +110,8 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     if (shared := _shared_with(model)) is not None:
         peft.base_model.unload()  # type: ignore[operator]
         raise ConfigError(
-            f"lora.targets takes in {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merged into "
-            "it, the adapter would change both, so leave it out of lora.targets"
+            f"lora.targets takes in {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merged "
+            "into it, the adapter would change both, so leave it out of lora.targets"
         )
     return _finished(model, peft, lora.dropout)
 
@@ -159,7 +159,7 @@ def _shared_with(model: nn.Module) -> tuple[str, str] | None:
     changed = [f"{name}." for name, module in model.named_modules() if _is_changed(module)]
     for name, other in shared_weights(model).items():
         if name.startswith(tuple(changed)):
-            return plain_name(name), plain_name(other)
+            return plain_parameter(name), plain_parameter(other)
     return None
 
 

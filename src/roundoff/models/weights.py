@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from roundoff.hardware.inventory import plain_name
 from roundoff.models.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -83,9 +82,14 @@ def weights_digest(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
             continue
-        digest.update(plain_name(name).replace(".original_module", "").encode())
+        digest.update(plain_parameter(name).encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def plain_parameter(name: str) -> str:
+    """A parameter's name without what PEFT's wrapping adds to it."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
