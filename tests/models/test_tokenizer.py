@@ -17,8 +17,7 @@ from roundoff.prerequisites import check_prompts
 from roundoff.prompts import Worked, check_asked, encode
 from roundoff.sampler import sample
 from roundoff.srdd import calibration_batches
-from roundoff.tasks import Message, Problem
-from roundoff.tasks.arithmetic import ArithmeticTask
+from roundoff.tasks import TASKS, Message, Problem
 from tests.small_models import make, make_tokenizer
 
 EOS = [("<eos>", 1)]
@@ -72,7 +71,7 @@ class TestAddedTokens:
         (batch,) = calibration_batches(loaded.tokenizer, [Worked(ASKED[0], "3")], batches=1)
         assert batch["input_ids"].tolist() == [ids("1+2=3")]
         assert greedy(loaded, ASKED).texts == greedy(plain, ASKED).texts
-        task = ArithmeticTask({"train_problems": 8, "test_problems": 16})
+        task = TASKS["arithmetic"]({"train_problems": 8, "test_problems": 16})
         scores = [evaluate(m.model, m.tokenizer, task, key=Key(0), max_new_tokens=12).outcomes for m in (loaded, plain)]
         assert scores[0] == scores[1]
 
@@ -214,12 +213,10 @@ class TestLoss:
         with pytest.raises(ModelError, match=r"no token for a part of '12\+3='"):
             check_asked(loaded, ["12+3="])
 
-    def test_a_normalizer_that_takes_away(self, directory):
-        def change(backend):
-            backend.normalizer = normalizers.Replace(Regex(r"(?<=\d)\+"), "")
-
-        rebuild(directory, change)
-        loaded = load_model(str(directory))
+    def test_a_normalizer_that_takes_away(self):
+        tokenizer = make_tokenizer()
+        tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"(?<=\d)\+"), "")
+        loaded = LoadedModel(make(), tokenizer, "small", "here")
         check_asked(loaded, ["1-2="])
         with pytest.raises(ModelError, match=r"loses a part of '1\+2=': its tokens read '12='"):
             check_asked(loaded, ["1+2="])
@@ -234,13 +231,13 @@ class TestLoss:
         check_kept(Accents(), "É Ａ ﬁ", [])  # capitals, accents, full width, ligature
 
 
-def test_a_blank_that_a_tokenizer_puts_first_is_not_in_a_response():
+def test_what_a_tokenizer_puts_before_every_text_is_not_in_a_response():
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["\n"])
-    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("\n")
-    blank, digit = tokenizer.convert_tokens_to_ids(["\n", "3"])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("-")  # as sentencepiece puts a blank there
+    mark, digit = tokenizer.convert_tokens_to_ids(["-", "3"])
     prompt = encode(tokenizer, ["1+2="])[0]
-    assert prompt[0] == blank
+    assert prompt[0] == mark
+    assert tokenizer("3")["input_ids"] == [mark, digit]
     assert encode(tokenizer, [Worked(ASKED[0], "3")]) == [[*prompt, digit]]
 
 

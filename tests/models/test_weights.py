@@ -1,6 +1,7 @@
 """Weights of a model directory: all there, of the right shape, numbers; and torch's global state left out of it."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,13 @@ def change(directory: Path, **tensors: torch.Tensor) -> None:
 def test_a_tensor_that_the_architecture_has_no_place_for_is_refused(directory: Path, name: str) -> None:
     change(directory, **{name: torch.zeros(16)})
     with pytest.raises(ModelError, match=f"unexpected_keys: {name}"):
+        load_model(str(directory))
+
+
+def test_constants_that_old_versions_saved_are_passed_over(directory: Path) -> None:
+    change(directory, **{"model.layers.0.self_attn.masked_bias": torch.tensor(-1e9)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         load_model(str(directory))
 
 
@@ -129,6 +137,12 @@ class TestTiedEmbeddings:
         adapters = load_adapters(model, tmp_path / "adapter")
         with torch.no_grad():
             assert torch.equal(model(**INPUT).logits, expected)
+        other = load_model(str(tied)).model
+        with torch.no_grad():
+            other.lm_head.weight[0] += 1
+        if "modules_to_save" not in settings:  # PEFT has saved a copy of the weight that the adapter lies over
+            with pytest.raises(ConfigError, match="which differs from the base's own"):
+                load_adapters(other, tmp_path / "adapter")
         with pytest.raises(ConfigError, match=r"lm_head\.weight cannot be merged: the weight is shared"):
             adapters.merge()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ class AdapterFile:
     directory: Path
     config: LoraConfig
     tensors: dict[str, Tensor]
+    """By the names that PEFT gives them."""
     record: dict[str, Any] | None
     """What roundoff recorded when it saved the adapter; None for an adapter of another tool."""
 
@@ -191,6 +193,19 @@ def check_complete(found: AdapterFile, expected: dict[str, Tensor]) -> None:
                 f"holds {name} of shape {list(found.tensors[name].shape)}, but on this model, at the rank in "
                 f"{ADAPTER_CONFIG}, it must be {list(tensor.shape)}"
             )
+
+
+def drop_copies(found: AdapterFile, parameters: Mapping[str, Tensor]) -> None:
+    """Leave out copies of the base's own weights: PEFT saves those of embeddings and output layers that it adapts.
+
+    Raises:
+        ConfigError: if such a copy differs from the base, which is then another one.
+    """
+    for name in found.tensors.keys() & {n for n in parameters if ".lora_" not in n and ".modules_to_save." not in n}:
+        own, copy = parameters[name].detach().cpu(), found.tensors[name]
+        if own.shape != copy.shape or not torch.equal(own, copy.to(own.dtype)):
+            raise found.error(f"holds {name}, which differs from the base's own: it was trained over another base")
+        del found.tensors[name]
 
 
 def write_record(directory: Path, model: PreTrainedModel) -> None:

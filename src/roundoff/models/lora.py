@@ -26,7 +26,14 @@ from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError, LoRA, nearest
 from roundoff.hardware.inventory import plain_name
-from roundoff.models.adapter_file import ADAPTER_CONFIG, check_base, check_complete, read_adapter, write_record
+from roundoff.models.adapter_file import (
+    ADAPTER_CONFIG,
+    check_base,
+    check_complete,
+    drop_copies,
+    read_adapter,
+    write_record,
+)
 from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
 from roundoff.models.torch_state import own_defaults
 from roundoff.models.weights import plain_parameter, shared_weights
@@ -136,6 +143,7 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise found.error(f"does not fit the model: {error}") from error
     try:
+        drop_copies(found, dict(peft.named_parameters(remove_duplicate=False)))
         check_complete(found, get_peft_model_state_dict(peft, save_embedding_layers=False))
         with own_defaults():
             set_peft_model_state_dict(peft, dict(found.tensors))

@@ -16,6 +16,9 @@ from roundoff.models.errors import ModelError
 INDEX = "model.safetensors.index.json"
 """File that says which shard holds which tensor."""
 
+_FORMER_BUFFERS = ("masked_bias", "inv_freq")
+"""Constants that old versions of transformers saved with every layer."""
+
 
 def check_files(directory: Path, name: str) -> None:
     """Check that every shard that the index lists is there, and that no index contradicts a single file.
@@ -52,7 +55,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
     unknown = sorted(map(str, info.get("unexpected_keys") or ()))  # type: ignore[call-overload]
     if inside := [key for key in unknown if _is_inside(model, key)]:
         raise ModelError(f"model {name!r}: its weights do not fit its architecture (unexpected_keys: {_few(inside)})")
-    if unknown:
+    if unknown := [key for key in unknown if key.rpartition(".")[2] not in _FORMER_BUFFERS]:
         warnings.warn(
             f"model {name!r}: its files hold tensors of parts that {type(model).__name__} does not have, which were "
             f"not read: {_few(unknown)}",
@@ -65,6 +68,8 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
 
 def _is_inside(model: PreTrainedModel, key: str) -> bool:
     """Whether a tensor belongs to a module that the model has, or to one more of the layers that it numbers."""
+    if key.rpartition(".")[2] in _FORMER_BUFFERS:
+        return False
     names = {name: module for name, module in model.named_modules() if name}
     parents = [".".join(key.split(".")[:n]) for n in range(1, key.count(".") + 1)]
     return (bool(parents) and parents[-1] in names and parents[-1] != model.base_model_prefix) or any(
