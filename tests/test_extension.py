@@ -42,6 +42,15 @@ def test_one_epoch_extended_is_two_from_scratch_to_the_bit(tmp_path, small, lora
     assert (origin["run"], origin["step"], origin["epochs"]) == (str(parent.path), 2, 1)
 
 
+def test_a_parent_with_the_checkpoint_of_another_run_is_refused(tmp_path, small):
+    parent = run(tmp_path / "runs", load_experiment("quickstart-clean"), small)
+    other = run(tmp_path / "other", load_experiment("quickstart-clean"), small, seed=1)
+    shutil.copytree(other.path / "checkpoints", parent.path / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="was written by another run"):
+        begin_extension(parent, 2, {})
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["quickstart-clean"]
+
+
 def test_what_was_made_is_not_made_again_and_a_stop_goes_on(tmp_path, small):
     parent = run(tmp_path, load_experiment("quickstart-clean"), small)
     stopped = extend(parent, 3, stop_after=1)

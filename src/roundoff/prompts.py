@@ -92,8 +92,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[l
     """Token ids of each; a response is appended to its prompt's ids as sampling does.
 
     Raises:
-        ModelError: if the chat template refuses a conversation or closes the answer's turn, or the tokenizer appends
-            another token than its end token (which is left away).
+        ModelError: if the chat template refuses a conversation or closes the answer's turn, a prompt begins with two
+            BOS tokens, or the tokenizer appends another token than its end token (which is left away).
     """
     problems = [item.problem if isinstance(item, Worked) else item for item in asked]
     texts = [text(tokenizer, item) for item in problems]
@@ -105,6 +105,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[l
         for i in plain if begin else ():
             found[i] = begin + found[i]
     for i, problem in enumerate(problems):
+        check_begun_once(tokenizer, found[i], f"the prompt {texts[i][:80]!r}")
         if isinstance(problem, Problem):
             fix = "set profile.chat = false, or correct the template" if templated[i] else "change the task's prompt"
             what = f"the prompt of {problem.id}" + (", as the chat template writes it," if templated[i] else "")
@@ -131,7 +132,6 @@ def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
         encoded = encode(tokenizer, asked)
         check_embedded(loaded.model, tokenizer, encoded)
         for shown, ids, own, item in zip(texts, encoded, _plain_ids(tokenizer, texts), asked, strict=True):
-            check_begun_once(tokenizer, ids, f"the prompt {shown[:80]!r}")
             check_kept(tokenizer, shown, own)
             if isinstance(item, Problem):
                 check_open(tokenizer, ids, ends, f"the prompt {shown[-80:]!r}", "change the task's prompt or template")

@@ -166,6 +166,16 @@ class TestOfARun:
         expected = PeftModel.from_pretrained(load_model("tiny").model, str(own)).eval()
         assert torch.equal(logits(plain), logits(expected))
 
+    def test_equal_adapters_are_equal_files(self, own, tmp_path):
+        for n in range(4):
+            model = load_model("tiny").model
+            adapters = attach(model, LoRA(rank=4), Key(0))
+            with_values(model)
+            (tmp_path / str(n)).mkdir()
+            adapters.save(tmp_path / str(n))
+            name = "adapter_model.safetensors"
+            assert (tmp_path / str(n) / name).read_bytes() == (own / name).read_bytes()
+
     def test_over_another_base_is_refused(self, own, tmp_path):
         directory = tmp_path / "model"
         shutil.copytree(TINY_DIRECTORY, directory, ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -99,8 +99,9 @@ class TestAddedTokens:
         rebuild(directory, processor("> $A", (">", 15)))
         loaded = load_model(str(directory))
         check_asked(loaded, ["1+2="])
-        with pytest.raises(ModelError, match=r"begins with '>' \(id 15\) twice"):
-            check_asked(loaded, [">1+2="])  # the task's text writes it, too
+        for refused in (lambda: check_asked(loaded, [">1+2="]), lambda: greedy(loaded, [">1+2="])):
+            with pytest.raises(ModelError, match=r"begins with '>' \(id 15\) twice"):
+                refused()  # the task's text writes it, too
         loaded.tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}{{ messages[0].content }}"
         with pytest.raises(ModelError, match=r"begins with '>' \(id 15\) twice"):
             check_prompts(loaded, ASKED)

@@ -209,9 +209,11 @@ def drop_copies(found: AdapterFile, parameters: Mapping[str, Tensor]) -> None:
 
 
 def write_record(directory: Path, model: PreTrainedModel) -> None:
-    """Put the record into the adapter that PEFT has just saved of `model`."""
-    from safetensors.torch import load_file, save_file
+    """Put the record into the adapter that PEFT has just saved of `model`.
 
+    The header is written here, as safetensors writes several entries in an order that changes from call to call, and
+    equal adapters are to be equal files.
+    """
     settings = _settings(directory)
     record = {
         "base": weights_digest(model),
@@ -219,7 +221,12 @@ def write_record(directory: Path, model: PreTrainedModel) -> None:
         "settings": {name: _plain(settings.get(name)) for name in _RECORDED},
     }
     path = directory / ADAPTER_WEIGHTS
-    save_file(load_file(path), path, metadata={"format": "pt", RECORD: json.dumps(record)})
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": {"format": "pt", RECORD: json.dumps(record)}}
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of eight bytes
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[end:])
 
 
 def _plain(value: Any) -> Any:

@@ -63,7 +63,10 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
         )
     for part, tensor in model.named_parameters():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"model {name!r}: {part} holds NaN or infinity, so every result would be worthless")
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"model {name!r}: {part} holds NaN or infinity in {dtype}, so every result would be worthless"
+            )
 
 
 def _is_inside(model: PreTrainedModel, key: str) -> bool:
