@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.algorithms.schedule import sigma_curve
-from roundoff.checkpoint import DamagedCheckpointError
+from roundoff.checkpoint import DamagedCheckpointError, checkpoint_path, read_checkpoint, save_checkpoint
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
 from roundoff.extension import _root, begin_extension, differences, extended
@@ -84,8 +84,10 @@ def test_a_parent_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, smal
     parent = run(tmp_path, experiment, small)
     extend(parent, 2, stop_after=1)
     other = run(tmp_path / "other", experiment, with_training(small, learning_rate=1e-5))
-    shutil.rmtree(parent.path / "checkpoints")
-    shutil.copytree(other.path / "checkpoints", parent.path / "checkpoints")
+    state, _ = read_checkpoint(checkpoint_path(parent.path / "checkpoints", 2))
+    _, tensors = read_checkpoint(checkpoint_path(other.path / "checkpoints", 2))
+    state = {name: value for name, value in state.items() if name not in ("step", "checksums")}
+    save_checkpoint(parent.path / "checkpoints", 2, tensors, state, keep=1)  # of the same settings, by other code
     with pytest.raises(ConfigError, match="began with other weights than"):
         begin_extension(read_run(parent.path), 2, {})
     run(tmp_path, extended(experiment, 3), small)
