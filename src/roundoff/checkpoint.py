@@ -201,7 +201,7 @@ def check_origin(checkpoint: Checkpoint, expected: Mapping[str, Any], experiment
         wrote, wanted = (", ".join(f"{name} {value}" for name, value in o.items()) for o in (origin, expected))
         raise ConfigError(
             f"the checkpoint of step {checkpoint.step} was written by another run ({wrote}) than this one ({wanted}): "
-            "remove it from this run's checkpoints/"
+            "remove it from this run's checkpoints/, or bring back the experiment.toml that it was written under"
         )
 
 
