@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from roundoff.checkpoint import Checkpoint, load_checkpoint, write_atomic
+from roundoff.checkpoint import Checkpoint, check_origin, load_checkpoint, run_origin, write_atomic
 from roundoff.config import ConfigError, Experiment, Hardware, Profile, Task, validate
 from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.experiments import load_experiment, load_profile, with_overrides
@@ -270,6 +270,7 @@ def _find(target: str, step: int | None, profile: str | None) -> Subject:
 
 def _state_of_run(run: Run, step: int | None, profile: str | None) -> Subject:
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
+    check_origin(checkpoint, run_origin(run.experiment, run.profile, run.seed), run.experiment.id)
     scale = run.profile
     if profile is not None:
         kept = {name: getattr(scale, name) for name in ("model", "dtype", "device", "threads")}

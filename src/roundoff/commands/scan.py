@@ -122,8 +122,8 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     import torch
 
     from roundoff.experiments import load_profile
-    from roundoff.models.load import check_readable, load_model
-    from roundoff.prompts import Asked, text
+    from roundoff.models.load import load_model
+    from roundoff.prompts import Asked, check_asked
     from roundoff.session import make_task, resolve_device
     from roundoff.srdd import calibration_batches, calibration_texts
 
@@ -142,7 +142,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
         allow_download=options["allow_download"],
         chat=profile.chat,
     )
-    check_readable(loaded, [text(loaded.tokenizer, asked) for asked in texts[:100]])
+    check_asked(loaded, texts[: 2 * options["tokens"]])  # each holds at least one token
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=options["tokens"], batches=4)
     used = sum(len(batch["input_ids"]) for batch in batches)
     if not options["with_frontier"]:
