@@ -168,9 +168,7 @@ def evaluate_samples(
     problems, own = _problems(model, task), key.fold("evaluation", "samples")
 
     def drawn() -> _Answers:
-        return _answers(
-            model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature
-        )
+        return _answers(model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature)
 
     deployed = clean = drawn()
     if installed(model) is not None:
@@ -217,7 +215,9 @@ def _answers(
 ) -> _Answers:
     share = ranks.share(len(problems))
     mine = problems[share]
-    parts = ranks.gather(_answered(model, tokenizer, task, mine, share.start, key, max_new_tokens, samples, temperature))
+    parts = ranks.gather(
+        _answered(model, tokenizer, task, mine, share.start, key, max_new_tokens, samples, temperature)
+    )
     return parts[0] if len(parts) == 1 else _joined(parts)
 
 

@@ -4,7 +4,7 @@ A response may come to nothing in four ways, and in the first that holds it is c
 
 | flaw | what happened |
 |---|---|
-| `nonfinite` | the logits were NaN or infinite, so that the response could not be computed to its end; it solves nothing |
+| `nonfinite` | the logits were NaN or infinite, so that it could not be computed to its end; it solves nothing |
 | `reward_error` | the task's reward raised an error or gave no finite number; the reward counts as 0 |
 | `truncated` | no end token within the length limit; the reward is that of the text so far |
 | `empty` | it ended at once, without a text |

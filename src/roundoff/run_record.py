@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from roundoff.config import ConfigError, Experiment, Profile, validate
 from roundoff.health import Health, health_of
-from roundoff.outcomes import DamagedRunError, Evaluation, Outcome, evaluation_file, read_evaluation
+from roundoff.outcomes import DamagedRunError, Evaluation, evaluation_file, read_evaluation
 
 State = Literal["running", "complete", "failed", "interrupted"]
 

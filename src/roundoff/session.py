@@ -71,6 +71,8 @@ class Session:
     """SHA-256 over the task's problems as they are asked, and their answers."""
     position: int = 0
     """Prompts drawn from the stream so far."""
+    fruitless_steps: int = 0
+    """Steps in a row, up to the last one, without a rollout that could be trained on."""
     ranks: Ranks = ALONE
     """The processes that make this run together."""
 

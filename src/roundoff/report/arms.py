@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from roundoff.config import Experiment, Profile, result_hash
+from roundoff.health import Tally
 from roundoff.run_dir import Evaluation, Run
 
 Array = NDArray[np.float64]
@@ -30,12 +31,20 @@ class Scores:
     """1 where solved with the hardware off."""
     truncated: float
     """Share of first responses cut at the length limit (fraction)."""
+    flaws: Tally = Tally(0)
+    """What was wrong with the responses with the hardware on, all runs and draws together."""
 
     def of_seeds(self, seeds: Sequence[int]) -> Scores:
         """The same outcomes for some of the seeds."""
         rows = [self.seeds.index(seed) for seed in seeds]
         return Scores(
-            tuple(seeds), self.problems, self.problem_set, self.deployed[rows], self.clean[rows], self.truncated
+            tuple(seeds),
+            self.problems,
+            self.problem_set,
+            self.deployed[rows],
+            self.clean[rows],
+            self.truncated,
+            self.flaws,
         )
 
 
@@ -102,6 +111,7 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         ValueError: if the runs were scored on different problems or on a single one, or a problem appears twice.
     """
     deployed, clean, cut = [], [], []
+    flaws: list[str] = []
     problems: tuple[str, ...] = ()
     digest = ""
     for run in runs:
@@ -117,9 +127,11 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         problems, digest = problems or ids, this
         deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
         clean.append([float(o.clean) for o in outcomes])
+        flaws += [flaw for outcome in outcomes for flaw in outcome.deployed_flaws()]
         cut.append(sum(o.truncated for o in outcomes) / len(outcomes))
     seeds = tuple(run.seed for run in runs)
-    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), sum(cut) / len(cut))
+    truncated = sum(cut) / len(cut)
+    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), truncated, Tally.of(flaws))
 
 
 def _digest(evaluation: Evaluation) -> str:
