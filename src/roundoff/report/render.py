@@ -158,7 +158,7 @@ def as_json(report: Report) -> dict[str, Any]:
     """Everything in the report as plain data; fractions, not percent."""
     rows = []
     for row in report.rows:
-        content = asdict(row) | {"notes": list(row.notes)}
+        content = asdict(row)
         if row.comparison:
             content["comparison"] |= {"verdict": row.comparison.verdict, "is_shown": row.comparison.is_shown}
         rows.append(content)

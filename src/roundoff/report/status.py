@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from roundoff.report.arms import Arm
 from roundoff.report.compare import start_scores
-from roundoff.run_dir import DamagedRunError, Run
+from roundoff.run_dir import Run
 
 ENDED = {
     "failed": "failed",
@@ -42,7 +42,7 @@ class SeedRow:
     untrained: str = ""
     """Why a run that took steps trained nothing; empty where it did."""
     failures: tuple[str, ...] = ()
-    """What of its rollouts and of its last evaluation was not computed, a sentence each."""
+    """What of its rollouts was not computed, a sentence each."""
 
     @property
     def words(self) -> str:
@@ -73,25 +73,17 @@ def seed_row(run: Run) -> SeedRow:
         warnings=tuple(run.status.warnings),
         trained_steps=health.trained if health.steps else None,
         untrained=health.untrained,
-        failures=(*(() if health.untrained else health.notes()), *_last_failures(run)),
+        failures=() if health.untrained else health.notes(),
     )
 
 
-def _last_failures(run: Run) -> tuple[str, ...]:
-    """What of the last evaluation of a scored run was not computed, a sentence each."""
-    if not run.is_final:
-        return ()
-    try:
-        evaluation = run.evaluation(run.status.total_steps)
-    except DamagedRunError:  # said where its score is asked for
-        return ()
-    sides = {"deployed": evaluation.deployed_tally, "clean": evaluation.clean_tally}
-    return tuple(f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.failures())
-
-
-def arm_notes(rows: Sequence[SeedRow]) -> tuple[str, ...]:
-    """What a reader must know beside the score of an arm whose runs these are, a sentence each."""
-    return tuple(f"seed {row.seed}: {line}" for row in rows for line in row.failures)
+def arm_notes(arm: Arm) -> tuple[str, ...]:
+    """What a reader must know beside the score of an arm, a sentence each: what of it was not computed."""
+    scores = arm.scores
+    sides = {} if scores is None else {"deployed": scores.flaws, "clean": scores.clean_flaws}
+    said = [f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.failures()]
+    said += [f"seed {row.seed}: {line}" for row in map(seed_row, arm.runs) for line in row.failures]
+    return tuple(said)
 
 
 def arm_status(arm: Arm, arms: Sequence[Arm]) -> tuple[str, bool]:

@@ -55,6 +55,8 @@ class Row:
     truncated: float | None
     flaws: Tally | None
     """What was wrong with the responses with the hardware on in the last evaluations."""
+    notes: tuple[str, ...]
+    """What a reader must know beside its score, a sentence each: what of it was not computed."""
     comparison: Comparison | None
     no_comparison: str
     """Why there is none; empty where there is one or none was declared."""
@@ -67,11 +69,6 @@ class Row:
     aqn: AqnRow | None
     published: Published | None
     """What others published for an experiment of this id: shown beside, never used."""
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a reader must know beside its score, a sentence each: what of it was not computed."""
-        return arm_notes(self.seeds)
 
     @property
     def name(self) -> str:
@@ -253,6 +250,7 @@ def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: s
         clean=stats.score(scores.clean) if scores else None,
         truncated=scores.truncated if scores else None,
         flaws=scores.flaws if scores else None,
+        notes=arm_notes(arm),
         comparison=comparison,
         no_comparison=reason,
         is_best=is_best,
@@ -281,6 +279,7 @@ def _missing(experiment: Experiment) -> Row:
         clean=None,
         truncated=None,
         flaws=None,
+        notes=(),
         comparison=None,
         no_comparison="it has no run" if experiment.baseline else "",
         is_best=False,
