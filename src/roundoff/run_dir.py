@@ -41,7 +41,7 @@ from roundoff.checkpoint import (
     write_directory,
 )
 from roundoff.config import ConfigError, Experiment, Profile, result_hash
-from roundoff.health import health_of
+from roundoff.health import Health, health_of
 from roundoff.outcomes import (
     DamagedRunError,
     Evaluation,
@@ -193,13 +193,21 @@ class RunDirectory:
     def set_status(self, status: Status) -> Status:
         """Write `status`, stamped with the time; of a complete run it also says whether anything was trained."""
         if status.state == "complete":
-            health = health_of(read_metrics(self.path), self.experiment.algorithm.group_size)
-            said = tuple(dict.fromkeys((*status.warnings, *health.notes())))
+            health = self.health()
+            said = tuple(dict.fromkeys((*status.warnings, *health.failures())))
             trained = health.trained if health.steps else None
             status = replace(status, trained_steps=trained, untrained=health.untrained, warnings=said)
         status = replace(status, updated=datetime.now(UTC).isoformat(timespec="seconds"))
         write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
         return status
+
+    def health(self) -> Health:
+        """What became of the rollouts and steps so far.
+
+        Raises:
+            DamagedRunError: if the metrics are malformed.
+        """
+        return health_of(read_metrics(self.path), self.experiment.algorithm.group_size)
 
     def write_scan(self, content: Mapping[str, Any]) -> None:
         """Keep the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""

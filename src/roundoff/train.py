@@ -128,7 +128,7 @@ def _train(
                 evaluation = log.score(total)
         if session.policy.adapters is not None:
             run_dir.save_adapter(session.policy.adapters.save)
-        ended = "complete"
+        ended = "untrained" if run_dir.health().untrained else "complete"
     except BaseException as error:
         resumable = isinstance(error, KeyboardInterrupt) or is_disk_full(error)
         ended = "interrupted" if resumable else "failed"

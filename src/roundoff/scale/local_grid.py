@@ -140,7 +140,7 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
         )
         if final is None:
             return "interrupted", "stopped on request; the same command goes on"
-        return "complete", ranks.first(lambda: read_run(request.path).health.untrained)
+        return "complete", run_dir.health().untrained
 
 
 def check_distinct(requests: Sequence[RunRequest]) -> None:

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, result_hash
 
-Ended = Literal["complete", "interrupted", "failed"]
-"""How a run came to its end; one that was interrupted goes on later."""
+Ended = Literal["complete", "untrained", "interrupted", "failed"]
+"""How a run came to its end: `untrained` reached it without training anything; `interrupted` goes on later."""
 OPTIONAL: Mapping[str, type[BaseModel]] = {
     "aqn": AQN,
     "srdd": SRDD,
