@@ -32,9 +32,13 @@ def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
     found: list[str] = []
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and not _is_finite(output):
-                found.append(name + (", whose weights hold NaN or Inf" if _has_bad_weights(module) else ""))
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if found or _is_finite(output):
+                return
+            why = ", whose weights hold NaN or Inf" if _has_bad_weights(module) else ""
+            if not why and not _is_finite(inputs):  # made by no module, such as the products of attention
+                why = ", whose input was not finite already"
+            found.append(name + why)
 
         return hook
 

@@ -6,6 +6,7 @@ Log-probabilities before the update are computed first, with the hardware on and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +39,7 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     """
     parts = [(*share_of(session.ranks, part, own), whole) for part, own, whole in _minibatches(session, batch)]
     old = [_before_update(session, step, part, first=i == 0) for i, (part, _, _) in enumerate(parts)]
+    before_step = nonfinite_parameters(session.trainable)
     outputs: list[LossOutput] = []
     norms: list[float] = []
     entropies: list[float] = []
@@ -48,18 +50,15 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
             session.ranks.sum_gradients(moved)
             norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
             if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
-                raise NonFiniteLossError(_diverged(session, output, norm))
+                raise NonFiniteLossError(_diverged(session, output, norm, before_step))
             torch.nn.utils.clip_grads_with_norm_(moved, session.profile.training.gradient_clip, norm)
             session.optimizer.step()
             session.optimizer.zero_grad(set_to_none=True)
             outputs.append(output)
             norms.append(float(norm))
             entropies.append(entropy)
-    if bad := nonfinite_parameters(session.trainable):
-        raise NonFiniteLossError(
-            f"after the optimizer step {len(bad)} of {len(session.trainable)} weights hold NaN or Inf ({bad[0]}, ...): "
-            "lower the learning rate, or train in a dtype of a wider range"
-        )
+    if spoilt := _spoilt(session, before_step):
+        raise NonFiniteLossError(spoilt)
     logged = [o.metrics() for o in outputs]
     mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
     return {
@@ -72,10 +71,23 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     }
 
 
-def _diverged(session: Session, output: LossOutput, norm: Tensor) -> str:
+def _spoilt(session: Session, before: Sequence[str]) -> str:
+    """Which weights an optimizer step has made NaN or infinite, in words; those in `before` were so already."""
+    bad = [name for name in nonfinite_parameters(session.trainable) if name not in before]
+    if not bad:
+        return ""
+    return (
+        f"after an optimizer step {len(bad)} of {len(session.trainable)} weights hold NaN or Inf "
+        f"({', '.join(bad[:3])}): lower the learning rate, or train in a dtype of a wider range"
+    )
+
+
+def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequence[str]) -> str:
     """What was not finite, and the first of it in the order of the computation."""
     said = f"loss {output.loss.item()}, gradient norm {norm.item()}"
-    if not torch.isfinite(output.kl):
+    if spoilt := _spoilt(session, before):
+        return f"{said}: {spoilt}"
+    if torch.isfinite(output.policy_loss) and not torch.isfinite(output.kl):
         return f"{said}: the KL to the reference model is not finite, nor therefore the loss"
     if torch.isfinite(output.loss):
         bad = [name for name, p in session.optimizer.masters.items() if p.grad is not None and not _finite(p.grad)]
