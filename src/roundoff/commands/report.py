@@ -80,7 +80,10 @@ def runs_command(root: Path) -> None:
             scores = f"deployed {last['deployed']:.1%}{lost}  clean {last['clean']:.1%}"
         at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
         title = f"  {item.experiment.title}" if item.experiment.title else ""
-        click.echo(f"{item.path}{title}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
+        state = item.status.state
+        if state == "complete" and item.health.untrained:
+            state = "complete (not trained)"
+        click.echo(f"{item.path}{title}  {state}  {at}  {scores}  {item.status.reason}".rstrip())
         for line in dict.fromkeys((*item.status.warnings, *item.health.notes())):
             click.echo(f"  warning: {line}")
     for line in skipped:

@@ -172,6 +172,8 @@ def overview(report: Report) -> str:
     whole = sum(seed.state == "complete" for row in report.rows for seed in row.seeds)
     unfinished = report.runs - whole
     rest = f", {unfinished} of them without a final score" if unfinished else ""
+    untrained = sum(bool(seed.untrained) for row in report.rows for seed in row.seeds)
+    rest += f", {untrained} of them without any training" if untrained else ""
     missing = sum(not row.seeds for row in report.rows)
     absent = f"; {number(missing, 'declared experiment')} not run" if missing else ""
     return f"{number(report.runs, 'run')} of {number(len(report.rows) - missing, 'experiment')}{rest}{absent}"
