@@ -28,7 +28,12 @@ def test_a_tally_in_words_and_shares():
         "1 of 16 responses had no text",
     )
     assert tally.shares() == {"nonfinite": 13 / 16, "reward_error": 0.0, "truncated": 1 / 16, "empty": 1 / 16}
-    assert Tally.of([""] * 9).words() == ()
+    assert tally.notes() == tally.failures()
+    assert Tally.of(["truncated", "truncated", ""]).notes() == (
+        "2 of 3 responses reached the length limit without an end",
+    )
+    assert Tally.of(["empty", ""]).notes() == ("1 of 2 responses had no text",)
+    assert Tally.of([""] * 9).words() == Tally.of([""] * 9).notes() == Tally.of([]).notes() == ()
     assert Tally.of(["reward_error", ""]).failures() == ("1 of 2 rewards could not be computed and count as 0",)
 
 

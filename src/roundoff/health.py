@@ -22,7 +22,7 @@ FLAWS: tuple[str, ...] = get_args(Flaw)
 UNTRAINED = "nothing was trained"
 """Beginning of the reason why a run that reached its end is none that trained."""
 NOTED_SHARE = 0.5
-"""Share of steps that trained nothing from which on that is said of a run (fraction)."""
+"""Share of untrained steps, or of responses without an end or a text, from which on that is noted (fraction)."""
 
 
 class NonFiniteOutputError(ArithmeticError):
@@ -74,6 +74,14 @@ class Tally:
         if self.reward_error:
             said.append(f"{self.reward_error:,} {of} rewards could not be computed and count as 0")
         return tuple(said)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the score must know, a sentence each: failures, and other flaws of half the responses."""
+        limit = NOTED_SHARE * self.responses
+        cut, empty = (f"{n:,} of {self.responses:,} responses" for n in (self.truncated, self.empty))
+        said = [f"{cut} reached the length limit without an end"] if self.truncated >= limit > 0 else []
+        said += [f"{empty} had no text"] if self.empty >= limit > 0 else []
+        return (*self.failures(), *said)
 
     def words(self) -> tuple[str, ...]:
         """Every flaw that occurred, a sentence each."""

@@ -84,11 +84,11 @@ class RunLog:
 def _troubles(metrics: Metrics, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
     """Kind and text of everything in the row of a step that was not computed."""
     if evaluation is not None:
-        where = f" (first in {evaluation.nonfinite_at})" if evaluation.nonfinite_at else ""
-        for line in evaluation.deployed_tally.failures():
+        where = f" (not finite first in {evaluation.nonfinite_at})" if evaluation.nonfinite_at else ""
+        for line in evaluation.deployed_tally.notes():
             yield f"deployed {line[-10:]}", f"with the hardware on, {line}{where}"
-        for line in evaluation.clean_tally.failures():
-            yield "clean", f"with the hardware off, {line}"
+        for line in evaluation.clean_tally.notes():
+            yield f"clean {line[-10:]}", f"with the hardware off, {line}"
     if metrics.get("nonfinite"):
         yield "rollouts", f"{metrics['nonfinite']:,} rollouts were not computed: the logits were not finite"
     if metrics.get("reward_errors"):

@@ -92,7 +92,7 @@ def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequen
     if torch.isfinite(output.loss):
         bad = [name for name, p in session.optimizer.masters.items() if p.grad is not None and not _finite(p.grad)]
         return f"{said}: the loss is finite, but the gradients of {len(bad)} weights are not ({', '.join(bad[:3])})"
-    return said
+    return f"{said}: the log-probabilities of the policy are not finite; a lower learning rate may help"
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -80,9 +80,7 @@ def runs_command(root: Path) -> None:
             scores = f"deployed {last['deployed']:.1%}{lost}  clean {last['clean']:.1%}"
         at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
         title = f"  {item.experiment.title}" if item.experiment.title else ""
-        state = item.status.state
-        if state == "complete" and item.health.untrained:
-            state = "complete (not trained)"
+        state = f"{item.status.state}{' (not trained)' if item.is_final and item.health.untrained else ''}"
         click.echo(f"{item.path}{title}  {state}  {at}  {scores}  {item.status.reason}".rstrip())
         for line in dict.fromkeys((*item.status.warnings, *item.health.notes())):
             click.echo(f"  warning: {line}")

@@ -81,7 +81,7 @@ def arm_notes(arm: Arm) -> tuple[str, ...]:
     """What a reader must know beside the score of an arm, a sentence each: what of it was not computed."""
     scores = arm.scores
     sides = {} if scores is None else {"deployed": scores.flaws, "clean": scores.clean_flaws}
-    said = [f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.failures()]
+    said = [f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.notes()]
     said += [f"seed {row.seed}: {line}" for row in map(seed_row, arm.runs) for line in row.failures]
     return tuple(said)
 
