@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from roundoff.aqn import aqn_noise, aqn_targets
+from roundoff.aqn import aqn_noise, aqn_targets, is_aqn_active
 from roundoff.config import AQN, ConfigError, Hardware, Precision
 from roundoff.hardware import install
 from roundoff.numerics.rng import Key
@@ -230,3 +232,27 @@ def test_a_weight_that_two_modules_share_gets_the_noise_of_one():
         eps = (model["layers"][1].weight.detach() - before) / 0.05
     assert abs(eps.var() - 1) < 4.5 * (2 / eps.numel()) ** 0.5  # standard errors of the variance
     assert torch.equal(model["layers"][0].weight.detach(), before)
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_the_noise_is_seen_through_every_wrapper_and_part(outer):
+    model = build()
+    wrapper = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    with aqn_noise(wrapper if outer else model, 0.5, None, KEY, AQN(sigma_start=0.5, sigma_end=0.1)):
+        assert all(map(is_aqn_active, (model, wrapper, model.model, model.model.layers[0], nn.Sequential(model))))
+        assert is_aqn_active(copy.deepcopy(model))  # a copy keeps the noise
+        sharing = nn.Module()
+        sharing.weight = model.model.norm.weight
+        assert is_aqn_active(sharing)
+    assert not any(map(is_aqn_active, (model, wrapper, model.model, sharing)))
+
+
+def test_the_mark_outlives_an_inner_block_and_not_an_exception():
+    model, aqn = build(), AQN(sigma_start=0.5, sigma_end=0.1)
+    with pytest.raises(KeyError), aqn_noise(model, 0.5, None, KEY, aqn):
+        with aqn_noise(model, 0.1, None, KEY, aqn):
+            pass
+        assert is_aqn_active(model)
+        raise KeyError
+    assert not is_aqn_active(model)
+    assert all("_roundoff_aqn_active" not in parameter.__dict__ for parameter in model.parameters())

@@ -15,7 +15,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("clock", "health", "messages", "outcomes", "parallel", "provenance", "strict_json"), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "prompts", "sampler", "rollouts", "logprobs"), 2),
-    **dict.fromkeys(("diagnosis", "masks", "kv_cache", "optimizer", "preflight"), 2),
+    **dict.fromkeys(("diagnosis", "masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
     **dict.fromkeys(("evaluate", "batch", "session", "remedies", "run_log", "update", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),

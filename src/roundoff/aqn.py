@@ -33,7 +33,11 @@ _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_nor
 """Names of the norm whose output the MLP of a decoder layer reads; the first that a layer has is the one."""
 
 _ACTIVE = "_roundoff_aqn_active"
-"""Where a module counts the `aqn_noise` blocks that it is inside of."""
+"""Where a perturbed module, and its weight, count the `aqn_noise` blocks that they are inside of.
+
+The module's count reaches every model that holds the module, under whatever wrapper, and stays on a copy made inside
+the block, which keeps the noise. The weight's count reaches other modules that share the weight.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +148,12 @@ def aqn_noise(
                     weight = target.weight
                     saved.append((weight, weight.detach().clone()))
                     _perturb(target, sigma * factor, key.fold("aqn", target.name), aqn)
-        model.__dict__[_ACTIVE] = model.__dict__.get(_ACTIVE, 0) + 1
+        marked = [place for target in targets for place in (target.module, target.weight)]
+        _count(marked, 1)
         try:
             yield
         finally:
-            model.__dict__[_ACTIVE] -= 1
+            _count(marked, -1)
     finally:
         with torch.no_grad():
             for weight, original in reversed(saved):
@@ -156,8 +161,16 @@ def aqn_noise(
 
 
 def is_aqn_active(model: nn.Module) -> bool:
-    """Whether the model is inside `aqn_noise`, so that a score would carry the noise of a remedy."""
-    return any(module.__dict__.get(_ACTIVE, 0) for module in model.modules())
+    """Whether a weight of the model is inside `aqn_noise`, so that a score would carry the noise of a remedy."""
+    places = (*model.modules(), *model.parameters())
+    return any(place.__dict__.get(_ACTIVE, 0) for place in places)
+
+
+def _count(places: list[nn.Module | Tensor], change: int) -> None:
+    for place in places:
+        count = place.__dict__.pop(_ACTIVE, 0) + change
+        if count:
+            place.__dict__[_ACTIVE] = count
 
 
 def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) -> list[float]:

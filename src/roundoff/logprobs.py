@@ -27,7 +27,9 @@ from roundoff.hardware.linear import HardwareLinear
 from roundoff.masks import AttentionPattern
 from roundoff.models.dropout import dropout_draws, is_dropping
 from roundoff.numerics.rng import Key
+from roundoff.numerics.torch_state import own_torch_state
 from roundoff.packing import Layout, packed, plain
+from roundoff.rope import check_lengths
 
 LOGIT_BYTES = 1 << 26
 """Logits held at once (bytes): 341 tokens of a vocabulary of 49,152 in float32, 110 of one of 152,000."""
@@ -64,6 +66,22 @@ def token_logprobs(
         ValueError: on shapes that do not fit, a temperature of 0, or a key without row ids.
     """
     _check(tokens, attention_mask, response_length, temperature, rows, key)
+    with own_torch_state():
+        return _token_logprobs(model, tokens, attention_mask, response_length, temperature, rows, key, chunk)
+
+
+def _token_logprobs(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    temperature: float,
+    rows: Tensor | None,
+    key: Key | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `token_logprobs`."""
+    check_lengths(model, attention_mask)
     mask, pattern = attention_mask.bool(), AttentionPattern.of(model)
     hidden = int(model.config.get_text_config(decoder=True).hidden_size)
     shared = None if _draws(model) else packed(tokens, mask, response_length, pattern, model.dtype, hidden)
@@ -83,7 +101,7 @@ def token_logprobs(
         size = chunk or _tokens_at_once(logits.shape[1])
         found = _LogProbs.apply(logits, source, targets, float(temperature), size)  # type: ignore[no-untyped-call]
     place = layout.rollout[order], layout.index[order]
-    empty = torch.zeros(len(tokens), response_length, device=tokens.device)
+    empty = torch.zeros(len(tokens), response_length, dtype=torch.float32, device=tokens.device)
     return empty.index_put(place, found[0]), empty.index_put(place, found[1])
 
 
@@ -187,7 +205,7 @@ class _LogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(source), device=logits.device)
+        logprobs = torch.empty(len(source), dtype=torch.float32, device=logits.device)
         entropy = torch.empty_like(logprobs)
         for start, some, (first, last) in _chunks(logits, source, chunk):
             at = source[first:last] - start
@@ -208,7 +226,10 @@ class _LogProbs(torch.autograd.Function):
         logits, source, targets = ctx.saved_tensors
         if gradient is None and of_entropy is None:
             return None, None, None, None, None
-        gradient = torch.zeros(len(source), device=logits.device) if gradient is None else gradient / ctx.temperature
+        if gradient is None:
+            gradient = torch.zeros(len(source), dtype=torch.float32, device=logits.device)
+        else:
+            gradient = gradient / ctx.temperature
         result = torch.empty_like(logits)
         for start, some, (first, last) in _chunks(logits, source, ctx.chunk):
             at, g = source[first:last] - start, gradient[first:last]

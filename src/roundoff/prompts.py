@@ -6,7 +6,11 @@ where the task gives no conversation, the model continues the problem's plain pr
 special tokens (a BOS, say). Whether a template is used is a property of the loaded tokenizer (`load_model(chat=...)`
 takes it away or insists on it), not an argument that one caller could pass and another forget.
 
-A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change over night.
+A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change from day to day.
+
+Some tokenizers append tokens to every text (an end token, a separator). A prompt is to be continued, so these are taken
+off; what a tokenizer puts in front of a text (a BOS) stays. A prompt whose own last token ends a response is refused,
+as is one with a token that the model has no embedding for (`check_tokens`).
 """
 
 from __future__ import annotations
@@ -17,9 +21,9 @@ from dataclasses import dataclass
 from datetime import date
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roundoff.models.load import ModelError
+from roundoff.models.load import ModelError, embedded_tokens
 from roundoff.tasks import Problem
 
 DATE = date(2024, 7, 26)
@@ -98,10 +102,53 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[l
         chosen = [i for i, by_template in enumerate(templated) if by_template is not special]
         if chosen:
             texts = [text(tokenizer, problems[i]) for i in chosen]
-            ids = tokenizer(texts, padding=False, add_special_tokens=special)["input_ids"]
+            ids = tokenizer(texts, padding=False, truncation=False, add_special_tokens=special)["input_ids"]
+            after = _appended(tokenizer) if special else ()
             for i, tokens in zip(chosen, ids, strict=True):
-                found[i] = list(tokens)
+                ends = len(after) and tuple(tokens[-len(after) :]) == after
+                found[i] = list(tokens[: -len(after)] if ends else tokens)
     for i, item in enumerate(asked):
         if isinstance(item, Worked) and item.response:
             found[i] = found[i] + list(tokenizer(item.response, add_special_tokens=False)["input_ids"])
     return found
+
+
+def _appended(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that a tokenizer puts after every text."""
+    whole = tokenizer("1", padding=False, truncation=False)["input_ids"]
+    bare = tokenizer("1", padding=False, truncation=False, add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare), -1, -1):
+        if whole[start : start + len(bare)] == bare:
+            return tuple(whole[start + len(bare) :])
+    return ()
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: those of the tokenizer and of the model's `generation_config`."""
+    ends: set[int] = set()
+    for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        ends.update([] if value is None else [value] if isinstance(value, int) else value)
+    return tuple(sorted(ends))
+
+
+def check_tokens(encoded: Sequence[Sequence[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check the ids of prompts against the model that will continue them.
+
+    Raises:
+        ModelError: if a token has no embedding, or a prompt's last token ends a response.
+    """
+    rows = embedded_tokens(model)
+    ends = set(end_tokens(model, tokenizer))
+    for number, tokens in enumerate(encoded):
+        beyond = next((token for token in tokens if not 0 <= token < rows), None)
+        if beyond is not None:
+            raise ModelError(
+                f"prompt {number} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} ({beyond}), but the model "
+                f"has embeddings for {rows} tokens only: its tokenizer belongs to another model, or tokens were added "
+                "to it without resizing the model's embeddings"
+            )
+        if tokens and tokens[-1] in ends:
+            raise ModelError(
+                f"prompt {number} ends with {tokenizer.convert_ids_to_tokens(tokens[-1])!r}, which ends a response: "
+                "the model would have nothing left to say. Change the task's prompt, or the chat template's end"
+            )

@@ -25,22 +25,24 @@ top_k = 0 that is the distribution sampled from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roundoff.config import ConfigError
+from roundoff.config import TEMPERATURE_RULE, ConfigError, is_temperature
 from roundoff.decoding import DecodingBatch, Passes, Prompts
 from roundoff.fused_decoder import FusedDecoder
 from roundoff.logprobs import is_noisy, token_logprobs
 from roundoff.masks import AttentionPattern, positions, row_ids
+from roundoff.models.mode import evaluation_mode
 from roundoff.numerics.rng import Key, uniform
-from roundoff.prompts import Asked, encode
+from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
+from roundoff.prompts import Asked, check_tokens, encode, end_tokens
 from roundoff.rollouts import Rollouts, concatenate
+from roundoff.rope import position_limit
 
 __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
 
@@ -62,7 +64,7 @@ class _Settings:
     def __post_init__(self) -> None:
         for name, value, holds, rule in (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more"),
+            ("temperature", self.temperature, is_temperature(self.temperature), TEMPERATURE_RULE),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (the whole vocabulary) or more"),
         ):
@@ -106,9 +108,26 @@ def sample(
             leaves no room for the response within `max_position_embeddings`.
         ValueError: on an argument out of range.
     """
-    settings = _Settings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
-    encoded = _encode(model, tokenizer, prompts, max_new_tokens)
-    count = len(prompts) * group_size
+    refuse_autocast("sampling", model.device)
+    with own_torch_state(), evaluation_mode(model):
+        settings = _Settings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
+        encoded = _encode(model, tokenizer, prompts, max_new_tokens)
+        return _sampled(model, tokenizer, encoded, settings, group_size, key, rollout_ids, max_rows)
+
+
+def _sampled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    settings: _Settings,
+    group_size: int,
+    key: Key,
+    rollout_ids: Tensor | Sequence[int] | None,
+    max_rows: int,
+) -> Rollouts:
+    """The rollouts of encoded prompts."""
+    max_new_tokens = settings.max_new_tokens
+    count = len(encoded) * group_size
     if group_size < 1 or max_rows < 1:
         raise ValueError(f"group_size and max_rows must be at least 1, but are {group_size} and {max_rows}")
     ids = torch.arange(count) if rollout_ids is None else torch.as_tensor(rollout_ids, dtype=torch.int64).cpu()
@@ -118,23 +137,24 @@ def sample(
     noise_key = key.fold("noise")
     # Equal prompts next to each other, short before long: little padding, and one prefill for equal prompts.
     order = sorted(range(count), key=lambda n: (len(encoded[n // group_size]), encoded[n // group_size], n))
-    with _evaluation_mode(model):
-        passes = Passes(
-            model=model,
-            pattern=AttentionPattern.of(model),
-            noise=noise_key if is_noisy(model) else None,
-            fused=FusedDecoder.of(model, max(map(len, encoded)) + max_new_tokens),
-            max_new_tokens=max_new_tokens,
-        )
-        for start in range(0, count, max_rows):
-            chosen = order[start : start + max_rows]
-            numbers = ids[chosen].to(model.device)
-            texts = [encoded[n // group_size] for n in chosen]
-            read = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
-            shape = len(chosen), max_new_tokens
-            uniforms = None if temperature == 0 else uniform(key.fold("sample"), shape, rows=numbers).to(model.device)
-            slots = torch.tensor(chosen, device=model.device)
-            _decode(passes.batch(read, numbers), written, slots, uniforms, settings)
+    passes = Passes(
+        model=model,
+        pattern=AttentionPattern.of(model),
+        noise=noise_key if is_noisy(model) else None,
+        fused=FusedDecoder.of(model, max(map(len, encoded)) + max_new_tokens),
+        max_new_tokens=max_new_tokens,
+    )
+    for start in range(0, count, max_rows):
+        chosen = order[start : start + max_rows]
+        numbers = ids[chosen].to(model.device)
+        texts = [encoded[n // group_size] for n in chosen]
+        read = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
+        shape = len(chosen), max_new_tokens
+        uniforms = None
+        if settings.temperature > 0:
+            uniforms = uniform(key.fold("sample"), shape, rows=numbers).to(model.device)
+        slots = torch.tensor(chosen, device=model.device)
+        _decode(passes.batch(read, numbers), written, slots, uniforms, settings)
     return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
 
 
@@ -154,7 +174,7 @@ class _Written:
         T = settings.max_new_tokens
         return cls(
             tokens=torch.full((count, T), settings.pad_token, device=device),
-            logprobs=torch.zeros(count, T, device=device),
+            logprobs=torch.zeros(count, T, dtype=torch.float32, device=device),
             length=torch.full((count,), T, device=device),
             truncated=torch.ones(count, dtype=torch.bool, device=device),
             nonfinite=torch.zeros(count, dtype=torch.bool, device=device),
@@ -235,34 +255,26 @@ def check_sampling(
     """
     AttentionPattern.of(model)
     _special_tokens(model, tokenizer)
-    limit, longest = _position_limit(model), max(prompt_tokens, default=0)
+    (limit, reason), longest = position_limit(model), max(prompt_tokens, default=0)
     if not all(prompt_tokens):
         raise ConfigError("a prompt of the task encodes to no token at all: the model would have nothing to go on from")
     if limit is not None and longest + max_new_tokens > limit:
         raise ConfigError(
             f"a prompt of {longest} tokens and profile.training.max_new_tokens = {max_new_tokens} do not fit into the "
-            f"{limit} positions of the model: lower max_new_tokens, or leave long prompts out"
+            f"{limit} {reason}: lower max_new_tokens, or leave long prompts out"
         )
-
-
-def _position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens that prompt and response may have together; None where the model does not say."""
-    found: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found
 
 
 def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int]:
     """Every token that ends a response, and the padding token."""
-    ends: set[int] = set()
-    for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        ends.update([] if value is None else [value] if isinstance(value, int) else value)
+    ends = end_tokens(model, tokenizer)
     if not ends:
         raise ConfigError(
             "the tokenizer must have an end token, but tokenizer.eos_token is None: no response would end"
         )
     if tokenizer.pad_token_id is None:
         raise ConfigError("the tokenizer must have a pad token: set tokenizer.pad_token = tokenizer.eos_token")
-    return tuple(sorted(ends)), int(tokenizer.pad_token_id)
+    return ends, int(tokenizer.pad_token_id)
 
 
 def _encode(
@@ -279,29 +291,17 @@ def _encode(
     if given and asked:
         raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
     encoded = given or encode(tokenizer, asked)
-    limit = _position_limit(model)
+    limit, reason = position_limit(model)
+    check_tokens(encoded, model, tokenizer)
     for number, tokens in enumerate(encoded):
         if not tokens:
             raise ConfigError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
         if limit is not None and len(tokens) + max_new_tokens > limit:
             raise ConfigError(
                 f"prompt {number} has {len(tokens)} tokens: with max_new_tokens = {max_new_tokens} it does not fit "
-                f"into the {limit} positions of the model; shorten or filter it (training.max_prompt_tokens)"
+                f"into the {limit} {reason}; shorten or filter it (training.max_prompt_tokens)"
             )
     return encoded
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off inside; each module's own mode is restored."""
-    training = [module for module in model.modules() if module.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _assemble(

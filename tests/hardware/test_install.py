@@ -10,7 +10,6 @@ from torch import nn
 
 from roundoff.config import ConfigError, Deadzone, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_off, install, installed, noise_key, uninstall
-from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build, every_family
 
@@ -98,7 +97,7 @@ def test_kept_layers_are_plain_and_listed():
 
 def test_exclude_takes_shell_patterns_on_parts_and_on_the_whole_name():
     model = build()
-    found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "*_proj.bias", "model.layers.1.*")}), seed=0)
+    found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "model.layers.1.*")}), seed=0)
     assert {e.layer for e in found.entries} == {0}
     uninstall(model)
     wrapped = lora(build())  # patterns know nothing of PEFT's prefix
@@ -244,60 +243,6 @@ def test_save_and_load_know_nothing_of_the_hardware(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(build()))
 
 
-MOE = pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-
-
-@MOE
-def test_experts_are_computed_with_quantized_weights(family):
-    model, plain = build(family), build(family)
-    found = install(model, Hardware(precision=Precision(weight="nvfp4")), seed=0)
-    experts = [e.name for e in found.entries if e.name.endswith("experts")]
-    assert experts == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
-    assert {s.name.rpartition(".")[2] for s in found.skipped} == {"embed_tokens", "lm_head", "gate"}
-    with torch.no_grad():
-        for entry in found.entries:
-            for parameter in plain.get_submodule(entry.name).parameters(recurse=False):
-                for matrix in parameter if parameter.dim() == 3 else [parameter]:
-                    if matrix.dim() == 2:
-                        matrix.copy_(quantize(matrix, "nvfp4"))
-    # Other kernels sum the same products in another order: float32 rounding.
-    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=2e-5)
-
-
-@MOE
-def test_gradients_of_experts_are_those_of_the_plain_model_without_rounding(family):
-    model, plain, batch = build(family), build(family), Batch()
-    install(model, Hardware(matmul_noise=MatmulNoise(relative_std=1e-12, attention=False)), seed=0)
-    for m in (model, plain):
-        m(**batch.inputs(), labels=batch.ids.masked_fill(batch.mask == 0, -100)).loss.backward()
-    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@MOE
-def test_noise_reaches_experts_and_is_off_when_off(family):
-    model, plain, batch = build(family), build(family), Batch()
-    install(model, NOISY.model_copy(update={"exclude": ("embed_tokens", "lm_head", "*_proj", "*gate")}), seed=0)
-    layer, x = model.model.layers[0].mlp, torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), noise_key(model, KEY, batch.rows[:2]):
-        assert not torch.equal(layer(x), plain.model.layers[0].mlp(x))
-    with torch.no_grad(), noise_key(model, KEY, batch.rows[1:2]):
-        one = layer(x[1:])
-    with torch.no_grad(), noise_key(model, KEY, batch.rows[:2]):
-        torch.testing.assert_close(layer(x)[1:], one, rtol=0, atol=2e-5)  # whoever else chose the same experts
-    with torch.no_grad(), hardware_off(model):
-        assert torch.equal(layer(x), plain.model.layers[0].mlp(x))
-
-
-def test_experts_that_are_not_simulated_are_listed():
-    model = build("qwen3_moe")
-    model.model.layers[0].mlp.experts.has_bias = True
-    found = install(model, W4A4, seed=0)
-    reasons = {s.name: s.reason for s in found.skipped}
-    assert "has biases, which is not simulated" in reasons["model.layers.0.mlp.experts"]
-    assert "model.layers.1.mlp.experts" in {e.name for e in found.entries}
-
-
 def lora(model):
     torch.manual_seed(0)
     wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4)).eval()
@@ -339,17 +284,6 @@ def test_a_frozen_base_is_quantized_once_for_ever_and_adapters_get_gradients():
         optimizer.step()
     assert installed(model).quantizations() == 14
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
-
-
-def test_merged_adapters_need_a_refresh():
-    model = build()
-    install(model, W4A4, seed=0)
-    model = lora(model)
-    logits(model)
-    merged = model.merge_and_unload()
-    stale = logits(merged)
-    installed(merged).refresh()
-    assert not torch.equal(logits(merged), stale)
 
 
 def test_diagnose_names_where_it_starts():

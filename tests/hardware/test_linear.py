@@ -205,7 +205,7 @@ def test_a_weight_is_quantized_once_per_optimizer_step_into_one_buffer(how, copi
 
 def test_new_values_by_data_or_load_state_dict_are_seen():
     model = One(normal(48, 64))
-    installed = install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
+    install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
     x = normal(4, 64)
     with torch.no_grad():
         old = model(x)
@@ -215,8 +215,6 @@ def test_new_values_by_data_or_load_state_dict_are_seen():
         model.load_state_dict(kept)
         assert torch.equal(model(x), old)
         model.linear.weight.data.mul_(4.0)  # PyTorch does not count this
-        assert torch.equal(model(x), old)
-        installed.refresh()
         assert torch.equal(model(x), old * 4.0)
 
 

@@ -190,3 +190,15 @@ def test_published_sqnr_of_the_scale_rules(name, db):
     x = draw(512, 1024)
     sqnr = 10 * torch.log10(x.square().sum() / (x - quantize(x, name)).square().sum())
     assert sqnr.item() == pytest.approx(db, abs=0.06)
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FORMATS if n != "fp16"))
+def test_a_number_up_to_2_to_the_127_stays_finite(name, dtype):
+    """Beyond, rounding up may leave the dtype: an MX block then holds 2^128, which is Inf as a float32."""
+    least = torch.finfo(dtype).smallest_normal
+    x = torch.empty(3, 64, dtype=dtype)
+    x[0] = torch.linspace(-1, 1, 64) * 2.0**127
+    x[1] = torch.linspace(-1, 1, 64) * least
+    x[2] = torch.where(torch.arange(64) % 5 == 0, 2.0**127, least / 8)
+    for options in ({},) if FORMATS[name].element is None else ({}, {"tensor_scale": "row"}):
+        assert bool(quantize(x, name, **options).isfinite().all()), options

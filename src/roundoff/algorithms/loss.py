@@ -62,7 +62,7 @@ class LossOutput:
     @classmethod
     def nothing(cls) -> LossOutput:
         """The output of no rollouts; beside others it changes nothing in `combine`."""
-        return cls(*[torch.zeros(())] * len(cls.__slots__))
+        return cls(*[torch.zeros((), dtype=torch.float32)] * len(cls.__slots__))
 
 
 def policy_loss(

@@ -20,7 +20,7 @@ from roundoff.config import ConfigError
 @set_option
 @click.option("--draws", type=click.IntRange(min=1), help="Noise draws of the deployed score. [default: the profile's]")
 @click.option("--samples", type=click.IntRange(min=1), help="Sample so many responses to each problem, for pass@k.")
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), help="Of the samples. [default: 1]")
+@click.option("--temperature", type=click.FloatRange(min=1e-3, max=1e6), help="Of the samples. [default: 1]")
 @click.option("--seed", type=int, help="Seed of noise and samples. [default: the run's own; 0 for a model]")
 @click.option("--out", type=click.Path(path_type=Path), help="JSON file for scores and per-problem outcomes.")
 def eval_command(

@@ -5,7 +5,7 @@ and, for an unknown key, the nearest known one. This package imports neither tor
 """
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
-from roundoff.config.base import ConfigError, Settings, nearest, validate
+from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
 from roundoff.config.profile import Profile, Task, Training
@@ -17,6 +17,7 @@ __all__ = [
     "FORMAT_NAMES",
     "NAMES_ONLY",
     "SRDD",
+    "TEMPERATURE_RULE",
     "Algorithm",
     "ConfigError",
     "Deadzone",
@@ -30,6 +31,7 @@ __all__ = [
     "Settings",
     "Task",
     "Training",
+    "is_temperature",
     "nearest",
     "result_hash",
     "validate",

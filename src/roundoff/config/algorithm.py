@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
-from roundoff.config.base import Count, Fraction, NonNegative, Positive, Settings, Share, Whole, rule
+from roundoff.config.base import (
+    LEAST_TEMPERATURE,
+    MOST_TEMPERATURE,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Settings,
+    Share,
+    Whole,
+    rule,
+)
 
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "GRPO": {"name": "GRPO", "group_size": 5, "kl_coefficient": 0.001},
@@ -49,7 +60,10 @@ class Algorithm(Settings):
     """Which pair of log-probabilities the importance ratio compares (design section 6)."""
     tis_cap: Positive = 2.0
     """Largest truncated importance weight with ratio = 'rollout'."""
-    temperature: Positive = 1.0
+    temperature: Annotated[
+        float,
+        rule(lambda v: LEAST_TEMPERATURE <= v <= MOST_TEMPERATURE, "must be between 0.001 and 1,000,000"),
+    ] = 1.0
     top_p: Annotated[float, rule(lambda v: 0 < v <= 1, "must be in (0, 1]")] = 1.0
     top_k: Whole = 0
     """0 keeps the whole vocabulary."""

@@ -32,10 +32,24 @@ def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
 
 Fraction = Annotated[float, rule(lambda v: 0 <= v < 1, "must be in [0, 1) (5 % is 0.05)")]
 Share = Annotated[float, rule(lambda v: 0 <= v <= 1, "must be in [0, 1]")]
-NonNegative = Annotated[float, rule(lambda v: v >= 0, "must be 0 or more")]
-Positive = Annotated[float, rule(lambda v: v > 0, "must be above 0")]
+LEAST, MOST = 2.0**-126, 2.0**127
+"""Sizes that float32 holds as normal numbers; what a setting multiplies is computed in float32."""
+NonNegative = Annotated[
+    float, rule(lambda v: v == 0 or LEAST <= v <= MOST, "must be 0 or more, and a normal number in float32")
+]
+Positive = Annotated[float, rule(lambda v: LEAST <= v <= MOST, "must be above 0, and a normal number in float32")]
 Count = Annotated[int, rule(lambda v: v >= 1, "must be a whole number of at least 1")]
 Whole = Annotated[int, rule(lambda v: v >= 0, "must be a whole number of at least 0")]
+
+
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e6
+"""Sampling temperatures between which float32 logits (up to 1e35) can be divided without overflow."""
+TEMPERATURE_RULE = "0 (greedy) or between 0.001 and 1,000,000"
+
+
+def is_temperature(value: float) -> bool:
+    """Whether logits can be divided by a temperature, or it is 0: take the most likely token."""
+    return value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
 
 
 def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:

@@ -186,7 +186,7 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def register() -> None:
-    """Make the attention function and its (additive) mask known to transformers; again and again changes nothing."""
+    """Make the attention function and its (additive) mask known to transformers; a second call changes nothing."""
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import AttentionInterface
 

@@ -9,12 +9,15 @@ token rows (`dW`) fold a fingerprint of the batch's row ids into their key inste
 from __future__ import annotations
 
 import hashlib
+import threading
+import weakref
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from roundoff.hardware.freshness import Freshness
 from roundoff.numerics.rng import Key
 
 POSITIONS = 1 << 20
@@ -132,14 +135,46 @@ class Runtime:
     """The last quantized activation (weak reference to x, its version, format, Q(x)): q, k and v see the same x."""
     calls: dict[str, int] = field(default_factory=dict)
     """Products drawn without `noise_key` so far, by module name."""
+    owner: weakref.ref[Any] | None = None
+    """The `InstalledHardware` that this is the state of."""
+    thread: int | None = None
+    """The thread that opened `noise_key`; None outside of it."""
+    freshness: Freshness = field(default_factory=Freshness)
+    """What notices writes to weights that torch does not count."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy (deepcopy, pickle) takes over: no activation, and no draw of a block that it will never leave."""
-        return {slot.name: getattr(self, slot.name) for slot in fields(self)} | {"shared": None, "draw": None}
+        own = dict.fromkeys(("shared", "draw", "owner", "thread")) | {"freshness": Freshness()}
+        return {slot.name: getattr(self, slot.name) for slot in fields(self)} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of the whole model has a runtime of its own; a copy of a part stays with the model it came from.
+
+        PEFT copies single modules of an installed model and puts the copies in their place (`modules_to_save`):
+        `hardware_off` and `noise_key` of the model must reach those.
+        """
+        found = self.owner() if self.owner is not None else None
+        if found is not None and id(found.model) not in memo:
+            return self
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__({**self.__getstate__(), "calls": dict(self.calls)})
+        return copied
+
+    def claim(self, what: str) -> None:
+        """Check that no other thread is inside of `noise_key`, before this one changes what products draw.
+
+        Raises:
+            RuntimeError: if one is: its products would silently draw from this thread's key.
+        """
+        if self.thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                f"{what} was entered while another thread is inside noise_key of the same model: the products of both "
+                "would draw from one key; give each thread a copy of the model (copy.deepcopy), or use a lock"
+            )
 
     def current(self, name: str) -> Draw:
         """The draw of `noise_key`, or outside of it the next one of this module's call counter.

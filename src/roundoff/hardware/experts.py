@@ -79,7 +79,7 @@ def _product(
 
 
 def register() -> None:
-    """Make the computation known to transformers; again and again changes nothing."""
+    """Make the computation known to transformers; a second call changes nothing."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

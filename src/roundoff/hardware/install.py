@@ -24,7 +24,8 @@ from roundoff.hardware.installed import (
     required,
 )
 from roundoff.hardware.inventory import Entry, Found, Skipped, exclusion, find_linears, plain_name, within_layer
-from roundoff.hardware.linear import HardwareLinear, LinearState
+from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
+from roundoff.hardware.paths import check_paths, check_range
 from roundoff.numerics.rng import Key
 
 __all__ = ["InstalledHardware", "hardware_off", "install", "installed", "noise_key", "uninstall"]
@@ -55,10 +56,13 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         )
     kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in found]
     skipped += [skip for skip in kept if not plans[skip.name].does_something]
+    check_paths(model, covered, hardware)
+    check_range(covered, hardware.precision.weight)
     states = [state for item in covered for state in _attach(item, plans[item.name], runtime)]
     _attach_attention(attention_modules, hardware, runtime)
     expert_modules = [item.module for item in covered if not isinstance(item.module, nn.Linear)]
     switches = _switches(model, [module for _, module in attention_modules], expert_modules)
+    bystanders = _attach_bystanders(model, switches, runtime)
     result = InstalledHardware(
         hardware=hardware,
         seed=seed,
@@ -71,6 +75,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         states=tuple(states),
         attention_modules=tuple(module for _, module in attention_modules),
         switches=switches,
+        bystanders=bystanders,
     )
     result.switch(True)
     model.__dict__[MARK] = result
@@ -85,14 +90,14 @@ def uninstall(model: nn.Module) -> None:
     """
     found = required(model)
     found.switch(False)
-    for module in found.modules:
+    for module in found.covered():
         if isinstance(module, HardwareLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]
-            del module.__dict__["hardware_state"]
+            del module.__dict__[LINEAR_STATE]
         else:
             del module.__dict__[experts.STATE]
-    for attention_module in found.attention_modules:
-        del attention_module.__dict__[attention.STATE]
+    for module in found.model.modules():
+        module.__dict__.pop(attention.STATE, None)
     del found.model.__dict__[MARK]
 
 
@@ -156,7 +161,7 @@ def _attach(item: Found, plan: _Plan, runtime: Runtime) -> list[LinearState]:
     if isinstance(module, nn.Linear):
         state = plan.state(item.plain_name, module.out_features, runtime)
         module.__class__ = HardwareLinear
-        module.__dict__["hardware_state"] = state
+        module.__dict__[LINEAR_STATE] = state
         return [state]
     linears: dict[str, list[LinearState]] = {}
     for projection in experts.PROJECTIONS:
@@ -205,7 +210,10 @@ def _switches(
 ) -> tuple[ConfigSwitch, ...]:
     """Switches of the configs of these modules, after giving the model configs of its own.
 
-    A config may be shared with another model, which must not be switched with this one.
+    A config may be shared with another model, which must not be switched with this one. transformers chooses the
+    attention of all layers, and the mask for it, by one config, so that all layers switch together; it chooses the
+    computation of experts by the config of each layer's experts, so that those on hardware have a config of their own
+    and all others compute as before.
     """
     if not attention_modules and not expert_modules:
         return ()
@@ -214,6 +222,8 @@ def _switches(
         config = module.__dict__.get("config")
         if config is not None and hasattr(config, "_attn_implementation"):
             module.__dict__["config"] = copy.deepcopy(config, copies)
+    for module in expert_modules:
+        module.__dict__["config"] = copy.copy(module.config)
     found = []
     for modules, attribute, name, register in (
         (attention_modules, "_attn_implementation", attention.NAME, attention.register),
@@ -223,6 +233,17 @@ def _switches(
             register()
         for config in {id(module.config): module.config for module in modules}.values():
             found.append(ConfigSwitch(config, attribute, getattr(config, attribute), name))
+    return tuple(found)
+
+
+def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime) -> tuple[nn.Module, ...]:
+    """Modules that share a switched attention config and have no noise of their own: they compute plain attention."""
+    switched = {id(switch.config) for switch in switches if switch.attribute == "_attn_implementation"}
+    found = []
+    for name, module in model.named_modules():
+        if id(module.__dict__.get("config")) in switched and attention.STATE not in module.__dict__:
+            module.__dict__[attention.STATE] = attention.AttentionState(plain_name(name), runtime, 0.0, 0.0)
+            found.append(module)
     return tuple(found)
 
 

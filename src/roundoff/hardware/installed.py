@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roundoff.config import ConfigError, Hardware
+from roundoff.hardware import experts
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.inventory import Entry, Skipped, plain_name, within_layer
-from roundoff.hardware.linear import LinearState
+from roundoff.hardware.linear import LINEAR_STATE, LinearState
 from roundoff.numerics.rng import Key
 
 MARK = "hardware_installed"
@@ -52,31 +54,42 @@ class InstalledHardware:
     states: tuple[LinearState, ...] = field(repr=False)
     attention_modules: tuple[nn.Module, ...] = field(repr=False)
     switches: tuple[ConfigSwitch, ...] = field(repr=False)
+    bystanders: tuple[nn.Module, ...] = field(repr=False, default=())
+    """Modules without noise whose config switches with that of `attention_modules`."""
 
     def __post_init__(self) -> None:
+        self.runtime.owner = weakref.ref(self)
         self._count_fused_steps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy (deepcopy, pickle) watches optimizers for its own weights."""
         self.__dict__.update(state)
-        self._count_fused_steps()
+        self.__post_init__()
+
+    def covered(self) -> list[nn.Module]:
+        """The Linears and experts on this hardware now, with the copies that PEFT put in the place of some."""
+        return [module for module in self.model.modules() if states_of(module)]
+
+    def current_states(self) -> list[LinearState]:
+        """The states of `covered`."""
+        return [state for module in self.covered() for state in states_of(module)]
 
     def _count_fused_steps(self) -> None:
         """Count the writes of `fused=True` optimizers, which leave torch's version counters as they were.
 
-        An optimizer hook, taken away with this object: without it `Q(W)` would stay that of the first step for ever.
+        An optimizer hook; once this object is gone it does nothing. It is not taken away then, because objects may go
+        while an optimizer runs through its hooks, which torch does not allow to change meanwhile.
         """
         reference = weakref.ref(self)
 
         def count(optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
             found = reference()
             if found is not None:
-                weights = {id(p) for module in found.modules for p in module.parameters(recurse=False)}
+                weights = {id(p) for module in found.covered() for p in module.parameters(recurse=False)}
                 stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
                 torch.autograd.graph.increment_version(stepped)
 
-        handle = register_optimizer_step_post_hook(count)
-        weakref.finalize(self, handle.remove)
+        register_optimizer_step_post_hook(count)
 
     @property
     def is_on(self) -> bool:
@@ -127,14 +140,14 @@ class InstalledHardware:
         return tuple(names)
 
     def refresh(self) -> None:
-        """Quantize every weight again at its next use; needed after changes through `weight.data` (PEFT's merge)."""
-        for state in self.states:
+        """Quantize every weight again at its next use."""
+        for state in self.current_states():
             state.refresh()
         self.runtime.shared = None
 
     def quantizations(self) -> int:
         """How often a weight was quantized so far, over all modules."""
-        return sum(state.quantizations for state in self.states)
+        return sum(state.quantizations for state in self.current_states())
 
     def switch(self, on: bool) -> None:
         """Put the hardware in force or out of force; `hardware_off` is the safe way."""
@@ -207,12 +220,34 @@ def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
     )
 
 
+def states_of(module: nn.Module) -> list[LinearState]:
+    """The states of a Linear or of experts on hardware; empty for every other module."""
+    linear = module.__dict__.get(LINEAR_STATE)
+    if linear is not None:
+        return [linear]
+    stacked = module.__dict__.get(experts.STATE)
+    return [] if stacked is None else stacked.states()
+
+
 def installed(model: nn.Module) -> InstalledHardware | None:
-    """The hardware installed on a model or within its wrapping (PEFT, data parallel); None where there is none."""
+    """The hardware that a model, a part of it, or a wrapper (PEFT, data parallel) computes on; None if there is none.
+
+    Raises:
+        ConfigError: if a module was copied out of another installed model, whose switches would not reach it.
+    """
     for module in model.modules():
         found = module.__dict__.get(MARK)
         if isinstance(found, InstalledHardware):
             return found
+    for name, module in model.named_modules():
+        for state in states_of(module)[:1]:
+            owner = state.runtime.owner() if state.runtime.owner is not None else None
+            if isinstance(owner, InstalledHardware) and any(module is own for own in owner.model.modules()):
+                return owner
+            raise ConfigError(
+                f"{name or 'this module'} was copied out of a model with installed hardware; neither hardware_off "
+                "nor noise_key of this model would reach it: copy the whole model, or uninstall before copying"
+            )
     return None
 
 
@@ -235,6 +270,7 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
     With gradient checkpointing the block must enclose `backward()` as well, which computes the forward pass again.
     """
     found = required(model)
+    found.runtime.claim("hardware_off")
     before = found.is_on
     found.switch(False)
     try:
@@ -250,12 +286,18 @@ def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterato
     `rows` [B, T] int64 holds the identity of each token of the forward pass, `rollout_id * 2**20 + position` with
     positions counted without padding; the tensor must not be changed afterwards. None: row ids count within the batch.
     A backward pass uses the draw of its forward pass wherever it runs, except that gradient checkpointing computes the
-    forward pass again: keep the block open over `backward()` then. Blocks may be nested; the inner one counts.
+    forward pass again: keep the block open over `backward()` then. Blocks may be nested; the inner one counts. One
+    block is for one forward pass: a second pass over the same rows inside of it meets the same noise.
+
+    Raises:
+        ConfigError: if no hardware is installed.
+        RuntimeError: if another thread is inside a block of this model.
     """
     runtime = required(model).runtime
-    before = runtime.draw
-    runtime.draw = Draw(key, rows)
+    runtime.claim("noise_key")
+    before = runtime.draw, runtime.thread
+    runtime.draw, runtime.thread = Draw(key, rows), threading.get_ident()
     try:
         yield
     finally:
-        runtime.draw = before
+        runtime.draw, runtime.thread = before

@@ -10,9 +10,8 @@
   maximum is that of the token for the same reason. Deadzone first, then the format.
 - `dX` and `dW` pass straight through formats, deadzone and faults (their derivative counts as 1).
 - `Q(W)` is kept in a buffer of its own beside the parameters and computed again only when the weight has changed
-  (version counter, storage, address, dtype or device). The steps of fused optimizers, which torch does not count, are
-  counted by a hook (see `install`). Changes made through `weight.data`, as PEFT's `merge_adapter` makes them, nobody
-  counts: call `InstalledHardware.refresh()` after those.
+  (version counter, storage, address, dtype or device). torch does not count every write: not those through
+  `weight.data`, nor the steps of fused or compiled optimizers. `freshness.py` notices those by the weight's memory.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
+LINEAR_STATE = "hardware_state"
+"""Attribute of a Linear on hardware that holds its `LinearState`."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProductKeys:
@@ -43,7 +45,7 @@ class ProductKeys:
     dw: Key
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class LinearState:
     """What the hardware does to one Linear, and its cached `Q(W)`; kept outside of parameters and buffers."""
 
@@ -65,6 +67,8 @@ class LinearState:
     _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
     _cached_in: weakref.ref[torch.UntypedStorage] | None = None
     """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
+    _checked: int = -1
+    """The check of the weights (`Freshness.checks`) that this Linear was last computed after."""
     _keys: ProductKeys | None = field(default=None)
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear on Q(W)."""
@@ -90,16 +94,29 @@ class LinearState:
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
+            self.runtime.freshness.record(self, weight)
         return cached
+
+    def check_weights(self, x: Tensor) -> None:
+        """Once in every forward pass, before the first product: notice writes to weights that torch does not count."""
+        freshness = self.runtime.freshness
+        if self._checked == freshness.checks:  # computed since the last check, so a new pass has begun
+            freshness.check(x.numel() // max(1, x.shape[-1]))
+        self._checked = freshness.checks
 
     def refresh(self) -> None:
         """Forget `Q(W)`."""
         self._cached_of = None
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether `Q(W)` is held."""
+        return self._cached_of is not None
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy (deepcopy, pickle) takes over: it quantizes its own weight."""
         state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
-        return state | {"_cached": None, "_cached_of": None, "_cached_in": None}
+        return state | {"_cached": None, "_cached_of": None, "_cached_in": None, "_checked": -1}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -138,6 +155,8 @@ class LinearState:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
         """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
+        if self.weight_format is not None and not torch.compiler.is_compiling():
+            self.check_weights(x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):

@@ -15,6 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from roundoff.numerics.torch_state import own_torch_state
+
 TINY = "tiny"
 TINY_DIRECTORY = Path(__file__).parent / "tiny"
 """The embedded model, a Hugging Face directory."""
@@ -66,7 +68,7 @@ def load_model(
     if local:
         _check_directory(Path(location), name)
     options = {} if attention is None else {"attn_implementation": attention}
-    with no_progress_bar():
+    with no_progress_bar(), own_torch_state():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,
@@ -86,6 +88,7 @@ def load_model(
             raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error
     _check_weights(info, name)
     _set_padding(tokenizer, model, name)
+    _check_end(tokenizer, model, name)
     if chat is True and tokenizer.chat_template is None:
         raise ModelError(
             f"profile.chat = true, but the tokenizer of model {name!r} has no chat template: set it to auto"
@@ -169,10 +172,30 @@ def _check_weights(info: dict[str, object], name: str) -> None:
 def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token; give it one")
-    if tokenizer.pad_token_id is None:
+    beyond = tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embedded_tokens(model)
+    if tokenizer.pad_token_id is None or beyond:  # nothing attends to padding, so any token with an embedding will do
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model {name!r}: its padding token has no embedding, and it has no end token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise where the end token is none that the model could ever write."""
+    end, count = tokenizer.eos_token_id, embedded_tokens(model)
+    if end is not None and end >= count:
+        raise ModelError(
+            f"model {name!r}: the tokenizer's end token {tokenizer.eos_token!r} ({end}) is beyond the model's "
+            f"{count} embeddings, so no response would end: the tokenizer belongs to another model, or tokens were "
+            "added to it without resizing the embeddings"
+        )
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Tokens that the model has an embedding for."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.weight.shape[0])
 
 
 @contextmanager

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +26,15 @@ from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError, LoRA, nearest
 from roundoff.hardware.inventory import plain_name
+from roundoff.models.adapter_file import ADAPTER_CONFIG, check_complete, read_adapter
 from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
 from roundoff.numerics.rng import Key
+from roundoff.numerics.torch_state import own_torch_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""File that makes a directory an adapter of PEFT's."""
+__all__ = ["ADAPTER_CONFIG", "Adapters", "attach", "load_adapters"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Adapters:
         """The plain model with `W + (alpha / rank) * B A` in place of W; the adapters are gone afterwards.
 
         Raises:
-            ConfigError: if hardware is installed: it would go on with the quantized weights of before.
+            ConfigError: if hardware is installed: it would go on with the quantized weights of before; or if an adapted
+            weight is also that of another module, which would change with it.
         """
         from roundoff.hardware.install import installed
 
         if installed(self.peft) is not None:
             raise ConfigError("adapters are merged into a plain model: load it without hardware")
+        _check_not_tied(self.peft, self.modules)
         merged: PreTrainedModel = self.peft.merge_and_unload()
         return merged
 
@@ -74,11 +77,12 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     """Fresh adapters on `model`, in place; afterwards they alone require gradients.
 
     Raises:
-        ConfigError: if a target matches no Linear.
+        ConfigError: if a target matches no Linear, or one whose weight is tied to another module's.
     """
     from peft import LoraConfig, get_peft_model
 
     targets = _check_targets(model, lora)
+    _check_not_tied(model, _chosen(model, targets))
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; any number will do
@@ -96,15 +100,18 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
     """Saved adapters on `model`, in place, for evaluation (nothing requires gradients).
 
     Raises:
-        ConfigError: if PEFT cannot put them on this model.
+        ConfigError: if PEFT cannot put them on this model, or the file's tensors are not exactly those that the
+            adapter has on it.
     """
     from peft import PeftModel
 
+    tensors = read_adapter(directory)
     try:
         with _peft_at_work():
             peft = PeftModel.from_pretrained(model, str(directory))
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
         raise ConfigError(f"the adapter in {directory} does not fit the model: {error}") from error
+    check_complete(peft, tensors, directory)
     return _finished(model, peft, 0.0)
 
 
@@ -114,7 +121,7 @@ def _peft_at_work() -> Iterator[None]:
 
     PEFT 0.21 asks transformers 5.23 by a name that is going out of use; no user can do anything about that.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with own_torch_state(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
@@ -150,3 +157,35 @@ def _check_targets(model: PreTrainedModel, lora: LoRA) -> str | list[str]:
                 f"(there are: {', '.join(kinds)})"
             )
     return list(lora.targets)
+
+
+def _chosen(model: PreTrainedModel, targets: str | list[str]) -> tuple[str, ...]:
+    """Names of the Linears that PEFT will wrap; with `all-linear` it leaves the output layer out."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if isinstance(targets, str):
+        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return tuple(name for name in linears if model.get_submodule(name) is not output)
+    return tuple(name for name in linears if any(name == t or name.endswith(f".{t}") for t in targets))
+
+
+def _check_not_tied(model: nn.Module, adapted: Iterable[str]) -> None:
+    """Refuse adapters on a weight that another module shares (tied embeddings).
+
+    Merged, `W + B A` would be the weight of both modules, though the adapter was on one (huggingface/peft#2972).
+    """
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            users.setdefault(id(weight), []).append(plain_name(name))
+    names = set(adapted)
+    for sharing in users.values():
+        several = sorted(set(sharing))
+        tied = names & set(several)
+        if tied and len(several) > 1:
+            name = sorted(tied)[0]
+            others = ", ".join(other for other in several if other != name)
+            raise ConfigError(
+                f"lora.targets names {name!r}, whose weight is tied to that of {others}: merging or exporting would "
+                "change both; leave it out, or untie the model first (tie_word_embeddings = false)"
+            )

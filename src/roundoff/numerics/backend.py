@@ -58,6 +58,7 @@ class Kernels:
     norm: Callable[..., None]
     gate: Callable[..., None]
     attend: Callable[..., None]
+    fingerprint: Callable[..., None]
     path: Path
 
 
@@ -221,6 +222,8 @@ def load(library: Path) -> Kernels:
     norm.argtypes = [pointer, pointer, pointer, single, pointer, long, long, integer]
     gate.argtypes = [pointer, pointer, long, integer]
     attend.argtypes = [pointer, pointer, pointer, single, integer]
-    for function in (quantize, noise, draw, norm, gate, attend):
+    fingerprint = handle.ro_fingerprint
+    fingerprint.argtypes = [pointer, pointer, long, long, long, pointer]
+    for function in (quantize, noise, draw, norm, gate, attend, fingerprint):
         function.restype = None
-    return Kernels(quantize, noise, draw, norm, gate, attend, library)
+    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, library)

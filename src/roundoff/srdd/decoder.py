@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from roundoff.config import ConfigError
 from roundoff.hardware.installed import InstalledHardware, noise_key, required
 from roundoff.masks import row_ids
+from roundoff.models import mode
 from roundoff.numerics.rng import Key
+from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
 from roundoff.prompts import Asked, encode
 
 
@@ -179,16 +181,14 @@ def in_force_on(installed: InstalledHardware, layers: Sequence[nn.Module]) -> It
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout and no parameter gradients inside; both as before afterwards."""
-    training = [module for module in model.modules() if module.training]
+    """No dropout and no parameter gradients inside, and torch's settings known; all as before afterwards."""
+    refuse_autocast("a scan", next(model.parameters()).device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with own_torch_state(), mode.evaluation_mode(model):
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

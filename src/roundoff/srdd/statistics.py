@@ -108,7 +108,11 @@ def saturated(x: Tensor, fmt: str) -> Tensor:
     if spec.scale == "e8m0":
         scale = power_of_two_scale(amax, spec)
     elif spec.scale == "e4m3":
-        tensor = torch.ones(()) if spec.tensor_divisor is None else amax.amax(-2, keepdim=True) / spec.tensor_divisor
+        tensor = (
+            torch.ones((), dtype=torch.float32)
+            if spec.tensor_divisor is None
+            else amax.amax(-2, keepdim=True) / spec.tensor_divisor
+        )
         scale = round_to_grid(amax / spec.divisor / torch.where(tensor == 0, 1.0, tensor), E4M3) * tensor
     else:
         scale = amax / (spec.tensor_divisor or spec.divisor)

@@ -47,12 +47,12 @@ template <bool INTEGER> static inline F stochastic(F v, const Grid& g, U words) 
     F quotient = a / step;
     F lower = (quotient + 0x1p23f) - 0x1p23f;
     lower = lower > quotient ? lower - 1.0f : lower;
-    F threshold = to_float(words >> 8) * 0x1p-24f;
+    F threshold = small_to_float(words >> 8) * 0x1p-24f;
     F up = threshold < quotient - lower ? splat(1.0f) : splat(0.0f);
     return with_sign((lower + up) * step, v);
 }
 
-// Scales of sixteen blocks: `multiply` restores, `divide` is what elements are divided (E8M0: multiplied) by.
+// Scales of LANES blocks: `multiply` restores, `divide` is what elements are divided (E8M0: multiplied) by.
 struct Scales { F multiply, divide; };
 
 template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F tensor_scale) {
@@ -101,24 +101,24 @@ struct Work {
 // Random words of columns [column, column + n) of a row; column is a multiple of 4.
 __attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64_t column, int64_t n, float* out) {
     Counters c;
-    for (int64_t i = 0; i < n; i += 64) {
+    for (int64_t i = 0; i < n; i += DRAWS) {
         c.ramp(row, (column + i) >> 2);
-        draw64<WORDS>(c, w.key, out + i);
+        draw<WORDS>(c, w.key, out + i);
     }
 }
 
-// Up to sixteen blocks of N elements that start at `column` of `row`; lane b of tensor_scale belongs to block b.
+// Up to LANES blocks of N elements that start at `column` of `row`; lane b of tensor_scale belongs to block b.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_scale, int64_t row, int64_t column) {
     constexpr int V = N / LANES;
-    U m[16];
-    for (int b = 0; b < 16; ++b) {
+    U m[LANES];
+    for (int b = 0; b < LANES; ++b) {
         m[b] = splat(0u);
         if (b >= blocks) continue;
         for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
     }
     Scales s = scales_of<SCALE>(maxima(m), w.spec, tensor_scale);
-    alignas(64) float multiply[16], divide[16], words[16 * N];
+    alignas(64) float multiply[LANES], divide[LANES], words[LANES * N];
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
     if (w.random) words_of(w, row, column, (int64_t)blocks * N, words);
@@ -133,41 +133,58 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
     }
 }
 
-// Sixteen whole blocks of bfloat16, worked on as pairs (low half: even element, high half: odd element), which spares
+// LANES whole blocks of bfloat16, worked on as pairs (low half: even element, high half: odd element), which spares
 // widening and narrowing. Under a power-of-two scale a result is a bfloat16 as it stands: it has fewer bits, and it is a
 // multiple of bfloat16's least number, because either its grid step is or the input lies on the grid.
+struct EvenThenOdd {
+    static constexpr int at(int k) { return k < LANES / 2 ? 2 * k : 2 * k + 1 - LANES; }
+};
+struct LowThenHigh {  // the low half of a beside the high half of b
+    static constexpr int at(int k) { return k < LANES / 2 ? k : k + LANES; }
+};
 template <int SCALE, int N, bool STREAM>
 static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale) {
-    constexpr int VECTORS = N / 2;  // of 32 elements: one block of 32, or two of 16
-    U m[16];
+    constexpr bool SHARED = N < 2 * LANES;  // two blocks in a vector
+    constexpr int EACH = SHARED ? 1 : N / (2 * LANES), VECTORS = SHARED ? LANES / 2 : LANES;  // vectors that share scales
+    static_assert(N >= LANES, "a block fills at least half of a vector of pairs");
+    U m[VECTORS];
     for (int i = 0; i < VECTORS; ++i) {
-        U v = load_pairs(x + 32 * i);
-        m[i] = max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE);
+        m[i] = splat(0u);
+        for (int k = 0; k < EACH; ++k) {
+            U v = load_pairs(x + 2 * LANES * (EACH * i + k));
+            m[i] = max(m[i], max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE));
+        }
     }
-    // With two blocks a vector, three steps of the tree leave block 2i in lane i and block 2i + 1 in lane 8 + i.
-    U amax = N == 32 ? maxima(m) : maxima_of_halves(m);
-    if (N == 16)
-        tensor_scale = __builtin_shufflevector(tensor_scale, tensor_scale, 0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    // With two blocks a vector, the tree without its last step leaves block 2i in lane i, block 2i + 1 half a vector on.
+    U amax;
+    if constexpr (SHARED) {
+        amax = maxima_of_halves(m);
+        tensor_scale = shuffled<EvenThenOdd>(tensor_scale, tensor_scale);
+    } else {
+        amax = maxima(m);
+    }
     Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
-    alignas(64) float multiply[16], divide[16];
+    alignas(64) float multiply[LANES], divide[LANES];
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
     for (int i = 0; i < VECTORS; ++i) {
-        U v = load_pairs(x + 32 * i);
-        F even = real(v << 16), odd = real(v & ~0xffffu);
         F d = splat(divide[i]), back = splat(multiply[i]);
-        if (N == 16) {
-            d = halves(d, splat(divide[i + 8]));
-            back = halves(back, splat(multiply[i + 8]));
+        if constexpr (SHARED) {
+            d = shuffled<LowThenHigh>(d, splat(divide[i + LANES / 2]));
+            back = shuffled<LowThenHigh>(back, splat(multiply[i + LANES / 2]));
         }
-        F p = nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back;
-        F q = nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back;
-        U a = bits(p), b = bits(q);
-        if (SCALE != E8M0) {  // round to nearest even; the NaN here have no low bits that could carry into the sign
-            a = a + (((a >> 16) & 1u) + 0x7fffu);
-            b = b + (((b >> 16) & 1u) + 0x7fffu);
+        for (int k = 0; k < EACH; ++k) {
+            const int64_t at = 2 * LANES * (EACH * i + k);
+            U v = load_pairs(x + at);
+            F even = real(v << 16), odd = real(v & ~0xffffu);
+            U a = bits(nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back);
+            U b = bits(nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back);
+            if (SCALE != E8M0) {  // round to nearest even; the NaN here have no low bits that could carry into the sign
+                a = a + (((a >> 16) & 1u) + 0x7fffu);
+                b = b + (((b >> 16) & 1u) + 0x7fffu);
+            }
+            store_pairs<STREAM>(y + at, (a >> 16) | (b & ~0xffffu));
         }
-        store_pairs<STREAM>(y + 32 * i, (a >> 16) | (b & ~0xffffu));
     }
 }
 
@@ -176,7 +193,7 @@ static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, in
     if constexpr (std::is_same<T, bf16>::value && !INTEGER) {
         if (!w.random) return pair_tile<SCALE, N, STREAM>(w, x, y, tensor_scale);
     }
-    tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, 16, tensor_scale, row, column);
+    tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, LANES, tensor_scale, row, column);
 }
 
 // n elements of a row that are whole blocks, or end in a partial one.
@@ -184,7 +201,7 @@ template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static void block_row(const Work& w, const T* x, T* y, int64_t n, float tensor_scale, int64_t row) {
     const F scale = splat(tensor_scale);
     int64_t i = 0;
-    for (; i + 16 * N <= n; i += 16 * N) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + i, y + i, scale, row, i);
+    for (; i + LANES * N <= n; i += LANES * N) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + i, y + i, scale, row, i);
     int blocks = (int)((n - i) / N);
     if (blocks > 0) tile<T, SCALE, N, INTEGER, STREAM>(w, x + i, y + i, blocks, scale, row, i);
     i += (int64_t)blocks * N;
@@ -200,14 +217,14 @@ template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static void block_rows(const Work& w, const T* x, T* y, int64_t columns, const float* row_scales, int64_t rows) {
     const int64_t per_row = columns / N, blocks = rows * per_row;
     int64_t row = 0, in_row = 0;
-    for (int64_t b = 0; b < blocks; b += 16) {
-        int count = (int)std::min<int64_t>(16, blocks - b);
-        alignas(64) float scales[16] = {};
+    for (int64_t b = 0; b < blocks; b += LANES) {
+        int count = (int)std::min<int64_t>(LANES, blocks - b);
+        alignas(64) float scales[LANES] = {};
         for (int i = 0; i < count; ++i) {
             scales[i] = row_scales[row];
             if (++in_row == per_row) in_row = 0, ++row;
         }
-        if (count == 16) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + b * N, y + b * N, load(scales), 0, 0);
+        if (count == LANES) full_tile<T, SCALE, N, INTEGER, STREAM>(w, x + b * N, y + b * N, load(scales), 0, 0);
         else tile<T, SCALE, N, INTEGER, STREAM>(w, x + b * N, y + b * N, count, load(scales), 0, 0);
     }
 }
@@ -223,9 +240,9 @@ template <class T> static inline F load_part(const T* x, int64_t n) {
 template <class T, bool FINITE> static uint32_t amax_of(const T* x, int64_t n) {
     U m[4] = {};
     int64_t i = 0;
-    for (; i + 64 <= n; i += 64)
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
         for (int k = 0; k < 4; ++k) {
-            U a = bits(load(x + i + 16 * k)) & MAGNITUDE;
+            U a = bits(load(x + i + LANES * k)) & MAGNITUDE;
             m[k] = max(m[k], FINITE ? (a < EXPONENT ? a : splat(0u)) : a);
         }
     for (; i < n; i += LANES) {

@@ -10,11 +10,29 @@
 
 namespace roundoff {
 
-static inline float total(F a) {
-    a += __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    a += __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    a += __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return a[0] + a[1];
+// Sums run in sixteen lanes on every target, PARTS vectors side by side, and join in one order: the same bits everywhere.
+constexpr int SIXTEEN = 16, PARTS = SIXTEEN / LANES;
+
+static inline float total(const F a[PARTS]) {
+    F joint[PARTS];
+    for (int i = 0; i < PARTS; ++i) joint[i] = a[i];
+    for (int n = PARTS / 2; n; n /= 2)
+        for (int i = 0; i < n; ++i) joint[i] += joint[i + n];
+    return joined<Sum, LANES / 2>(joint[0]);
+}
+// Lane i of `result` is the sum of all lanes of m[i], each of PARTS vectors, i < SIXTEEN.
+static inline void sums_of(F m[SIXTEEN][PARTS], F result[PARTS]) {
+    for (int part = 0; part < PARTS; ++part) {
+        F pieces[PARTS];
+        for (int p = 0; p < PARTS; ++p) {
+            F own[LANES];
+            for (int i = 0; i < LANES; ++i) own[i] = m[LANES * part + i][p];
+            pieces[p] = sums(own);
+        }
+        for (int n = 1; n < PARTS; n *= 2)
+            for (int i = 0; i + n < PARTS; i += 2 * n) pieces[i] += pieces[i + n];
+        result[part] = pieces[0];
+    }
 }
 
 // exp to about 1 ulp: x = n*ln2 + r, a polynomial of degree 6 in r (Cephes expf), then n added to the exponent.
@@ -35,50 +53,47 @@ static inline F exponential(F x) {
 }
 
 static inline F load_part(const float* p, int64_t n, float fill) {
+    if (n >= LANES) return load(p);
     float buffer[LANES];
     std::fill(buffer, buffer + LANES, fill);
-    std::copy(p, p + n, buffer);
+    if (n > 0) std::copy(p, p + n, buffer);
     return load(buffer);
 }
 static inline void store_part(float* p, F v, int64_t n) {
+    if (n >= LANES) return store<false>(p, v);
     float buffer[LANES];
     store<false>(buffer, v);
-    std::copy(buffer, buffer + n, p);
+    if (n > 0) std::copy(buffer, buffer + n, p);
 }
 
 static void norm_rows(float* h, const float* delta, const float* weight, float eps, float* out, int64_t begin,
                       int64_t end, int64_t n) {
     for (int64_t row = begin; row < end; ++row) {
         float *x = h + row * n, *y = out + row * n;
-        F squares = splat(0.0f);
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) {
-            F a = load(x + i);
-            if (delta) {
-                a += load(delta + row * n + i);
-                store<false>(x + i, a);
+        F squares[PARTS] = {};
+        for (int64_t i = 0; i < n; i += SIXTEEN) {
+            for (int p = 0; p < PARTS; ++p) {
+                const int64_t at = i + p * LANES;
+                F a = load_part(x + at, n - at, 0.0f);
+                if (delta) {
+                    a += load_part(delta + row * n + at, n - at, 0.0f);
+                    store_part(x + at, a, n - at);
+                }
+                squares[p] += a * a;
             }
-            squares += a * a;
-        }
-        if (i < n) {
-            F a = load_part(x + i, n - i, 0.0f);
-            if (delta) {
-                a += load_part(delta + row * n + i, n - i, 0.0f);
-                store_part(x + i, a, n - i);
-            }
-            squares += a * a;
         }
         const float scale = 1.0f / std::sqrt(total(squares) / (float)n + eps);
-        for (i = 0; i + LANES <= n; i += LANES) store<false>(y + i, load(weight + i) * (load(x + i) * scale));
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) store<false>(y + i, load(weight + i) * (load(x + i) * scale));
         for (; i < n; ++i) y[i] = weight[i] * (x[i] * scale);
     }
 }
 
 static void gate_values(float* g, const float* up, int64_t begin, int64_t end) {
-    auto one = [](F a, F b) { return a / (1.0f + exponential(-a)) * b; };
-    int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) store<false>(g + i, one(load(g + i), load(up + i)));
-    if (i < end) store_part(g + i, one(load_part(g + i, end - i, 0.0f), load_part(up + i, end - i, 0.0f)), end - i);
+    for (int64_t i = begin; i < end; i += LANES) {
+        F a = load_part(g + i, end - i, 0.0f);
+        store_part(g + i, a / (1.0f + exponential(-a)) * load_part(up + i, end - i, 0.0f), end - i);
+    }
 }
 
 // Keys and values of one layer, [rows, kv_heads, capacity, D]; row r of a batch is at `row[r]`, or r where that is null.
@@ -111,12 +126,53 @@ static inline void rotate(float* x, const float* cosine, const float* sine, int6
     }
 }
 
-// N: vectors of a head (D = 16 * N).
-template <int N> static void attend_rows(const Attention& a, int64_t begin, int64_t end) {
-    constexpr int64_t D = LANES * N;
+// One query's attention over `seen` columns (0 or fewer: padding, which sees nothing); D is the size of a head.
+template <int64_t D, class Keys, class Values>
+static inline void attend(const float* q, float* out, const Keys& keys, const Values& values, int64_t seen,
+                          float scale, float* scores) {
+    constexpr int N = D / LANES;
+    F query[N], sum[N];
+    for (int i = 0; i < N; ++i) query[i] = load(q + LANES * i), sum[i] = splat(0.0f);
+    F most = splat(-INFINITY);
+    for (int64_t c = 0; c < seen; c += SIXTEEN) {
+        F products[SIXTEEN][PARTS], joint[PARTS];
+        for (int j = 0; j < SIXTEEN; ++j) {
+            const float* other = keys(std::min(c + j, seen - 1));
+            for (int p = 0; p < PARTS; ++p) {
+                F sum_of = query[p] * load(other + LANES * p);
+                for (int i = p + PARTS; i < N; i += PARTS) sum_of += query[i] * load(other + LANES * i);
+                products[j][p] = sum_of;
+            }
+        }
+        sums_of(products, joint);
+        for (int p = 0; p < PARTS; ++p) {
+            F score = joint[p] * scale;
+            store<false>(scores + c + LANES * p, score);
+            most = score > most ? score : most;
+        }
+    }
+    float peak = -INFINITY;
+    for (int i = 0; i < LANES; ++i) peak = std::max(peak, most[i]);
+    F weight[PARTS] = {};
+    for (int64_t c = 0; c < seen; c += SIXTEEN) {
+        for (int p = 0; p < PARTS; ++p) {
+            const int64_t at = c + LANES * p;
+            F e = exponential(load(scores + at) - peak);
+            store<false>(scores + at, e);
+            weight[p] += load_part(scores + at, seen - at, 0.0f);  // columns repeated above count once
+        }
+    }
+    for (int64_t c = 0; c < seen; ++c) {
+        const float* other = values(c);
+        for (int i = 0; i < N; ++i) sum[i] += scores[c] * load(other + LANES * i);
+    }
+    const float inverse = seen > 0 ? 1.0f / total(weight) : 0.0f;
+    for (int i = 0; i < N; ++i) store<false>(out + LANES * i, sum[i] * inverse);
+}
+
+template <int64_t D> static void attend_rows(const Attention& a, int64_t begin, int64_t end) {
     const int64_t shared = a.heads / a.kv_heads;
-    std::vector<float> space(a.start + a.tokens + 2 * LANES);
-    float* scores = space.data();
+    std::vector<float> space(a.start + a.tokens + 2 * SIXTEEN);
     for (int64_t row = begin; row < end; ++row) {
         const int64_t left = a.left[row];
         for (int64_t t = 0; t < a.tokens; ++t) {
@@ -132,49 +188,17 @@ template <int N> static void attend_rows(const Attention& a, int64_t begin, int6
                 std::copy(key, key + D, a.own.keys + own_at + column * D);
                 std::copy(value, value + D, a.own.values + own_at + column * D);
                 auto keys = [&](int64_t c) {
+                    c += first;
                     return c < before ? a.prefix.keys + shared_at + c * D : a.own.keys + own_at + c * D;
                 };
                 auto values = [&](int64_t c) {
+                    c += first;
                     return c < before ? a.prefix.values + shared_at + c * D : a.own.values + own_at + c * D;
                 };
                 for (int64_t s = 0; s < shared; ++s) {
                     const int64_t place = (at * a.heads + g * shared + s) * D;
                     rotate(a.q + place, cosine, sine, D);
-                    if (!a.out) continue;
-                    F query[N], sum[N];
-                    for (int i = 0; i < N; ++i) query[i] = load(a.q + place + LANES * i), sum[i] = splat(0.0f);
-                    F most = splat(-INFINITY);
-                    const int64_t seen = column + 1 - first;  // 0 or less: padding, which sees nothing
-                    for (int64_t c = 0; c < seen; c += LANES) {
-                        F products[LANES];
-                        for (int j = 0; j < LANES; ++j) {
-                            const float* other = keys(first + std::min(c + j, seen - 1));
-                            F p = query[0] * load(other);
-                            for (int i = 1; i < N; ++i) p += query[i] * load(other + LANES * i);
-                            products[j] = p;
-                        }
-                        F found = sums(products) * a.scale;
-                        store<false>(scores + c, found);
-                        most = found > most ? found : most;
-                    }
-                    float peak = -INFINITY;
-                    for (int i = 0; i < LANES; ++i) peak = std::max(peak, most[i]);
-                    F weight = splat(0.0f);
-                    for (int64_t c = 0; c < seen; c += LANES) {
-                        F e = exponential(load(scores + c) - peak);
-                        if (seen - c < LANES) {  // columns repeated above count once
-                            store<false>(scores + c, e);
-                            e = load_part(scores + c, seen - c, 0.0f);
-                        }
-                        store<false>(scores + c, e);
-                        weight += e;
-                    }
-                    for (int64_t c = 0; c < seen; ++c) {
-                        const float* other = values(first + c);
-                        for (int i = 0; i < N; ++i) sum[i] += scores[c] * load(other + LANES * i);
-                    }
-                    const float inverse = seen > 0 ? 1.0f / total(weight) : 0.0f;
-                    for (int i = 0; i < N; ++i) store<false>(a.out + place + LANES * i, sum[i] * inverse);
+                    if (a.out) attend<D>(a.q + place, a.out + place, keys, values, column + 1 - first, a.scale, space.data());
                 }
             }
         }

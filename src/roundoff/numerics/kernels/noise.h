@@ -12,19 +12,19 @@ struct Rows {
     int64_t start(int64_t r) const { return first ? first[r] : 0; }
 };
 
-// A run of groups of four columns across rows, handed out sixteen at a time.
+// A run of groups of four columns across rows, handed out LANES at a time.
 struct Cursor {
     const Rows& rows;
     int64_t row, group, groups;  // next group of `row`, and groups a row has
 
-    // Fills the counters of the next 16 groups; past `last_row` they repeat harmlessly.
+    // Fills the counters of the next LANES groups; past `last_row` they repeat harmlessly.
     void next(Counters& c, int64_t last_row) {
-        if (group + 16 <= groups) {
+        if (group + LANES <= groups) {
             c.ramp(rows.id(row), (rows.start(row) >> 2) + group);
-            advance(16);
+            advance(LANES);
             return;
         }
-        for (int g = 0; g < 16; ++g) {
+        for (int g = 0; g < LANES; ++g) {
             int64_t r = std::min(row, last_row);
             c.set(g, rows.id(r), (rows.start(r) >> 2) + group);
             advance(1);
@@ -60,7 +60,7 @@ constexpr int64_t STAGE = 2048;  // draws staged in the first-level cache
 // Rows [begin, end) of y (null: the draws themselves) to out.
 template <class T, int DRAW, bool STREAM>
 static void noise_rows(const T* y, T* out, const Rows& rows, int64_t begin, int64_t end, float s, uint64_t key) {
-    alignas(64) float stage[STAGE + 64];
+    alignas(64) float stage[STAGE + DRAWS];
     const F scale = splat(s);
     bool shifted = false;
     for (int64_t r = begin; rows.first && r < end; ++r) shifted |= (rows.first[r] & 3) != 0;
@@ -72,9 +72,9 @@ static void noise_rows(const T* y, T* out, const Rows& rows, int64_t begin, int6
     int64_t done = 0;  // draws consumed
     while (done < total) {
         int64_t n = std::min(STAGE, total - done);
-        for (int64_t i = 0; i < n; i += 64) {
+        for (int64_t i = 0; i < n; i += DRAWS) {
             cursor.next(c, end - 1);
-            draw64<DRAW>(c, key, stage + i);
+            draw<DRAW>(c, key, stage + i);
         }
         for (int64_t i = 0; i < n;) {
             int64_t row = begin + (done + i) / width, at = (done + i) % width;

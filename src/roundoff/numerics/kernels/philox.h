@@ -1,11 +1,15 @@
-// Philox4x32-7 and Box-Muller for sixteen counters at a time: the same operations, in the same order, as rng.py.
+// Philox4x32-7 and Box-Muller for as many counters as a vector has lanes: the same operations, in the same order, as rng.py.
 #pragma once
 #include "vector.h"
 
 namespace roundoff {
 
-// Lane of the counter whose four words become elements 4g .. 4g + 3 after `interleave`: lane 4i + j holds group 4j + i.
-static inline int lane_of_group(int g) { return 4 * (g & 3) + (g >> 2); }
+constexpr int DRAWS = 4 * LANES;  // of one call
+constexpr int QUARTERS = LANES / 4;  // pieces of 128 bits in a vector
+
+// `interleave` transposes 4 x 4 words within each piece of 128 bits, so lane 4i + j holds group QUARTERS * j + i.
+static constexpr int lane_of_group(int g) { return 4 * (g % QUARTERS) + g / QUARTERS; }
+static constexpr int group_of_lane(int lane) { return QUARTERS * (lane % 4) + lane / 4; }
 
 constexpr int ROUNDS = 7;
 
@@ -19,9 +23,10 @@ struct Counters {
         row_low[lane] = (uint32_t)(uint64_t)row;
         row_high[lane] = (uint32_t)((uint64_t)row >> 32);
     }
-    // Sixteen consecutive groups of one row.
+    // LANES consecutive groups of one row.
     void ramp(int64_t row, int64_t group) {
-        const U offset = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+        U offset;
+        for (int lane = 0; lane < LANES; ++lane) offset[lane] = (uint32_t)group_of_lane(lane);
         uint64_t g = (uint64_t)group, r = (uint64_t)row;
         group_low = splat((uint32_t)g) + offset;
         U carry = group_low < splat((uint32_t)g) ? splat(1u) : splat(0u);
@@ -44,7 +49,6 @@ static inline void rounds(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
         k1 += 0xBB67AE85u;
     }
 }
-static inline U merge(W even, W odd) { return (U)(((odd << 32) & ~0xffffffffull) | (even & 0xffffffffull)); }
 
 static inline void philox(const Counters& c, uint64_t key, U w[4]) {
     W a0 = (W)c.group_low, a1 = (W)c.group_high, a2 = (W)c.row_low, a3 = (W)c.row_high;
@@ -81,22 +85,33 @@ static inline void box_muller(U w0, U w1, F& first, F& second) {
     second = r * ((I)w1 < 0 ? c : s);
 }
 
-// Words k = 0..3 of sixteen counters to 64 consecutive elements.
+// Words k = 0..3 of LANES counters to DRAWS consecutive elements: the first or the last two words of two counters, then
+// the halves of the pieces side by side.
+struct FirstPairs {
+    static constexpr int at(int k) { return k / 4 * 4 + k % 4 / 2 + k % 2 * LANES; }
+};
+struct LastPairs {
+    static constexpr int at(int k) { return FirstPairs::at(k) + 2; }
+};
+struct FirstHalves {
+    static constexpr int at(int k) { return k / 4 * 4 + k % 2 + k % 4 / 2 * LANES; }
+};
+struct LastHalves {
+    static constexpr int at(int k) { return FirstHalves::at(k) + 2; }
+};
 static inline void interleave(const U w[4], U e[4]) {
-    U a = __builtin_shufflevector(w[0], w[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    U b = __builtin_shufflevector(w[0], w[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    U c = __builtin_shufflevector(w[2], w[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-    U d = __builtin_shufflevector(w[2], w[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    e[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    e[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    e[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-    e[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    U a = shuffled<FirstPairs>(w[0], w[1]), b = shuffled<LastPairs>(w[0], w[1]);
+    U c = shuffled<FirstPairs>(w[2], w[3]), d = shuffled<LastPairs>(w[2], w[3]);
+    e[0] = shuffled<FirstHalves>(a, c);
+    e[1] = shuffled<LastHalves>(a, c);
+    e[2] = shuffled<FirstHalves>(b, d);
+    e[3] = shuffled<LastHalves>(b, d);
 }
 
 enum Draw { WORDS = 0, NORMALS = 1, UNIFORMS = 2 };
 
-// 64 draws (words as bits) of sixteen counters, to p.
-template <int DRAW> static inline void draw64(const Counters& c, uint64_t key, float* p) {
+// DRAWS draws (words as bits) of LANES counters, to p.
+template <int DRAW> static inline void draw(const Counters& c, uint64_t key, float* p) {
     U w[4], e[4];
     philox(c, key, w);
     if (DRAW == NORMALS) {
@@ -107,8 +122,8 @@ template <int DRAW> static inline void draw64(const Counters& c, uint64_t key, f
     }
     interleave(w, e);
     if (DRAW == UNIFORMS)
-        for (int k = 0; k < 4; ++k) e[k] = bits(to_float(e[k] >> 8) * 0x1p-24f);
-    for (int k = 0; k < 4; ++k) store<false>(p + 16 * k, real(e[k]));
+        for (int k = 0; k < 4; ++k) e[k] = bits(small_to_float(e[k] >> 8) * 0x1p-24f);
+    for (int k = 0; k < 4; ++k) store<false>(p + LANES * k, real(e[k]));
 }
 
 }  // namespace roundoff

@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 #include "decode.h"
+#include "fingerprint.h"
 #include "noise.h"
 
 using namespace roundoff;
@@ -181,7 +182,7 @@ void ro_norm(float* h, const float* delta, const float* weight, float eps, float
 }
 
 void ro_gate(float* g, const float* up, int64_t n, int threads) {
-    parallel(n, LANES, n, threads, [&](int64_t begin, int64_t end) { gate_values(g, up, begin, end); });
+    parallel(n, 16, n, threads, [&](int64_t begin, int64_t end) { gate_values(g, up, begin, end); });
 }
 
 void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t* sizes, float scale, int threads) {
@@ -194,12 +195,22 @@ void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t
     const int64_t work = a.rows * a.tokens * a.heads * (a.start + a.tokens) * sizes[8] / 8;
     parallel(a.rows, 1, work, threads, [&](int64_t begin, int64_t end) {
         switch (sizes[8]) {
-            case 16: return attend_rows<1>(a, begin, end);
-            case 32: return attend_rows<2>(a, begin, end);
-            case 64: return attend_rows<4>(a, begin, end);
-            case 128: return attend_rows<8>(a, begin, end);
+            case 16: return attend_rows<16>(a, begin, end);
+            case 32: return attend_rows<32>(a, begin, end);
+            case 64: return attend_rows<64>(a, begin, end);
+            case 128: return attend_rows<128>(a, begin, end);
         }
     });
+}
+
+// Fingerprints of `count` ranges of memory. `lines`: about how many lines of each are read; 0: every `step`-th one, and
+// all of a range of up to SMALL bytes.
+void ro_fingerprint(const uint8_t* const* starts, const int64_t* bytes, int64_t count, int64_t lines, int64_t step,
+                    uint64_t* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t every = lines ? std::max<int64_t>(1, bytes[i] / LINE / lines) : bytes[i] <= SMALL ? 1 : step;
+        out[i] = fingerprint(starts[i], bytes[i], every);
+    }
 }
 
 }  // extern "C"

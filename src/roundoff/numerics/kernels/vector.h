@@ -1,22 +1,34 @@
-// Sixteen lanes of float32, as GCC and Clang vector extensions: one source for every CPU, lowered to what it has.
+// Vectors of the target's own width, as GCC and Clang vector extensions: sixteen lanes of float32 under AVX-512, eight
+// under AVX2, four elsewhere (SSE2, NEON). Every operation here rounds lane by lane, so results do not depend on the
+// width. Intrinsics stand only where the compilers' own code for the portable form is several times slower.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <utility>
+#if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace roundoff {
 
-typedef float F __attribute__((vector_size(64)));
-typedef uint32_t U __attribute__((vector_size(64)));
-typedef int32_t I __attribute__((vector_size(64)));
-typedef uint64_t W __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint64_t W __attribute__((vector_size(4 * LANES)));
+typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 struct bf16 { uint16_t bits; };
 
-constexpr int LANES = 16;
 constexpr uint32_t SIGN = 0x80000000u, MAGNITUDE = 0x7fffffffu, EXPONENT = 0x7f800000u, MANTISSA = 0x007fffffu;
 constexpr uint32_t QUIET_NAN = 0x7fc00000u;
 
@@ -24,15 +36,32 @@ static inline F splat(float a) { return F{} + a; }
 static inline U splat(uint32_t a) { return U{} + a; }
 static inline U bits(F a) { return (U)a; }
 static inline F real(U a) { return (F)a; }
-static inline U max(U a, U b) { return a > b ? a : b; }
 // The smaller of a and a bound; a NaN in a stays.
 static inline F at_most(F a, F bound) { return bound < a ? bound : a; }
 static inline F at_least(F a, F bound) { return bound > a ? bound : a; }
 static inline F to_float(U a) { return __builtin_convertvector(a, F); }
+// Numbers below 2^31: signed conversion, which every target has as one instruction.
+static inline F small_to_float(U a) { return __builtin_convertvector((I)a, F); }
+
+static inline U max(U a, U b) {
+#if defined(__AVX512F__)
+    return (U)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (U)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 
 static inline F square_root(F a) {
 #if defined(__AVX512F__)
     return (F)_mm512_sqrt_ps((__m512)a);
+#elif defined(__AVX2__)
+    return (F)_mm256_sqrt_ps((__m256)a);
+#elif defined(__SSE2__)
+    return (F)_mm_sqrt_ps((__m128)a);
+#elif defined(__aarch64__)
+    return (F)vsqrtq_f32((float32x4_t)a);
 #else
     F r;
     for (int i = 0; i < LANES; ++i) r[i] = std::sqrt(a[i]);
@@ -40,12 +69,29 @@ static inline F square_root(F a) {
 #endif
 }
 
-// 32 x 32 -> 64 bit products of the low halves of eight 64-bit lanes; the high halves may hold anything.
+// 32 x 32 -> 64 bit products of the low halves of the 64-bit lanes; the high halves may hold anything.
 static inline W multiply_low(W a, uint32_t b) {
 #if defined(__AVX512F__)
     return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64((long long)b));
+#elif defined(__AVX2__)
+    return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x((long long)b));
+#elif defined(__SSE2__)
+    return (W)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x((long long)b));
+#elif defined(__ARM_NEON)
+    return (W)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(b));
 #else
     return (a & 0xffffffffull) * (uint64_t)b;
+#endif
+}
+
+// The low half of each 64-bit lane from `even`, the high half from the low half of `odd`.
+static inline U merge(W even, W odd) {
+#if defined(__AVX512F__)
+    return (U)_mm512_mask_blend_epi32(0xaaaa, (__m512i)even, (__m512i)(odd << 32));
+#elif defined(__AVX2__)
+    return (U)_mm256_blend_epi32((__m256i)even, (__m256i)(odd << 32), 0xaa);
+#else
+    return (U)((odd << 32) | (even & 0xffffffffull));
 #endif
 }
 
@@ -55,9 +101,13 @@ static inline F load(const float* p) {
     return v;
 }
 static inline F load(const bf16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return real((U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
     H h;
     std::memcpy(&h, p, sizeof h);
     return real(__builtin_convertvector(h, U) << 16);
+#endif
 }
 
 // float32 to bfloat16, round to nearest even; NaN becomes the quiet NaN.
@@ -65,13 +115,22 @@ static inline H narrow(F v) {
     U b = bits(v);
     U rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     rounded = (b & MAGNITUDE) > EXPONENT ? splat(QUIET_NAN >> 16) : rounded;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);
+    return (H)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
     return __builtin_convertvector(rounded, H);
+#endif
 }
 
 // STREAM writes around the cache: an output much larger than the cache then costs no read of its lines.
 template <bool STREAM> static inline void store(float* p, F v) {
 #if defined(__AVX512F__)
     if (STREAM) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+    if (STREAM) return _mm256_stream_ps(p, (__m256)v);
+#elif defined(__SSE2__)
+    if (STREAM) return _mm_stream_ps(p, (__m128)v);
 #endif
     std::memcpy(p, &v, sizeof v);
 }
@@ -79,25 +138,32 @@ template <bool STREAM> static inline void store(bf16* p, F v) {
     H h = narrow(v);
 #if defined(__AVX512F__)
     if (STREAM) return _mm256_stream_si256((__m256i*)p, (__m256i)h);
+#elif defined(__AVX2__)
+    if (STREAM) return _mm_stream_si128((__m128i*)p, (__m128i)h);
 #endif
     std::memcpy(p, &h, sizeof h);
 }
-// Thirty-two bfloat16 as sixteen pairs, for work on both halves without widening.
+// 2 * LANES bfloat16 as pairs, for work on both halves without widening.
 static inline U load_pairs(const bf16* p) {
     U v;
     std::memcpy(&v, p, sizeof v);
     return v;
 }
 template <bool STREAM> static inline void store_pairs(bf16* p, U v) {
-#if defined(__AVX512F__)
-    if (STREAM) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
-#endif
-    std::memcpy(p, &v, sizeof v);
+    store<STREAM>((float*)p, real(v));
 }
 static inline void stream_fence() {
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
     _mm_sfence();
 #endif
+}
+
+// `shuffled(a, b, index)`: lane k of the result is lane index(k) of a beside b.
+template <class INDEX, class V, size_t... K> static inline V shuffled_by(V a, V b, std::index_sequence<K...>) {
+    return __builtin_shufflevector(a, b, INDEX::at((int)K)...);
+}
+template <class INDEX, class V> static inline V shuffled(V a, V b) {
+    return shuffled_by<INDEX>(a, b, std::make_index_sequence<LANES>());
 }
 
 struct Larger {
@@ -107,50 +173,40 @@ struct Sum {
     template <class V> static inline V of(V a, V b) { return a + b; }
 };
 // One level of the transposing trees below: lanes of a and b in groups of S, neighbouring groups joined by OP.
+template <int S> struct EvenGroups {
+    static constexpr int at(int k) { return (k / S) % 2 == 0 ? k : k - S + LANES; }
+};
+template <int S> struct OddGroups {
+    static constexpr int at(int k) { return (k / S) % 2 == 0 ? k + S : k + LANES; }
+};
 template <int S, class OP, class V> static inline V fold(V a, V b) {
-    static_assert(S == 1 || S == 2 || S == 4 || S == 8, "");
-    V low, high;
-    if (S == 1) {
-        low = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        high = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    } else if (S == 2) {
-        low = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        high = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    } else if (S == 4) {
-        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-        high = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    return OP::of(shuffled<EvenGroups<S>>(a, b), shuffled<OddGroups<S>>(a, b));
+}
+// Lane i of the result joins all lanes of m[i], i < LANES: a transposing tree of LANES - 1 steps, of which `S` is the next.
+template <class OP, int S, int END, class V> static inline V fold_tree(V* m) {
+    if constexpr (S == END) {
+        return m[0];
     } else {
-        low = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        high = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        for (int i = 0; i < END / S / 2; ++i) m[i] = fold<S, OP>(m[2 * i], m[2 * i + 1]);
+        return fold_tree<OP, 2 * S, END>(m);
     }
-    return OP::of(low, high);
 }
-// Lane i of the result joins all lanes of m[i]: a transposing tree of 15 steps.
-template <class OP, class V> static inline V folded(const V m[16]) {
-    V a[8], b[4], c[2];
-    for (int i = 0; i < 8; ++i) a[i] = fold<1, OP>(m[2 * i], m[2 * i + 1]);
-    for (int i = 0; i < 4; ++i) b[i] = fold<2, OP>(a[2 * i], a[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) c[i] = fold<4, OP>(b[2 * i], b[2 * i + 1]);
-    return fold<8, OP>(c[0], c[1]);
+static inline U maxima(U* m) { return fold_tree<Larger, 1, LANES>(m); }
+static inline F sums(F* m) { return fold_tree<Sum, 1, LANES>(m); }
+// `maxima` of LANES / 2 vectors, each of whose halves has a maximum of its own.
+static inline U maxima_of_halves(U* m) { return fold_tree<Larger, 1, LANES / 2>(m); }
+
+// Lane k beside its partner in the other half of each group of 2 * S lanes.
+template <int S> struct Swapped {
+    static constexpr int at(int k) { return k ^ S; }
+};
+template <class OP, int S, class V> static inline auto joined(V a) {
+    if constexpr (S == 0) {
+        return a[0];
+    } else {
+        return joined<OP, S / 2>(OP::of(a, shuffled<Swapped<S>>(a, a)));
+    }
 }
-static inline U maxima(const U m[16]) { return folded<Larger>(m); }
-static inline F sums(const F m[16]) { return folded<Sum>(m); }
-// `maxima` of eight vectors, each of whose halves has a maximum of its own.
-static inline U maxima_of_halves(const U m[8]) {
-    U a[4], b[2];
-    for (int i = 0; i < 4; ++i) a[i] = fold<1, Larger>(m[2 * i], m[2 * i + 1]);
-    for (int i = 0; i < 2; ++i) b[i] = fold<2, Larger>(a[2 * i], a[2 * i + 1]);
-    return fold<4, Larger>(b[0], b[1]);
-}
-// The low half of a beside the high half of b.
-static inline F halves(F a, F b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31);
-}
-static inline uint32_t maximum(U a) {
-    a = max(a, __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    a = max(a, __builtin_shufflevector(a, a, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    a = max(a, __builtin_shufflevector(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    return a[0] > a[1] ? a[0] : a[1];
-}
+static inline uint32_t maximum(U a) { return joined<Larger, LANES / 2>(a); }
 
 }  // namespace roundoff

@@ -1,0 +1,149 @@
+"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, once in every forward pass.
+
+torch counts writes in a tensor's version, but not all of them: a write through `weight.data` (trl's moving reference,
+PEFT's merge, `vector_to_parameters`, most libraries of averaged weights), through numpy or DLPack, and the steps of
+fused or compiled optimizers leave the version as it was. So a fingerprint of each weight's memory is kept with `Q(W)`.
+
+When: before the first product of a pass on hardware with a weight format. A pass begins where a Linear is computed that
+has been computed since the last check. A write in the middle of a pass is noticed by the next one.
+
+How much is read grows with the work that the pass does anyway, so that the check costs under 1 % of it:
+
+| tokens in the pass | lines of 64 bytes that are read of each weight |
+|---|---|
+| 2,048 or more | all |
+| 256 to 2,047 | every 16th, and all of a weight of up to 64 KiB |
+| fewer | 16, evenly spread |
+
+What is missed: a write that leaves all lines read as they were. An optimizer, an average or a merge changes nearly
+every line. If it changes a share f of the elements of a weight with n elements of 4 bytes, the odds of not noticing are
+`(1 - f)^256` with 16 lines and `(1 - f)^(n / 16)` with every 16th line; with all lines they are those of a 64-bit hash.
+
+Where the kernels are not available (no compiler, another device) passes of 2,048 tokens or more are checked, by two
+sums of each weight's bits, in which a mere exchange of elements does not show. On an accelerator that takes one
+synchronization a pass.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from roundoff.numerics.backend import Kernels, kernels_for
+
+if TYPE_CHECKING:
+    from roundoff.hardware.linear import LinearState
+
+ALL_FROM, SOME_FROM = 2048, 256
+"""Tokens in a pass from which all lines, or every `SOME_STEP`-th, of each weight are read."""
+SOME_STEP = 16
+FEW_LINES = 16
+_LEVELS = ((FEW_LINES, 0), (0, SOME_STEP), (0, 1))
+"""(lines, step) of the three amounts, as `ro_fingerprint` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Memory of one weight: where it lies within a tensor that stays, and its fingerprints."""
+
+    state: weakref.ref[LinearState]
+    tensor: weakref.ref[Tensor]
+    """The weight, or the parameter that it is a part of (stacked experts)."""
+    address: int
+    """Of the tensor, when it was fingerprinted."""
+    offset: int
+    """Bytes from the tensor's address to the weight's."""
+    size: int
+    """Bytes that the weight spans."""
+    prints: tuple[int, ...]
+    """Fingerprints, one for each of `_LEVELS`; or the one that torch computes."""
+
+
+@dataclass(eq=False, slots=True)
+class Freshness:
+    """The weights of one installed model whose `Q(W)` is cached."""
+
+    checks: int = 0
+    """Checks so far: a state that was computed since the last one begins a new pass."""
+    _watched: dict[int, _Watched] = field(default_factory=dict)
+
+    def record(self, state: LinearState, weight: Tensor) -> None:
+        """Remember what `Q(W)` was computed of just now."""
+        self._watched.pop(id(state), None)
+        tensor = weight if weight._base is None else weight._base
+        if weight.device.type == "meta" or weight.numel() == 0 or torch.compiler.is_compiling():
+            return
+        address = tensor.data_ptr()
+        span = sum((size - 1) * abs(stride) for size, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
+        start, size = weight.data_ptr(), span * weight.element_size()
+        kernels = kernels_for(weight)
+        item = _Watched(weakref.ref(state), weakref.ref(tensor), address, start - address, size, ())
+        if kernels is None:
+            prints = _sums([_part(item, tensor)])
+        else:
+            prints = [_prints(kernels, [start], [size], level)[0] for level in range(len(_LEVELS))]
+        self._watched[id(state)] = replace(item, prints=tuple(prints))
+
+    def check(self, tokens: int) -> None:
+        """Forget each cached `Q(W)` whose weight was written to since, as far as a pass of so many tokens looks."""
+        self.checks += 1
+        level = 2 if tokens >= ALL_FROM else 1 if tokens >= SOME_FROM else 0
+        starts: list[int] = []
+        sizes: list[int] = []
+        watched: list[tuple[LinearState, _Watched, Tensor]] = []
+        gone: list[int] = []
+        for number, item in self._watched.items():
+            state, tensor = item.state(), item.tensor()
+            if state is None or tensor is None or tensor.data_ptr() != item.address:
+                gone.append(number)  # the version, the address or the storage shows this where it is next used
+                continue
+            watched.append((state, item, tensor))
+            starts.append(item.address + item.offset)
+            sizes.append(item.size)
+        for number in gone:
+            del self._watched[number]
+        if not watched:
+            return
+        kernels = kernels_for(watched[0][2])
+        if kernels is not None:
+            now = _prints(kernels, starts, sizes, level)
+            for (state, item, _), value in zip(watched, now, strict=True):
+                if len(item.prints) == len(_LEVELS) and item.prints[level] != value:
+                    state.refresh()
+        elif level == 2:
+            whole = [(state, item, tensor) for state, item, tensor in watched if len(item.prints) == 1]
+            for (state, item, _), value in zip(whole, _sums([_part(i, t) for _, i, t in whole]), strict=True):
+                if item.prints[0] != value:
+                    state.refresh()
+
+
+def _prints(kernels: Kernels, starts: Sequence[int], sizes: Sequence[int], level: int) -> list[int]:
+    """Fingerprints of ranges of the CPU's memory."""
+    count = len(starts)
+    out = (ctypes.c_uint64 * count)()
+    numbers = ctypes.c_int64 * count
+    kernels.fingerprint(numbers(*starts), numbers(*sizes), count, *_LEVELS[level], out)
+    return list(out)
+
+
+def _part(item: _Watched, tensor: Tensor) -> Tensor:
+    """The memory of a weight within its tensor, [elements]."""
+    first, count = item.offset // tensor.element_size(), item.size // tensor.element_size()
+    return tensor.detach().as_strided((count,), (1,), tensor.storage_offset() + first)
+
+
+def _sums(weights: Sequence[Tensor]) -> list[int]:
+    """A number for the bits of each weight: the sum of its words, and that of every third one."""
+    if not weights:
+        return []
+    sums = []
+    for weight in weights:
+        words = weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16).reshape(-1)
+        sums.append(words.sum(dtype=torch.int64) * 3 + words[::3].sum(dtype=torch.int64))
+    return [int(value) for value in torch.stack(sums).tolist()]

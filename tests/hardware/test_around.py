@@ -1,0 +1,119 @@
+"""Ways of computing that would lead around the hardware are refused."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from roundoff.config import ConfigError, Deadzone, Fault, Hardware, MatmulNoise, Precision
+from roundoff.hardware import hardware_off, install, noise_key
+from roundoff.numerics.rng import Key
+from tests.families import Batch, build
+
+NOISY = Hardware(matmul_noise=MatmulNoise(relative_std=0.1, attention=False))
+W4 = Hardware(precision=Precision(weight="mxfp4"))
+
+
+@pytest.mark.parametrize("kind", ["encoder", "attention"])
+def test_torchs_fast_path_is_refused(kind):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2) if kind == "encoder" else nn.Sequential(layer, nn.Linear(32, 32))
+    with pytest.raises(ConfigError, match="set_fastpath_enabled"):
+        install(model.eval(), W4, seed=0)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        plain = model(torch.ones(2, 5, 32))
+        install(model, W4, seed=0)
+        with torch.no_grad():
+            assert not torch.equal(model(torch.ones(2, 5, 32)), plain)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_a_module_under_two_names_is_refused_with_noise_only():
+    model = build()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ConfigError, match=r"model\.layers\.0.* and model\.layers\.1.* are one module"):
+        install(model, NOISY, seed=0)
+    install(model, W4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hint"), [("up_prj", "'up_proj'"), ("layers.1.mlp", "did you mean"), ("*.weight", "names are such as")]
+)
+def test_a_pattern_that_excludes_nothing_is_refused(pattern, hint):
+    model = build()
+    with pytest.raises(ConfigError, match=r"hardware\.exclude") as error:
+        install(model, W4.model_copy(update={"exclude": ("lm_head", pattern)}), seed=0)
+    assert pattern in str(error.value) and hint in str(error.value)
+    install(model, W4, seed=0)  # nothing was left behind
+
+
+def test_default_patterns_need_not_match():
+    install(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), W4, seed=0)
+
+
+def test_two_threads_do_not_share_a_key():
+    model, batch = build(), Batch()
+    install(model, NOISY, seed=0)
+    errors = []
+
+    def other():
+        for block in (lambda: noise_key(model, Key.from_seed(2), batch.rows), lambda: hardware_off(model)):
+            try:
+                with block():
+                    errors.append(None)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    first, second = (noise_key(model, Key.from_seed(seed), batch.rows) for seed in (1, 3))
+    with first, second:  # nesting within one thread goes on working
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(errors) == 2 and all("another thread is inside noise_key" in error for error in errors)
+    with noise_key(model, Key.from_seed(1), batch.rows):
+        pass
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        Hardware(precision=Precision(weight="mxfp4", activation="mxfp4", keep=(0,))),
+        Hardware(precision=Precision(weight="mxfp4"), exclude=("embed_tokens", "lm_head", "*.layers.0.mlp.experts")),
+        Hardware(precision=Precision(weight="mxfp4"), exclude=("embed_tokens", "lm_head", "experts")),
+        Hardware(deadzone=Deadzone(threshold=0.05, layers=(1,))),
+        Hardware(faults=(Fault(kind="gain", layer=1, amount=0.05),)),
+    ],
+    ids=["keep", "exclude one", "exclude all", "deadzone", "fault"],
+)
+def test_experts_without_hardware_compute_as_in_the_plain_model(family, hardware):
+    plain, model = build(family), build(family)
+    hidden = {}
+
+    def keep(name):
+        return lambda _module, _inputs, output: hidden.setdefault(name, []).append(output)
+
+    for which in (plain, model):
+        which.model.layers[0].mlp.experts.register_forward_hook(keep("first"))
+    install(model, hardware, seed=0)
+    with torch.no_grad():
+        same = plain(**Batch().inputs()).logits
+        other = model(**Batch().inputs()).logits
+        with hardware_off(model):
+            assert torch.equal(model(**Batch().inputs()).logits, same)
+    assert not torch.equal(other, same)
+    if hardware.deadzone or hardware.faults:  # nothing before layer 1 is on hardware
+        assert torch.equal(hidden["first"][0], hidden["first"][1])
+
+
+@pytest.mark.parametrize(("fmt", "size"), [("mxfp4:ceil", 3e38), ("mxfp8_e4m3:rceil", 3.4e38), ("fp16", 7e4)])
+def test_weights_that_a_format_makes_infinite_are_refused(fmt, size):
+    model = build()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = size
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers up to .* infinity"):
+        install(model, Hardware(precision=Precision(weight=fmt)), seed=0)
+    install(model, Hardware(precision=Precision(activation="mxfp4")), seed=0)

@@ -1,0 +1,107 @@
+"""Copies of installed modules: what shares the switches of a model, what has its own, and what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
+from roundoff.hardware import hardware_off, install, installed, noise_key, uninstall
+from roundoff.hardware.installed import states_of
+from roundoff.numerics.rng import Key
+from tests.families import Batch, build
+
+W4A4 = Hardware(precision=Precision(weight="mxfp4", activation="mxfp4"), exclude=("embed_tokens",))
+NOISY = Hardware(matmul_noise=MatmulNoise(relative_std=0.1), exclude=("embed_tokens",))
+KEY = Key.from_seed(5)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**Batch().inputs()).logits
+
+
+def replayed(model):
+    with noise_key(model, KEY, Batch().rows):
+        return logits(model)
+
+
+def with_saved_modules(saved):
+    """A model whose PEFT wrapper trains copies of some modules, and its plain logits (huggingface/peft#602)."""
+    model = build()
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)).eval()
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "o_proj", "norm"])
+@pytest.mark.parametrize("hardware", [W4A4, NOISY])
+def test_switches_reach_the_copies_that_peft_puts_into_a_model(saved, hardware):
+    plain = with_saved_modules([saved])
+    clean = logits(plain)
+    model = build()
+    install(model, hardware, seed=0)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])).eval()
+    wrapped.load_state_dict(plain.state_dict())
+    assert not torch.equal(logits(wrapped), clean)
+    with hardware_off(wrapped):
+        assert torch.equal(logits(wrapped), clean)
+    assert torch.equal(replayed(wrapped), replayed(wrapped))
+    uninstall(model)
+    assert torch.equal(logits(wrapped), clean)
+    assert not any(states_of(module) for module in wrapped.modules())
+
+
+def test_a_copy_that_peft_trains_is_quantized_anew_after_each_step():
+    model = build()
+    found = install(model, W4A4, seed=0)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.1, fused=True)
+    wrapped(**Batch().inputs()).logits.sum().backward()
+    optimizer.step()
+    seen = logits(wrapped)
+    found.refresh()
+    assert torch.equal(logits(wrapped), seen)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
+def test_a_copy_of_the_whole_model_has_switches_of_its_own(duplicate):
+    model = build()
+    install(model, W4A4, seed=0)
+    other = duplicate(model)
+    deployed = logits(model)
+    assert installed(other) is not installed(model) and installed(other).model is other
+    with hardware_off(other):
+        assert torch.equal(logits(model), deployed)
+        assert not torch.equal(logits(other), deployed)
+    with hardware_off(model):
+        assert torch.equal(logits(other), deployed)
+    other.get_submodule("model.layers.0.mlp.up_proj").weight.data.mul_(2.0)
+    assert torch.equal(logits(model), deployed) and not torch.equal(logits(other), deployed)
+
+
+def test_a_part_of_an_installed_model_is_on_its_hardware():
+    model = build()
+    found = install(model, W4A4, seed=0)
+    assert installed(model.model) is found and installed(model.model.layers[0].mlp) is found
+    with hardware_off(model.model):
+        assert not found.is_on
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
+def test_a_module_copied_into_another_model_is_refused(duplicate):
+    model, other = build(), build()
+    install(model, W4A4, seed=0)
+    other.model.layers[1] = duplicate(model.model.layers[1])
+    for attempt in (installed, lambda m: install(m, W4A4, seed=0)):
+        with pytest.raises(ConfigError, match=r"copied out of a model|installed on"):
+            attempt(other)
+
+
+def test_a_copy_made_within_noise_key_draws_on_its_own():
+    model = build()
+    install(model, NOISY, seed=0)
+    with noise_key(model, KEY, Batch().rows):
+        other = copy.deepcopy(model)
+    assert not torch.equal(logits(other), logits(other))
+    assert torch.equal(replayed(other), replayed(model))
