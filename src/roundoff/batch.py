@@ -17,12 +17,12 @@ from torch import Tensor
 
 from roundoff.algorithms.advantage import group_advantages, mixed_groups, overlong_penalty
 from roundoff.config import Algorithm, Training
-from roundoff.evaluate import score_responses
 from roundoff.health import flaw_of
 from roundoff.numerics.rng import Key
 from roundoff.parallel import Ranks
 from roundoff.rollouts import Rollouts, concatenate
 from roundoff.tasks import Problem, Task
+from roundoff.tasks.score import score_responses
 
 Sampler = Callable[[Sequence[Problem], int], Rollouts]
 """Samples the rollouts of problems; the second argument is the id of the first rollout within the step."""

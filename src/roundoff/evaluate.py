@@ -31,30 +31,7 @@ from roundoff.prompts import text
 from roundoff.run_dir import Evaluation, Outcome
 from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Rewards of rollouts, and how many of them could not be computed."""
-
-    rewards: tuple[float, ...]
-    errors: int
-    """Rollouts whose reward raised or was not finite; their reward is 0."""
-    failed: tuple[bool, ...] = ()
-    """Whether that is so, of each rollout."""
-
-
-def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> Scored:
-    """Rewards of `responses` to `problems`, pair by pair; a failed reward is counted and is 0, never raised."""
-    rewards, failed = [], []
-    for problem, response in zip(problems, responses, strict=True):
-        try:
-            reward = float(task.reward(problem, response))
-        except Exception:  # a task is the user's code: whatever it raises is one bad rollout, not the end of the run
-            reward = math.nan
-        failed.append(not math.isfinite(reward))
-        rewards.append(0.0 if failed[-1] else reward)
-    return Scored(tuple(rewards), sum(failed), tuple(failed))
+from roundoff.tasks.score import score_responses
 
 
 def evaluate(

@@ -248,8 +248,9 @@ def make_task(profile: Profile) -> Task:
     Raises:
         ConfigError: if there is none of that name or its settings are wrong.
     """
+    located = profile.task.located()
     try:
-        task = load_task(profile.task.name, profile.task.settings)
+        task = load_task(located.name, located.settings)
     except ValueError as error:
         raise ConfigError(f"task {profile.task.name}: {error}") from error
     if profile.chat is True and any(not problem.messages for problem in (*task.train()[:1], *task.test()[:1])):

@@ -88,7 +88,8 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     from roundoff.tasks import load_task
 
     for task in {request.profile.task.model_dump_json(): request.profile.task for request in requests}.values():
-        load_task(task.name, task.settings)
+        located = task.located()
+        load_task(located.name, located.settings)
     threads = max(request.profile.threads for request in requests)
     here = workers or max(1, _cores() // threads)
     progress = Progress(Console(), here)

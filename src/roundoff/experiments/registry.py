@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Profile, Settings, nearest, validate
+from roundoff.experiments.places import placed
 
 TABLE = Path(__file__).parent
 Assignment = tuple[list[str], Any]
@@ -122,7 +123,8 @@ def with_overrides(
     parsed = [_parse_assignment(text) for text in assignments]
     of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
     of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
-    scale = validate(Profile, _content(profile, of_profile), source="--set")
+    given = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
+    scale = validate(Profile, _merge(profile.model_dump(exclude_none=True), given), source="--set")
     if scale != profile and scale.name == profile.name:
         scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
     renamed: dict[str, str] = {}
@@ -241,8 +243,9 @@ def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{_shown(path)}: is not TOML: {error}") from None
     parent = content.pop("extends", None)
     if parent is None:
-        return content
+        return placed(content, path.parent.resolve(), {})
     base = _merged(_parent(path, parent), (*seen, path))
+    content = placed(content, path.parent.resolve(), base)
     return _merge({k: v for k, v in base.items() if k not in ("id", "title", "name")}, content)
 
 

@@ -183,6 +183,7 @@ def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
     def settings(arm: Arm) -> dict[str, object]:
         experiment = arm.experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"])
         profile = arm.profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"})
+        profile["task"].pop("directory", None)
         for name in ("aqn", "srdd", "lora"):  # a remedy that only one has counts as one setting
             if None in (getattr(treatment.experiment, name), getattr(baseline.experiment, name)):
                 experiment[name] = str(experiment[name])

@@ -168,7 +168,9 @@ def _kind(arm: Arm, other: Arm) -> Kind | None:
 
 
 def _scale(arm: Arm) -> str:
-    return json.dumps(arm.profile.model_dump(mode="json", exclude={"name", "title", "device"}), sort_keys=True)
+    scale = arm.profile.model_dump(mode="json", exclude={"name", "title", "device"})
+    scale["task"].pop("directory", None)
+    return json.dumps(scale, sort_keys=True)
 
 
 def _in_declared_order(arms: list[Arm], experiments: Sequence[Experiment]) -> list[Arm]:
