@@ -11,7 +11,7 @@ it takes longer, the run ends (`tasks.watchdog`): code in this process cannot be
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from roundoff.tasks.base import Problem, RewardError, Task
@@ -28,7 +28,7 @@ class Scored:
     rewards: tuple[float, ...]
     errors: int
     """Rollouts whose reward could not be computed, or is none; their reward is 0."""
-    failed: tuple[bool, ...]
+    failed: tuple[bool, ...] = field(default=(), compare=False)
     """Whether that is so, of each rollout."""
 
 
