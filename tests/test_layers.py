@@ -13,13 +13,12 @@ LEVELS = {
     **dict.fromkeys(
         ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
     ),
-    **dict.fromkeys(("clock", "parallel", "provenance"), 1),
+    **dict.fromkeys(("clock", "health", "messages", "outcomes", "parallel", "provenance", "strict_json"), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "prompts", "sampler", "rollouts", "logprobs"), 2),
-    **dict.fromkeys(("masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
+    **dict.fromkeys(("diagnosis", "masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
-    **dict.fromkeys(
-        ("evaluate", "batch", "policy", "prerequisites", "session", "remedies", "update", "train", "report"), 3
-    ),
+    **dict.fromkeys(("evaluate", "batch", "policy", "prerequisites", "session", "remedies", "run_log"), 3),
+    **dict.fromkeys(("update", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }

@@ -21,6 +21,7 @@ from roundoff.checkpoint import Checkpoint, check_origin, load_checkpoint, run_o
 from roundoff.config import ConfigError, Experiment, Hardware, Profile, Task, validate
 from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.experiments import load_experiment, load_profile, with_overrides
+from roundoff.health import Tally
 from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import Evaluation, Run, read_run
@@ -208,10 +209,24 @@ def describe(result: Result) -> str:
     for name, scores in result.scores().items():
         shown = [f"{s.estimate:6.1%}  [{s.low:.1%}, {s.high:.1%}]" for s in scores]
         lines.append(f"{name:<18}{shown[0]:<24}{shown[1]}".rstrip())
+    lines += _flaws(result)
     if result.agrees is not None:
         said = "equal to" if result.agrees else "NOT EQUAL to"
         lines += ["", f"{said} what the run recorded at step {subject.step}, problem by problem"]
     return "\n".join(lines)
+
+
+def _flaws(result: Result) -> list[str]:
+    """What was no normal answer, a line each; nothing for an ordinary score."""
+    evaluation = result.evaluation
+    tallies = {"deployed": evaluation.deployed_tally, "clean": evaluation.clean_tally}
+    if result.samples:
+        tallies["deployed samples"] = Tally.of(flaw for o in result.samples for flaw in o.flaws)
+        tallies["clean samples"] = Tally.of(flaw for o in result.samples for flaw in o.clean_flaws)
+    lines = [f"{name}: {line}" for name, tally in tallies.items() for line in tally.words()]
+    if evaluation.nonfinite_at:
+        lines.append(f"not finite first in {evaluation.nonfinite_at}")
+    return ["", *lines] if lines else []
 
 
 def save(result: Result, path: Path) -> None:
@@ -234,6 +249,11 @@ def save(result: Result, path: Path) -> None:
         "scores": {
             name: {"deployed": _numbers(deployed), "clean": _numbers(clean)}
             for name, (deployed, clean) in result.scores().items()
+        },
+        "flaws": {
+            "deployed": asdict(result.evaluation.deployed_tally),
+            "clean": asdict(result.evaluation.clean_tally),
+            "nonfinite_at": result.evaluation.nonfinite_at,
         },
         "outcomes": [asdict(outcome) for outcome in result.evaluation.outcomes],
         "samples": [asdict(outcome) for outcome in result.samples],

@@ -75,6 +75,8 @@ class Session:
     """Prompts drawn from the stream so far."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint records of this run (`checkpoint.run_origin`)."""
+    fruitless_steps: int = 0
+    """Steps in a row, up to the last one, without a rollout that could be trained on."""
     ranks: Ranks = ALONE
     """The processes that make this run together."""
 

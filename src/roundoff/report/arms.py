@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from roundoff.config import Experiment, Profile, result_hash
+from roundoff.health import Tally
 from roundoff.run_dir import Evaluation, Run
 
 Array = NDArray[np.float64]
@@ -30,13 +31,15 @@ class Scores:
     """1 where solved with the hardware off."""
     truncated: float
     """Share of first responses cut at the length limit (fraction)."""
+    flaws: Tally
+    """What was wrong with the responses with the hardware on, all runs and draws together."""
+    clean_flaws: Tally
+    """The same with the hardware off."""
 
     def of_seeds(self, seeds: Sequence[int]) -> Scores:
         """The same outcomes for some of the seeds."""
         rows = [self.seeds.index(seed) for seed in seeds]
-        return Scores(
-            tuple(seeds), self.problems, self.problem_set, self.deployed[rows], self.clean[rows], self.truncated
-        )
+        return replace(self, seeds=tuple(seeds), deployed=self.deployed[rows], clean=self.clean[rows])
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         ValueError: if the runs were scored on different problems or on a single one, or a problem appears twice.
     """
     deployed, clean, cut = [], [], []
+    flaws: list[str] = []
+    clean_flaws: list[str] = []
     problems: tuple[str, ...] = ()
     digest = ""
     for run in runs:
@@ -117,9 +122,20 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         problems, digest = problems or ids, this
         deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
         clean.append([float(o.clean) for o in outcomes])
+        flaws += [flaw for outcome in outcomes for flaw in outcome.deployed_flaws()]
+        clean_flaws += [outcome.clean_flaw for outcome in outcomes]
         cut.append(sum(o.truncated for o in outcomes) / len(outcomes))
     seeds = tuple(run.seed for run in runs)
-    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), sum(cut) / len(cut))
+    return Scores(
+        seeds=seeds,
+        problems=problems,
+        problem_set=digest,
+        deployed=np.array(deployed),
+        clean=np.array(clean),
+        truncated=sum(cut) / len(cut),
+        flaws=Tally.of(flaws),
+        clean_flaws=Tally.of(clean_flaws),
+    )
 
 
 def _digest(evaluation: Evaluation) -> str:

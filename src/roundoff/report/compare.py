@@ -125,7 +125,7 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
     Where each has a single complete run these are paired by problem alone, whatever their seeds.
 
     Raises:
-        ConfigError: if there is no such seed, or the problems differ.
+        ConfigError: if there is no such seed, the problems differ, or one of the runs took steps and trained nothing.
     """
     names = treatment.experiment.id, baseline.experiment.id
     new, old = treatment.scores, baseline.scores
@@ -139,6 +139,8 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
             f"{names[0]} and {names[1]} were scored on different problems ({len(new.problems)} and "
             f"{len(old.problems)}, {common} ids in common): run both with the same task settings"
         )
+    _check_trained(treatment)
+    _check_trained(baseline)
     if len(new.seeds) == len(old.seeds) == 1:
         return new, old
     seeds = sorted(set(new.seeds) & set(old.seeds))
@@ -148,6 +150,19 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
             f"{_listed(old.seeds)}), and arms are paired by seed: run both with the same --seeds"
         )
     return new.of_seeds(seeds), old.of_seeds(seeds)
+
+
+def _check_trained(arm: Arm) -> None:
+    """Refuse an arm with a complete run that trained nothing: its score is no result of training, good or bad.
+
+    Leaving such a seed out would be worse than refusing: only the lucky ones would count.
+    """
+    for run in arm.final:
+        if reason := run.health.untrained:
+            raise ConfigError(
+                f"{arm.experiment.id} seed {run.seed} is complete, but {reason}; its score is that of an untrained "
+                "model, and no difference to it says what training on this hardware gives"
+            )
 
 
 def _chip(arm: Arm) -> Hardware:

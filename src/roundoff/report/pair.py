@@ -15,6 +15,7 @@ from roundoff.config import ConfigError, nearest
 from roundoff.report import words
 from roundoff.report.arms import Arm, Scores, group_arms
 from roundoff.report.compare import Comparison, compare_arms, paired_scores
+from roundoff.report.status import arm_notes
 from roundoff.run_dir import find_runs
 
 LISTED = 8
@@ -144,6 +145,8 @@ def _basis(pair: Pair) -> str:
         lines.append(f"They differ in {', '.join(c.differs)}.")
     else:
         lines.append(f"They differ in {len(c.differs)} settings: {', '.join(c.differs[:LISTED])}, ...")
+    for letter, arm in (("A", pair.treatment), ("B", pair.baseline)):
+        lines += [f"{letter}, {line}." for line in arm_notes(arm)]
     if any(s.covers == "problems only" for s in (c.deployed, c.clean)):
         lines.append("† the interval carries the variance of problems only, not that of seeds.")
     return "\n".join(lines)

@@ -73,10 +73,10 @@ def measured_variance(runs: Sequence[Run]) -> Variances:
 
 
 def measured_time(runs: Sequence[Run]) -> RunTime | None:
-    """Mean time of the complete runs, from their steps; None without any that is scored."""
+    """Mean time of the complete runs that trained, from their steps; None without any that is scored."""
     found: list[tuple[float, float]] = []
     for run in runs:
-        if run.is_final:
+        if run.is_final and not run.health.untrained:  # without an update a step is cheap
             evaluating = sum(float(row.get("seconds_evaluate", 0.0)) for row in run.metrics)
             whole = sum(float(row.get("seconds", 0.0)) for row in run.metrics)
             problems = len(run.evaluation(run.status.total_steps).outcomes)

@@ -35,6 +35,7 @@ COLUMNS = (
     *("interval_covers", "truncated", "baseline", "kind", "difference", "difference_low", "difference_high", "p"),
     *("p_holm", "tests", "verdict", "clean_difference", "best", "status"),
     *("published_score", "published_label"),
+    *("nonfinite", "reward_error", "empty", "untrained_runs", "notes"),
 )
 """Columns of results.csv; scores and differences are fractions."""
 
@@ -137,7 +138,11 @@ def flat(row: Row) -> dict[str, Any]:
         "verdict": comparison.verdict if comparison else row.no_comparison,
         "best": row.is_best,
         "status": row.status,
+        "untrained_runs": sum(bool(seed.untrained) for seed in row.seeds),
+        "notes": "; ".join(row.notes),
     }
+    if row.flaws:
+        values |= {name: row.flaws.shares()[name] for name in ("nonfinite", "reward_error", "empty")}
     if row.published:
         values |= {"published_score": row.published.score.estimate, "published_label": row.published.label}
     for name, interval in (("deployed", row.deployed), ("clean", row.clean), ("difference", effect)):
@@ -179,6 +184,7 @@ def terminal_table(report: Report) -> RenderableType:
         family = (f"{answer.family}: ", "bold") if answer.family else ""
         parts.append(Text.assemble(family, (answer.asked, "dim"), "\n", answer.answer))
     notes = [f"{row.id}: {row.status}" for row in report.rows if row.seeds and not row.is_whole]
+    notes += [f"{row.id}: {line}" for row in report.rows for line in row.notes]
     missing = [row.id for row in report.rows if not row.seeds]
     notes += [f"not run: {', '.join(missing)}"] if missing else []
     notes += [f"skipped: {line}" for line in report.skipped]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from roundoff import stats
 from roundoff.config import ConfigError, Experiment
+from roundoff.health import Tally
 from roundoff.report.aqn_table import AqnRow, aqn_row
 from roundoff.report.arms import Arm, group_arms
 from roundoff.report.compare import (
@@ -29,7 +30,7 @@ from roundoff.report.published import Published, published
 from roundoff.report.scans import Scan, find_scans
 from roundoff.report.settings import Settings, settings_in_words
 from roundoff.report.sources import Source, find_sources
-from roundoff.report.status import SeedRow, arm_status, seed_row
+from roundoff.report.status import SeedRow, arm_notes, arm_status, seed_row
 from roundoff.run_dir import Run
 
 
@@ -52,6 +53,10 @@ class Row:
     deployed: stats.Interval | None
     clean: stats.Interval | None
     truncated: float | None
+    flaws: Tally | None
+    """What was wrong with the responses with the hardware on in the last evaluations."""
+    notes: tuple[str, ...]
+    """What a reader must know beside its score, a sentence each: what of it was not computed."""
     comparison: Comparison | None
     no_comparison: str
     """Why there is none; empty where there is one or none was declared."""
@@ -246,6 +251,8 @@ def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: s
         deployed=stats.score(scores.deployed) if scores else None,
         clean=stats.score(scores.clean) if scores else None,
         truncated=scores.truncated if scores else None,
+        flaws=scores.flaws if scores else None,
+        notes=arm_notes(arm),
         comparison=comparison,
         no_comparison=reason,
         is_best=is_best,
@@ -273,6 +280,8 @@ def _missing(experiment: Experiment) -> Row:
         deployed=None,
         clean=None,
         truncated=None,
+        flaws=None,
+        notes=(),
         comparison=None,
         no_comparison="it has no run" if experiment.baseline else "",
         is_best=False,

@@ -142,7 +142,7 @@ def best_text(rows: Sequence[Row]) -> str:
 
 def seeds_text(row: Row) -> str:
     """Complete runs over runs begun, such as `3` or `2 of 3`."""
-    done = sum(seed.state == "complete" for seed in row.seeds)
+    done = sum(seed.state == "complete" and not seed.untrained for seed in row.seeds)
     return str(done) if done == len(row.seeds) else f"{done} of {len(row.seeds)}"
 
 
@@ -172,6 +172,8 @@ def overview(report: Report) -> str:
     whole = sum(seed.state == "complete" for row in report.rows for seed in row.seeds)
     unfinished = report.runs - whole
     rest = f", {unfinished} of them without a final score" if unfinished else ""
+    untrained = sum(bool(seed.untrained) for row in report.rows for seed in row.seeds)
+    rest += f", {untrained} of them without any training" if untrained else ""
     missing = sum(not row.seeds for row in report.rows)
     absent = f"; {number(missing, 'declared experiment')} not run" if missing else ""
     return f"{number(report.runs, 'run')} of {number(len(report.rows) - missing, 'experiment')}{rest}{absent}"
@@ -209,7 +211,7 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
         if len(scored) > LISTED:
             low, high = (f(row.deployed.estimate for row in scored if row.deployed) for f in (min, max))
             return f"{len(scored)} experiments score between {percent(low)} and {percent(high)}; none was compared."
-        return "; ".join(f"{row.name}: {score_text(row.deployed)}" for row in scored) + "."
+        return "; ".join(f"{row.name}: {score_text(row.deployed)}{_untrained(row)}" for row in scored) + "."
     parts = []
     for kind in ("cost", "benefit"):
         mine = [(row, row.comparison) for row in compared if row.comparison and row.comparison.kind == kind]
@@ -218,6 +220,12 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
         elif mine:
             parts.append(_counted(mine))
     return "; ".join(parts) + "."
+
+
+def _untrained(row: Row) -> str:
+    """What must stand beside a score that training did not make; empty for an ordinary one."""
+    count = sum(bool(seed.untrained) for seed in row.seeds)
+    return f" (nothing was trained in {count} of {number(len(row.seeds), 'run')})" if count else ""
 
 
 def effect_sentence(row: Row, comparison: Comparison) -> str:

@@ -11,7 +11,7 @@ it takes longer, the run ends (`tasks.watchdog`): code in this process cannot be
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from roundoff.tasks.base import Problem, RewardError, Task
@@ -28,6 +28,8 @@ class Scored:
     rewards: tuple[float, ...]
     errors: int
     """Rollouts whose reward could not be computed, or is none; their reward is 0."""
+    failed: tuple[bool, ...] = field(default=(), compare=False)
+    """Whether that is so, of each rollout."""
 
 
 def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> Scored:
@@ -38,7 +40,7 @@ def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence
     """
     compute = _reward_of(task)
     rewards: list[float] = []
-    errors = 0
+    failed: list[bool] = []
     watchdog = _watchdog(task)
     with watchdog or nullcontext():
         for problem, response in zip(problems, responses, strict=True):
@@ -53,11 +55,9 @@ def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence
                 SystemExit,
             ):  # a task is the user's code: that is one bad rollout, not the end of the run
                 reward = math.nan
-            if not -math.inf < reward <= 1.0:
-                errors += 1
-                reward = 0.0
-            rewards.append(reward)
-    return Scored(tuple(rewards), errors)
+            failed.append(not -math.inf < reward <= 1.0)
+            rewards.append(0.0 if failed[-1] else reward)
+    return Scored(tuple(rewards), sum(failed), tuple(failed))
 
 
 def checked_reward(task: Task, problem: Problem, response: str) -> float:
