@@ -167,8 +167,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, algorithm: Algorithm) ->
     With `d = ref_logprobs - logprobs`: `k1` is -d (unbiased, may be negative), `k2` is d**2/2, `low_var_kl` is
     exp(d) - d - 1, called k3 (Schulman 2020, joschu.net/blog/kl-approx.html; GRPO equation 4), clamped as in verl.
 
-    Below |d| of 1e-3 the three terms of k3 cancel in float32 (at 1e-5 what is left is rounding, and may be negative), so
-    its value is computed in float64. Its gradient is that of the float32 formula, bit for bit.
+    Below |d| of 1e-3 the three terms of k3 cancel in float32 (at 1e-5 what is left is rounding, and may be negative),
+    so its value is computed in float64. Its gradient is that of the float32 formula, bit for bit.
     """
     d = ref_logprobs - logprobs
     if algorithm.kl_estimator == "k1":
@@ -236,8 +236,8 @@ def _mean_and_size(total: Tensor, total_of_squares: Tensor, count: Tensor) -> di
 def _deviation(values: Tensor, mask: Tensor) -> Tensor:
     """Population deviation [] (float32) of the values [N, T] inside the mask, 0 without any.
 
-    It is taken about the mean. As the mean of the squares less the square of the mean, float32 gives 0 or about 5e-4 for
-    every spread below 5e-4, since importance weights lie near 1.
+    It is taken about the mean. As the mean of the squares less the square of the mean, float32 gives 0 or about 5e-4
+    for every spread below 5e-4, since importance weights lie near 1.
     """
     tokens = mask.sum().clamp(min=1)
     mean = (values * mask).sum() / tokens
