@@ -19,9 +19,7 @@ def print_collapse(repeats: int) -> None:
     for name in ("typical", "seeds differ much", "near the ceiling"):
         for share in (0.0, 0.15):
             for seeds in (2, 3, 5, 10):
-                found = collapse_rates(
-                    WORLDS[name], seeds, repeats=repeats, problems=PROBLEMS, start=23, share=share
-                )
+                found = collapse_rates(WORLDS[name], seeds, repeats=repeats, problems=PROBLEMS, start=23, share=share)
                 rates = (found.score_held, found.score_held_said, found.benefit_held, found.benefit_held_said)
                 cells = [f"{100 * rate:.1f} %" for rate in rates]
                 cells.append(f"{100 * found.hits:.1f} %" if share and seeds >= stats.MIN_SEEDS else "-")

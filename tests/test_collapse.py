@@ -24,7 +24,7 @@ from tests.simulated import WORLDS, World, collapse_rates
         ([0.70, 0.70, 0.70], [0.59, 0.59, 0.59], ()),
         ([1.0, 1.0, 0.0], [1.0, 1.0, 1.0], (2,)),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0], ()),
-        ([0.80, 0.60, 0.44, 0.30], [0.5] * 4, ()),  # as far from the others as these are from each other: a wide group
+        ([0.80, 0.55, 0.40], [0.5] * 3, ()),  # no farther from the others than these are from each other
     ],
 )
 def test_the_rule(scores: list[float], starts: list[float] | None, expected: tuple[int, ...]) -> None:
@@ -61,5 +61,5 @@ def test_rates_in_short(seeds: int) -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_rates_at_length(world: str, seeds: int) -> None:
     found = collapse_rates(WORLDS[world], seeds, repeats=3000, problems=512, start=5)
-    assert found.false_alarms < 0.002
+    assert found.false_alarms < 0.01
     assert found.hits > 0.97

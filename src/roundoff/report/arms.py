@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from roundoff import stats
 from roundoff.config import Experiment, Profile, result_hash
 from roundoff.run_dir import Evaluation, Run
 
@@ -30,12 +31,20 @@ class Scores:
     """1 where solved with the hardware off."""
     truncated: float
     """Share of first responses cut at the length limit (fraction)."""
+    collapsed: tuple[int, ...] = ()
+    """Seeds of the runs that collapsed, judged among all final runs of the arm and by their starts."""
 
     def of_seeds(self, seeds: Sequence[int]) -> Scores:
         """The same outcomes for some of the seeds."""
         rows = [self.seeds.index(seed) for seed in seeds]
         return Scores(
-            tuple(seeds), self.problems, self.problem_set, self.deployed[rows], self.clean[rows], self.truncated
+            tuple(seeds),
+            self.problems,
+            self.problem_set,
+            self.deployed[rows],
+            self.clean[rows],
+            self.truncated,
+            tuple(seed for seed in self.collapsed if seed in seeds),
         )
 
 
@@ -118,8 +127,16 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
         clean.append([float(o.clean) for o in outcomes])
         cut.append(sum(o.truncated for o in outcomes) / len(outcomes))
-    seeds = tuple(run.seed for run in runs)
-    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), sum(cut) / len(cut))
+    seeds, on = tuple(run.seed for run in runs), np.array(deployed)
+    down = stats.collapsed_runs(on.mean(axis=1), problems=len(problems), starts=[start_scores(run)[0] for run in runs])
+    collapsed = tuple(seeds[i] for i in down)
+    return Scores(seeds, problems, digest, on, np.array(clean), sum(cut) / len(cut), collapsed)
+
+
+def start_scores(run: Run) -> tuple[float | None, float | None]:
+    """Deployed and clean score before training (fractions), None where not evaluated."""
+    first = run.metrics[0] if run.metrics and run.metrics[0].get("step") == 0 else {}
+    return first.get("deployed"), first.get("clean")
 
 
 def _digest(evaluation: Evaluation) -> str:
