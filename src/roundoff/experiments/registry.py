@@ -1,8 +1,9 @@
 """Finds, merges and checks the TOML files of experiments and profiles.
 
-A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME, and each table
-given here is merged over it key by key. The family of a packaged experiment is its folder; files that begin with `_`
-are bases to extend and not experiments themselves.
+A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME but its id and
+title, and each table given here is merged over it key by key. The family of a packaged experiment is its folder; a file
+of one's own belongs to the family of what it extends, unless it names another. Files that begin with `_` are bases to
+extend and not experiments themselves.
 """
 
 from __future__ import annotations
@@ -244,8 +245,11 @@ def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = content.pop("extends", None)
     if parent is None:
         return placed(content, path.parent.resolve(), {})
-    base = _merged(_parent(path, parent), (*seen, path))
+    above = _parent(path, parent)
+    base = _merged(above, (*seen, path))
     content = placed(content, path.parent.resolve(), base)
+    if above.parent.parent == TABLE and above.parent.name != "profiles":
+        base["family"] = above.parent.name
     return _merge({k: v for k, v in base.items() if k not in ("id", "title", "name")}, content)
 
 

@@ -49,11 +49,13 @@ def measured_variance(runs: Sequence[Run]) -> Variances:
     """Mean components over all comparisons of the runs that have two seeds or more; assumed ones without any."""
     arms, _ = group_arms(runs)
     found: list[tuple[stats.Variance, int]] = []
+    collapsed = 0
     for arm in arms:
         pair = _pair(arm, arms)
         if pair is not None:
             new, old = pair
             found.append((stats.difference_variance(new.deployed, old.deployed), len(new.seeds)))
+            collapsed += len(new.collapsed) + len(old.collapsed)
     if not found:
         return Variances(ASSUMED, "assumed, for no comparison of two seeds or more was found: seeds 1 point apart")
     # each component has about one degree of freedom a seed and comparison, less one
@@ -69,6 +71,11 @@ def measured_variance(runs: Sequence[Run]) -> Variances:
         f"measured in {words.number(len(found), 'comparison')}: differences of seeds vary by "
         f"{100 * sqrt(mean.seed):.2f} points (standard deviation, {freedom} degrees of freedom{rough})"
     )
+    if collapsed:
+        source += (
+            f"; collapsed runs are among them ({collapsed}, counted for each comparison), which no normal distribution "
+            "describes: more seeds than said may be needed"
+        )
     return Variances(mean, source)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from roundoff.report.arms import Arm
-from roundoff.report.compare import start_scores
+from roundoff.report.arms import Arm, start_scores
 from roundoff.run_dir import Run
 
 ENDED = {
