@@ -14,6 +14,7 @@ import re
 from fractions import Fraction
 
 from roundoff.tasks.characters import folded
+from roundoff.tasks.number_words import OPERATOR
 from roundoff.tasks.numerals import NUMERAL, is_name, value_of
 
 MARKER = "####"
@@ -24,9 +25,10 @@ _PLAIN = re.compile(r"\s*(-?[0-9]{1,18})(?=\n|\Z)")
 _PREFIX = re.compile(r"[-+]?[ ]?(?:[A-Z]{0,3}(?:\\?\$){1,2}[ \u00a0]?)?[-+]?[ ]?")
 _TAIL = re.compile(r"\s*(?:\\?%|\\?\$)?\s*\.?\s*")
 _MORE = re.compile(
-    r"""
+    rf"""
     [ \t\u00a0]*(?:\\?%|\\?\$)?[ \t\u00a0]*
-    (?:[-+*/x\u00d7\u00f7\u00b7\u00b1\u2014~,;:&'\u00b0]|\*\*|\\(?:times|cdot|div|pm|sim|to)|to|or|and|)
+    (?:[-+*/x\u00d7\u00f7\u00b7\u00b1\u2014~,;:&'\u00b0]|\*\*|\\(?:times|cdot|div|pm|sim|to)|to|or|and
+     |{OPERATOR}|->|\u2192|\||)
     [ \t\u00a0]*[-+]?(?:\\?\$)?[ ]?\(?(?:\.?[0-9]|[\u00bc-\u00be\u2150-\u215e]|\\[dtc]?frac)
     """,
     re.VERBOSE,

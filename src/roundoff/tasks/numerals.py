@@ -19,6 +19,8 @@ import unicodedata
 from fractions import Fraction
 from typing import Literal
 
+from roundoff.tasks.number_words import FRACTION, MAGNITUDE, MINUS, SMALLER_FOLLOWS, larger_precedes
+
 LONGEST = 64
 """Characters; anything longer is no answer (and Python refuses to convert thousands of digits)."""
 CONTEXT = 48
@@ -64,17 +66,20 @@ _PLAIN_COMMANDS = (
 _GROUPS = "boxed|fbox|text|textbf|textit|textrm|textsf|mathbf|mathrm|mathit|emph|underline|bf|color"
 _PART_BEFORE = re.compile(
     rf"""
-    [)\]}}\u00b1\u221a\u00b2\u03c0\u00b0\^_\\/][ ]?$ (?<![)\]}}][ ])  # products, roots, powers, quotients, degrees
+    [)\]}}\u230a\u2308\u00b1\u221a\u00b2\u03c0\u00b0\^_\\/][ ]?$ (?<![)\]}}][ ])  # products, roots, powers, degrees
   | \u2014[ \t\u00a0]*(?:\\?\$)?[ ]?$                      # a dash that may be a sign
-  | [-\u2014][ \t]*[*_`'"(\[{{][*_`'"(\[{{ \t]*$           # a sign before an opening bracket, or a bullet
+  | [-\u2014][ \t]*(?:\\left)?[*_`'"(\[{{][*_`'"(\[{{ \t]*$  # a sign before an opening bracket, or a bullet
+  | \|-$ | [\u230a\u2308][ ]?-?$ | (?:abs|round|floor|ceil)\([ ]?-?[ ]?$            # an absolute value, and what rounds
+  | (?<![A-Za-z0-9])[-\u2014][ ]?(?:[A-Z]{{3}}|Rs\.?)[ ]?$    # -USD 5
   | [0-9][./]?\([ ]?$ | /[ ]?\([ ]?$
   | [0-9)]\*\*$ | [0-9)][ ]\*\*[ ]$
-  | [x\u00d7*][ ]?10[ ]?-$ | [\u8d1f\u8ca0]$                 # 5x10-3, and a sign in words
+  | [x\u00d7*][ ]?10[ ]?-$                                  # 5x10-3
+  | <su[bp]>[ ]?[-+]?$ | [0-9]&nbsp;$ | &(?!nbsp;)[a-z]{{2,8}};$ | &\#[0-9a-fx]{{0,5}};?$  # HTML
   | [0-9]-[0-9]{{1,8}}-$                                   # the day of a date
-  | (?<![A-Za-z])\\(?!(?:{_PLAIN_COMMANDS})[ ]?$)[A-Za-z]+[ ]?$
+  | (?:(?<![A-Za-z])|(?<=\\left)|(?<=\\bigl))\\(?!(?:{_PLAIN_COMMANDS})[ ]?-?[ ]?$)[A-Za-z]+\|?[ ]?-?[ ]?$
   | \\(?!(?:{_GROUPS})\{{)[A-Za-z]+(?:\[[^\]]*\])?\{{[ ]?$
   | \}}[ ]?\{{[ ]?$ | [\^_]\{{[-+ ]*$
-  | (?i:\b(?:minus|negative|plus[ ]or[ ]minus|[sc]b?q?rt|root|log|ln|exp|sin|cos|tan))[ ]?\(?[ ]?(?:\\?\$)?$
+  | (?:{MINUS}|(?i:\b(?:[sc]b?q?rt|root|log|ln|exp|sin|cos|tan)))[ ]?\(?[ ]?(?:\\?\$)?$
     """,
     re.VERBOSE,
 )
@@ -87,15 +92,17 @@ _PART_AFTER = re.compile(
   | [ ]\\(?:sqrt|pi|frac|binom|overline)(?![A-Za-z])
   | \.?\([0-9] | \.\\[A-Za-z] | \\[ ][0-9] | \u00b0[ ]?[0-9] | /[ ]?[({{\\-]   # 0.(3), 5(3), 5/(3)
   | [-\u2014](?![A-Za-z0-9\\$. ]) | --
-  | (?:k|K|M|B|T|bn|Bn|mn|Mn|mil|mio|[xyznij])(?![A-Za-z])
-  | [ ]?[\u767e\u5343\u4e07\u842c\u5104\u4ebf\u5146\ubc31\ucc9c\ub9cc\uc5b5]
-  | [ \u00a0](?:k|K|M|B|T|bn|Bn|mn|Mn|mil|mio|Mio)(?![A-Za-z]) | [ ]?\u2030
-  | (?:[ \u00a0-]?|[ ]?\\(?:text|textbf|textrm|mathrm|mathbf)\{{[ ]?)
-    (?i:hundred|thousand|million|billion|trillion|lakh|crore)
+  | [xyznij](?![A-Za-z]) | /[ ]?[xyzn](?![A-Za-z]) | [ ]pi(?![A-Za-z]) | [ ][eE][-+]?[0-9]
+  | [ \u00a0]?(?:k|K|M|MM|B|T|bn|Bn|mn|Mn|Cr)(?![A-Za-z]) | [ ]?\u2030
+  | (?:[ \u00a0-]?|[ ]?\\(?:text|textbf|textrm|mathrm|mathbf)\{{[ ]?)(?:{MAGNITUDE}|{FRACTION}(?![A-Za-z]))
+  | {SMALLER_FOLLOWS}
+  | <sup>(?!st|nd|rd|th) | &(?!nbsp;(?![0-9]))(?:[a-z]{{2,8}}[0-9]{{0,2}}|\#[0-9a-fx]{{1,6}});
   | [ ](?:and|&)[ ](?:(?:an?|one|two|three)[ -](?:half|thirds?|quarters?|fourths?|fifths?)|[0-9]+[ ]?/|[{_VULGAR}])
     """,
     re.VERBOSE,
 )
+_MILLIONS_AFTER = re.compile(r"[ ]?[mb](?![A-Za-z])(?![^$\n]*\$)")  # in $5m, not in $5 m$, which is 5 metres
+_GROUP = re.compile(r"[0-9](?:[ $.,\u00a0]{1,4}|&[a-z]{2,8};)$")
 _GOES_ON = re.compile(r"\.\.|\.?\u2026|\.?\\[dl]?dots")
 
 
@@ -110,9 +117,13 @@ def value_of(text: str, numeral: re.Match[str]) -> Fraction | None:
     if len(written) > LONGEST:
         return None
     number = _NUMBER.fullmatch(written)
-    sign = _sign(_before(text, numeral), written) if number else None
-    after = text[numeral.end() : numeral.end() + CONTEXT]
+    before, after = _before(text, numeral), text[numeral.end() : numeral.end() + CONTEXT]
+    sign = _sign(before, written) if number else None
     if number is None or sign is None or _PART_AFTER.match(after) or ("." in written and _GOES_ON.match(after)):
+        return None
+    if (before.endswith("$") and _MILLIONS_AFTER.match(after)) or larger_precedes(before, after):
+        return None
+    if len(written) == 3 and written[0] == "0" and _GROUP.search(before):  # 12, 000
         return None
     value = _magnitude(number)
     return None if value is None else sign * value
