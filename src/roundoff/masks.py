@@ -20,7 +20,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
@@ -48,7 +48,8 @@ class AttentionPattern:
         """The pattern of a causal `transformers` model.
 
         Raises:
-            ConfigError: if it has other layers (linear, chunked) or takes no prepared mask (Bloom, flash attention).
+            ConfigError: if it has other layers (linear, chunked), takes no prepared mask (Bloom, flash attention),
+                attends to later tokens (BERT), or counts positions from another number than 0 (RoBERTa).
         """
         config = model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None) or 0
@@ -67,6 +68,7 @@ class AttentionPattern:
                 f"{config.model_type} builds its own masks (its attention does not go through transformers' attention "
                 "interface), so roundoff cannot sample from it"
             )
+        _check_order(model, config.model_type)
         implementation = getattr(config, "_attn_implementation", None) or ""
         if "flash" in implementation or "flex" in implementation or "paged" in implementation:
             raise ConfigError(
@@ -106,6 +108,22 @@ class AttentionPattern:
             return _additive(seen, dtype)
         near = _additive(seen & (distance < self.window), dtype)
         return near if self.kinds == {_SLIDING} else {_FULL: _additive(seen, dtype), _SLIDING: near}
+
+
+def _check_order(model: PreTrainedModel, kind: str) -> None:
+    """Refuse what our masks and positions would run in another way than the model was trained."""
+    for module in model.modules():
+        if getattr(module, "is_causal", True) is False:
+            raise ConfigError(
+                f"{kind} attends to later tokens as well (an encoder, or use_bidirectional_attention), so it cannot "
+                "write one token after the other; if it was trained as a decoder, say is_decoder = true in config.json"
+            )
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            raise ConfigError(
+                f"{kind} counts its positions from {table.padding_idx + 1} (padding_idx + 1), and roundoff from 0, so "
+                "roundoff cannot sample from it"
+            )
 
 
 def _knows_windows(config: Any) -> bool:
