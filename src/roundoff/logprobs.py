@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from roundoff.config import TEMPERATURE_RULE, is_temperature
 from roundoff.hardware.install import installed, noise_key
 from roundoff.hardware.linear import HardwareLinear
 from roundoff.masks import AttentionPattern
 from roundoff.models.dropout import dropout_draws, is_dropping
 from roundoff.numerics.rng import Key
-from roundoff.numerics.torch_state import own_torch_state
+from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
 from roundoff.packing import Layout, packed, plain
 from roundoff.rope import check_lengths
 
@@ -63,9 +64,11 @@ def token_logprobs(
         chunk: tokens whose logits are computed at once; changes memory, not the result. None: `LOGIT_BYTES` of them.
 
     Raises:
-        ValueError: on shapes that do not fit, a temperature of 0, or a key without row ids.
+        ValueError: on shapes that do not fit, a temperature that logits cannot be divided by, or a key without row ids.
+        RuntimeError: under `torch.autocast`.
     """
     _check(tokens, attention_mask, response_length, temperature, rows, key)
+    refuse_autocast("a training pass", tokens.device)
     with own_torch_state():
         return _token_logprobs(model, tokens, attention_mask, response_length, temperature, rows, key, chunk)
 
@@ -260,5 +263,7 @@ def _check(
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0 (greedy responses: score them at 1), but is {temperature}")
+    if not is_temperature(temperature):
+        raise ValueError(f"temperature must be {TEMPERATURE_RULE}, but is {temperature}")
     if key is not None and rows is None:
         raise ValueError("rows must be given with key: noise is drawn by (key, row id)")

@@ -23,13 +23,14 @@ from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
 from roundoff.diagnosis import first_nonfinite
 from roundoff.health import FailedRewardsError, NonFiniteOutputError
+from roundoff.numerics.torch_state import own_defaults, refuse_autocast
 from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
 from roundoff.run_dir import DamagedRunError, Evaluation, RunDirectory
 from roundoff.run_log import Metrics, RunLog
 from roundoff.sampler import sample
-from roundoff.session import Session, prepare, restore
+from roundoff.session import Session, prepare, resolve_device, restore
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker
@@ -39,6 +40,7 @@ FRUITLESS_STEPS = 3
 """Steps in a row without one rollout to train on after which a run is stopped; all of them in a shorter run."""
 
 
+@own_defaults()
 def train(
     experiment: Experiment,
     profile: Profile,
@@ -64,12 +66,14 @@ def train(
 
     Raises:
         ConfigError: if the settings do not fit together, before anything is written.
+        RuntimeError: under `torch.autocast`.
         DamagedCheckpointError: if there are checkpoints and none of them can be used.
         DiskFullError: if no space is left; the run can be resumed.
         NonFiniteLossError, NonFiniteOutputError: if training diverged, or nothing could be computed to begin with; the
             run is marked failed.
         FailedRewardsError: if the task's reward fails throughout; the run is marked failed.
     """
+    refuse_autocast("training", torch.device(resolve_device(profile.device)))
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
     scan = None if kept is None else LayerScan.from_json(kept)

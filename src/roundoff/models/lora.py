@@ -86,7 +86,8 @@ class Adapters:
                 f"the adapter of {shared[0]} cannot be merged: the weight is shared with {shared[1]} (tied "
                 "embeddings), which would change with it; keep the adapter apart, or train one without that target"
             )
-        merged: PreTrainedModel = self.peft.merge_and_unload()
+        with own_defaults():
+            merged: PreTrainedModel = self.peft.merge_and_unload()
         for name, parameter in merged.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ConfigError(f"{name} is not finite after its adapter was merged into it")

@@ -7,6 +7,7 @@ Another library in the process may have left one of these changed, and each woul
 | `set_default_dtype` | the dtype of log-probabilities and masks | float32 |
 | `set_default_device` | where index tensors are made | cpu |
 | `set_float32_matmul_precision` | float32 products become bfloat16 or TF32 | `highest` |
+| `torch.backends.*.matmul.fp32_precision` | the same, by torch's newer names | `ieee` |
 | `set_flush_denormal` | subnormal numbers become zero before they are quantized | off |
 
 `own_defaults` also leaves inference mode, in which no parameter that can be trained is made: for loading models.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ import torch
 def own_torch_state() -> Iterator[None]:
     """The settings above at their known values inside, and as they were afterwards."""
     with ExitStack() as restored:
+        _round_products_exactly(restored)  # first: torch refuses to tell the older setting where the two disagree
         dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
         if torch.get_default_device().type != "cpu":
             restored.enter_context(torch.device("cpu"))
@@ -42,10 +45,26 @@ def own_torch_state() -> Iterator[None]:
         yield
 
 
+def _round_products_exactly(restored: ExitStack) -> None:
+    """Set the newer names to `ieee`; torch before 2.9 has none."""
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        products: Any = getattr(backend, "matmul", None)
+        before = getattr(products, "fp32_precision", "none")
+        if before in ("bf16", "tf32"):
+            products.fp32_precision = "ieee"
+            restored.callback(_put_back, products, before)
+
+
+def _put_back(products: Any, before: str) -> None:
+    products.fp32_precision = "none"  # what `torch.backends.fp32_precision` says, if that is where it came from
+    if products.fp32_precision != before:
+        products.fp32_precision = before
+
+
 @contextmanager
 def own_defaults() -> Iterator[None]:
-    """`own_torch_state`, outside of inference mode: what is made inside can be trained."""
-    with torch.inference_mode(False), own_torch_state():
+    """`own_torch_state` with gradients, outside of inference mode: what is made inside can be trained."""
+    with torch.inference_mode(False), torch.enable_grad(), own_torch_state():
         yield
 
 
