@@ -17,7 +17,7 @@ from roundoff.session import make_task
 from roundoff.trackers import NullTracker
 from roundoff.train import train
 from roundoff.update import NonFiniteLossError
-from tests.broken_models import broken_model
+from tests.broken_models import overflowing_model
 
 training = importlib.import_module("roundoff.train")  # `roundoff.train` is the function
 
@@ -234,7 +234,7 @@ def test_a_reward_that_fails_on_every_rollout_stops_the_run(tmp_path, small, mon
 
 
 def test_a_model_that_is_broken_is_not_trained(tmp_path, small):
-    directory = broken_model(tmp_path / "model")
+    directory = overflowing_model(tmp_path / "model")
     with pytest.raises(NonFiniteOutputError, match=r"with the hardware off, first in model\.layers\.1\.mlp\.up_proj"):
         run(tmp_path, load_experiment("quickstart-noise"), small.model_copy(update={"model": str(directory)}))
     found = read_run(next(tmp_path.rglob("seed-0")))
