@@ -21,7 +21,7 @@ def overflowing_model(directory: Path) -> Path:
 
     def widen(weights: dict[str, torch.Tensor]) -> None:
         weight = weights["model.layers.1.mlp.up_proj.weight"]
-        weight *= 3e38 / weight.abs().max()
+        weight.div_(weight.abs().max()).mul_(3e38)
 
     return changed_model(directory, widen)
 
