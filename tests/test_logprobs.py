@@ -119,6 +119,9 @@ def test_logits_that_are_capped_are_never_computed_in_parts(tokenizer):
     arguments = model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1]
     whole, parts = (token_logprobs(*arguments, temperature=1.0, chunk=chunk)[0] for chunk in (None, 7))
     torch.testing.assert_close(whole, parts, **ROUNDING)
+    ended = [torch.cat([x, torch.zeros_like(x[:, :1])], dim=1) for x in (rollouts.tokens, rollouts.attention_mask)]
+    padded = token_logprobs(model, *ended, rollouts.response_mask.shape[1] + 1, temperature=1.0, chunk=7)[0]
+    torch.testing.assert_close(whole, padded[:, :-1], **ROUNDING)  # whatever the last column holds
     config.final_logit_softcapping = None
     assert (token_logprobs(*arguments, temperature=1.0)[0] - whole).abs().max() > 1e-3  # the cap is felt
 
