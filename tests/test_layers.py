@@ -18,7 +18,7 @@ LEVELS = {
     **dict.fromkeys(("masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
     **dict.fromkeys(("evaluate", "batch", "session", "remedies", "update", "train", "report"), 3),
-    **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
+    **dict.fromkeys(("scale", "show", "evaluation_command", "evaluation_subject", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from roundoff.run_dir import DamagedRunError, read_metrics, read_status
 from roundoff.scale.local_grid import Job
@@ -85,7 +86,7 @@ class Progress:
             table.add_row(
                 _experiment(job),
                 str(job.request.seed),
-                f"[{STYLES[job.phase]}]{job.phase}[/]",
+                Text(job.phase, style=STYLES[job.phase]),
                 ProgressBar(total or 1, last.get("step", 0), width=16),
                 f"{last.get('step', 0)}/{total}" if total else "",
                 _shown(last.get("reward"), "{:.3f}"),

@@ -138,9 +138,10 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     yield f"{model}.enable_gradient_checkpointing={profile.training.gradient_checkpointing}"
     if experiment.lora is not None:
         targets = experiment.lora.targets
+        listed = targets if isinstance(targets, str) else f"[{','.join(map(quoted, targets))}]"
         yield f"{model}.lora_rank={experiment.lora.rank}"
         yield f"{model}.lora_alpha={number(experiment.lora.alpha)}"
-        yield f"{model}.target_modules={targets if isinstance(targets, str) else '[' + ','.join(map(quoted, targets)) + ']'}"
+        yield f"{model}.target_modules={listed}"
 
 
 def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> Iterator[str]:
