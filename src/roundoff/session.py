@@ -17,7 +17,7 @@ from roundoff.checkpoint import Checkpoint, DamagedCheckpointError
 from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
 from roundoff.hardware.install import InstalledHardware, install
 from roundoff.models.checkpointing import check_layers
-from roundoff.models.load import LoadedModel, check_readable, load_model
+from roundoff.models.load import LoadedModel, check_model, check_readable, load_model
 from roundoff.models.lora import Adapters, attach
 from roundoff.numerics.rng import Key
 from roundoff.optimizer import MasterAdamW
@@ -143,13 +143,12 @@ def steps_per_epoch(problems: int, algorithm: Algorithm, training: Training) -> 
     return problems // (training_in_force(algorithm, training).prompts_per_step * algorithm.oversampling)
 
 
-def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Session:
-    """Check everything that can be checked, then load the model, scan it where needed, and install the hardware.
-
-    `scan` is the one that the run already rests on, if any.
+def check_settings(experiment: Experiment, profile: Profile) -> Task:
+    """Check everything that can be checked without weights, which is the same for every seed; returns the task.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
+        ModelError: if the profile's model is not there.
     """
     given, algorithm = profile.training, experiment.algorithm
     if given.minibatches > given.prompts_per_step:
@@ -158,12 +157,28 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
             f"but is {given.minibatches}"
         )
     training = training_in_force(algorithm, given)
-    profile = profile.model_copy(update={"training": training})
     task = make_task(profile)
-    offered = task.train()
-    _check_enough(len(offered), "the task has only {} training problems", algorithm, training)
+    _check_enough(len(task.train()), "the task has only {} training problems", algorithm, training)
     if not task.test():
         raise ConfigError(f"task {task.name!r} has no test problems")
+    resolve_device(profile.device)
+    check_model(profile.model, allow_download=profile.allow_download)
+    return task
+
+
+def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Session:
+    """Check everything that can be checked, then load the model, scan it where needed, and install the hardware.
+
+    `scan` is the one that the run already rests on, if any.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    task = check_settings(experiment, profile)
+    given, algorithm = profile.training, experiment.algorithm
+    training = training_in_force(algorithm, given)
+    profile = profile.model_copy(update={"training": training})
+    offered = task.train()
     key = Key.from_seed(seed)
     loaded = _load(profile)
     asked = check_prompts(loaded, (*offered, *task.test()))

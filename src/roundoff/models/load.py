@@ -63,10 +63,8 @@ def load_model(
         ModelError: there is no such model, it has no safetensors weights, its weights do not fit its architecture,
             its tokenizer has neither a padding nor an end token, or no chat template where one is insisted on.
     """
-    location, source = _locate(name, allow_download)
+    location, source = check_model(name, allow_download=allow_download)
     local = not source.startswith("hub:")
-    if local:
-        _check_directory(Path(location), name)
     options = {} if attention is None else {"attn_implementation": attention}
     with no_progress_bar(), own_torch_state():
         try:
@@ -96,6 +94,18 @@ def load_model(
     if chat is False:
         tokenizer.chat_template = None
     return LoadedModel(model.to(device).eval(), tokenizer, name, source)
+
+
+def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
+    """Check that a model of this name is there, without reading its weights; what to load, and where it lies.
+
+    Raises:
+        ModelError: if there is none, or its directory lacks what a model needs.
+    """
+    location, source = _locate(name, allow_download)
+    if not source.startswith("hub:"):
+        _check_directory(Path(location), name)
+    return location, source
 
 
 def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
