@@ -4,7 +4,7 @@ A block without a language that is more than commands needs one of these comment
 
     <!-- printed by: roundoff list -->            run again by the suite, and compared
     <!-- printed by the Python above -->          the same, of the Python block before it
-    <!-- printed on: PROCESSOR, DATE -->          takes too long, or depends on the machine: where and when it was printed
+    <!-- printed on: PROCESSOR, DATE -->          takes long, or depends on the machine: where and when it was
     <!-- message of: tests/FILE.py -->            an error or a warning, and the test that sees it
     <!-- not printed -->                          a formula, or a layout of files
 
@@ -20,9 +20,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(
-    r"(\$ )?(\w+=\S+ )*(roundoff(?!:)|torchrun|python|make|source|git|cd|pip|ray|wandb|bash|mkdir|export|srun|sbatch)\b|#"
-)
+PROGRAMS = [
+    "roundoff(?!:)",
+    "torchrun",
+    "python",
+    "make",
+    "source",
+    "git",
+    "cd",
+    "pip",
+    "ray",
+    "wandb",
+    "bash",
+    "mkdir",
+    "export",
+    "srun",
+    "sbatch",
+]
+COMMAND = re.compile(rf"(\$ )?(\w+=\S+ )*({'|'.join(PROGRAMS)})\b|#")
 MARK = re.compile(r"<!-- (.*) -->")
 PRINTED_ON = re.compile(r"printed on: .*\w.*, \d{4}-\d\d-\d\d")
 

@@ -66,6 +66,58 @@ WORLDS = {
 }
 
 
+@dataclass(frozen=True)
+class CollapseRates:
+    """What collapse of some runs does to intervals, and how often it is noticed (shares)."""
+
+    score_held: float
+    """Arms whose score's interval holds the population's mean, collapsed runs included."""
+    score_held_said: float
+    """The same, or the interval says that runs collapsed."""
+    benefit_held: float
+    benefit_held_said: float
+    hits: float
+    """Collapsed runs that are found, in arms that also have a run that did not collapse."""
+    false_alarms: float
+    """Arms without collapse of which a run is called collapsed, or runs called so that did not collapse."""
+
+
+def collapse_rates(
+    world: World, seeds: int, *, repeats: int, problems: int, start: int, share: float = 0.15, fall: float = -4.0
+) -> CollapseRates:
+    """Rates where each run collapses with probability `share`, to a score `fall` logits lower."""
+    rng, effect = np.random.default_rng(start), 0.4
+    means = [(1 - share) * world.score(e) + share * world.score(e + fall) for e in (0.0, effect)]
+    counts = dict.fromkeys(("score", "score_said", "benefit", "benefit_said", "hits", "collapsed", "false"), 0)
+    for _ in range(repeats):
+        difficulty = world.difficulty(rng, problems)
+        before = float(world.arm(rng, difficulty, 1, effect=-0.5).mean())
+        arms, said = [], 0
+        for e in (0.0, effect):
+            down = rng.random(seeds) < share
+            healthy, bad = (world.arm(rng, difficulty, seeds, effect=x) for x in (e, e + fall))
+            outcomes = np.where(down[:, None], bad, healthy)
+            called = stats.collapsed_runs(outcomes.mean(axis=1), problems=problems, starts=[before] * seeds)
+            clean = stats.collapsed_runs(healthy.mean(axis=1), problems=problems, starts=[before] * seeds)
+            counts["false"] += bool(clean) or any(not down[i] for i in called)
+            if seeds >= stats.MIN_SEEDS and not down.all():
+                counts["collapsed"] += int(down.sum())
+                counts["hits"] += sum(bool(down[i]) for i in called)
+            said += len(called)
+            arms.append((outcomes, len(called)))
+        score = stats.score(arms[0][0], collapsed=arms[0][1])
+        benefit = stats.paired_benefit(arms[1][0], arms[0][0], collapsed=said)
+        for name, interval, truth in (("score", score, means[0]), ("benefit", benefit, means[1] - means[0])):
+            held = interval.low <= truth <= interval.high
+            counts[name] += held
+            counts[f"{name}_said"] += held or interval.collapsed > 0
+    return CollapseRates(
+        *(counts[name] / repeats for name in ("score", "score_said", "benefit", "benefit_said")),
+        hits=counts["hits"] / max(1, counts["collapsed"]),
+        false_alarms=counts["false"] / (2 * repeats),
+    )
+
+
 def rates(world: World, seeds: int, *, repeats: int, problems: int, start: int) -> tuple[float, float, float]:
     """Rejection rate of a true null, coverage of a benefit, coverage of a score."""
     rng = np.random.default_rng(start)

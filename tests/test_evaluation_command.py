@@ -149,7 +149,7 @@ def test_weights_of_another_model_are_refused(runs, small, tmp_path):
     settings = (path / "experiment.toml").read_text()
     (path / "experiment.toml").write_text(settings + "\n[experiment.lora]\nrank = 4\n")
     assert read_run(path).experiment.lora is not None
-    with pytest.raises(DamagedCheckpointError, match="another model"):
+    with pytest.raises(ConfigError, match="was written by another run"):
         score_subject(open_subject(str(path)))
 
 

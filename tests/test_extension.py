@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.algorithms.schedule import sigma_curve
-from roundoff.checkpoint import DamagedCheckpointError
+from roundoff.checkpoint import DamagedCheckpointError, checkpoint_path, read_checkpoint, save_checkpoint
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
 from roundoff.extension import _root, begin_extension, differences, extended
@@ -42,6 +42,15 @@ def test_one_epoch_extended_is_two_from_scratch_to_the_bit(tmp_path, small, lora
     assert (origin["run"], origin["step"], origin["epochs"]) == (str(parent.path), 2, 1)
 
 
+def test_a_parent_with_the_checkpoint_of_another_run_is_refused(tmp_path, small):
+    parent = run(tmp_path / "runs", load_experiment("quickstart-clean"), small)
+    other = run(tmp_path / "other", load_experiment("quickstart-clean"), small, seed=1)
+    shutil.copytree(other.path / "checkpoints", parent.path / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="was written by another run"):
+        begin_extension(parent, 2, {})
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["quickstart-clean"]
+
+
 def test_what_was_made_is_not_made_again_and_a_stop_goes_on(tmp_path, small):
     parent = run(tmp_path, load_experiment("quickstart-clean"), small)
     stopped = extend(parent, 3, stop_after=1)
@@ -75,8 +84,10 @@ def test_a_parent_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, smal
     parent = run(tmp_path, experiment, small)
     extend(parent, 2, stop_after=1)
     other = run(tmp_path / "other", experiment, with_training(small, learning_rate=1e-5))
-    shutil.rmtree(parent.path / "checkpoints")
-    shutil.copytree(other.path / "checkpoints", parent.path / "checkpoints")
+    state, _ = read_checkpoint(checkpoint_path(parent.path / "checkpoints", 2))
+    _, tensors = read_checkpoint(checkpoint_path(other.path / "checkpoints", 2))
+    state = {name: value for name, value in state.items() if name not in ("step", "checksums")}
+    save_checkpoint(parent.path / "checkpoints", 2, tensors, state, keep=1)  # of the same settings, by other code
     with pytest.raises(ConfigError, match="began with other weights than"):
         begin_extension(read_run(parent.path), 2, {})
     run(tmp_path, extended(experiment, 3), small)

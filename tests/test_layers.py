@@ -13,11 +13,12 @@ LEVELS = {
     **dict.fromkeys(
         ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
     ),
-    **dict.fromkeys(("clock", "parallel", "provenance"), 1),
+    **dict.fromkeys(("clock", "health", "messages", "outcomes", "parallel", "provenance", "strict_json"), 1),
     **dict.fromkeys(("models", "hardware", "aqn", "srdd", "prompts", "sampler", "rollouts", "logprobs"), 2),
-    **dict.fromkeys(("masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
+    **dict.fromkeys(("diagnosis", "masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
-    **dict.fromkeys(("evaluate", "batch", "session", "remedies", "update", "train", "report"), 3),
+    **dict.fromkeys(("evaluate", "batch", "policy", "prerequisites", "session", "remedies", "run_log"), 3),
+    **dict.fromkeys(("update", "train", "report"), 3),
     **dict.fromkeys(("scale", "show", "evaluation_command", "evaluation_subject", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
@@ -60,11 +61,11 @@ def test_an_upward_import_is_found():
     ]
 
 
-def test_no_file_is_over_400_lines():
+def test_no_file_is_over_350_lines():
     long = {
         str(p): n
         for p in SOURCE.rglob("*")
-        if p.suffix in (".py", ".cpp", ".h") and (n := len(p.open().readlines())) > 400
+        if p.suffix in (".py", ".cpp", ".h") and (n := len(p.open().readlines())) > 350
     }
     assert long == {}
 

@@ -16,7 +16,10 @@ from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import RunDirectory, RunLockedError, read_run
 from roundoff.scale.led_run import LedRunDirectory
 from roundoff.scale.local_grid import RunRequest, execute
-from roundoff.scale.ranks import _check_agreement
+from roundoff.scale.ranks import _check_agreement, _state
+from roundoff.session import make_task
+from roundoff.update import NonFiniteLossError
+from tests.test_evaluate import AlwaysRight
 from tests.thread_ranks import on_ranks
 
 
@@ -219,3 +222,36 @@ def test_a_step_must_have_a_prompt_for_each_rank(tmp_path, small, ratio, accepte
             _check_agreement([request], ranks)
 
     on_ranks(3, work)
+
+
+def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(tmp_path, small, monkeypatch):
+    """The gradients of one rank are NaN: their sum is so on every rank, and none waits for another."""
+    update = sys.modules["roundoff.update"]
+    plain = update._logprobs
+
+    def spoilt(session, *arguments):
+        logprobs, entropies = plain(session, *arguments)
+        return (logprobs * math.nan if session.ranks.index == 1 else logprobs), entropies
+
+    monkeypatch.setattr(update, "_logprobs", spoilt)
+    request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
+
+    def work(ranks):
+        with pytest.raises(NonFiniteLossError) as caught:
+            execute(request, lambda: False, ranks)
+        return str(caught.value)
+
+    said = on_ranks(2, work)
+    assert said[0] == said[1]
+    assert read_run(request.path).status.state == "failed"
+    assert len(list((request.path / "diagnostics").iterdir())) == 1
+
+
+def test_a_run_that_trains_nothing_says_so_on_every_rank(tmp_path, small, monkeypatch):
+    task = AlwaysRight(make_task(small))
+    monkeypatch.setattr("roundoff.session.make_task", lambda profile: task)
+    request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
+    (first, second) = on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
+    assert first == second
+    assert first[0] == "complete" and first[1].startswith("nothing was trained in 2 steps")
+    assert _state(request) == ("complete", f"was complete; {first[1]}", False)

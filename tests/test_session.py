@@ -10,7 +10,9 @@ from roundoff.checkpoint import Checkpoint, DamagedCheckpointError, load_checkpo
 from roundoff.config import ConfigError, LoRA
 from roundoff.evaluation_command import open_subject, score_subject
 from roundoff.experiments import load_experiment
+from roundoff.export import export
 from roundoff.models.load import TINY_DIRECTORY
+from roundoff.run_dir import read_run
 from roundoff.session import prepare, put_weights
 from roundoff.train import _sample_batch, take_step
 from roundoff.update import _before_update, _minibatches
@@ -134,3 +136,30 @@ def test_a_model_that_changed_under_a_run_ends_it_and_not_its_full_score(tmp_pat
             score_subject(open_subject(str(stopped.path)))
     else:
         assert score_subject(open_subject(str(stopped.path), step=0)).agrees
+
+
+@pytest.mark.parametrize("change", ["seed", "experiment", "epochs"])
+def test_a_checkpoint_of_another_run_of_the_same_model_is_refused(tmp_path, small, change):
+    clean = load_experiment("quickstart-clean")
+    others = {"experiment": NOISE, "epochs": clean.model_copy(update={"epochs": 2, "id": "longer"})}
+    mine = run(tmp_path / "mine", clean, small, stop_after=1)
+    other = run(tmp_path / "other", others.get(change, clean), small, seed=int(change == "seed"))
+    shutil.copytree(other.path / "checkpoints", mine.path / "checkpoints", dirs_exist_ok=True)
+    before = left(mine.path)
+    with pytest.raises(ConfigError, match=r"was written by another run .*remove it from this run's checkpoints"):
+        run(tmp_path / "mine", clean, small)
+    assert left(mine.path) == before
+    with pytest.raises(ConfigError, match="was written by another run"):
+        open_subject(str(mine.path))
+    with pytest.raises(ConfigError, match="was written by another run"):
+        export(read_run(mine.path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(tmp_path, small):
+    made = run(tmp_path, load_experiment("quickstart-clean"), small)
+    checkpoints = made.path / "checkpoints"
+    (checkpoints / "step-000002").rename(checkpoints / "step-000009")
+    with pytest.raises(DamagedCheckpointError, match="holds the state of step 2, not of the step it is named"):
+        load_checkpoint(checkpoints, 9)
+    assert load_checkpoint(checkpoints).step < 2

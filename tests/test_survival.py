@@ -259,7 +259,7 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, small):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGTERM)
     process.join(60)
-    assert ours.recv()[0] == "interrupted"
+    assert json.loads(ours.recv_bytes())[0] == "interrupted"
     stopped = read_run(request.path)
     assert (stopped.status.state, stopped.status.reason) == ("interrupted", "stopped on request")
     assert 2 <= stopped.status.step < 40

@@ -6,16 +6,18 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 
 from roundoff.algorithms.loss import policy_loss
-from roundoff.config import ConfigError, Experiment, Profile, validate
+from roundoff.config import Experiment, Profile
 from roundoff.experiments import families, load_experiment
+from roundoff.health import FailedRewardsError, NonFiniteOutputError
 from roundoff.run_dir import RunDirectory, read_run
-from roundoff.session import prepare
+from roundoff.scale.local_grid import RunRequest, execute, job_of
+from roundoff.session import make_task
 from roundoff.trackers import NullTracker
-from roundoff.train import _sample_batch, train
-from roundoff.update import NonFiniteLossError, _before_update, _logprobs, _minibatch_loss, _minibatches
+from roundoff.train import train
+from roundoff.update import NonFiniteLossError
+from tests.broken_models import overflowing_model
 
 training = importlib.import_module("roundoff.train")  # `roundoff.train` is the function
 
@@ -105,40 +107,6 @@ def test_a_complete_run_is_not_trained_again(tmp_path, small):
     assert again.status.state == "complete"
 
 
-@pytest.fixture
-def noisy(small):
-    """A session on noisy hardware and the minibatches of its first step."""
-    session = prepare(load_experiment("quickstart-noise"), small, 0)
-    return session, _minibatches(session, _sample_batch(session, 1))
-
-
-def test_replayed_log_probabilities_are_the_same_bits(noisy):
-    session, parts = noisy
-    key = session.key.fold("update", 1)
-    for part, _, _ in parts:
-        with torch.no_grad():
-            old, _ = _logprobs(session, session.model, part, key)
-        new, _ = _logprobs(session, session.model, part, key)  # with gradients: another path through every layer
-        assert torch.equal(old, new.detach())
-
-
-def test_the_shortcut_for_the_first_minibatch_changes_nothing(noisy):
-    session, parts = noisy
-    assert _before_update(session, 1, parts[0][0], first=True).old is None
-    explicit = _before_update(session, 1, parts[0][0], first=False).old
-    new, _ = _logprobs(session, session.model, parts[0][0], session.key.fold("update", 1))
-    assert torch.equal(explicit, new.detach())
-
-
-def test_recomputed_log_probabilities_meet_another_draw(noisy):
-    session, parts = noisy
-    session.experiment = with_algorithm(session.experiment, ratio="recomputed")
-    old = _before_update(session, 1, parts[0][0], first=True).old
-    new, _ = _logprobs(session, session.model, parts[0][0], session.key.fold("update", 1))
-    mask = parts[0][0].response_mask
-    assert ((old - new.detach()).abs()[mask] > 1e-3).float().mean() > 0.5
-
-
 def test_ratio_before_the_update_is_one_only_if_replayed(tmp_path, small):
     rows = {}
     for ratio in ("replayed", "recomputed", "rollout", "one"):
@@ -151,28 +119,6 @@ def test_ratio_before_the_update_is_one_only_if_replayed(tmp_path, small):
         assert rows[ratio]["ratio_ess"] < 0.999
 
 
-def test_ratio_one_makes_each_minibatch_a_batch_of_its_own(small):
-    one = with_algorithm(load_experiment("quickstart-noise"), ratio="one")
-    session, replayed = prepare(one, small, 0), prepare(load_experiment("quickstart-noise"), small, 0)
-    inside, before = session.profile.training, small.training
-    assert (inside.prompts_per_step, inside.minibatches) == (4, 1)
-    assert (before.prompts_per_step, before.minibatches) == (8, 2)
-    assert len(session.sigmas) * inside.minibatches == len(replayed.sigmas) * before.minibatches  # optimizer steps
-    assert inside.evaluate_every * inside.prompts_per_step == before.evaluate_every * before.prompts_per_step
-
-
-def test_oversampling_draws_more_prompts_at_a_time_and_trains_on_one_batch(small):
-    settings = {**small.task.settings, "train_problems": 64}
-    wide = small.model_copy(update={"task": small.task.model_copy(update={"settings": settings})})
-    dapo = load_experiment("E8a")
-    session = prepare(dapo, wide, 0)
-    assert len(session.sigmas) == 64 // (8 * 2)
-    batch = _sample_batch(session, 1)
-    assert batch.prompts % 16 == 0
-    assert len(batch.advantages) <= 8 * dapo.algorithm.group_size
-    assert (batch.advantages.view(-1, dapo.algorithm.group_size) != 0).any(1).all()  # groups of equal reward are out
-
-
 def test_a_noisy_ratio_clips_before_anything_was_learned(tmp_path, small):
     profile = with_training(small, minibatches=1)
     clipped = {}
@@ -181,68 +127,6 @@ def test_a_noisy_ratio_clips_before_anything_was_learned(tmp_path, small):
         clipped[ratio] = run(tmp_path / ratio, experiment, profile).metrics[1]["clip_fraction"]
     assert clipped["replayed"] == 0
     assert clipped["recomputed"] > 0
-
-
-def test_micro_batches_do_not_change_the_update(small):
-    # on clean hardware: each product of the backward pass draws noise of its own
-    whole, parts = (clean_update(small, micro_batch) for micro_batch in (0, 12))
-    for name, value in whole.items():
-        # sums of about 100 float32 products in another order: a few ulp of the largest term
-        torch.testing.assert_close(parts[name], value, rtol=0, atol=2e-5 * float(value.abs().max()))
-
-
-def clean_update(profile: Profile, micro_batch: int) -> dict[str, torch.Tensor]:
-    session = prepare(load_experiment("quickstart-clean"), with_training(profile, micro_batch=micro_batch), 0)
-    parts = _minibatches(session, _sample_batch(session, 1))
-    before = _before_update(session, 1, parts[0][0], first=True)
-    _minibatch_loss(session, 1, *parts[0], before)
-    return {n: p.grad.clone() for n, p in session.model.named_parameters()}
-
-
-def test_aqn_leaves_the_weights_as_they_were(small):
-    session = prepare(load_experiment("quickstart-noise-aqn"), small, 0)
-    session.sigmas = [0.05, 0.05]
-    before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
-    noisy = _sample_batch(session, 1)
-    assert all(torch.equal(p, before[n]) for n, p in session.model.named_parameters())
-    session.sigmas = [0.0, 0.0]
-    assert _sample_batch(session, 1).rollouts.texts != noisy.rollouts.texts
-
-
-def gradients(session, minibatch):
-    _minibatch_loss(session, 1, *minibatch, _before_update(session, 1, minibatch[0], first=True))
-    session.optimizer.collect()
-    found = {n: p.grad.clone() for n, p in session.model.named_parameters()}
-    for parameter in session.model.parameters():
-        parameter.grad = None
-    return found
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.001])
-def test_rollouts_without_advantage_are_passed_over_only_where_they_have_no_gradient(small, kl):
-    experiment = with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=kl)
-    session = prepare(experiment, with_training(small, minibatches=1), 0)
-    batch = _sample_batch(session, 1)
-    count, useful = len(batch.advantages), int((batch.advantages != 0).sum())
-    assert 0 < useful < count
-    ((part, advantages, normalizer),) = _minibatches(session, batch)
-    assert len(part) == (count if kl else useful)
-    assert normalizer == batch.rollouts.response_mask.sum()  # all count
-    expected = gradients(session, (batch.rollouts, batch.advantages, normalizer))
-    for name, gradient in gradients(session, (part, advantages, normalizer)).items():
-        # Sums of some hundred float32 terms in another order, relative to the largest element.
-        size = float(expected[name].abs().max())
-        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * size)
-
-
-def test_a_minibatch_in_which_nothing_teaches_moves_the_optimizer_on(small):
-    session = prepare(with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=0.0), small, 0)
-    batch = _sample_batch(session, 1)
-    half = len(batch.advantages) // 2
-    batch.advantages[:half], batch.advantages[half:] = 0.0, 1.0
-    parts = _minibatches(session, batch)
-    assert [int((advantages != 0).sum() > 0) for _, advantages, _ in parts] == [0, 1]
-    assert len(parts[0][0]) == session.algorithm.group_size
 
 
 class SameReward:
@@ -256,45 +140,6 @@ class SameReward:
         if isinstance(self._reward, Exception):
             raise self._reward
         return self._reward
-
-
-def test_rollouts_whose_output_is_not_finite_are_counted_and_the_run_goes_on(small, monkeypatch):
-    session = prepare(load_experiment("quickstart-clean"), small, 0)
-    six = session.tokenizer("6")["input_ids"][0]
-    with torch.no_grad():  # whatever comes after a "6", in a prompt or a response, is not a number
-        session.model.model.embed_tokens.weight[six] = math.nan
-        session.reference.model.embed_tokens.weight[six] = math.nan
-    session.task = SameReward(session.task, 0.0)
-    monkeypatch.setattr(session.task, "reward", lambda problem, response: float(len(response) % 2))
-    row = training.take_step(session, 1, None)
-    assert 0 < row["nonfinite"] < 64
-    assert row["trained"]
-    others = [p for n, p in session.model.named_parameters() if "embed_tokens" not in n]
-    assert all(p.isfinite().all() for p in others)
-    assert math.isfinite(row["loss"])
-
-
-@pytest.mark.parametrize("name", ["quickstart-clean", "quickstart-dapo"])
-def test_a_batch_without_a_usable_group_trains_nothing_and_is_counted(small, name):
-    experiment = load_experiment("quickstart-clean")
-    if name == "quickstart-dapo":
-        content = {**experiment.model_dump(), "algorithm": {"name": "DAPO", "overlong_buffer": 0.0}}
-        experiment = validate(Experiment, content, source="test")
-    session = prepare(experiment, small, 0)
-    session.task = SameReward(session.task, 1.0)
-    before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
-    row = training.take_step(session, 1, None)
-    assert (row["trained"], row["mixed_groups"], row["accuracy"]) == (False, 0.0, 1.0)
-    assert row["prompts"] == (8 if name == "quickstart-clean" else 5 * 8)  # DAPO: at most five batches, then it goes on
-    assert all(torch.equal(p, before[n]) for n, p in session.model.named_parameters())
-
-
-@pytest.mark.parametrize("reward", [RuntimeError("no"), math.nan, math.inf])
-def test_a_reward_that_fails_is_zero_and_counted(small, reward):
-    session = prepare(load_experiment("quickstart-clean"), small, 0)
-    session.task = SameReward(session.task, reward)
-    row = training.take_step(session, 1, None)
-    assert (row["reward_errors"], row["accuracy"]) == (8 * 8, 0.0)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, small, monkeypatch):
@@ -315,50 +160,96 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_batch(tmp_path, sm
     assert len(saved["texts"]) == 64
 
 
-@pytest.mark.parametrize(
-    ("experiment", "profile", "expected"),
-    [
-        ({}, {"minibatches": 9}, "minibatches must be at most prompts_per_step"),
-        ({"algorithm": {"name": "GRPO", "ratio": "one"}}, {"minibatches": 3}, "must be a multiple of minibatches"),
-        ({"algorithm": {"name": "DAPO", "oversampling": 3}}, {}, "oversampling = 3, but the task has only 16"),
-        ({}, {"max_prompt_tokens": 3}, "max_prompt_tokens is 3, but 16 training prompts are longer"),
-        ({}, {"max_prompt_tokens": 3, "long_prompts": "filter"}, "only 0 training prompts"),
-        ({}, {"prompts_per_step": 17}, "only 16 training problems"),
-        ({}, {"max_new_tokens": 10_000}, "max_new_tokens = 10000 do not fit into the .* positions of the model"),
-        ({"hardware": {"precision": {"weight": "mxfp4"}, "exclude": ["*"]}}, {}, "no Linear"),
-        ({"hardware": {"precision": {"weight": "mxfp4", "keep": [99]}}}, {}, "99"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, small, experiment, profile, expected):
-    content = {**load_experiment("quickstart-clean").model_dump(exclude_none=True), **experiment}
-    with pytest.raises(ConfigError, match=expected):
-        run(tmp_path, validate(Experiment, content, source="test"), with_training(small, **profile))
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"] == []
+def overflowing(sigma: float = 1e38) -> Experiment:
+    """AQN so large that every rollout overflows; scores, which never carry it, are those of the plain model."""
+    experiment = load_experiment("quickstart-noise-aqn")
+    aqn = experiment.aqn.model_copy(update={"sigma_start": sigma, "sigma_end": sigma, "schedule": "constant"})
+    return experiment.model_copy(update={"aqn": aqn})
 
 
-def test_prompts_that_are_too_long_are_left_out_where_that_is_set(small):
-    prompts = [p.prompt for p in prepare(load_experiment("quickstart-clean"), small, 0).task.train()]
-    limit = sorted(map(len, prompts))[8]  # the tokenizer is one of characters
-    profile = with_training(small, max_prompt_tokens=limit, long_prompts="filter")
-    kept = [p.prompt for p in prepare(load_experiment("quickstart-clean"), profile, 0).stream.problems]
-    assert kept == [p for p in prompts if len(p) <= limit]
-    assert 8 < len(kept) < 16
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_whose_rollouts_cannot_be_computed_is_stopped_and_names_the_layer(tmp_path, small):
+    with pytest.raises(NonFiniteOutputError, match=r"no rollout of 2 steps in a row .* first in model\.layers\.0"):
+        run(tmp_path, overflowing(), small)
+    status = read_run(next(tmp_path.rglob("seed-0"))).status
+    assert status.state == "failed"
+    assert "the logits were not finite" in status.reason
+    assert any("step 1: 64 rollouts were not computed" in line for line in status.warnings)
+    assert any("NaN or infinite" in line for line in status.warnings)  # the pre-flight saw it coming
 
 
-@pytest.mark.parametrize(("part", "message"), [("train", "has only 0 training problems"), ("test", "no test problems")])
-def test_a_task_without_problems_is_refused(small, monkeypatch, part, message):
-    task = prepare(load_experiment("quickstart-clean"), small, 0).task
-    empty = SameReward(task, 1.0)
-    setattr(empty, part, list)
-    monkeypatch.setattr("roundoff.session.make_task", lambda profile: empty)
-    with pytest.raises(ConfigError, match=message):
-        prepare(load_experiment("quickstart-clean"), small, 0)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_run_that_recovers_from_such_a_step_goes_on(tmp_path, small, monkeypatch):
+    real, bad = training.sample, iter([True, False])
+
+    def spoilt(*arguments, **options):
+        found = real(*arguments, **options)
+        found.nonfinite[:] = next(bad)
+        return found
+
+    monkeypatch.setattr(training, "sample", spoilt)
+    finished = run(tmp_path, load_experiment("quickstart-clean"), small)
+    assert finished.is_final
+    assert (finished.status.trained_steps, finished.status.untrained) == (1, "")
+    assert finished.health.notes()[0].startswith("64 of 128 rollouts were not computed")
+    assert finished.health.notes()[0] in finished.status.warnings
 
 
-def test_unknown_task_and_device_are_named(small):
-    experiment = load_experiment("quickstart-clean")
-    with pytest.raises(ConfigError, match=r"task\.name must be one of arithmetic"):
-        prepare(experiment, small.model_copy(update={"task": small.task.model_copy(update={"name": "maths"})}), 0)
-    if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device 'cuda' is not there"):
-            prepare(experiment, small.model_copy(update={"device": "cuda"}), 0)
+def test_a_run_in_which_every_reward_is_equal_says_that_nothing_was_trained(tmp_path, small, monkeypatch):
+    real = make_task(small)
+    monkeypatch.setattr("roundoff.session.make_task", lambda profile: SameReward(real, 1.0))
+    request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="jsonl")
+    said = "nothing was trained in 2 steps: the rewards within each group were equal"
+    assert execute(request, lambda: False) == ("complete", said)
+    status = read_run(request.path).status
+    assert (status.state, status.trained_steps, status.untrained) == ("complete", 0, said)
+    assert json.loads((request.path / "scalars.jsonl").read_text().splitlines()[-1]) == {"ended": "untrained"}
+    assert job_of(request).is_untrained
+    assert execute(request, lambda: False) == ("complete", f"was complete; {said}")
+
+
+@pytest.mark.parametrize("reward", [RuntimeError("no"), math.nan])
+def test_a_reward_that_always_fails_stops_the_run_before_its_first_step(tmp_path, small, monkeypatch, reward):
+    real = make_task(small)
+    monkeypatch.setattr("roundoff.session.make_task", lambda profile: SameReward(real, reward))
+    with pytest.raises(FailedRewardsError, match="the reward failed for every one of 32 responses"):
+        run(tmp_path, load_experiment("quickstart-clean"), small)
+    assert read_run(next(tmp_path.rglob("seed-0"))).metrics == ()
+
+
+def test_a_reward_that_fails_on_every_rollout_stops_the_run(tmp_path, small, monkeypatch):
+    real = make_task(small)
+    training_ids = {problem.id for problem in real.train()}
+
+    class TestOnly(SameReward):
+        def reward(self, problem, response):
+            return math.nan if problem.id in training_ids else 1.0
+
+    monkeypatch.setattr("roundoff.session.make_task", lambda profile: TestOnly(real, 1.0))
+    with (
+        pytest.warns(UserWarning, match="the rewards of 64 rollouts failed"),
+        pytest.raises(FailedRewardsError, match="failed for every rollout of 2 steps in a row"),
+    ):
+        run(tmp_path, load_experiment("quickstart-clean"), small)
+
+
+def test_a_model_that_is_broken_is_not_trained(tmp_path, small):
+    directory = overflowing_model(tmp_path / "model")
+    with pytest.raises(NonFiniteOutputError, match=r"with the hardware off, first in model\.layers\.1\.mlp\.up_proj"):
+        run(tmp_path, load_experiment("quickstart-noise"), small.model_copy(update={"model": str(directory)}))
+    found = read_run(next(tmp_path.rglob("seed-0")))
+    assert (found.status.state, found.metrics) == ("failed", ())
+
+
+def test_a_metric_that_is_not_finite_is_null_and_warned_of(tmp_path, small, monkeypatch):
+    real = training.update
+    monkeypatch.setattr(training, "update", lambda *arguments: real(*arguments) | {"entropy": math.nan})
+    with pytest.warns(UserWarning, match=r"step 1: entropy is not finite \(null in metrics\.jsonl\)"):
+        finished = run(tmp_path, load_experiment("quickstart-clean"), small)
+    lines = (finished.path / "metrics.jsonl").read_text().splitlines()
+
+    def refused(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert [json.loads(line, parse_constant=refused).get("entropy", 0) for line in lines] == [0, None, None]
+    assert sum("entropy is not finite" in line for line in finished.status.warnings) == 1

@@ -1,6 +1,9 @@
 """One training batch: prompts drawn, rollouts sampled and rewarded, groups chosen.
 
 Axes: P prompts, G rollouts of each (a group), N = P*G rollouts.
+
+A rollout that could not be computed (`nonfinite`) earns nothing and is no part of its group: the advantages of the
+others are those of a group without it. Otherwise they would be pushed up for having been computed at all.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from torch import Tensor
 
 from roundoff.algorithms.advantage import group_advantages, mixed_groups, overlong_penalty
 from roundoff.config import Algorithm, Training
-from roundoff.evaluate import score_responses
+from roundoff.health import flaw_of
 from roundoff.numerics.rng import Key
 from roundoff.parallel import Ranks
 from roundoff.rollouts import Rollouts, concatenate
 from roundoff.tasks import Problem, Task
+from roundoff.tasks.score import score_responses
 
 Sampler = Callable[[Sequence[Problem], int], Rollouts]
 """Samples the rollouts of problems; the second argument is the id of the first rollout within the step."""
@@ -63,6 +67,10 @@ class Batch:
     """Mean length of a response, over all rollouts sampled (tokens)."""
     truncated: float
     """Share of the rollouts sampled that were cut at the length limit (fraction)."""
+    empty: float
+    """Share of the rollouts sampled that ended without a text (fraction)."""
+    sampled: int
+    """Rollouts sampled."""
     nonfinite: int
     """Rollouts sampled that ended because the model's output was not finite; none of them is trained on."""
 
@@ -101,16 +109,19 @@ def collect(
         parts = ranks.gather((sampled, scored))
         rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled
         errors += sum(s.errors for _, s in parts)
-        accuracy = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
+        finite = ~rollouts.nonfinite.cpu().view(drawn, G)
+        earned = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
+        accuracy = torch.where(finite, earned, 0.0)
         lengths = rollouts.lengths.cpu().view(drawn, G)
         rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
         seen.append((rollouts, rewards, accuracy))
-        usable += int(mixed_groups(rewards).sum())
+        usable += int(_mixed(rewards, finite).sum())
         if usable >= wanted:
             break
     rewards = torch.cat([r for _, r, _ in seen])
     everything = seen[0][0] if len(seen) == 1 else concatenate([r for r, _, _ in seen])
-    mixed = mixed_groups(rewards)
+    finite = ~everything.nonfinite.cpu().view(-1, G)
+    mixed = _mixed(rewards, finite)
     chosen = torch.arange(len(rewards))
     if algorithm.dynamic_sampling and usable:
         chosen = chosen[mixed][:wanted]
@@ -119,7 +130,7 @@ def collect(
     members = (chosen[:, None] * G + torch.arange(G)).flatten()
     return Batch(
         rollouts=everything if len(members) == len(everything.texts) else everything.select(members),
-        advantages=group_advantages(rewards[chosen], algorithm).flatten().to(everything.tokens.device),
+        advantages=_advantages(rewards[chosen], finite[chosen], algorithm).flatten().to(everything.tokens.device),
         reward=float(rewards.mean()),
         accuracy=float(torch.cat([a for _, _, a in seen]).mean()),
         mixed_groups=float(mixed.float().mean()),
@@ -127,8 +138,36 @@ def collect(
         reward_errors=errors,
         response_tokens=float(everything.lengths.float().mean()),
         truncated=float(everything.truncated.float().mean()),
+        empty=_empty(everything) / len(everything),
+        sampled=len(everything),
         nonfinite=int(everything.nonfinite.sum()),
     )
+
+
+def _mixed(rewards: Tensor, finite: Tensor) -> Tensor:
+    """Whether each group [P] of rewards [P, G] holds two different ones among its `finite` rollouts [P, G]."""
+    if finite.all():
+        return mixed_groups(rewards)
+    highest = torch.where(finite, rewards, -torch.inf).amax(dim=1)
+    return highest > torch.where(finite, rewards, torch.inf).amin(dim=1)
+
+
+def _advantages(rewards: Tensor, finite: Tensor, algorithm: Algorithm) -> Tensor:
+    """Advantages [P, G] of rewards [P, G] among the `finite` rollouts [P, G] of each group; 0 for the others."""
+    advantages = group_advantages(rewards, algorithm)
+    for group in (~finite).any(dim=1).nonzero()[:, 0]:
+        members = finite[group]
+        advantages[group] = 0.0
+        if members.sum() > 1:
+            advantages[group, members] = group_advantages(rewards[group, members][None], algorithm)[0]
+    return advantages
+
+
+def _empty(rollouts: Rollouts) -> int:
+    """Rollouts that ended without a text."""
+    flags = zip(rollouts.texts, rollouts.nonfinite.tolist(), rollouts.truncated.tolist(), strict=True)
+    flaws = [flaw_of(text, nonfinite=bad, reward_error=False, truncated=cut) for text, bad, cut in flags]
+    return flaws.count("empty")
 
 
 def share_of(ranks: Ranks, part: Rollouts, advantages: Tensor) -> tuple[Rollouts, Tensor]:

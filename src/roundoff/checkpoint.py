@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from roundoff.config import ConfigError, Experiment, Profile, result_hash
+
 if TYPE_CHECKING:
     import torch
 
@@ -170,6 +172,39 @@ def load_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
     return found
 
 
+def run_origin(experiment: Experiment, profile: Profile, seed: int) -> dict[str, Any]:
+    """What a checkpoint records of the run that wrote it, to be compared by `check_origin`; it holds no names."""
+    one_epoch = experiment.model_copy(update={"epochs": 1})  # a longer run goes on from the checkpoint of a shorter one
+    return {"seed": seed, "settings": result_hash(one_epoch, profile), "epochs": experiment.epochs}
+
+
+def check_origin(checkpoint: Checkpoint, expected: Mapping[str, Any], experiment: str) -> None:
+    """Check that a checkpoint was written by the run with this origin, or by the run that it extends.
+
+    Runs of equal settings and seed are one run. Checkpoints of versions that recorded no origin are taken as they are.
+
+    Args:
+        checkpoint: what was read.
+        expected: `run_origin` of the run.
+        experiment: id of its experiment, which says what it extends.
+
+    Raises:
+        ConfigError: if another run wrote it.
+    """
+    origin = checkpoint.state.get("run")
+    if origin is None:
+        return
+    extended = re.search(r"\+epochs=((?:\d+to)+)\d+$", experiment)  # see roundoff.extension
+    epochs = {str(expected["epochs"]), *(extended[1].split("to") if extended else [])}
+    same = all(origin.get(name) == expected[name] for name in ("seed", "settings"))
+    if not same or str(origin.get("epochs")) not in epochs:
+        wrote, wanted = (", ".join(f"{name} {value}" for name, value in o.items()) for o in (origin, expected))
+        raise ConfigError(
+            f"the checkpoint of step {checkpoint.step} was written by another run ({wrote}) than this one ({wanted}): "
+            "remove it from this run's checkpoints/, or bring back the experiment.toml that it was written under"
+        )
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
     """State and tensors of one checkpoint directory.
 
@@ -185,6 +220,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, tor
         for name, checksum in state["checksums"].items():
             if _checksum(path / name) != checksum:
                 raise DamagedCheckpointError(f"{path / name} differs from its checksum")
+        if path != checkpoint_path(path.parent, state["step"]):
+            raise DamagedCheckpointError(f"{path} holds the state of step {state['step']}, not of the step it is named")
         return state, {name.removesuffix(".safetensors"): load_file(path / name) for name in state["checksums"]}
     except DamagedCheckpointError:
         raise

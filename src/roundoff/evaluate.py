@@ -5,46 +5,33 @@ to each problem and gives pass@k, the probability that at least one of k is righ
 
 The noise of an evaluation is keyed by the run's seed and the number of the draw, not by the step: two steps, or two
 arms with one seed, meet the same draws, so that their difference is that of the models. Training noise has other keys.
+
+**What was not computed.** A response whose logits were not finite solves nothing: that is the true result of the chip,
+and it is counted beside the score (`roundoff.health`). Where no response could be computed there is no score but an
+error, and so there is where the hardware is off and a single one could not: then the model itself is broken.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.aqn import is_aqn_active
+from roundoff.config import ConfigError
+from roundoff.diagnosis import first_nonfinite
 from roundoff.hardware.install import hardware_off, installed
+from roundoff.health import FailedRewardsError, NonFiniteOutputError, Tally, flaw_of
 from roundoff.numerics.rng import Key
 from roundoff.parallel import ALONE, Ranks
 from roundoff.prompts import text
 from roundoff.run_dir import Evaluation, Outcome
 from roundoff.sampler import sample
 from roundoff.tasks import Problem, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """Rewards of rollouts, and how many of them could not be computed."""
-
-    rewards: tuple[float, ...]
-    errors: int
-    """Rollouts whose reward raised or was not finite; their reward is 0."""
-
-
-def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> Scored:
-    """Rewards of `responses` to `problems`, pair by pair; a failed reward is counted and is 0, never raised."""
-    rewards, errors = [], 0
-    for problem, response in zip(problems, responses, strict=True):
-        try:
-            reward = float(task.reward(problem, response))
-        except Exception:  # a task is the user's code: whatever it raises is one bad rollout, not the end of the run
-            reward = math.nan
-        errors += not math.isfinite(reward)
-        rewards.append(reward if math.isfinite(reward) else 0.0)
-    return Scored(tuple(rewards), errors)
+from roundoff.tasks.score import score_responses
 
 
 def evaluate(
@@ -74,9 +61,11 @@ def evaluate(
 
     Raises:
         RuntimeError: if AQN is in force: its noise belongs to rollouts alone.
+        ConfigError: if two test problems have one id.
+        NonFiniteOutputError: if no response could be computed with the hardware on, or not every one with it off.
+        FailedRewardsError: if the reward of every response failed.
     """
-    _check_no_aqn(model)
-    problems = task.test()
+    problems = _problems(model, task)
 
     def greedy(draw: int) -> _Answers:
         return _answers(model, tokenizer, task, problems, key.fold("evaluation", draw), max_new_tokens, ranks=ranks)
@@ -86,6 +75,7 @@ def evaluate(
     if installed(model) is not None:
         with hardware_off(model):
             clean = greedy(0)
+    _check_scored(task, deployed, clean, plain=installed(model) is None)
     outcomes = tuple(
         Outcome(
             id=problem.id,
@@ -96,10 +86,12 @@ def evaluate(
             response=deployed[0].texts[i],
             clean_response=clean.texts[i],
             truncated=deployed[0].truncated[i],
+            flaws=tuple(answers.flaws[i] for answers in deployed),
+            clean_flaw=clean.flaws[i],
         )
         for i, problem in enumerate(problems)
     )
-    return Evaluation(step, outcomes)
+    return Evaluation(step, outcomes, next(filter(None, (answers.nonfinite_at for answers in deployed)), ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +105,10 @@ class SampledOutcome:
     """1 where solved with the hardware on, one entry a sample, each under noise of its own."""
     clean: tuple[int, ...]
     """1 where solved with the hardware off, one entry a sample."""
+    flaws: tuple[str, ...] = ()
+    """What was wrong with each sample with the hardware on (`roundoff.health`), empty where nothing was."""
+    clean_flaws: tuple[str, ...] = ()
+    """The same with the hardware off."""
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
@@ -144,25 +140,29 @@ def evaluate_samples(
     Deployed and clean responses are drawn by the same uniform numbers: where they differ, the hardware did it.
 
     Raises:
-        RuntimeError: if AQN is in force.
+        RuntimeError, ConfigError, NonFiniteOutputError, FailedRewardsError: as `evaluate`.
     """
-    _check_no_aqn(model)
-    problems = task.test()
+    problems, own = _problems(model, task), key.fold("evaluation", "samples")
 
-    def drawn() -> list[tuple[int, ...]]:
-        own = key.fold("evaluation", "samples")
-        found = _answers(
-            model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature
-        ).solved
-        return [found[i : i + samples] for i in range(0, len(found), samples)]
+    def drawn() -> _Answers:
+        return _answers(model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature)
 
     deployed = clean = drawn()
     if installed(model) is not None:
         with hardware_off(model):
             clean = drawn()
+    _check_scored(task, [deployed], clean, plain=installed(model) is None)
     return tuple(
-        SampledOutcome(problem.id, text(tokenizer, problem), problem.answer, with_hardware, without)
-        for problem, with_hardware, without in zip(problems, deployed, clean, strict=True)
+        SampledOutcome(
+            id=problem.id,
+            prompt=text(tokenizer, problem),
+            answer=problem.answer,
+            deployed=deployed.solved[mine],
+            clean=clean.solved[mine],
+            flaws=deployed.flaws[mine],
+            clean_flaws=clean.flaws[mine],
+        )
+        for problem, mine in ((p, slice(i * samples, (i + 1) * samples)) for i, p in enumerate(problems))
     )
 
 
@@ -173,6 +173,9 @@ class _Answers:
     texts: list[str]
     solved: tuple[int, ...]
     truncated: list[bool]
+    flaws: tuple[str, ...]
+    nonfinite_at: str
+    """Where a response left the finite numbers; empty where none did."""
 
 
 def _answers(
@@ -189,6 +192,26 @@ def _answers(
 ) -> _Answers:
     share = ranks.share(len(problems))
     mine = problems[share]
+    parts = ranks.gather(
+        _answered(model, tokenizer, task, mine, share.start, key, max_new_tokens, samples, temperature)
+    )
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _answered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    mine: Sequence[Problem],
+    first: int,
+    key: Key,
+    max_new_tokens: int,
+    samples: int,
+    temperature: float,
+) -> _Answers:
+    """This rank's responses to its problems, the first of which has this number."""
+    if not mine:  # more ranks than problems
+        return _Answers([], (), [], (), "")
     rollouts = sample(
         model,
         tokenizer,
@@ -197,12 +220,16 @@ def _answers(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         key=key,
-        rollout_ids=range(share.start * samples, share.stop * samples),
+        rollout_ids=range(first * samples, (first + len(mine)) * samples),
     )
-    rewards = score_responses(task, [p for p in mine for _ in range(samples)], rollouts.texts).rewards
-    solved = tuple(int(r == 1.0) for r in rewards)
-    parts = ranks.gather(_Answers(rollouts.texts, solved, rollouts.truncated.tolist()))
-    return parts[0] if len(parts) == 1 else _joined(parts)
+    scored = score_responses(task, [p for p in mine for _ in range(samples)], rollouts.texts)
+    truncated, nonfinite = rollouts.truncated.tolist(), rollouts.nonfinite.tolist()
+    flaws = tuple(
+        flaw_of(response, nonfinite=nonfinite[i], reward_error=scored.failed[i], truncated=truncated[i])
+        for i, response in enumerate(rollouts.texts)
+    )
+    solved = tuple(int(r == 1.0 and not bad) for r, bad in zip(scored.rewards, nonfinite, strict=True))
+    return _Answers(rollouts.texts, solved, truncated, flaws, first_nonfinite(model, rollouts))
 
 
 def _joined(parts: Sequence[_Answers]) -> _Answers:
@@ -211,9 +238,50 @@ def _joined(parts: Sequence[_Answers]) -> _Answers:
         [text for part in parts for text in part.texts],
         tuple(solved for part in parts for solved in part.solved),
         [truncated for part in parts for truncated in part.truncated],
+        tuple(flaw for part in parts for flaw in part.flaws),
+        next(filter(None, (part.nonfinite_at for part in parts)), ""),
     )
 
 
-def _check_no_aqn(model: PreTrainedModel) -> None:
+def _check_scored(task: Task, deployed: Sequence[_Answers], clean: _Answers, *, plain: bool) -> None:
+    """Refuse a score where nothing was computed; `plain`: there is no hardware, and both are the same answers."""
+    tally = Tally.of(clean.flaws)
+    if tally.nonfinite:
+        how = "in plain arithmetic" if plain else "with the hardware off"
+        raise NonFiniteOutputError(
+            f"{tally.failures()[0]}. That is so {how}, first in {clean.nonfinite_at}: the model itself is broken and "
+            "has no score. Check its weights for NaN and Inf, and the learning rate if it was trained"
+        )
+    if tally.reward_error == tally.responses:
+        raise _all_rewards_failed(task, tally)
+    answers = [flaw for draw in deployed for flaw in draw.flaws]
+    tally = Tally.of(answers)
+    if tally.nonfinite == tally.responses:
+        raise NonFiniteOutputError(
+            f"none of the {tally.responses:,} responses could be computed with the hardware on: the logits were not "
+            f"finite, first in {deployed[0].nonfinite_at}; with the hardware off all were. There is no deployed score: "
+            "take a format of a wider range, or keep that layer in high precision (hardware.precision.keep)"
+        )
+    if tally.nonfinite + tally.reward_error == tally.responses:
+        raise _all_rewards_failed(task, tally)
+
+
+def _all_rewards_failed(task: Task, tally: Tally) -> FailedRewardsError:
+    return FailedRewardsError(
+        f"task {task.name!r}: the reward failed for every one of {tally.responses:,} responses (it raised, or gave no "
+        "finite number), so that there is no score: try task.reward on one of them"
+    )
+
+
+def _problems(model: PreTrainedModel, task: Task) -> Sequence[Problem]:
+    """The test problems, if the model can be scored on them."""
     if is_aqn_active(model):
         raise RuntimeError("the model is inside aqn_noise: a score must never carry the noise of a remedy")
+    problems = task.test()
+    twice = sorted(name for name, count in Counter(problem.id for problem in problems).items() if count > 1)
+    if twice:
+        raise ConfigError(
+            f"task {task.name!r} has {len(twice)} ids of test problems more than once ({', '.join(twice[:3])}): scores "
+            "are paired by id, so that each must be its own"
+        )
+    return problems

@@ -18,6 +18,7 @@ from roundoff.checkpoint import write_atomic
 from roundoff.config import ConfigError, Hardware
 from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.evaluation_subject import Subject, load_hardware, open_subject
+from roundoff.health import Tally
 from roundoff.models.lora import load_adapters
 from roundoff.numerics.rng import Key
 from roundoff.run_dir import Evaluation
@@ -120,10 +121,24 @@ def describe(result: Result) -> str:
     for name, scores in result.scores().items():
         shown = [f"{s.estimate:6.1%}  [{s.low:.1%}, {s.high:.1%}]" for s in scores]
         lines.append(f"{name:<18}{shown[0]:<24}{shown[1]}".rstrip())
+    lines += _flaws(result)
     if result.agrees is not None:
         said = "equal to" if result.agrees else "NOT EQUAL to"
         lines += ["", f"{said} what the run recorded at step {subject.step}, problem by problem"]
     return "\n".join(lines)
+
+
+def _flaws(result: Result) -> list[str]:
+    """What was no normal answer, a line each; nothing for an ordinary score."""
+    evaluation = result.evaluation
+    tallies = {"deployed": evaluation.deployed_tally, "clean": evaluation.clean_tally}
+    if result.samples:
+        tallies["deployed samples"] = Tally.of(flaw for o in result.samples for flaw in o.flaws)
+        tallies["clean samples"] = Tally.of(flaw for o in result.samples for flaw in o.clean_flaws)
+    lines = [f"{name}: {line}" for name, tally in tallies.items() for line in tally.words()]
+    if evaluation.nonfinite_at:
+        lines.append(f"not finite first in {evaluation.nonfinite_at}")
+    return ["", *lines] if lines else []
 
 
 def save(result: Result, path: Path) -> None:
@@ -146,6 +161,11 @@ def save(result: Result, path: Path) -> None:
         "scores": {
             name: {"deployed": _numbers(deployed), "clean": _numbers(clean)}
             for name, (deployed, clean) in result.scores().items()
+        },
+        "flaws": {
+            "deployed": asdict(result.evaluation.deployed_tally),
+            "clean": asdict(result.evaluation.clean_tally),
+            "nonfinite_at": result.evaluation.nonfinite_at,
         },
         "outcomes": [asdict(outcome) for outcome in result.evaluation.outcomes],
         "samples": [asdict(outcome) for outcome in result.samples],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from roundoff.checkpoint import Checkpoint, load_checkpoint
+from roundoff.checkpoint import Checkpoint, check_origin, load_checkpoint, run_origin
 from roundoff.config import (
     FORMAT_NAMES,
     ConfigError,
@@ -27,7 +27,7 @@ from roundoff.config import (
 )
 from roundoff.experiments import experiment_ids, load_experiment, load_profile, profile_names, with_overrides
 from roundoff.export import ORIGIN, read_origin
-from roundoff.models.adapter_file import ADAPTER_CONFIG, read_adapter_config
+from roundoff.models.adapter_file import ADAPTER_CONFIG, read_adapter
 from roundoff.run_dir import Run, read_run
 
 PLAIN = "none"
@@ -185,7 +185,7 @@ def _plain(name: str, source: str) -> Experiment:
 
 def _foreign_adapter(path: Path, profile: str | None) -> Subject:
     """An adapter from elsewhere, over the base model that it names."""
-    base = read_adapter_config(path).get("base_model_name_or_path")
+    base = read_adapter(path).config.base_model_name_or_path
     if not isinstance(base, str):
         raise ConfigError(f"{path / ADAPTER_CONFIG} does not name its base model (base_model_name_or_path)")
     scale = load_profile(profile or "tiny").model_copy(update={"model": base})
@@ -219,6 +219,7 @@ def _scale(own: Profile, profile: str | None) -> Profile:
 
 def _state_of_run(run: Run, step: int | None, profile: str | None) -> Subject:
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
+    check_origin(checkpoint, run_origin(run.experiment, run.profile, run.seed), run.experiment.id)
     scale = _scale(run.profile, profile)
     name = f"{run.experiment.id} seed {run.seed}, step {checkpoint.step} of {run.status.total_steps} ({run.path})"
     notes = tuple(f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped)

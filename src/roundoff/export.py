@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roundoff.checkpoint import load_checkpoint, write_directory
+from roundoff.checkpoint import check_origin, load_checkpoint, run_origin, write_directory
 from roundoff.config import ConfigError, Experiment, Hardware, Profile, validate
 from roundoff.models.load import no_progress_bar
 from roundoff.run_dir import Run
@@ -19,6 +19,11 @@ ORIGIN = "roundoff.json"
 MERGED = (
     "the adapters are merged into the weights: quantized hardware rounds the sum, while in the run it rounded the base "
     "alone; the run's adapter/ keeps them apart"
+)
+
+ROUNDED = (
+    "each sum is rounded to {}, so that the smallest of what the adapters add is lost: the scores of the two differ a "
+    "little on plain arithmetic, too"
 )
 
 
@@ -56,12 +61,13 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     The weights are the run's own in its dtype, neither quantized nor noisy: hardware is not part of a model.
 
     Raises:
-        ConfigError: if `out` is there already.
+        ConfigError: if `out` is there already, or another run wrote the checkpoint.
         DamagedCheckpointError: if there is no usable checkpoint.
     """
     if out.exists():
         raise ConfigError(f"{out} exists: name a directory that does not")
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
+    check_origin(checkpoint, run_origin(run.experiment, run.profile, run.seed), run.experiment.id)
     plain = run.experiment.model_copy(update={"hardware": Hardware()})
     changes = {"device": "cpu", "chat": "auto"}  # the chat template is a part of what is written out
     policy = load_policy(plain, run.profile.model_copy(update=changes), run.seed)
@@ -77,7 +83,9 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     write_directory(out, fill)
     said = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
     said.append(f"wrote {out}: {run.experiment.id} seed {run.seed} after step {checkpoint.step}")
-    return (*said, *([MERGED] if policy.adapters is not None else []))
+    if policy.adapters is not None:
+        said.append(MERGED + (f"; {ROUNDED.format(run.profile.dtype)}" if run.profile.dtype != "float32" else ""))
+    return tuple(said)
 
 
 def _origin(run: Run, step: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.algorithms.schedule import sigma_curve
+from roundoff.checkpoint import check_origin, load_checkpoint, run_origin
 from roundoff.config import ConfigError, Experiment
 from roundoff.run_dir import Run, RunDirectory, checkpoint_checksums, read_run, run_path
 
@@ -41,12 +42,15 @@ def begin_extension(parent: Run, epochs: int, provenance: Mapping[str, Any]) -> 
     """Make the new run's directory beside the parent's if it is not there; returns its experiment and its root.
 
     Raises:
-        ConfigError: if the parent is not complete, has as many epochs already, or has changed since it was extended.
+        ConfigError: if the parent is not complete, has as many epochs already, has changed since it was extended, or
+            holds a checkpoint of another run.
         DamagedCheckpointError: if the parent's last checkpoint cannot be used.
     """
     if not parent.is_final:
         raise ConfigError(f"{parent.path} is {parent.status.state}, not complete: finish it before extending it")
     experiment = extended(parent.experiment, epochs)
+    last = load_checkpoint(parent.path / "checkpoints", parent.status.total_steps)
+    check_origin(last, run_origin(parent.experiment, parent.profile, parent.seed), parent.experiment.id)
     root = _root(parent.path)
     path = run_path(root, experiment, parent.profile, parent.seed)
     if (path / "status.json").exists():

@@ -10,7 +10,6 @@ Processes are started by torchrun, which tells them by environment variables who
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from roundoff.config import ConfigError
 from roundoff.errors import message_of
+from roundoff.messages import MessageError, decode, encode
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25
 """Gradient elements that are summed in one message at most (128 MiB of float32)."""
+PADDING = 4
+"""Bytes sent for each byte of content at most, when messages of all ranks are padded to one length."""
+VALUE, REFUSED = b"v", b"r"
+"""First byte of a message: a value follows, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,22 @@ class Ranks:
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in their order, on every rank."""
+        """The value of every rank, in their order, on every rank.
+
+        Raises:
+            MessageError: on every rank, if the value of one is of a kind that `roundoff.messages` does not send.
+        """
         if self.count == 1:
             return [value]
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        received = self._exchange(buffer.getvalue())
-        return [torch.load(io.BytesIO(b), map_location=self.device, weights_only=False) for b in received]
+        try:
+            content = VALUE + encode(value)
+        except MessageError as error:  # the others wait for a message, so that they are told
+            content = REFUSED + f"rank {self.index}: {error}".encode()
+        received = self._exchange(content)
+        for message in received:
+            if message.startswith(REFUSED):
+                raise MessageError(message.removeprefix(REFUSED).decode())
+        return [decode(message.removeprefix(VALUE), self.device) for message in received]
 
     def first(self, make: Callable[[], T]) -> T:
         """What the first rank makes, on every rank; an error that it raises is raised on every rank."""
@@ -68,8 +79,7 @@ class Ranks:
                 result = make()
             except Exception as caught:  # raised again below, on every rank
                 error = caught
-        shown = None if error is None else _portable(error)
-        result, shown = self.gather((result, shown))[0]
+        result, shown = self.gather((result, error))[0]
         if error is not None:
             raise error
         if shown is not None:
@@ -119,7 +129,7 @@ class Ranks:
             return tensor[None]
         rows = tensor.new_zeros(self.count, *tensor.shape)
         rows[self.index] = tensor
-        self._sum(rows)  # one exchange; `gather` pickles, and sends lengths first
+        self._sum(rows)  # one exchange; `gather` sends lengths first
         return rows
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -142,11 +152,23 @@ class Ranks:
                 gradient.copy_(part.view_as(gradient))
 
     def _exchange(self, content: bytes) -> list[bytes]:
+        """The bytes of every rank, in their order, on every rank."""
+        import torch
         import torch.distributed as dist
 
-        received: list[Any] = [None] * self.count
-        dist.all_gather_object(received, content)
-        return received
+        own = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(own)]))
+        lengths = [int(size) for size in sizes]
+        if max(lengths) * self.count <= PADDING * sum(lengths):
+            padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own)))
+            received = [torch.empty_like(padded) for _ in lengths]
+            dist.all_gather(received, padded)
+        else:  # one rank has nearly all of it, such as a checkpoint: nobody else pads to its size
+            received = [own if rank == self.index else own.new_empty(n) for rank, n in enumerate(lengths)]
+            for rank, part in enumerate(received):
+                dist.broadcast(part, rank)
+        return [part[:length].numpy().tobytes() for part, length in zip(received, lengths, strict=True)]
 
     def _sum(self, tensor: torch.Tensor) -> None:
         import torch.distributed as dist
@@ -202,14 +224,3 @@ def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or one of the same words where it cannot be sent."""
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 (its own bytes)
-    except Exception:  # a class may refuse to be pickled, or to be made again, in ways of its own
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

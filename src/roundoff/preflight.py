@@ -7,6 +7,7 @@ task's training texts, averaged over noise draws, and the size of the noise over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -70,7 +71,13 @@ class Preflight:
                 f"AQN at sigma {self.sigma:g} drowns {len(self.drowned)} of {len(self.noise_share)} weights "
                 f"(noise over weight up to {share:.2g}, in {name}): {advice}"
             )
-        if self.kl > KL_LIMIT:
+        if not math.isfinite(self.kl):
+            said.append(
+                f"AQN at sigma {self.sigma:g} makes the model's output on the task's texts NaN or infinite: {advice}"
+            )
+        if self.hardware_kl is not None and not math.isfinite(self.hardware_kl):
+            said.append("the hardware alone makes the model's output on the task's texts NaN or infinite")
+        if KL_LIMIT < self.kl < math.inf:
             said.append(
                 f"AQN at sigma {self.sigma:g} moves the model by {self.kl:.2f} nats per token on the task's texts "
                 f"(more than {KL_LIMIT:g}): {advice}"

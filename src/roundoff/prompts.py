@@ -2,15 +2,12 @@
 
 A problem that comes as a conversation is asked through the chat template of the model's tokenizer, with the header of
 the answer appended (`add_generation_prompt`); its special tokens are then those of the template. Without a template, or
-where the task gives no conversation, the model continues the problem's plain prompt, and the tokenizer adds its own
-special tokens (a BOS, say). Whether a template is used is a property of the loaded tokenizer (`load_model(chat=...)`
-takes it away or insists on it), not an argument that one caller could pass and another forget.
+where the task gives no conversation, the model continues the problem's plain prompt, and the tokenizer puts its own
+special tokens (a BOS, say) before it; an end token that it appends is left away. Whether a template is used is a
+property of the loaded tokenizer (`load_model(chat=...)` takes it away or insists on it), not an argument that one
+caller could pass and another forget.
 
-A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change from day to day.
-
-Some tokenizers append tokens to every text (an end token, a separator). A prompt is to be continued, so these are taken
-off; what a tokenizer puts in front of a text (a BOS) stays. A prompt whose own last token ends a response is refused,
-as is one with a token that the model has no embedding for (`check_tokens`).
+A template that writes the date (Llama 3's does) is given a fixed one: prompts would otherwise change over night.
 """
 
 from __future__ import annotations
@@ -21,9 +18,11 @@ from dataclasses import dataclass
 from datetime import date
 
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from roundoff.models.load import ModelError, embedded_tokens
+from roundoff.models.errors import ModelError
+from roundoff.models.load import LoadedModel, check_readable
+from roundoff.models.tokenizer import beginning, check_begun_once, check_embedded, check_kept, check_open, end_tokens
 from roundoff.tasks import Problem
 
 DATE = date(2024, 7, 26)
@@ -90,65 +89,78 @@ def _dated(template: str) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[list[int]]:
-    """Token ids of each; a response is encoded by itself, as sampling appends it.
+    """Token ids of each; a response is appended to its prompt's ids as sampling does.
 
     Raises:
-        ModelError: if the chat template refuses a conversation.
+        ModelError: if the chat template refuses a conversation or closes the answer's turn, a prompt begins with two
+            BOS tokens, or the tokenizer appends another token than its end token (which is left away).
     """
     problems = [item.problem if isinstance(item, Worked) else item for item in asked]
+    texts = [text(tokenizer, item) for item in problems]
+    found = [list(ids) for ids in _plain_ids(tokenizer, texts)]
     templated = [isinstance(item, Problem) and uses_template(tokenizer, item) for item in problems]
-    found: list[list[int]] = [[]] * len(asked)
-    for special in (True, False):  # a template writes its own special tokens
-        chosen = [i for i, by_template in enumerate(templated) if by_template is not special]
-        if chosen:
-            texts = [text(tokenizer, problems[i]) for i in chosen]
-            ids = tokenizer(texts, padding=False, truncation=False, add_special_tokens=special)["input_ids"]
-            after = _appended(tokenizer) if special else ()
-            for i, tokens in zip(chosen, ids, strict=True):
-                ends = len(after) and tuple(tokens[-len(after) :]) == after
-                found[i] = list(tokens[: -len(after)] if ends else tokens)
+    plain = [i for i, by_template in enumerate(templated) if not by_template]
+    if plain:
+        begin = beginning(tokenizer, [texts[i] for i in plain], [found[i] for i in plain])
+        for i in plain if begin else ():
+            found[i] = begin + found[i]
+    for i, problem in enumerate(problems):
+        check_begun_once(tokenizer, found[i], f"the prompt {texts[i][:80]!r}")
+        if isinstance(problem, Problem):
+            fix = "set profile.chat = false, or correct the template" if templated[i] else "change the task's prompt"
+            what = f"the prompt of {problem.id}" + (", as the chat template writes it," if templated[i] else "")
+            check_open(tokenizer, found[i], (tokenizer.eos_token_id,), what, fix)
     for i, item in enumerate(asked):
         if isinstance(item, Worked) and item.response:
-            found[i] = found[i] + list(tokenizer(item.response, add_special_tokens=False)["input_ids"])
+            found[i] = found[i] + _response(tokenizer, texts[i], found[i], item.response)
     return found
 
 
-def _appended(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that a tokenizer puts after every text."""
-    whole = tokenizer("1", padding=False, truncation=False)["input_ids"]
-    bare = tokenizer("1", padding=False, truncation=False, add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(bare), -1, -1):
-        if whole[start : start + len(bare)] == bare:
-            return tuple(whole[start + len(bare) :])
-    return ()
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a response: those of the tokenizer and of the model's `generation_config`."""
-    ends: set[int] = set()
-    for value in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
-        ends.update([] if value is None else [value] if isinstance(value, int) else value)
-    return tuple(sorted(ends))
-
-
-def check_tokens(encoded: Sequence[Sequence[int]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check the ids of prompts against the model that will continue them.
+def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
+    """Check, before anything is computed, that the model reads all of what it is asked.
 
     Raises:
-        ModelError: if a token has no embedding, or a prompt's last token ends a response.
+        ModelError: if a character or a part would be lost, a token has no embedding, a prompt begins with two BOS
+            tokens or ends with an end token, or the chat template refuses a conversation.
     """
-    rows = embedded_tokens(model)
-    ends = set(end_tokens(model, tokenizer))
-    for number, tokens in enumerate(encoded):
-        beyond = next((token for token in tokens if not 0 <= token < rows), None)
-        if beyond is not None:
-            raise ModelError(
-                f"prompt {number} has the token {tokenizer.convert_ids_to_tokens(beyond)!r} ({beyond}), but the model "
-                f"has embeddings for {rows} tokens only: its tokenizer belongs to another model, or tokens were added "
-                "to it without resizing the model's embeddings"
-            )
-        if tokens and tokens[-1] in ends:
-            raise ModelError(
-                f"prompt {number} ends with {tokenizer.convert_ids_to_tokens(tokens[-1])!r}, which ends a response: "
-                "the model would have nothing left to say. Change the task's prompt, or the chat template's end"
-            )
+    tokenizer = loaded.tokenizer
+    texts = [text(tokenizer, item) for item in asked]
+    check_readable(loaded, texts)
+    where = f"model {loaded.name!r}: "
+    ends = end_tokens(loaded.model, tokenizer)
+    try:
+        encoded = encode(tokenizer, asked)
+        check_embedded(loaded.model, tokenizer, encoded)
+        for shown, ids, own, item in zip(texts, encoded, _plain_ids(tokenizer, texts), asked, strict=True):
+            check_kept(tokenizer, shown, own)
+            if isinstance(item, Problem):
+                check_open(tokenizer, ids, ends, f"the prompt {shown[-80:]!r}", "change the task's prompt or template")
+    except ModelError as error:
+        raise ModelError(where + str(error)) from None
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text alone: whole, unpadded and without special tokens, whatever the tokenizer does by itself."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer([*texts], padding=False, truncation=False, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _response(tokenizer: PreTrainedTokenizerBase, prompt: str, ids: list[int], response: str) -> list[int]:
+    """Ids of a response to a prompt with these ids.
+
+    It is encoded by itself. A tokenizer that puts a blank before every text would begin it with one; the ids of prompt
+    and response together then hold the response as the model would write it, if they begin with those of the prompt.
+    """
+    alone = _plain_ids(tokenizer, [response])[0]
+    wanted = _decoded(tokenizer, ids) + response
+    if _decoded(tokenizer, ids + alone) != wanted:
+        own, both = _plain_ids(tokenizer, [prompt, prompt + response])
+        if both[: len(own)] == own and _decoded(tokenizer, ids + both[len(own) :]) == wanted:
+            return both[len(own) :]
+    return alone
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -10,7 +10,7 @@
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
         adapter/                LoRA adapters after the last step, as PEFT saves them
         tensorboard/            written by the tracker
-        status.json             running | complete | failed | interrupted, last step, reason
+        status.json             running | complete | failed | interrupted, last step, reason, what was trained
 
 Every file but the append-only `metrics.jsonl` is written whole or not at all (temporary file, fsync, rename). One
 process holds the lock; a directory is never overwritten. Importing this module does not import torch.
@@ -41,22 +41,28 @@ from roundoff.checkpoint import (
     write_directory,
 )
 from roundoff.config import ConfigError, Experiment, Profile, result_hash
-from roundoff.run_record import (
+from roundoff.health import Health, health_of
+from roundoff.outcomes import (
     DamagedRunError,
     Evaluation,
     Outcome,
+    evaluation_file,
+    evaluation_lines,
+    read_evaluation,
+)
+from roundoff.run_record import (
     Run,
     State,
     Status,
     evaluation_files,
     find_runs,
-    read_evaluation,
     read_metrics,
     read_run,
     read_scan,
     read_status,
     step_of,
 )
+from roundoff.strict_json import dumps
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +177,7 @@ class RunDirectory:
         origin |= {"step": last, "checksums": checksums}
         for step in parent.evaluated_steps:
             self.write_evaluation(parent.evaluation(step))
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in parent.metrics))
+        write_atomic(self.path / "metrics.jsonl", "".join(dumps(row) + "\n" for row in parent.metrics))
         if (scan := parent.scan) is not None:
             self.write_scan(scan)
         if (preflight := parent.preflight) is not None:
@@ -185,10 +191,23 @@ class RunDirectory:
         self.set_status(Status("interrupted", last, total_steps, reason, parent.status.seconds))
 
     def set_status(self, status: Status) -> Status:
-        """Write `status`, stamped with the time."""
+        """Write `status`, stamped with the time; of a complete run it also says whether anything was trained."""
+        if status.state == "complete":
+            health = self.health()
+            said = tuple(dict.fromkeys((*status.warnings, *health.failures())))
+            trained = health.trained if health.steps else None
+            status = replace(status, trained_steps=trained, untrained=health.untrained, warnings=said)
         status = replace(status, updated=datetime.now(UTC).isoformat(timespec="seconds"))
         write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
         return status
+
+    def health(self) -> Health:
+        """What became of the rollouts and steps so far.
+
+        Raises:
+            DamagedRunError: if the metrics are malformed.
+        """
+        return health_of(read_metrics(self.path), self.experiment.algorithm.group_size)
 
     def write_scan(self, content: Mapping[str, Any]) -> None:
         """Keep the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""
@@ -196,7 +215,7 @@ class RunDirectory:
 
     def write_preflight(self, content: Mapping[str, Any]) -> None:
         """Keep what was measured of AQN before the first step."""
-        write_atomic(self.path / "preflight.json", json.dumps(content, indent=1) + "\n")
+        write_atomic(self.path / "preflight.json", dumps(content, indent=1) + "\n")
 
     def scan(self) -> dict[str, Any] | None:
         """The SRDD scan that this run rests on, as plain data; None before it was made.
@@ -207,14 +226,14 @@ class RunDirectory:
         return read_scan(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one step's line to `metrics.jsonl`."""
+        """Add one step's line to `metrics.jsonl`; a number that is not finite is null there."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop metrics, evaluations and damaged checkpoints later than `step`: those steps are taken again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_atomic(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(self.path / "metrics.jsonl", "".join(dumps(row) + "\n" for row in rows))
         for file in evaluation_files(self.path):
             if step_of(file) > step:
                 file.unlink()
@@ -222,8 +241,7 @@ class RunDirectory:
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Write the outcomes of one evaluation."""
-        lines = (json.dumps(asdict(outcome)) + "\n" for outcome in evaluation.outcomes)
-        write_atomic(self.path / "evaluations" / f"step-{evaluation.step:06d}.jsonl", "".join(lines))
+        write_atomic(evaluation_file(self.path, evaluation.step), evaluation_lines(evaluation))
 
     def save_checkpoint(
         self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], *, keep: int
@@ -259,7 +277,7 @@ class RunDirectory:
     def save_diagnostics(self, name: str, content: Mapping[str, Any]) -> Path:
         """Keep what explains a failure in `diagnostics/<name>.json`."""
         path = self.path / "diagnostics" / f"{name}.json"
-        write_atomic(path, json.dumps(content))
+        write_atomic(path, dumps(content))
         return path
 
 

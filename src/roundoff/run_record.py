@@ -15,12 +15,10 @@ from typing import Any, Literal, get_args
 from filelock import FileLock, Timeout
 
 from roundoff.config import ConfigError, Experiment, Profile, validate
+from roundoff.health import Health, health_of
+from roundoff.outcomes import DamagedRunError, Evaluation, evaluation_file, read_evaluation
 
 State = Literal["running", "complete", "failed", "interrupted"]
-
-
-class DamagedRunError(ValueError):
-    """A run directory, or a file in it, cannot be read; the message says which and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,42 +36,10 @@ class Status:
     """UTC time of the last change."""
     warnings: tuple[str, ...] = ()
     """What went wrong and was survived, such as a damaged checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one test problem."""
-
-    id: str
-    prompt: str
-    answer: str
-    deployed: tuple[int, ...]
-    """1 where solved with the hardware on, one entry a noise draw."""
-    clean: int
-    """1 where solved with the hardware off."""
-    response: str
-    """Response with the hardware on, first draw."""
-    clean_response: str
-    truncated: bool = False
-    """Whether that first response was cut at the length limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Per-problem outcomes of the whole test set after `step` training steps."""
-
-    step: int
-    outcomes: tuple[Outcome, ...]
-
-    @property
-    def deployed(self) -> float:
-        """Accuracy with the hardware on (fraction), mean over problems and draws."""
-        return sum(sum(o.deployed) / len(o.deployed) for o in self.outcomes) / len(self.outcomes)
-
-    @property
-    def clean(self) -> float:
-        """Accuracy with the hardware off (fraction)."""
-        return sum(o.clean for o in self.outcomes) / len(self.outcomes)
+    trained_steps: int | None = None
+    """Steps that trained anything; None before the end, and where the metrics do not say."""
+    untrained: str = ""
+    """Why a run that reached its end is none that trained; empty where it is."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +63,20 @@ class Run:
         """Outcomes after `step`.
 
         Raises:
-            DamagedRunError: if the file is missing or malformed.
+            DamagedRunError: if the file is missing or malformed, does not hold every problem that was scored once, or
+                holds other problems than the run's first evaluation.
         """
-        return read_evaluation(self.path, step)
+        row = next((row for row in self.metrics if row["step"] == step), {})
+        found = read_evaluation(self.path, step, row.get("problems"))
+        first = next(iter(self.evaluated_steps), step)
+        if first != step and _asked(read_evaluation(self.path, first)) != _asked(found):
+            raise DamagedRunError(f"{evaluation_file(self.path, step)} holds other problems than that of step {first}")
+        return found
+
+    @property
+    def health(self) -> Health:
+        """What became of the run's rollouts and steps."""
+        return health_of(self.metrics, self.experiment.algorithm.group_size)
 
     @property
     def scan(self) -> dict[str, Any] | None:
@@ -190,33 +167,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_evaluation(run: Path, step: int) -> Evaluation:
-    """Outcomes of the run in directory `run` after `step`.
-
-    Raises:
-        DamagedRunError: if the file is missing or malformed.
-    """
-    path = run / "evaluations" / f"step-{step:06d}.jsonl"
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        outcomes = tuple(_checked(Outcome(**{**row, "deployed": tuple(row["deployed"])})) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedRunError(f"{path} cannot be read: {error}") from error
-    if not outcomes:
-        raise DamagedRunError(f"{path} holds no outcome")
-    return Evaluation(step, outcomes)
-
-
-def _checked(outcome: Outcome) -> Outcome:
-    """The outcome, if its texts are texts and it was solved or not in every draw."""
-    texts = outcome.id, outcome.prompt, outcome.answer, outcome.response, outcome.clean_response
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a text of the problem {outcome.id!r} is of another type")
-    if not outcome.deployed or any(solved not in (0, 1) for solved in (*outcome.deployed, outcome.clean)):
-        raise ValueError(f"{outcome.id} must be solved (1) or not (0) in each draw, but is {outcome.deployed}")
-    return outcome
-
-
 def read_scan(path: Path) -> dict[str, Any] | None:
     """The SRDD scan that the run in `path` rests on, as plain data; None where it has none.
 
@@ -246,8 +196,8 @@ def read_status(path: Path) -> Status:
         status = Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
     except TypeError as error:
         raise DamagedRunError(f"{file} is not a status: {error}") from error
-    texts = status.reason, status.updated, *status.warnings
-    whole = isinstance(status.step, int) and isinstance(status.total_steps, int)
+    texts = status.reason, status.updated, status.untrained, *status.warnings
+    whole = all(isinstance(value, int) for value in (status.step, status.total_steps, status.trained_steps or 0))
     if not whole or not isinstance(status.seconds, int | float) or not all(isinstance(text, str) for text in texts):
         raise DamagedRunError(f"{file} is not a status: a value in it is of another type")
     if status.state not in get_args(State):
@@ -292,6 +242,11 @@ def _is_held_by_another_user(lock: Path) -> bool:
     except (ImportError, OSError):  # no such locks here, or no lock at all (a copy without it)
         return False
     return False
+
+
+def _asked(evaluation: Evaluation) -> set[tuple[str, str, str]]:
+    """The problems of an evaluation, as they were asked."""
+    return {(outcome.id, outcome.prompt, outcome.answer) for outcome in evaluation.outcomes}
 
 
 def step_of(path: Path) -> int:

@@ -38,9 +38,10 @@ from roundoff.fused_decoder import FusedDecoder
 from roundoff.logprobs import is_noisy, token_logprobs
 from roundoff.masks import AttentionPattern, positions, row_ids
 from roundoff.models.mode import evaluation_mode
+from roundoff.models.tokenizer import check_embedded, check_open, end_tokens
 from roundoff.numerics.rng import Key, uniform
 from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
-from roundoff.prompts import Asked, check_tokens, encode, end_tokens
+from roundoff.prompts import Asked, encode
 from roundoff.rollouts import Rollouts, concatenate
 from roundoff.rope import position_limit
 
@@ -274,7 +275,7 @@ def _special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         )
     if tokenizer.pad_token_id is None:
         raise ConfigError("the tokenizer must have a pad token: set tokenizer.pad_token = tokenizer.eos_token")
-    return ends, int(tokenizer.pad_token_id)
+    return tuple(sorted(ends)), int(tokenizer.pad_token_id)
 
 
 def _encode(
@@ -291,9 +292,12 @@ def _encode(
     if given and asked:
         raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
     encoded = given or encode(tokenizer, asked)
+    check_embedded(model, tokenizer, encoded)
+    ends = () if given else end_tokens(model, tokenizer)
     limit, reason = position_limit(model)
-    check_tokens(encoded, model, tokenizer)
     for number, tokens in enumerate(encoded):
+        if tokens and tokens[-1] in ends:
+            check_open(tokenizer, tokens, ends, f"prompt {number}", "take it away")
         if not tokens:
             raise ConfigError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
         if limit is not None and len(tokens) + max_new_tokens > limit:

@@ -14,9 +14,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -24,19 +21,22 @@ from roundoff.batch import Batch, collect
 from roundoff.checkpoint import Checkpoint, DiskFullError, is_disk_full
 from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
-from roundoff.evaluate import evaluate
+from roundoff.diagnosis import first_nonfinite
+from roundoff.health import FailedRewardsError, NonFiniteOutputError
 from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
 from roundoff.run_dir import DamagedRunError, Evaluation, RunDirectory
+from roundoff.run_log import Metrics, RunLog
 from roundoff.sampler import sample
-from roundoff.session import Session, prepare, restore, save
+from roundoff.session import Session, prepare, restore
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
-from roundoff.trackers import Ended, Tracker, scalars
+from roundoff.trackers import Ended, Tracker
 from roundoff.update import NonFiniteLossError, update
 
-Metrics = dict[str, Any]
+FRUITLESS_STEPS = 3
+"""Steps in a row without one rollout to train on after which a run is stopped; all of them in a shorter run."""
 
 
 def train(
@@ -66,7 +66,9 @@ def train(
         ConfigError: if the settings do not fit together, before anything is written.
         DamagedCheckpointError: if there are checkpoints and none of them can be used.
         DiskFullError: if no space is left; the run can be resumed.
-        NonFiniteLossError: if training diverged; the run is marked failed.
+        NonFiniteLossError, NonFiniteOutputError: if training diverged, or nothing could be computed to begin with; the
+            run is marked failed.
+        FailedRewardsError: if the task's reward fails throughout; the run is marked failed.
     """
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
@@ -103,45 +105,39 @@ def _train(
     status = run_dir.start(provenance, total, lost)
     if not checkpoint:
         status = measure_before(session, run_dir, status)
-    tracker = open_tracker(kept)
-    clock = Clock(status.seconds)
+    log = RunLog(session, run_dir, open_tracker(kept), status, Clock(status.seconds))
     step, evaluation = start, None
     ended: Ended = "failed"
     try:
         if not checkpoint:
-            evaluation = _record(session, run_dir, tracker, 0, {"step": 0}, clock)
-            save(session, run_dir, 0)
+            evaluation = log.record(0, {"step": 0})
+            log.save(0)
         for step in range(start + 1, total + 1):
-            metrics = take_step(session, step, run_dir)
-            evaluation = _record(session, run_dir, tracker, step, metrics, clock)
+            evaluation = log.record(step, take_step(session, step, run_dir))
             stop = session.ranks.any(should_stop()) and step < total
             if stop or step == total or step % session.profile.training.checkpoint_every == 0:
-                save(session, run_dir, step)
-                run_dir.set_status(replace(status, step=step, seconds=clock.total()))
+                log.save(step)
             if stop:
-                run_dir.set_status(
-                    replace(status, state="interrupted", step=step, reason="stopped on request", seconds=clock.total())
-                )
+                log.end("interrupted", step, "stopped on request")
                 ended = "interrupted"
                 return None
         if start == total:  # stopped between its last checkpoint and its end, or its last score was lost
             try:
                 evaluation = run_dir.evaluation(total)
             except DamagedRunError:
-                evaluation = _score(session, run_dir, total)
+                evaluation = log.score(total)
         if session.policy.adapters is not None:
             run_dir.save_adapter(session.policy.adapters.save)
-        ended = "complete"
+        ended = "untrained" if run_dir.health().untrained else "complete"
     except BaseException as error:
         resumable = isinstance(error, KeyboardInterrupt) or is_disk_full(error)
         ended = "interrupted" if resumable else "failed"
-        reason = f"step {step}: {type(error).__name__}: {error}"
         with suppress(OSError):  # a disk that is full, or gone, must not hide what ended the run
-            run_dir.set_status(replace(status, state=ended, step=step, reason=reason, seconds=clock.total()))
+            log.end(ended, step, f"step {step}: {type(error).__name__}: {error}")
         raise
     finally:
-        tracker.close(ended)
-    run_dir.set_status(replace(status, state="complete", step=total, seconds=clock.total()))
+        log.tracker.close(ended)
+    log.end("complete", total)
     return evaluation
 
 
@@ -165,6 +161,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "prompts": batch.prompts,
         "response_tokens": batch.response_tokens,
         "truncated": batch.truncated,
+        "empty": batch.empty,
         "reward_errors": batch.reward_errors,
         "nonfinite": batch.nonfinite,
         "sigma": session.sigmas[step - 1],
@@ -172,6 +169,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
         "trained": batch.teaches,
     }
+    _check_usable(session, step, batch)
     if batch.teaches:
         for group in session.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
@@ -184,6 +182,32 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
     ended = time.perf_counter()
     metrics |= {"seconds_rollout": sampled - began, "seconds_update": ended - sampled}
     return metrics
+
+
+def _check_usable(session: Session, step: int, batch: Batch) -> None:
+    """Stop a run whose steps, one after the other, give no rollout that could be trained on.
+
+    Raises:
+        NonFiniteOutputError: if no rollout could be computed; the message names the first module.
+        FailedRewardsError: if the reward of every rollout failed.
+    """
+    failed = batch.sampled in (batch.nonfinite, batch.reward_errors)
+    session.fruitless_steps = session.fruitless_steps + 1 if failed else 0
+    if not failed or session.fruitless_steps < min(FRUITLESS_STEPS, len(session.sigmas)):
+        return
+    steps = f"{session.fruitless_steps} step{'s' if session.fruitless_steps > 1 else ''} in a row"
+    if batch.nonfinite == batch.sampled:
+        with aqn_of_step(session, step):
+            where = first_nonfinite(session.model, batch.rollouts)
+        raise NonFiniteOutputError(
+            f"no rollout of {steps} could be computed: the logits were not finite, first in {where}. Nothing can be "
+            "trained: take a format of a wider range, keep that layer in high precision (hardware.precision.keep), or "
+            "lower aqn.sigma_start"
+        )
+    raise FailedRewardsError(
+        f"the reward of task {session.task.name!r} failed for every rollout of {steps} (it raised, or gave no finite "
+        "number), so that there is nothing to train on: try task.reward on one response"
+    )
 
 
 def _sample_batch(session: Session, step: int) -> Batch:
@@ -206,38 +230,3 @@ def _sample_batch(session: Session, step: int) -> Batch:
 
     with aqn_of_step(session, step):
         return collect(session.stream, session.position, sampler, session.task, algorithm, training, session.ranks)
-
-
-def _score(session: Session, run_dir: RunDirectory, step: int) -> Evaluation:
-    """Evaluate the model as it is after `step`, and keep every outcome."""
-    training = session.profile.training
-    evaluation = evaluate(
-        session.model,
-        session.tokenizer,
-        session.task,
-        key=session.key,
-        max_new_tokens=training.max_new_tokens,
-        noise_draws=training.noise_draws,
-        noisy=session.experiment.hardware.is_noisy,
-        step=step,
-        ranks=session.ranks,
-    )
-    run_dir.write_evaluation(evaluation)
-    return evaluation
-
-
-def _record(
-    session: Session, run_dir: RunDirectory, tracker: Tracker, step: int, metrics: Metrics, clock: Clock
-) -> Evaluation | None:
-    """Evaluate if due (always at step 0 and the last), then log the step."""
-    total = len(session.sigmas)
-    evaluation = None
-    if step in (0, total) or step % session.profile.training.evaluate_every == 0:
-        began = time.perf_counter()
-        evaluation = _score(session, run_dir, step)
-        metrics |= {"deployed": evaluation.deployed, "clean": evaluation.clean}
-        metrics["seconds_evaluate"] = time.perf_counter() - began
-    metrics |= {"seconds": clock.lap(), "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    run_dir.append_metrics(metrics)
-    tracker.log(step, scalars(metrics))
-    return evaluation

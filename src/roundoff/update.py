@@ -6,6 +6,7 @@ Log-probabilities before the update are computed first, with the hardware on and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from roundoff.algorithms.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
 from roundoff.batch import Batch, share_of
+from roundoff.diagnosis import nonfinite_parameters
 from roundoff.logprobs import token_logprobs
 from roundoff.models.checkpointing import checkpointed
 from roundoff.models.dropout import dropout_on
@@ -24,7 +26,7 @@ from roundoff.session import Session
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss or the gradient is not a number."""
+    """The loss, the gradient or a weight after the optimizer step is not a finite number."""
 
 
 def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
@@ -37,6 +39,7 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     """
     parts = [(*share_of(session.ranks, part, own), whole) for part, own, whole in _minibatches(session, batch)]
     old = [_before_update(session, step, part, first=i == 0) for i, (part, _, _) in enumerate(parts)]
+    before_step = nonfinite_parameters(session.trainable)
     outputs: list[LossOutput] = []
     norms: list[float] = []
     entropies: list[float] = []
@@ -45,14 +48,17 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
             output, entropy = _minibatch_loss(session, step, part, advantages, normalizer, before)
             moved = list(session.optimizer.masters.values())
             session.ranks.sum_gradients(moved)
-            norm = torch.nn.utils.clip_grad_norm_(moved, session.profile.training.gradient_clip)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
             if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
-                raise NonFiniteLossError(f"loss {output.loss.item()}, gradient norm {norm.item()}")
+                raise NonFiniteLossError(_diverged(session, output, norm, before_step))
+            torch.nn.utils.clip_grads_with_norm_(moved, session.profile.training.gradient_clip, norm)
             session.optimizer.step()
             session.optimizer.zero_grad(set_to_none=True)
             outputs.append(output)
             norms.append(float(norm))
             entropies.append(entropy)
+    if spoilt := _spoilt(session, before_step):
+        raise NonFiniteLossError(spoilt)
     logged = [o.metrics() for o in outputs]
     mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
     return {
@@ -63,6 +69,34 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
         **{name: logged[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
         "grad_norm": sum(norms) / len(norms),
     }
+
+
+def _spoilt(session: Session, before: Sequence[str]) -> str:
+    """Which weights an optimizer step has made NaN or infinite, in words; those in `before` were so already."""
+    bad = [name for name in nonfinite_parameters(session.trainable) if name not in before]
+    if not bad:
+        return ""
+    return (
+        f"after an optimizer step {len(bad)} of {len(session.trainable)} weights hold NaN or Inf "
+        f"({', '.join(bad[:3])}): lower the learning rate, or train in a dtype of a wider range"
+    )
+
+
+def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequence[str]) -> str:
+    """What was not finite, and the first of it in the order of the computation."""
+    said = f"loss {output.loss.item()}, gradient norm {norm.item()}"
+    if spoilt := _spoilt(session, before):
+        return f"{said}: {spoilt}"
+    if torch.isfinite(output.policy_loss) and not torch.isfinite(output.kl):
+        return f"{said}: the KL to the reference model is not finite, nor therefore the loss"
+    if torch.isfinite(output.loss):
+        bad = [name for name, p in session.optimizer.masters.items() if p.grad is not None and not _finite(p.grad)]
+        return f"{said}: the loss is finite, but the gradients of {len(bad)} weights are not ({', '.join(bad[:3])})"
+    return f"{said}: the log-probabilities of the policy are not finite; a lower learning rate may help"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 @dataclass(frozen=True, slots=True)

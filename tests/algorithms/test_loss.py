@@ -224,3 +224,37 @@ def test_arguments_that_do_not_fit_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         policy_loss(**arguments | change)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("micro", [40, 7, 1])
+def test_a_small_spread_of_the_ratio_is_measured(spread, micro):
+    """Of the ratios as float64 has them; a hundredth is the rounding of log-probabilities and means at 1e-6."""
+    difference = spread * torch.randn(40, 20, generator=torch.Generator().manual_seed(0))
+    old, mask = torch.zeros(40, 20), torch.ones(40, 20, dtype=torch.bool)
+    mask[:, 15:] = False
+    parts = [
+        policy_loss(difference[r], old[r], None, torch.ones(len(r)), mask[r], PLAIN)
+        for r in torch.arange(40).split(micro)
+    ]
+    expected = float(difference[mask].double().exp().std(correction=0))
+    assert float(combine(parts).ratio_std) == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize("d", [1e-8, -1e-6, 1e-5, -1e-4, 1e-3, 0.1, -3.0])
+def test_k3_of_a_small_difference_is_half_its_square(d):
+    """d^2/2 + d^3/6 + ... to the last bits, where float32 has 0 or a negative number for exp(d) - d - 1."""
+    value = kl_estimate(torch.zeros(1), torch.full((1,), d), Algorithm(name="GRPO"))
+    exact = float(torch.full((1,), d).double())
+    assert value.item() == pytest.approx(math.expm1(exact) - exact if abs(d) > 1e-3 else exact**2 / 2, rel=1e-3)
+    assert value.item() > 0
+
+
+def test_the_gradient_of_k3_is_that_of_its_formula_in_float32():
+    torch.manual_seed(0)
+    new, reference = torch.randn(64).mul(1e-3).requires_grad_(), torch.randn(64)
+    kl_estimate(new, reference, Algorithm(name="GRPO")).sum().backward()
+    plain = new.detach().clone().requires_grad_()
+    d = (reference - plain).clamp(-20, 20)
+    (d.exp() - d - 1.0).clamp(max=10).sum().backward()
+    assert torch.equal(new.grad, plain.grad)

@@ -178,3 +178,16 @@ def test_another_algorithm_brings_its_defaults_under_what_the_experiment_sets():
 def test_wrong_overrides(assignment, expected):
     with pytest.raises(ConfigError, match=expected):
         with_overrides(select(["quickstart"]), load_profile("tiny"), [assignment])
+
+
+def test_a_file_belongs_to_the_family_of_what_it_extends(tmp_path):
+    """Else the report sets it apart from its baseline: under no heading, and in no chart of the family."""
+    (tmp_path / "one.toml").write_text('extends = "quickstart-noise"\nepochs = 2\n')
+    (tmp_path / "two.toml").write_text('extends = "one"\n[hardware.matmul_noise]\nrelative_std = 0.2\n')
+    (tmp_path / "own.toml").write_text('extends = "one"\nfamily = "mine"\n')
+    one, two, own = (load_experiment(str(tmp_path / f"{name}.toml")) for name in ("one", "two", "own"))
+    assert (one.family, two.family, own.family) == ("quickstart", "quickstart", "mine")
+    for experiment in (one, two, own):
+        assert (experiment.baseline, experiment.epochs, experiment.title) == ("quickstart-clean", 2, "")
+    (tmp_path / "alone.toml").write_text('[algorithm]\nname = "GRPO"\n')
+    assert load_experiment(str(tmp_path / "alone.toml")).family == ""

@@ -95,3 +95,31 @@ def test_a_terminal_shows_running_queued_and_finished_with_the_time_left(job: Jo
     for word in ("1 queued", "1 running", "1 complete", "3/10", "0:14"):
         assert word in shown
     assert seconds_left(job, [{"step": s, "seconds": 2.0} for s in range(1, 4)]) == 14.0
+
+
+def test_what_was_not_computed_stands_beside_the_score(job: Job) -> None:
+    progress, output = piped()
+    rows = [{"step": 0, "seconds": 2.0, "deployed": 0.25, "clean": 0.5, "time": LATER, "deployed_nonfinite": 0.125}]
+    rows += [{"step": 1, "seconds": 2.0, "nonfinite": 3, "time": LATER}]
+    (job.request.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with progress.shown():
+        update(progress, job)
+        job.phase, job.message = "complete", "nothing was trained in 2 steps: no rollout could be computed"
+        update(progress, job)
+    assert output.getvalue().splitlines()[1:] == [
+        "a seed 0: step 0/10 deployed 25.0% (12.5% not finite) clean 50.0% left 00:18",
+        "a seed 0: complete (nothing was trained in 2 steps: no rollout could be computed)",
+    ]
+
+
+def test_the_table_marks_a_run_that_trained_nothing(job: Job) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=200)
+    rows = [{"step": 1, "seconds": 2.0, "nonfinite": 3, "reward_errors": 0, "time": LATER}]
+    (job.request.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job.phase, job.message = "complete", "nothing was trained in 1 step: ..."
+    progress = Progress(console, workers=1)
+    with progress.shown():
+        update(progress, job)
+    assert "not trained" in output.getvalue()
+    assert "3 rollouts not finite" in output.getvalue()

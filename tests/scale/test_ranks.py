@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.run_dir import read_metrics, read_run
+from tests.broken_models import overflowing_model
 from tests.test_parallel import assert_same_to_rounding, metrics
 
 pytestmark = pytest.mark.slow
@@ -111,3 +112,41 @@ def test_more_runs_at_a_time_are_refused_under_torchrun(tmp_path, profile):
     output, _ = refused.communicate(timeout=60)
     assert refused.returncode == 2
     assert "roundoff: under torchrun one run is made at a time" in output
+
+
+EXCHANGE = """
+import torch
+from roundoff.parallel import joined
+
+with joined("cpu") as ranks:
+    large = torch.arange(100_000.0) if ranks.leads else None  # nobody else pads to its size
+    for value in (ranks.index, (large, "a" * ranks.index), torch.full((3,), ranks.index)):
+        found = ranks.gather(value)
+        assert len(found) == 2
+    assert found[1].tolist() == [1, 1, 1]
+    assert torch.equal(ranks.first(lambda: torch.arange(100_000.0)), torch.arange(100_000.0))
+    try:
+        ranks.gather(object() if ranks.index else 1)
+    except TypeError as error:
+        assert "rank 1" in str(error)
+    print("exchanged")
+"""
+
+
+def test_real_processes_exchange_without_pickle(tmp_path):
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    process = start(["torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count("exchanged") == 2
+
+
+def test_a_model_that_is_broken_ends_both_ranks_with_one_message(tmp_path, profile):
+    directory = overflowing_model(tmp_path / "model")
+    command = arguments(tmp_path / "runs", profile, "quickstart-noise")
+    process = torchrun(*command, "--set", f"profile.model={directory}")
+    output, _ = process.communicate(timeout=120)  # nobody waits for the other
+    assert process.returncode != 0
+    assert output.count("failed: quickstart-noise seed 0: ") == 1
+    assert "first in model.layers.1.mlp.up_proj" in output

@@ -124,8 +124,11 @@ def test_the_picture_shades_each_column_by_its_damage():
 
 def test_fault_lines_name_the_suspect_first():
     alarm = {"check": "checksum", "site": "layers.1.up", "detail": "off"}
-    lines = fault_lines({"alarms": [alarm], "checked": ["a", "b"], "unchecked": ["c"], "suspect": "layers.1.up"})
-    assert lines[1] == "suspect: layers.1.up (the first in forward order)"
+    report = {"alarms": [alarm], "checked": ["a", "b"], "unchecked": ["c"], "suspect": "layers.1.up", "calls": 12}
+    lines = fault_lines(report)
+    # 1 - 0.9^12 = 0.718, 1 - 0.99^12 = 0.114, 1 - 0.999^12 = 0.012
+    assert lines[1].endswith("in 10.0% of calls: 72%, 1.0% of calls: 11%, 0.1% of calls: 1%")
+    assert lines[2] == "suspect: layers.1.up (the first in forward order)"
     assert lines[-1] == "not checked: c"
 
 

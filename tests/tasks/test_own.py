@@ -71,13 +71,26 @@ def test_the_check_finds_what_is_wrong(file):
     assert "mine/a: reward raises ValueError on 'é'" in found
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("None", "a reward must be a number, but is NoneType"),
+        ("2.0", "at most 1.0, but is 2.0"),
+        ("'1'", "is the text"),
+    ],
+)
+def test_the_check_finds_what_is_no_reward(tmp_path, value, message):
+    (tmp_path / "odd.py").write_text(SOURCE.replace("float(response == problem.answer)", value))
+    assert any(message in line for line in check_task(load_task(f"{tmp_path}/odd.py:Mine", {})))
+
+
 def test_the_example_is_found_from_its_profile():
     profile = load_profile("examples/doubling.toml")
     assert profile.task.settings == {"largest": 48}  # none of the arithmetic task that the profile extends has
     task = make_task(profile)
     assert (len(task.train()), len(task.test())) == (36, 12)
     assert check_task(task) == []
-    with pytest.raises(ConfigError, match=r"task examples/doubling\.py:Doubling: largest must be in 8 to 50"):
+    with pytest.raises(ConfigError, match=r"task doubling\.py:Doubling: largest must be in 8 to 50"):
         make_task(with_overrides([], profile, ["profile.task.settings.largest=99"])[1])
 
 

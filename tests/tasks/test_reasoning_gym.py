@@ -7,7 +7,9 @@ import sys
 import pytest
 
 from roundoff.config import ConfigError
-from roundoff.tasks import TASKS, TaskError, check_task
+from roundoff.tasks import TASKS, Problem, TaskError, check_task
+from roundoff.tasks.reasoning_gym import ReasoningGymSettings, ReasoningGymTask
+from roundoff.tasks.score import Scored, score_responses
 
 SMALL = {"train_problems": 24, "test_problems": 12}
 
@@ -63,6 +65,25 @@ def test_a_scorer_that_stumbles_is_recorded_and_not_raised():
     task = make(dataset="chain_sum")
     task._score = lambda answer, entry: 1 / 0
     assert math.isnan(task.reward(task.test()[0], "#### 5"))
+
+
+@pytest.mark.parametrize(
+    "score", [math.nan, math.inf, 1.5, -0.5, None, "1.0", ValueError("x"), SystemExit(0)], ids=repr
+)
+def test_what_is_no_score_is_a_reward_error(score):
+    def scorer(answer, entry):
+        if isinstance(score, BaseException):
+            raise score
+        return score
+
+    task = ReasoningGymTask.__new__(ReasoningGymTask)  # the scorer alone: the package need not be there
+    task.settings, task._entries, task._score = ReasoningGymSettings(), {"a": {}}, scorer
+    problem = Problem("a", "1=", "1")
+    assert math.isnan(task.reward(problem, "#### 5"))
+    assert score_responses(task, [problem], ["#### 5"]) == Scored((0.0,), 1)
+    assert score_responses(task, [problem], ["no answer"]) == Scored((0.0,), 0)
+    task._score = lambda answer, entry: True
+    assert task.reward(problem, "#### 5") == 1.0
 
 
 def test_a_generator_that_does_not_repeat_itself_is_refused(monkeypatch):

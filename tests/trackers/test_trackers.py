@@ -1,6 +1,7 @@
 """Names, several trackers at once, and the guard: whatever a tracker does, the run goes on."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -9,7 +10,7 @@ from roundoff.config import ConfigError
 from roundoff.experiments import load_experiment
 from roundoff.run_dir import read_run
 from roundoff.scale.local_grid import RunRequest, run_grid
-from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers
+from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers, scalars
 from roundoff.trackers.base import hyper_parameters
 from tests.simulated import experiment, profile
 from tests.trackers.runs import log_steps, tracked
@@ -125,3 +126,27 @@ def test_a_run_ends_well_though_its_tracker_cannot_write(tmp_path, small):
     assert [text.split(":")[0] for text in job.warnings] == ["tracker jsonl failed and is now off; the run goes on"]
     assert read_run(request.path).is_final
     assert list((request.path / "tensorboard").iterdir())
+
+
+def test_a_number_that_is_not_finite_reaches_every_tracker_and_the_file_stays_json(tmp_path):
+    """NaN for trackers, which show it as such; null in the file, for JSON has no NaN."""
+    row = {"step": 1, "time": "now", "entropy": math.nan, "kl": None, "loss": 0.5, "sigma_layers": [0.1, math.inf]}
+    values = scalars(row)
+    assert math.isnan(values["entropy"]) and math.isnan(values["kl"])
+    tracker = open_trackers("jsonl", tracked(tmp_path))
+    tracker.log(1, values)
+    tracker.close("untrained")
+
+    def refused(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    lines = [json.loads(line, parse_constant=refused) for line in (tmp_path / "scalars.jsonl").read_text().splitlines()]
+    assert lines[1] == {
+        "step": 1,
+        "entropy": None,
+        "kl": None,
+        "loss": 0.5,
+        "sigma/layer.0": 0.1,
+        "sigma/layer.1": None,
+    }
+    assert lines[2] == {"ended": "untrained"}

@@ -126,12 +126,14 @@ def policy_loss(
         loss = loss - algorithm.entropy_coefficient * bonus
     with torch.no_grad():
         used = ratio * weight * mask
+        exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(_wide(used)).exp() * weight
         return LossOutput(
             loss=loss,
             policy_loss=policy_part.detach(),
             kl=kl_part.detach(),
             **_clip_fractions(ratio.detach(), advantages, mask, algorithm),
-            **_spread(used.sum(), used.square().sum(), mask.sum()),
+            **_mean_and_size(used.sum(), used.square().sum(), mask.sum()),
+            ratio_std=_deviation(exact, mask),
         )
 
 
@@ -164,6 +166,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, algorithm: Algorithm) ->
 
     With `d = ref_logprobs - logprobs`: `k1` is -d (unbiased, may be negative), `k2` is d**2/2, `low_var_kl` is
     exp(d) - d - 1, called k3 (Schulman 2020, joschu.net/blog/kl-approx.html; GRPO equation 4), clamped as in verl.
+
+    Below |d| of 1e-3 the three terms of k3 cancel in float32 (at 1e-5 what is left is rounding, and may be negative),
+    so its value is computed in float64. Its gradient is that of the float32 formula, bit for bit.
     """
     d = ref_logprobs - logprobs
     if algorithm.kl_estimator == "k1":
@@ -171,7 +176,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, algorithm: Algorithm) ->
     if algorithm.kl_estimator == "k2":
         return 0.5 * d.square()
     d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return (d.exp() - d - 1.0).clamp(max=LOW_VAR_KL_LIMIT)
+    differentiable = (d.exp() - d - 1.0).clamp(max=LOW_VAR_KL_LIMIT)
+    exact = d.detach().to(_wide(d))
+    value = (exact.expm1() - exact).clamp(max=LOW_VAR_KL_LIMIT).to(d.dtype)
+    return value + (differentiable - differentiable.detach())  # the bracket is exactly 0 and carries the gradient
 
 
 def combine(outputs: Sequence[LossOutput]) -> LossOutput:
@@ -187,13 +195,17 @@ def combine(outputs: Sequence[LossOutput]) -> LossOutput:
     tokens = torch.stack([o.tokens for o in outputs])
     mean, std = (torch.stack([getattr(o, name) for o in outputs]) for name in ("ratio_mean", "ratio_std"))
     share = tokens / tokens.sum().clamp(min=1)
+    spread = _mean_and_size((mean * tokens).sum(), ((std.square() + mean.square()) * tokens).sum(), tokens.sum())
+    # the variance within micro-batches and that between them: both about a mean, so nothing cancels
+    variance = ((std.square() + (mean - spread["ratio_mean"]).square()) * share).sum()
     return LossOutput(
         loss=torch.stack([o.loss.detach() for o in outputs]).sum(),
         policy_loss=torch.stack([o.policy_loss for o in outputs]).sum(),
         kl=torch.stack([o.kl for o in outputs]).sum(),
         clip_low_fraction=(torch.stack([o.clip_low_fraction for o in outputs]) * share).sum(),
         clip_high_fraction=(torch.stack([o.clip_high_fraction for o in outputs]) * share).sum(),
-        **_spread((mean * tokens).sum(), ((std.square() + mean.square()) * tokens).sum(), tokens.sum()),
+        ratio_std=variance.sqrt(),
+        **spread,
     )
 
 
@@ -210,16 +222,31 @@ def _clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, algorithm: 
     return {"clip_low_fraction": low.sum() / count, "clip_high_fraction": high.sum() / count}
 
 
-def _spread(total: Tensor, total_of_squares: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Mean, population deviation and effective sample size (all 0 if there is no token) from sums over tokens."""
+def _mean_and_size(total: Tensor, total_of_squares: Tensor, count: Tensor) -> dict[str, Tensor]:
+    """Mean and effective sample size (both 0 if there is no token) from sums over tokens."""
     tokens = count.clamp(min=1)
     mean, mean_of_squares = total / tokens, total_of_squares / tokens
     return {
         "ratio_mean": mean,
-        "ratio_std": (mean_of_squares - mean.square()).clamp(min=0).sqrt(),
         "ratio_ess": torch.where(mean_of_squares > 0, mean.square() / mean_of_squares, 0.0),
         "tokens": count,
     }
+
+
+def _deviation(values: Tensor, mask: Tensor) -> Tensor:
+    """Population deviation [] (float32) of the values [N, T] inside the mask, 0 without any.
+
+    It is taken about the mean. As the mean of the squares less the square of the mean, float32 gives 0 or about 5e-4
+    for every spread below 5e-4, since importance weights lie near 1.
+    """
+    tokens = mask.sum().clamp(min=1)
+    mean = (values * mask).sum() / tokens
+    return (((values - mean) * mask).square().sum() / tokens).sqrt().to(torch.float32)
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """The widest type in which the device of a tensor computes: MPS has no float64."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _check(

@@ -158,10 +158,11 @@ def _lengths(profile: Profile, runs: Sequence[Run], prompt: float | None, respon
     from roundoff.scale.cost_model import default_assumptions
 
     found = default_assumptions(profile)
-    measured = [float(row["response_tokens"]) for run in runs for row in run.metrics if "response_tokens" in row]
+    trained = [run for run in runs if not run.health.untrained]
+    measured = [float(row["response_tokens"]) for run in trained for row in run.metrics if "response_tokens" in row]
     if measured and response is None:
         response = sum(measured) / len(measured)
-        found = replace(found, source=f"response as in {len(runs)} runs, prompt a quarter of the limit")
+        found = replace(found, source=f"response as in {len(trained)} runs, prompt a quarter of the limit")
     if prompt is not None or response is not None:
         found = replace(
             found, prompt_tokens=prompt or found.prompt_tokens, response_tokens=response or found.response_tokens

@@ -63,17 +63,23 @@ def import_table_command(file: Path, problems: int | None, baseline: str | None)
 def runs_command(root: Path) -> None:
     """List runs with their status and last scores."""
     from roundoff.run_dir import find_runs
+    from roundoff.scale.progress import not_computed
 
     found, skipped = find_runs((root,))
     if not found and not skipped:
         click.echo(f"there are no runs in {root}: `roundoff run` makes them", err=True)
     for item in found:
         scored = [row for row in item.metrics if "deployed" in row]
-        scores = f"deployed {scored[-1]['deployed']:.1%}  clean {scored[-1]['clean']:.1%}" if scored else ""
+        scores = ""
+        if scored:
+            last = scored[-1]
+            lost = not_computed(last, "deployed_")
+            scores = f"deployed {last['deployed']:.1%}{lost}  clean {last['clean']:.1%}"
         at = f"step {item.metrics[-1]['step'] if item.metrics else 0}/{item.status.total_steps}"
         title = f"  {item.experiment.title}" if item.experiment.title else ""
-        click.echo(f"{item.path}{title}  {item.status.state}  {at}  {scores}  {item.status.reason}".rstrip())
-        for line in item.status.warnings:
+        state = f"{item.status.state}{' (not trained)' if item.is_final and item.health.untrained else ''}"
+        click.echo(f"{item.path}{title}  {state}  {at}  {scores}  {item.status.reason}".rstrip())
+        for line in dict.fromkeys((*item.status.warnings, *item.health.notes())):
             click.echo(f"  warning: {line}")
     for line in skipped:
         click.echo(f"skipped: {line}", err=True)

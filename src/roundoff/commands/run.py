@@ -87,7 +87,8 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     from roundoff.tasks import load_task
 
     for task in {request.profile.task.model_dump_json(): request.profile.task for request in requests}.values():
-        load_task(task.name, task.settings)
+        located = task.located()
+        load_task(located.name, located.settings)
     threads = max(request.profile.threads for request in requests)
     here = workers or max(1, _cores() // threads)
     progress = Progress(console(), here)
@@ -108,9 +109,10 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
             jobs = run_on_ray(requests, ray, workers=limit, watch=progress.update, warn=_warn)
     failed = [job for job in jobs if job.phase == "failed"]
     stopped = [job for job in jobs if job.phase == "interrupted"]
+    untrained = [job for job in jobs if job.is_untrained]
     if leads:
-        _tell(failed, stopped)
-    return 1 if failed else 130 if stopped else 0
+        _tell(failed, stopped, untrained)
+    return 1 if failed or untrained else 130 if stopped else 0
 
 
 def _cores() -> int:
@@ -120,11 +122,14 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _tell(failed: list[Job], stopped: list[Job]) -> None:
+def _tell(failed: list[Job], stopped: list[Job], untrained: list[Job]) -> None:
     """Say what went wrong, each message once, and how to go on."""
     for message in dict.fromkeys(job.message for job in failed):
         where = [f"{j.request.experiment.id} seed {j.request.seed}" for j in failed if j.message == message]
         click.secho(f"failed: {', '.join(where)}: {message}", fg="red", err=True)
+    for job in untrained:
+        name = f"{job.request.experiment.id} seed {job.request.seed}"
+        click.secho(f"not trained: {name}: {job.message}; its score is that of an untrained model", fg="red", err=True)
     if stopped:
         click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
 

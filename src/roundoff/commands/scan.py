@@ -53,6 +53,7 @@ class Subject:
 @click.option("--multipliers", "mode", help="Print AQN's multipliers: targeted, variable, proportional, inverse, ...")
 @click.option("--direction", default="sensitive", show_default=True, help="End the ranking starts at, or: robust.")
 @click.option("--faults", is_flag=True, help="Look for faults of this machine instead.")
+@click.option("--replays", type=click.IntRange(min=0), help="Of --faults: repeats of each product. [default: 2]")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda, npu or mps.")
 @click.option("--allow-download", is_flag=True, help="Fetch MODEL from the hub if it is a hub name.")
@@ -86,8 +87,10 @@ def _check_idle(options: dict[str, Any]) -> None:
     idle = [shown for name, shown in of_a_scan.items() if options[name] not in (None, False)]
     if options["faults"] and idle:
         raise ConfigError(f"--faults looks for faults of this machine as it is: leave out {', '.join(idle)}")
+    if options["replays"] is not None and not options["faults"]:
+        raise ConfigError("--replays is an option of --faults, and does nothing to a scan of a format: leave it out")
     if options["direction"] != "sensitive" and options["mode"] is None:
-        raise ConfigError("--direction is that of --multipliers, and does nothing without: give --multipliers too")
+        raise ConfigError("--direction does nothing without --multipliers: give --multipliers too")
 
 
 def chosen_hardware(options: dict[str, Any]) -> tuple[Hardware, str]:
@@ -120,8 +123,8 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     import torch
 
     from roundoff.experiments import load_profile
-    from roundoff.models.load import check_readable, load_model
-    from roundoff.prompts import Asked, text
+    from roundoff.models.load import load_model
+    from roundoff.prompts import Asked, check_asked
     from roundoff.session import make_task, resolve_device
     from roundoff.srdd import calibration_batches, calibration_texts
 
@@ -140,7 +143,7 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
         allow_download=options["allow_download"],
         chat=profile.chat,
     )
-    check_readable(loaded, [text(loaded.tokenizer, asked) for asked in texts[:100]])
+    check_asked(loaded, texts[: 2 * options["tokens"]])  # each holds at least one token
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=options["tokens"], batches=4)
     used = sum(len(batch["input_ids"]) for batch in batches)
     if not options["with_frontier"]:
@@ -219,7 +222,8 @@ def _find_faults(model: str, options: dict[str, Any]) -> None:
     from roundoff.srdd import find_faults
 
     subject = _open(model, options)
-    report = find_faults(subject.loaded.model, subject.batches, seed=options["seed"])
+    replays = 2 if options["replays"] is None else options["replays"]
+    report = find_faults(subject.loaded.model, subject.batches, replays=replays, seed=options["seed"])
     data = {"model": model, **report.to_json()}
     for line in fault_lines(data):
         click.echo(line)

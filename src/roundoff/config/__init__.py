@@ -8,7 +8,7 @@ from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
-from roundoff.config.profile import Profile, Task, Training
+from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "nearest",
     "result_hash",
     "validate",
+    "with_paths",
 ]

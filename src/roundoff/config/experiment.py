@@ -63,4 +63,5 @@ def result_hash(experiment: Experiment, profile: Profile) -> str:
         "experiment": experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]),
         "profile": profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device", "allow_download"}),
     }
+    content["profile"]["task"].pop("directory", None)  # where a file lies changes no result
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from roundoff.config.base import Count, Fraction, NonNegative, Positive, Settings, Whole, rule
 
@@ -40,11 +42,43 @@ class Training(Settings):
     ] = 2
 
 
+PATH_SETTINGS = {"gsm8k": ("path", "train", "test")}
+"""Settings of packaged tasks that name files."""
+
+
 class Task(Settings):
     """A task by name, with the settings that the task itself defines and checks."""
 
     name: str
     settings: dict[str, Any] = Field(default_factory=dict)
+    directory: str | None = None
+    """Where relative paths in `name` (`file.py:Class`) and `settings` begin: the directory of the TOML file that gives
+    them; None: where the process was started. It is recorded with a run, but is no part of its hash."""
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_directory(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialize(self)
+        if self.directory is None:
+            content.pop("directory", None)
+        return content
+
+    def located(self) -> Task:
+        """The same task, with absolute paths."""
+        start = Path.cwd() if self.directory is None else Path(self.directory)
+        name, settings = with_paths(self.name, self.settings, lambda path: str(start / path))
+        return Task(name=name, settings=settings)
+
+
+def with_paths(name: str, settings: Mapping[str, Any], change: Callable[[Path], str]) -> tuple[str, dict[str, Any]]:
+    """Name and settings of a task, each relative path in them replaced by what `change` makes of it."""
+
+    def changed(path: str) -> str:
+        return path if Path(path).expanduser().is_absolute() else change(Path(path))
+
+    where, colon, attribute = name.rpartition(":")
+    placed = f"{changed(where)}:{attribute}" if colon and where.endswith(".py") else name
+    given = {key: settings.get(key) for key in PATH_SETTINGS.get(name, ())}
+    return placed, {**settings, **{key: changed(path) for key, path in given.items() if path and isinstance(path, str)}}
 
 
 class Profile(Settings):

@@ -1,8 +1,9 @@
 """Finds, merges and checks the TOML files of experiments and profiles.
 
-A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME, and each table
-given here is merged over it key by key. The family of a packaged experiment is its folder; files that begin with `_`
-are bases to extend and not experiments themselves.
+A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME but its id and
+title, and each table given here is merged over it key by key. The family of a packaged experiment is its folder; a file
+of one's own belongs to the family of what it extends, unless it names another. Files that begin with `_` are bases to
+extend and not experiments themselves.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Profile, Settings, nearest, validate
+from roundoff.experiments.places import placed
 
 TABLE = Path(__file__).parent
 Assignment = tuple[list[str], Any]
@@ -124,7 +126,9 @@ def with_overrides(
     parsed = [_parse_assignment(text) for text in assignments]
     of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
     of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
-    scale = validate(Profile, _content(profile, of_profile), source="--set", within="profile.", trees=TREES)
+    given = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
+    whole = _merge(profile.model_dump(exclude_none=True), given)
+    scale = validate(Profile, whole, source="--set", within="profile.", trees=TREES)
     if scale != profile and scale.name == profile.name:
         scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
     renamed: dict[str, str] = {}
@@ -263,8 +267,12 @@ def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{_shown(path)}: is not TOML: {error}") from None
     parent = content.pop("extends", None)
     if parent is None:
-        return content
-    base = _merged(_parent(path, parent), (*seen, path))
+        return placed(content, path.parent.resolve(), {})
+    above = _parent(path, parent)
+    base = _merged(above, (*seen, path))
+    content = placed(content, path.parent.resolve(), base)
+    if above.parent.parent == TABLE and above.parent.name != "profiles":
+        base["family"] = above.parent.name
     return _merge({k: v for k, v in base.items() if k not in ("id", "title", "name")}, content)
 
 

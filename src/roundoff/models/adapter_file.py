@@ -1,99 +1,238 @@
-"""The files of a saved adapter, and whether they are whole: every tensor in its place, and no place without one.
+"""A saved adapter, read whole or refused: its settings, its tensors, and the base that it was trained over.
 
-PEFT loads what it can and only warns: renamed tensors leave the base model as it was, and its score then passes for the
-adapter's (huggingface/peft#2699).
+PEFT is silent about tensors that an adapter's file lacks or has too many, and then computes with the first values of A
+and with B = 0: the base model is scored under the adapter's name (huggingface/peft#2699). Everything is compared here.
+
+An adapter that roundoff has saved carries a record in the header of `adapter_model.safetensors`, where other tools do
+not look: the SHA-256 and dtype of its base, and the settings that its tensors do not show.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
+from roundoff.models.weights import weights_digest
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 """File that makes a directory an adapter of PEFT's."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RECORD = "roundoff"
+"""Entry of the header of an adapter's file that holds the record."""
+
+_OTHER_FUNCTIONS = (
+    "use_dora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "arrow_config",
+    "use_bdlora",
+    "megatron_config",
+)
+"""Settings of PEFT's with which a layer does not compute `hardware(x, W) + scale * B A x`."""
+_INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
+"""Values of `init_lora_weights` that leave the base as it is."""
+_RECORDED = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def read_adapter(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter, by the names in its file.
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """What an adapter directory holds, checked by itself."""
+
+    directory: Path
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    """By the names that PEFT gives them."""
+    record: dict[str, Any] | None
+    """What roundoff recorded when it saved the adapter; None for an adapter of another tool."""
+
+    def error(self, what: str) -> ConfigError:
+        """An error about this adapter."""
+        return ConfigError(f"the adapter in {self.directory} {what}")
+
+
+def read_adapter(directory: Path) -> AdapterFile:
+    """The LoRA adapter in a directory.
 
     Raises:
-        ConfigError: if it is no LoRA adapter, has no safetensors file, or holds values that are not finite.
+        ConfigError: if a file is missing or cannot be read, it is no LoRA adapter, it needs arithmetic other than
+            LoRA's, it is empty, or a tensor holds NaN or infinity.
     """
-    from safetensors.torch import load_file
+    from peft import LoraConfig
+    from safetensors import SafetensorError, safe_open
 
-    settings = read_adapter_config(directory)
+    where = f"the adapter in {directory}"
+    settings = _settings(directory)
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ConfigError(f"the adapter in {directory} is of type {kind}: only LORA adapters can be used")
-    weights = directory / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
-        more = "; adapter_model.bin is a pickle file, which can run code when read: convert it" if pickled else ""
-        raise ConfigError(f"the adapter in {directory} has no {ADAPTER_WEIGHTS}{more}")
+        raise ConfigError(f"{where} must be a LoRA adapter, but peft_type of {ADAPTER_CONFIG} is {kind!r}")
+    for name in _OTHER_FUNCTIONS:
+        if settings.get(name):
+            raise ConfigError(
+                f"{where} has {name} = {settings[name]!r} ({ADAPTER_CONFIG}): roundoff computes plain LoRA only"
+            )
+    if settings.get("init_lora_weights", True) not in _INITIAL_VALUES:
+        raise ConfigError(
+            f"{where} has init_lora_weights = {settings['init_lora_weights']!r} ({ADAPTER_CONFIG}), which changes the "
+            "base: convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
+        )
+    if settings.get("bias", "none") != "none":
+        raise ConfigError(f"{where} changes the base's biases (bias = {settings['bias']!r} in {ADAPTER_CONFIG})")
+    path = directory / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read from safetensors alone")
     try:
-        tensors = load_file(weights)
-    except Exception as error:  # safetensors raises kinds of its own
-        raise ConfigError(f"{weights} cannot be read: {error}") from error
-    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise ConfigError(f"the adapter in {directory} holds NaN or Inf: {_shown(broken)}")
-    return tensors
-
-
-def read_adapter_config(directory: Path) -> Mapping[str, Any]:
-    """The settings of an adapter.
-
-    Raises:
-        ConfigError: if there are none, or they are not JSON.
-    """
-    path = directory / ADAPTER_CONFIG
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} is no adapter: it holds no {ADAPTER_CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{path} holds no settings")
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        config = LoraConfig.from_pretrained(str(directory))
+        record = json.loads(metadata[RECORD]) if RECORD in metadata else None
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
+    found = AdapterFile(directory, config, tensors, record)
+    _check_tensors(found)
+    _check_record(found, settings)
     return found
 
 
-def check_complete(peft: PeftModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Check that the file's tensors are exactly those that the adapter has on this model, in name and shape.
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must hold a JSON object")
+    return found
+
+
+def _check_tensors(found: AdapterFile) -> None:
+    if not found.tensors:
+        raise found.error("is empty: its file holds no tensor")
+    for name, tensor in found.tensors.items():
+        if tensor.dtype not in _DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise found.error(f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}: it must be one of {kinds}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise found.error(f"holds NaN or infinity in {name}, so every result would be worthless")
+
+
+def _check_record(found: AdapterFile, settings: dict[str, Any]) -> None:
+    """Compare `adapter_config.json` with what was recorded when the adapter was saved, and with its run's settings."""
+    if found.record is not None:
+        for name, recorded in found.record["settings"].items():
+            if (value := _plain(settings.get(name))) != recorded:
+                raise found.error(
+                    f"has {name} = {value!r} in {ADAPTER_CONFIG}, but was saved with {recorded!r}: bring the old "
+                    f"{ADAPTER_CONFIG} back"
+                )
+    path = found.directory.resolve().parent / "experiment.toml"
+    if found.directory.resolve().name != "adapter" or not path.is_file():
+        return
+    try:
+        lora = tomllib.loads(path.read_text("utf-8"))["experiment"].get("lora")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if lora is None:
+        raise found.error(f"lies in the directory of a run without adapters ({path} has no table [experiment.lora])")
+    for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
+        if key in lora and settings.get(name) != lora[key]:
+            raise found.error(f"has {name} = {settings.get(name)!r}, but its run has lora.{key} = {lora[key]} ({path})")
+
+
+def check_base(found: AdapterFile, model: PreTrainedModel) -> None:
+    """Check that the plain model, with or without hardware, is the one that the adapter was trained over.
+
+    Only an adapter that roundoff has saved says which that was; tensors of another tool's must fit, nothing more.
 
     Raises:
-        ConfigError: naming what is missing, left over, or of another shape.
+        ConfigError: if its weights or their dtype differ.
     """
-    from peft import get_peft_model_state_dict
-
-    own = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    missing, left = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    other = sorted(name for name in set(own) & set(tensors) if own[name].shape != tensors[name].shape)
-    said = [
-        f"{what}: {_shown(names)}"
-        for what, names in (
-            ("tensors that the adapter needs on this model are missing", missing),
-            ("tensors that this model has no place for", left),
-            ("tensors of another shape", other),
+    if found.record is None:
+        return
+    trained, dtype = found.record["dtype"], str(model.dtype).removeprefix("torch.")
+    if dtype != trained:
+        raise found.error(f"was trained over a base in {trained}, but the model is in {dtype}: set profile.dtype")
+    if found.record["base"] != weights_digest(model):
+        raise found.error(
+            f"was trained over other weights than those of {model.name_or_path!r}: name the model of its run"
         )
-        if names
-    ]
-    if said:
-        raise ConfigError(f"the adapter in {directory} does not fit the model; {'; '.join(said)}")
 
 
-def _shown(names: Iterable[str]) -> str:
-    """The first few names."""
-    every = list(names)
-    more = f" and {len(every) - 3} more" if len(every) > 3 else ""
-    return ", ".join(every[:3]) + more
+def check_complete(found: AdapterFile, expected: dict[str, Tensor]) -> None:
+    """Check that the file holds the tensors that its settings call for on this model, and no others.
+
+    Raises:
+        ConfigError: naming tensors that are missing, too many, or of another shape.
+    """
+    missing, extra = sorted(expected.keys() - found.tensors), sorted(found.tensors.keys() - expected)
+    if missing or extra:
+        parts = [f"lacks {_few(missing)}"] if missing else []
+        parts += [f"holds {_few(extra)}, which this model and {ADAPTER_CONFIG} have no place for"] if extra else []
+        raise found.error(" and ".join(parts))
+    for name, tensor in expected.items():
+        if tensor.shape != found.tensors[name].shape:
+            raise found.error(
+                f"holds {name} of shape {list(found.tensors[name].shape)}, but on this model, at the rank in "
+                f"{ADAPTER_CONFIG}, it must be {list(tensor.shape)}"
+            )
+
+
+def drop_copies(found: AdapterFile, parameters: Mapping[str, Tensor]) -> None:
+    """Leave out copies of the base's own weights: PEFT saves those of embeddings and output layers that it adapts.
+
+    Raises:
+        ConfigError: if such a copy differs from the base, which is then another one.
+    """
+    for name in found.tensors.keys() & {n for n in parameters if ".lora_" not in n and ".modules_to_save." not in n}:
+        own, copy = parameters[name].detach().cpu(), found.tensors[name]
+        if own.shape != copy.shape or not torch.equal(own, copy.to(own.dtype)):
+            raise found.error(f"holds {name}, which differs from the base's own: it was trained over another base")
+        del found.tensors[name]
+
+
+def write_record(directory: Path, model: PreTrainedModel) -> None:
+    """Put the record into the adapter that PEFT has just saved of `model`.
+
+    The header is written here, as safetensors writes several entries in an order that changes from call to call, and
+    equal adapters are to be equal files.
+    """
+    settings = _settings(directory)
+    record = {
+        "base": weights_digest(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "settings": {name: _plain(settings.get(name)) for name in _RECORDED},
+    }
+    path = directory / ADAPTER_WEIGHTS
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": {"format": "pt", RECORD: json.dumps(record)}}
+    written = json.dumps(header, separators=(",", ":")).encode()
+    written += b" " * (-len(written) % 8)  # tensors begin at a multiple of eight bytes
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[end:])
+
+
+def _plain(value: Any) -> Any:
+    """A setting in which the order of names does not count: PEFT writes sets."""
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -5,6 +5,7 @@ only, never from pickle files.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from roundoff.numerics.torch_state import own_torch_state
+from roundoff.models.errors import ModelError
+from roundoff.models.tokenizer import check_added_bos, check_tokenizer
+from roundoff.models.weights import check_files, check_weights
+from roundoff.numerics.torch_state import own_defaults
+
+__all__ = ["TINY", "TINY_DIRECTORY", "LoadedModel", "ModelError", "check_readable", "load_model", "no_progress_bar"]
 
 TINY = "tiny"
 TINY_DIRECTORY = Path(__file__).parent / "tiny"
 """The embedded model, a Hugging Face directory."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,13 @@ def load_model(
 
     Raises:
         ModelError: there is no such model, it has no safetensors weights, its weights do not fit its architecture,
-            its tokenizer has neither a padding nor an end token, or no chat template where one is insisted on.
+            its tokenizer has neither a padding nor an end token, names a token that the model has no embedding for,
+            appends a token to prompts, or has no chat template where one is insisted on.
     """
     location, source = check_model(name, allow_download=allow_download)
     local = not source.startswith("hub:")
     options = {} if attention is None else {"attn_implementation": attention}
-    with no_progress_bar(), own_torch_state():
+    with no_progress_bar(), own_defaults():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,
@@ -84,15 +87,17 @@ def load_model(
             )
         except Exception as error:  # transformers, safetensors and tokenizers each raise kinds of their own
             raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error
-    _check_weights(info, name)
+    check_weights(model, info, name)
     _set_padding(tokenizer, model, name)
-    _check_end(tokenizer, model, name)
     if chat is True and tokenizer.chat_template is None:
         raise ModelError(
             f"profile.chat = true, but the tokenizer of model {name!r} has no chat template: set it to auto"
         )
     if chat is False:
         tokenizer.chat_template = None
+    added = check_tokenizer(tokenizer, model, name)
+    if local:
+        check_added_bos(tokenizer, _tokenizer_settings(Path(location)), added, name)
     return LoadedModel(model.to(device).eval(), tokenizer, name, source)
 
 
@@ -105,6 +110,7 @@ def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
     location, source = _locate(name, allow_download)
     if not source.startswith("hub:"):
         _check_directory(Path(location), name)
+        check_files(Path(location), name)
     return location, source
 
 
@@ -116,8 +122,10 @@ def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
     """
     known: dict[str, bool] = {}
     unknown_id = loaded.tokenizer.unk_token_id
+    tokens = sorted(loaded.tokenizer.get_added_vocab(), key=len, reverse=True)  # read whole, not by character
+    whole = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
     for prompt in prompts:
-        for character in prompt:
+        for character in whole.sub("", prompt):
             if character not in known:
                 ids = loaded.tokenizer(character, add_special_tokens=False)["input_ids"]
                 known[character] = any(token != unknown_id for token in ids)
@@ -168,44 +176,20 @@ def _check_directory(directory: Path, name: str) -> None:
     raise ModelError(f"model {name!r}: {directory} holds no weights (*.safetensors)")
 
 
-def _check_weights(info: dict[str, object], name: str) -> None:
-    """Raise where part of the model would keep random weights."""
-    for key in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := info.get(key):
-            shown = sorted(map(str, found))  # type: ignore[call-overload]
-            more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
-            raise ModelError(
-                f"model {name!r}: its weights do not fit its architecture ({key}: {', '.join(shown[:3])}{more})"
-            )
-
-
 def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token; give it one")
-    beyond = tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embedded_tokens(model)
-    if tokenizer.pad_token_id is None or beyond:  # nothing attends to padding, so any token with an embedding will do
-        if tokenizer.eos_token_id is None:
-            raise ModelError(f"model {name!r}: its padding token has no embedding, and it has no end token to pad with")
+    if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _check_end(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise where the end token is none that the model could ever write."""
-    end, count = tokenizer.eos_token_id, embedded_tokens(model)
-    if end is not None and end >= count:
-        raise ModelError(
-            f"model {name!r}: the tokenizer's end token {tokenizer.eos_token!r} ({end}) is beyond the model's "
-            f"{count} embeddings, so no response would end: the tokenizer belongs to another model, or tokens were "
-            "added to it without resizing the embeddings"
-        )
-
-
-def embedded_tokens(model: PreTrainedModel) -> int:
-    """Tokens that the model has an embedding for."""
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.weight.shape[0])
+def _tokenizer_settings(directory: Path) -> dict[str, Any]:
+    """Content of tokenizer_config.json; transformers has read it, so that it is JSON."""
+    path = directory / "tokenizer_config.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,18 @@ from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError, LoRA, nearest
 from roundoff.hardware.inventory import plain_name
-from roundoff.models.adapter_file import ADAPTER_CONFIG, check_complete, read_adapter
+from roundoff.models.adapter_file import (
+    ADAPTER_CONFIG,
+    check_base,
+    check_complete,
+    drop_copies,
+    read_adapter,
+    write_record,
+)
 from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
+from roundoff.models.weights import plain_parameter, shared_weights
 from roundoff.numerics.rng import Key
-from roundoff.numerics.torch_state import own_torch_state
+from roundoff.numerics.torch_state import own_defaults
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,20 +64,32 @@ class Adapters:
         """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, into an existing directory."""
         self.peft.save_pretrained(str(directory), save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # a model card with every field left to fill in
+        write_record(directory, self.peft.get_base_model())  # type: ignore[arg-type]
 
     def merge(self) -> PreTrainedModel:
         """The plain model with `W + (alpha / rank) * B A` in place of W; the adapters are gone afterwards.
 
+        Each sum is rounded once to the model's dtype: in bfloat16, what an adapter adds is lost where it is below
+        about 1/500 of a weight.
+
         Raises:
-            ConfigError: if hardware is installed: it would go on with the quantized weights of before; or if an adapted
-            weight is also that of another module, which would change with it.
+            ConfigError: if hardware is installed (it would go on with the quantized weights of before), a merged weight
+                is shared with another module, which would change with it, or a sum is not finite.
         """
         from roundoff.hardware.install import installed
 
         if installed(self.peft) is not None:
             raise ConfigError("adapters are merged into a plain model: load it without hardware")
-        _check_not_tied(self.peft, self.modules)
+        model = self.peft.get_base_model()
+        if (shared := _shared_with(model)) is not None:
+            raise ConfigError(
+                f"the adapter of {shared[0]} cannot be merged: the weight is shared with {shared[1]} (tied "
+                "embeddings), which would change with it; keep the adapter apart, or train one without that target"
+            )
         merged: PreTrainedModel = self.peft.merge_and_unload()
+        for name, parameter in merged.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ConfigError(f"{name} is not finite after its adapter was merged into it")
         return merged
 
 
@@ -77,12 +97,13 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     """Fresh adapters on `model`, in place; afterwards they alone require gradients.
 
     Raises:
-        ConfigError: if a target matches no Linear, or one whose weight is tied to another module's.
+        ConfigError: if a target matches no Linear or a weight that is shared with another module, or the model has
+            adapters already.
     """
     from peft import LoraConfig, get_peft_model
 
+    _check_none(model)
     targets = _check_targets(model, lora)
-    _check_not_tied(model, _chosen(model, targets))
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides by the rank; any number will do
@@ -93,6 +114,12 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     with _peft_at_work():
         torch.default_generator.manual_seed(key.fold("lora").value)
         peft = get_peft_model(model, settings)
+    if (shared := _shared_with(model)) is not None:
+        peft.base_model.unload()  # type: ignore[operator]
+        raise ConfigError(
+            f"lora.targets takes in {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merged "
+            "into it, the adapter would change both, so leave it out of lora.targets"
+        )
     return _finished(model, peft, lora.dropout)
 
 
@@ -100,28 +127,63 @@ def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
     """Saved adapters on `model`, in place, for evaluation (nothing requires gradients).
 
     Raises:
-        ConfigError: if PEFT cannot put them on this model, or the file's tensors are not exactly those that the
-            adapter has on it.
+        ConfigError: if the adapter is no plain LoRA, does not fit the model tensor by tensor, or says that it
+            belongs to another base; the model is then as it was.
     """
-    from peft import PeftModel
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    tensors = read_adapter(directory)
+    _check_none(model)
+    found = read_adapter(directory)
+    check_base(found, model)
+    config = found.config
+    config.base_model_name_or_path, config.init_lora_weights, config.inference_mode = model.name_or_path, True, True
     try:
         with _peft_at_work():
-            peft = PeftModel.from_pretrained(model, str(directory))
-    except (ValueError, RuntimeError, KeyError, OSError, TypeError) as error:
-        raise ConfigError(f"the adapter in {directory} does not fit the model: {error}") from error
-    check_complete(peft, tensors, directory)
+            peft: PeftModel = get_peft_model(model, config)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise found.error(f"does not fit the model: {error}") from error
+    try:
+        drop_copies(found, dict(peft.named_parameters(remove_duplicate=False)))
+        check_complete(found, get_peft_model_state_dict(peft, save_embedding_layers=False))
+        with own_defaults():
+            set_peft_model_state_dict(peft, dict(found.tensors))
+        for name, tensor in get_peft_model_state_dict(peft, save_embedding_layers=False).items():
+            if not torch.equal(tensor.detach().cpu().double(), found.tensors[name].double()):
+                raise found.error(f"does not fit the model: {name} would be rounded to {tensor.dtype}")
+    except ConfigError:
+        peft.base_model.unload()  # type: ignore[operator]
+        raise
+    peft.requires_grad_(False)
     return _finished(model, peft, 0.0)
+
+
+def _check_none(model: PreTrainedModel) -> None:
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ConfigError("the model has adapters already: load it again, and put one adapter on it")
+
+
+def _shared_with(model: nn.Module) -> tuple[str, str] | None:
+    """A weight that merging would change and that is shared with another module, and the other's name."""
+    changed = [f"{name}." for name, module in model.named_modules() if _is_changed(module)]
+    for name, other in shared_weights(model).items():
+        if name.startswith(tuple(changed)):
+            return plain_parameter(name), plain_parameter(other)
+    return None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether merging changes the module: it has an adapter, or a trained copy (PEFT's `modules_to_save`)."""
+    return hasattr(module, "lora_A") or hasattr(module, "modules_to_save")
 
 
 @contextmanager
 def _peft_at_work() -> Iterator[None]:
-    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards.
+    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards,
+    and so are torch's defaults.
 
     PEFT 0.21 asks transformers 5.23 by a name that is going out of use; no user can do anything about that.
     """
-    with own_torch_state(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), own_defaults():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
 
@@ -157,35 +219,3 @@ def _check_targets(model: PreTrainedModel, lora: LoRA) -> str | list[str]:
                 f"(there are: {', '.join(kinds)})"
             )
     return list(lora.targets)
-
-
-def _chosen(model: PreTrainedModel, targets: str | list[str]) -> tuple[str, ...]:
-    """Names of the Linears that PEFT will wrap; with `all-linear` it leaves the output layer out."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(targets, str):
-        output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        return tuple(name for name in linears if model.get_submodule(name) is not output)
-    return tuple(name for name in linears if any(name == t or name.endswith(f".{t}") for t in targets))
-
-
-def _check_not_tied(model: nn.Module, adapted: Iterable[str]) -> None:
-    """Refuse adapters on a weight that another module shares (tied embeddings).
-
-    Merged, `W + B A` would be the weight of both modules, though the adapter was on one (huggingface/peft#2972).
-    """
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            users.setdefault(id(weight), []).append(plain_name(name))
-    names = set(adapted)
-    for sharing in users.values():
-        several = sorted(set(sharing))
-        tied = names & set(several)
-        if tied and len(several) > 1:
-            name = sorted(tied)[0]
-            others = ", ".join(other for other in several if other != name)
-            raise ConfigError(
-                f"lora.targets names {name!r}, whose weight is tied to that of {others}: merging or exporting would "
-                "change both; leave it out, or untie the model first (tie_word_embeddings = false)"
-            )

@@ -9,6 +9,8 @@ Another library in the process may have left one of these changed, and each woul
 | `set_float32_matmul_precision` | float32 products become bfloat16 or TF32 | `highest` |
 | `set_flush_denormal` | subnormal numbers become zero before they are quantized | off |
 
+`own_defaults` also leaves inference mode, in which no parameter that can be trained is made: for loading models.
+
 `torch.autocast` is refused instead (`refuse_autocast`): whoever turned it on asked for products in another dtype, and a
 score under it would not be that of the declared arithmetic.
 """
@@ -37,6 +39,13 @@ def own_torch_state() -> Iterator[None]:
         if flushes_denormals():
             torch.set_flush_denormal(False)
             restored.callback(torch.set_flush_denormal, True)
+        yield
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """`own_torch_state`, outside of inference mode: what is made inside can be trained."""
+    with torch.inference_mode(False), own_torch_state():
         yield
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from roundoff import stats
 from roundoff.config import Experiment, Profile, result_hash
+from roundoff.health import Tally
 from roundoff.run_dir import Evaluation, Run
 
 Array = NDArray[np.float64]
@@ -30,12 +32,22 @@ class Scores:
     """1 where solved with the hardware off."""
     truncated: float
     """Share of first responses cut at the length limit (fraction)."""
+    flaws: Tally
+    """What was wrong with the responses with the hardware on, all runs and draws together."""
+    clean_flaws: Tally
+    """The same with the hardware off."""
+    collapsed: tuple[int, ...] = ()
+    """Seeds of the runs that collapsed, judged among all final runs of the arm and by their starts."""
 
     def of_seeds(self, seeds: Sequence[int]) -> Scores:
         """The same outcomes for some of the seeds."""
         rows = [self.seeds.index(seed) for seed in seeds]
-        return Scores(
-            tuple(seeds), self.problems, self.problem_set, self.deployed[rows], self.clean[rows], self.truncated
+        return replace(
+            self,
+            seeds=tuple(seeds),
+            deployed=self.deployed[rows],
+            clean=self.clean[rows],
+            collapsed=tuple(seed for seed in self.collapsed if seed in seeds),
         )
 
 
@@ -102,6 +114,8 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         ValueError: if the runs were scored on different problems or on a single one, or a problem appears twice.
     """
     deployed, clean, cut = [], [], []
+    flaws: list[str] = []
+    clean_flaws: list[str] = []
     problems: tuple[str, ...] = ()
     digest = ""
     for run in runs:
@@ -117,9 +131,28 @@ def read_scores(runs: Sequence[Run]) -> Scores:
         problems, digest = problems or ids, this
         deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
         clean.append([float(o.clean) for o in outcomes])
+        flaws += [flaw for outcome in outcomes for flaw in outcome.deployed_flaws()]
+        clean_flaws += [outcome.clean_flaw for outcome in outcomes]
         cut.append(sum(o.truncated for o in outcomes) / len(outcomes))
-    seeds = tuple(run.seed for run in runs)
-    return Scores(seeds, problems, digest, np.array(deployed), np.array(clean), sum(cut) / len(cut))
+    seeds, on = tuple(run.seed for run in runs), np.array(deployed)
+    down = stats.collapsed_runs(on.mean(axis=1), problems=len(problems), starts=[start_scores(run)[0] for run in runs])
+    return Scores(
+        seeds=seeds,
+        problems=problems,
+        problem_set=digest,
+        deployed=on,
+        clean=np.array(clean),
+        truncated=sum(cut) / len(cut),
+        flaws=Tally.of(flaws),
+        clean_flaws=Tally.of(clean_flaws),
+        collapsed=tuple(seeds[i] for i in down),
+    )
+
+
+def start_scores(run: Run) -> tuple[float | None, float | None]:
+    """Deployed and clean score before training (fractions), None where not evaluated."""
+    first = run.metrics[0] if run.metrics and run.metrics[0].get("step") == 0 else {}
+    return first.get("deployed"), first.get("clean")
 
 
 def _digest(evaluation: Evaluation) -> str:

@@ -8,10 +8,11 @@ from typing import Literal
 
 from roundoff import stats
 from roundoff.config import NAMES_ONLY, ConfigError, Hardware, Precision
-from roundoff.report.arms import Arm, Scores, group_arms
+from roundoff.report.arms import Arm, Scores, group_arms, start_scores
 from roundoff.run_dir import Run
 
 Kind = Literal["benefit", "cost"]
+Outcome = Literal["shown", "hint", "not shown", "not testable"]
 ALPHA = 0.05
 COUNTS = {0: "no", 1: "one", 2: "two"}
 
@@ -53,15 +54,27 @@ class Comparison:
         return self.deployed.excludes_zero and p is not None and p < ALPHA
 
     @property
+    def outcome(self) -> Outcome:
+        """The class of the conclusion; a hint is one of its own, neither shown nor without a sign of an effect."""
+        if len(self.seeds) < stats.MIN_SEEDS:
+            return "not testable"
+        return "shown" if self.is_shown else "hint" if self.deployed.excludes_zero else "not shown"
+
+    @property
     def verdict(self) -> str:
-        """The conclusion in a few words."""
+        """The conclusion in a few words, with the number of runs that collapsed if any did."""
+        count = self.deployed.collapsed
+        return self._verdict + (f" ({count} run{'s' if count > 1 else ''} collapsed)" if count else "")
+
+    @property
+    def _verdict(self) -> str:
         if len(self.seeds) < stats.MIN_SEEDS:
             return f"{COUNTS[len(self.seeds)]} run{'s' if len(self.seeds) > 1 else ''}: not testable"
         better = self.deployed.estimate > 0
         if self.is_shown:
             words = {"benefit": ("helps", "hurts"), "cost": ("gains accuracy", "costs accuracy")}
             return words[self.kind][0 if better else 1]
-        if self.deployed.excludes_zero:
+        if self.outcome == "hint":
             return f"hint only: not significant among {self.tests} tests"
         return f"no {self.kind} shown"
 
@@ -80,14 +93,15 @@ def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
     """As `compare`, for arms already grouped."""
     kind = comparison_kind(treatment, baseline)
     new, old = paired_scores(treatment, baseline)
+    collapsed = len(new.collapsed) + len(old.collapsed)
     return Comparison(
         treatment=treatment.experiment.id,
         baseline=baseline.experiment.id,
         kind=kind,
         seeds=new.seeds,
         problems=len(new.problems),
-        deployed=stats.paired_benefit(new.deployed, old.deployed),
-        clean=stats.paired_benefit(new.clean, old.clean),
+        deployed=stats.paired_benefit(new.deployed, old.deployed, collapsed=collapsed),
+        clean=stats.paired_benefit(new.clean, old.clean, collapsed=collapsed),
         flips=tuple(stats.mcnemar(a, b) for a, b in zip(new.deployed, old.deployed, strict=True)),
         differs=_differing(treatment, baseline),
         baseline_seeds=old.seeds,
@@ -125,7 +139,7 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
     Where each has a single complete run these are paired by problem alone, whatever their seeds.
 
     Raises:
-        ConfigError: if there is no such seed, or the problems differ.
+        ConfigError: if there is no such seed, the problems differ, or one of the runs took steps and trained nothing.
     """
     names = treatment.experiment.id, baseline.experiment.id
     new, old = treatment.scores, baseline.scores
@@ -139,6 +153,8 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
             f"{names[0]} and {names[1]} were scored on different problems ({len(new.problems)} and "
             f"{len(old.problems)}, {common} ids in common): run both with the same task settings"
         )
+    _check_trained(treatment)
+    _check_trained(baseline)
     if len(new.seeds) == len(old.seeds) == 1:
         return new, old
     seeds = sorted(set(new.seeds) & set(old.seeds))
@@ -148,6 +164,19 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
             f"{_listed(old.seeds)}), and arms are paired by seed: run both with the same --seeds"
         )
     return new.of_seeds(seeds), old.of_seeds(seeds)
+
+
+def _check_trained(arm: Arm) -> None:
+    """Refuse an arm with a complete run that trained nothing: its score is no result of training, good or bad.
+
+    Leaving such a seed out would be worse than refusing: only the lucky ones would count.
+    """
+    for run in arm.final:
+        if reason := run.health.untrained:
+            raise ConfigError(
+                f"{arm.experiment.id} seed {run.seed} is complete, but {reason}; its score is that of an untrained "
+                "model, and no difference to it says what training on this hardware gives"
+            )
 
 
 def _chip(arm: Arm) -> Hardware:
@@ -168,6 +197,7 @@ def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
     def settings(arm: Arm) -> dict[str, object]:
         experiment = arm.experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"])
         profile = arm.profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"})
+        profile["task"].pop("directory", None)
         for name in ("aqn", "srdd", "lora"):  # a remedy that only one has counts as one setting
             if None in (getattr(treatment.experiment, name), getattr(baseline.experiment, name)):
                 experiment[name] = str(experiment[name])
@@ -196,12 +226,6 @@ def _start_difference(*sides: tuple[Arm, Sequence[int]]) -> float | None:
             return None
         starts.append(sum(v for v in found if v is not None) / len(found))
     return starts[0] - starts[1]
-
-
-def start_scores(run: Run) -> tuple[float | None, float | None]:
-    """Deployed and clean score before training (fractions), None where not evaluated."""
-    first = run.metrics[0] if run.metrics and run.metrics[0].get("step") == 0 else {}
-    return first.get("deployed"), first.get("clean")
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -71,8 +71,8 @@ def find_flips(treatment: Arm, baseline: Arm) -> Flips:
                     prompt=shorten(one.prompt),
                     answer=one.answer,
                     gained=sign > 0,
-                    treatment_response=shorten(one.response),
-                    baseline_response=shorten(two.response),
+                    treatment_response=_response(one),
+                    baseline_response=_response(two),
                     treatment_solved=float(new.deployed[:, i].mean()),
                     baseline_solved=float(old.deployed[:, i].mean()),
                 )
@@ -89,6 +89,17 @@ def _outcomes(arm: Arm, seed: int) -> dict[str, Outcome]:
 def _solved(outcomes: dict[str, Outcome], problem: str) -> int:
     """Whether the response that is shown, that of the first draw, was right."""
     return outcomes[problem].deployed[0]
+
+
+def _response(outcome: Outcome) -> str:
+    """The response that is shown, and a note where it is none because it was not computed, or has no text."""
+    notes = {
+        "nonfinite": "[not computed any further: the logits were not finite]",
+        "reward_error": "[the reward failed and counts as 0]",
+        "empty": "[no text]",
+    }
+    note = notes.get(outcome.deployed_flaws()[0])
+    return shorten(outcome.response) if note is None else f"{shorten(outcome.response)} {note}".strip()
 
 
 def shorten(text: str) -> str:

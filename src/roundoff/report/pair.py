@@ -15,6 +15,7 @@ from roundoff.config import ConfigError, nearest
 from roundoff.report import words
 from roundoff.report.arms import Arm, Scores, group_arms
 from roundoff.report.compare import Comparison, compare_arms, paired_scores
+from roundoff.report.status import arm_notes
 from roundoff.run_dir import find_runs
 
 LISTED = 8
@@ -83,7 +84,7 @@ def make_pair(treatment: Arm, baseline: Arm, *, margin: float | None) -> Pair:
 def pair_text(pair: Pair) -> RenderableType:
     """The answer, the figures behind it and what they rest on, for a terminal of 80 columns."""
     c = pair.comparison
-    parts: list[RenderableType] = [Text(_answer(pair), style="bold" if c.is_shown else ""), Text("")]
+    parts: list[RenderableType] = [Text(_answer(pair) + _collapsed(pair), style="bold" if c.is_shown else ""), Text("")]
     parts.append(_figures(pair))
     parts += [Text(""), Text(_basis(pair), style="dim")]
     if pair.equivalence is not None:
@@ -121,7 +122,7 @@ def _figures(pair: Pair) -> Table:
     for name in ("", "A [95 %]", "B [95 %]", "A minus B, points [95 %]"):
         table.add_column(name, no_wrap=True)
     for name in ("deployed", "clean"):
-        scores = [stats.score(getattr(side, name)) for side in (pair.new, pair.old)]
+        scores = [stats.score(getattr(side, name), collapsed=len(side.collapsed)) for side in (pair.new, pair.old)]
         difference: stats.Interval = getattr(pair.comparison, name)
         table.add_row(name, *(Text(words.score_text(s)) for s in scores), Text(words.effect_text(difference)))
     return table
@@ -144,9 +145,20 @@ def _basis(pair: Pair) -> str:
         lines.append(f"They differ in {', '.join(c.differs)}.")
     else:
         lines.append(f"They differ in {len(c.differs)} settings: {', '.join(c.differs[:LISTED])}, ...")
+    for letter, arm in (("A", pair.treatment), ("B", pair.baseline)):
+        lines += [f"{letter}, {line}." for line in arm_notes(arm)]
     if any(s.covers == "problems only" for s in (c.deployed, c.clean)):
         lines.append("† the interval carries the variance of problems only, not that of seeds.")
+    if any(s.collapsed for s in (c.deployed, c.clean)):
+        lines.append("‡ runs collapsed: the seeds are two groups, and the interval may cover less than 95 %.")
     return "\n".join(lines)
+
+
+def _collapsed(pair: Pair) -> str:
+    """Which runs collapsed, as a sentence behind the answer; empty without any."""
+    sides = (("A", pair.new.collapsed), ("B", pair.old.collapsed))
+    parts = [f"{_seeds(seeds)} of {name}" for name, seeds in sides if seeds]
+    return f" Collapsed: {' and '.join(parts)}, so that the mean is that of two groups." if parts else ""
 
 
 def _equivalence(found: stats.Equivalence) -> str:

@@ -49,11 +49,13 @@ def measured_variance(runs: Sequence[Run]) -> Variances:
     """Mean components over all comparisons of the runs that have two seeds or more; assumed ones without any."""
     arms, _ = group_arms(runs)
     found: list[tuple[stats.Variance, int]] = []
+    collapsed = 0
     for arm in arms:
         pair = _pair(arm, arms)
         if pair is not None:
             new, old = pair
             found.append((stats.difference_variance(new.deployed, old.deployed), len(new.seeds)))
+            collapsed += len(new.collapsed) + len(old.collapsed)
     if not found:
         return Variances(ASSUMED, "assumed, for no comparison of two seeds or more was found: seeds 1 point apart")
     # each component has about one degree of freedom a seed and comparison, less one
@@ -69,14 +71,19 @@ def measured_variance(runs: Sequence[Run]) -> Variances:
         f"measured in {words.number(len(found), 'comparison')}: differences of seeds vary by "
         f"{100 * sqrt(mean.seed):.2f} points (standard deviation, {freedom} degrees of freedom{rough})"
     )
+    if collapsed:
+        source += (
+            f"; collapsed runs are among them ({collapsed}, counted for each comparison), which no normal distribution "
+            "describes: more seeds than said may be needed"
+        )
     return Variances(mean, source)
 
 
 def measured_time(runs: Sequence[Run]) -> RunTime | None:
-    """Mean time of the complete runs, from their steps; None without any that is scored."""
+    """Mean time of the complete runs that trained, from their steps; None without any that is scored."""
     found: list[tuple[float, float]] = []
     for run in runs:
-        if run.is_final:
+        if run.is_final and not run.health.untrained:  # without an update a step is cheap
             evaluating = sum(float(row.get("seconds_evaluate", 0.0)) for row in run.metrics)
             whole = sum(float(row.get("seconds", 0.0)) for row in run.metrics)
             problems = len(run.evaluation(run.status.total_steps).outcomes)

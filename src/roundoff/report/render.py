@@ -30,11 +30,12 @@ from roundoff.report.tables import Report, Row
 
 COLUMNS = (
     *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),
-    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "srdd", "ratio"),
+    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "srdd", "ratio", "other"),
     *("seeds", "problems", "start", "deployed", "deployed_low", "deployed_high", "clean", "clean_low", "clean_high"),
     *("interval_covers", "truncated", "baseline", "kind", "difference", "difference_low", "difference_high", "p"),
-    *("p_holm", "tests", "verdict", "clean_difference", "best", "status"),
+    *("p_holm", "tests", "outcome", "verdict", "clean_difference", "best", "collapsed", "collapsed_compared", "status"),
     *("published_score", "published_label"),
+    *("nonfinite", "reward_error", "empty", "untrained_runs", "notes"),
 )
 """Columns of results.csv; scores and differences are fractions."""
 
@@ -53,10 +54,11 @@ SETTINGS = (
     ("AQN (sigma)", "sigma"),
     ("SRDD", "srdd"),
     ("Ratio", "ratio"),
+    ("Other settings", "other"),
     ("Profile", "profile"),
 )
 """Columns of settings in the page's complete table, each with the field of `Settings` that it shows."""
-SHOWN_IF_SET = {"keep", "other_hardware", "matmul_noise"}
+SHOWN_IF_SET = {"keep", "other", "other_hardware", "matmul_noise"}
 """Columns that are left out where no experiment sets them."""
 SHOWN_IF_DIFFERENT = {"ratio", "profile"}
 """Columns that are left out where all experiments agree."""
@@ -136,8 +138,13 @@ def flat(row: Row) -> dict[str, Any]:
         "baseline": row.baseline,
         "verdict": comparison.verdict if comparison else row.no_comparison,
         "best": row.is_best,
+        "collapsed": len(row.collapsed) if row.deployed else None,
         "status": row.status,
+        "untrained_runs": sum(bool(seed.untrained) for seed in row.seeds),
+        "notes": "; ".join(row.notes),
     }
+    if row.flaws:
+        values |= {name: row.flaws.shares()[name] for name in ("nonfinite", "reward_error", "empty")}
     if row.published:
         values |= {"published_score": row.published.score.estimate, "published_label": row.published.label}
     for name, interval in (("deployed", row.deployed), ("clean", row.clean), ("difference", effect)):
@@ -146,6 +153,7 @@ def flat(row: Row) -> dict[str, Any]:
     if comparison and effect:
         values |= {"kind": comparison.kind, "p": effect.p, "p_holm": comparison.p_holm, "tests": comparison.tests}
         values["clean_difference"] = comparison.clean.estimate
+        values |= {"outcome": comparison.outcome, "collapsed_compared": effect.collapsed}
     return values
 
 
@@ -155,7 +163,8 @@ def as_json(report: Report) -> dict[str, Any]:
     for row in report.rows:
         content = asdict(row)
         if row.comparison:
-            content["comparison"] |= {"verdict": row.comparison.verdict, "is_shown": row.comparison.is_shown}
+            c = row.comparison
+            content["comparison"] |= {"verdict": c.verdict, "is_shown": c.is_shown, "outcome": c.outcome}
         rows.append(content)
     return {
         "roundoff": __version__,
@@ -179,12 +188,18 @@ def terminal_table(report: Report) -> RenderableType:
         family = (f"{answer.family}: ", "bold") if answer.family else ""
         parts.append(Text.assemble(family, (answer.asked, "dim"), "\n", answer.answer))
     notes = [f"{row.id}: {row.status}" for row in report.rows if row.seeds and not row.is_whole]
+    notes += [f"{row.id}: {line}" for row in report.rows for line in row.notes]
     missing = [row.id for row in report.rows if not row.seeds]
     notes += [f"not run: {', '.join(missing)}"] if missing else []
+    notes += words.collapse_lines(report)
     notes += [f"skipped: {line}" for line in report.skipped]
     parts += [Text("\n".join(notes), style="yellow")] if notes else []
     if any(row.deployed and row.deployed.covers == "problems only" for row in report.rows):
         parts.append(Text("† below three seeds: the interval carries problem variance only", style="dim"))
+    if any(row.deployed and row.deployed.collapsed for row in report.rows):
+        parts.append(
+            Text("‡ runs collapsed: the seeds are two groups, and the interval may cover less than 95 %", "dim")
+        )
     return Group(*(line for part in parts for line in (part, Text(""))))
 
 
@@ -200,7 +215,11 @@ def _score_table(report: Report) -> Table:
             table.add_row(Text(family or "no family", style="italic"))
         for row in (row for row in rows if row.seeds):
             table.add_row(
-                Text.assemble(row.id, " (best)" if row.is_best else "", (f"\n{row.title}" if row.title else "", "dim")),
+                Text.assemble(
+                    row.id,
+                    f" ({words.best_mark(row)})" if row.is_best else "",
+                    (f"\n{row.title}" if row.title else "", "dim"),
+                ),
                 Text(words.seeds_text(row)),
                 Text(words.percent(row.start)),
                 Text(words.score_text(row.deployed), style="bold"),

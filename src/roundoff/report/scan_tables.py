@@ -64,7 +64,12 @@ def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
 def fault_lines(report: Mapping[str, Any]) -> list[str]:
     """What a fault scan found, the suspect first."""
     alarms: Sequence[Mapping[str, Any]] = report["alarms"]
-    lines = [f"{len(report['checked'])} sites checked (every Linear and every decoder layer), {len(alarms)} alarms"]
+    calls = report["calls"]
+    odds = ", ".join(f"{share:.1%} of calls: {1 - (1 - share) ** calls:.0%}" for share in (0.1, 0.01, 0.001))
+    lines = [
+        f"{len(report['checked'])} sites checked (every Linear and every decoder layer), {len(alarms)} alarms",
+        f"each product was computed {calls} times; odds of having met an error in {odds}",
+    ]
     if alarms:
         lines.append(f"suspect: {report['suspect']} (the first in forward order)")
         lines += [f"  {alarm['check']:9} {alarm['site']}: {alarm['detail']}" for alarm in alarms]

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from roundoff.config import AQN, SRDD, Experiment, Hardware, Profile
+from roundoff.config import ALGORITHMS, AQN, NAMES_ONLY, SRDD, Algorithm, Experiment, Hardware, Profile
+
+IN_WORDS = (
+    *(
+        "algorithm.name",
+        "algorithm.ratio",
+        "epochs",
+        "lora.rank",
+        "hardware.matmul_noise",
+        "hardware.deadzone",
+        "hardware.faults",
+    ),
+    *("hardware.precision", "aqn.sigma_start", "aqn.schedule", "aqn.layers", "aqn.noise", "aqn.target", "srdd.metric"),
+)
+"""Settings, and tables of them, that have words of their own; every other that is not its default is named by path."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,8 @@ class Settings:
     srdd: str
     """What the SRDD scan is used for, and how it ranks."""
     ratio: str
+    other: str
+    """Every setting without words of its own that is not its default, by path."""
     profile: str
     model: str
     task: str
@@ -48,9 +66,12 @@ class Settings:
             self.lora,
             self.formats,
             f"high precision: {self.keep}" if self.keep else "",
-            f"{100 * self.matmul_noise:g} % matmul noise" if self.matmul_noise else "",
+            f"{_percent(self.matmul_noise)} matmul noise" if self.matmul_noise else "",
             self.other_hardware,
             f"AQN {self.aqn}" if self.aqn else "",
+            f"SRDD {self.srdd}" if self.srdd else "",
+            f"ratio {self.ratio}",
+            self.other,
         ]
         return " · ".join(part for part in parts if part)
 
@@ -74,14 +95,53 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         aqn_layers=experiment.aqn.layers if experiment.aqn else "",
         srdd=_srdd(experiment),
         ratio=algorithm.ratio,
+        other=_rest(experiment),
         profile=profile.name if profile else "",
         model=profile.model if profile else "",
         task=profile.task.name if profile else "",
     )
 
 
+def _rest(experiment: Experiment) -> str:
+    """`algorithm.group_size 8` and the like: what differs from a default and no words say."""
+    name = experiment.algorithm.name
+    known = name in ALGORITHMS  # an algorithm of one's own has no default size of groups
+    own = Algorithm.model_validate({"name": name}) if known else Algorithm.model_construct(name=name, group_size=0)
+    default = Experiment.model_construct(id=experiment.id, algorithm=own)
+    plain = dict(_flat(default.model_dump(mode="json"), ""))
+    for name, part in (("aqn", experiment.aqn), ("srdd", experiment.srdd), ("lora", experiment.lora)):
+        if part is not None:
+            fields = type(part).model_fields
+            plain |= {f"{name}.{key}": field.default for key, field in fields.items() if not field.is_required()}
+    mine = _flat(experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]), "")
+    constant = experiment.aqn is not None and experiment.aqn.schedule == "constant"
+    return ", ".join(
+        f"{path} {_shown(value)}"
+        for path, value in mine
+        if value != plain.get(path)
+        and not any(path == said or path.startswith(f"{said}.") for said in IN_WORDS)
+        and not (path == "aqn.sigma_end" and not constant)
+    )
+
+
+def _flat(content: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    """Every setting with its path; what holds no table is one setting."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
+
+
 def _sigma(aqn: AQN) -> str:
-    return f"{aqn.sigma_start:g}" if aqn.schedule == "constant" else f"{aqn.sigma_start:g} → {aqn.sigma_end:g}"
+    start, end = _shown(aqn.sigma_start), _shown(aqn.sigma_end)
+    return start if aqn.schedule == "constant" else f"{start} → {end}"
 
 
 def _aqn(aqn: AQN) -> str:
@@ -111,6 +171,17 @@ def _other(hardware: Hardware) -> str:
     if noise.relative_std and not noise.attention:
         parts.append("no noise in attention")
     if zone:
-        parts.append(f"deadzone {100 * zone.threshold:g} % in layers {', '.join(map(str, zone.layers))}")
-    parts += [f"{fault.kind} fault in layer {fault.layer}" for fault in hardware.faults]
+        parts.append(f"deadzone {_percent(zone.threshold)} in layers {', '.join(map(str, zone.layers))}")
+    for fault in hardware.faults:
+        details = [f"amount {_shown(fault.amount)}"]
+        details += [f"module {fault.module}"] if fault.module else []
+        details += [f"share {_shown(fault.share)}"] if fault.share != 1 else []
+        details += [f"bit {fault.bit}"] if fault.kind == "bitflip" else []
+        parts.append(f"{fault.kind} fault in layer {fault.layer} ({', '.join(details)})")
     return ", ".join(parts)
+
+
+def _percent(fraction: float) -> str:
+    """`5 %`, with as many digits as tell it apart from every other fraction."""
+    short = f"{100 * fraction:g}"
+    return f"{short} %" if round(float(short) / 100, 15) == round(fraction, 15) else f"{100 * fraction!r} %"

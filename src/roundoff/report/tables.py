@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from roundoff import stats
 from roundoff.config import ConfigError, Experiment
+from roundoff.health import Tally
 from roundoff.report.aqn_table import AqnRow, aqn_row
-from roundoff.report.arms import Arm, group_arms
+from roundoff.report.arms import Arm, group_arms, start_scores
 from roundoff.report.compare import (
     ALPHA,
     Comparison,
@@ -21,7 +22,6 @@ from roundoff.report.compare import (
     compare_arms,
     comparison_kind,
     paired_scores,
-    start_scores,
 )
 from roundoff.report.curves import DIAGNOSTICS, Curve, seed_curve, sigma_curve
 from roundoff.report.flips import Flips, find_flips
@@ -29,7 +29,7 @@ from roundoff.report.published import Published, published
 from roundoff.report.scans import Scan, find_scans
 from roundoff.report.settings import Settings, settings_in_words
 from roundoff.report.sources import Source, find_sources
-from roundoff.report.status import SeedRow, arm_status, seed_row
+from roundoff.report.status import SeedRow, arm_notes, arm_status, seed_row
 from roundoff.run_dir import Run
 
 
@@ -52,11 +52,19 @@ class Row:
     deployed: stats.Interval | None
     clean: stats.Interval | None
     truncated: float | None
+    flaws: Tally | None
+    """What was wrong with the responses with the hardware on in the last evaluations."""
+    notes: tuple[str, ...]
+    """What a reader must know beside its score, a sentence each: what of it was not computed."""
+    collapsed: tuple[int, ...]
+    """Seeds of the runs that collapsed: their intervals take two groups for one."""
     comparison: Comparison | None
     no_comparison: str
     """Why there is none; empty where there is one or none was declared."""
     is_best: bool
     """Whether it beats every other arm of its family on the same hardware, each difference excluding zero."""
+    best_over_collapsed: int
+    """Runs that collapsed in the comparisons that make it the best; 0 where it is not."""
     learning: Curve | None
     sigma: Curve | None
     diagnostics: dict[str, Curve]
@@ -114,7 +122,7 @@ def build_report(runs: Iterable[Run], skipped: Sequence[str] = (), experiments: 
     corrected = _corrected([comparison for comparison, _ in compared])
     best = _best(arms)
     rows = [
-        _row(arm, arms, comparison, reason, arm.key in best)
+        _row(arm, arms, comparison, reason, best.get(arm.key))
         for arm, comparison, (_, reason) in zip(arms, corrected, compared, strict=True)
     ]
     known = {arm.experiment.id for arm in arms}
@@ -163,7 +171,9 @@ def _kind(arm: Arm, other: Arm) -> Kind | None:
 
 
 def _scale(arm: Arm) -> str:
-    return json.dumps(arm.profile.model_dump(mode="json", exclude={"name", "title", "device"}), sort_keys=True)
+    scale = arm.profile.model_dump(mode="json", exclude={"name", "title", "device"})
+    scale["task"].pop("directory", None)
+    return json.dumps(scale, sort_keys=True)
 
 
 def _in_declared_order(arms: list[Arm], experiments: Sequence[Experiment]) -> list[Arm]:
@@ -201,11 +211,15 @@ def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison | No
     return [replace(c, p_holm=p, tests=tests) if c else None for c, p in zip(comparisons, adjusted, strict=True)]
 
 
-def _best(arms: Sequence[Arm]) -> set[str]:
-    """Keys of arms that beat every other arm of their family on the same chip and profile, Holm-corrected."""
-    best = set()
+def _best(arms: Sequence[Arm]) -> dict[str, int]:
+    """Arms that beat every other arm of their family on the same chip and profile, Holm-corrected.
+
+    By key, with the number of runs in those comparisons that collapsed, its own included.
+    """
+    best: dict[str, int] = {}
     for arm in arms:
         p_values, leads = [], True
+        collapsed = len(arm.scores.collapsed) if arm.scores else 0
         for other in arms:
             if other is arm or not arm.scores or not other.scores or other.experiment.family != arm.experiment.family:
                 continue
@@ -218,13 +232,14 @@ def _best(arms: Sequence[Arm]) -> set[str]:
                 break
             result = stats.paired_benefit(new.deployed, old.deployed)
             leads &= result.estimate > 0
+            collapsed += len(old.collapsed)
             p_values.append(result.p)
         if leads and p_values and all(p is not None and p < ALPHA for p in stats.holm(p_values)):
-            best.add(arm.key)
+            best[arm.key] = collapsed
     return best
 
 
-def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: str, is_best: bool) -> Row:
+def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: str, best: int | None) -> Row:
     seeds = tuple(seed_row(run) for run in arm.runs)
     scores = arm.scores
     starts = [start for start in (start_scores(run)[0] for run in arm.final) if start is not None]
@@ -241,12 +256,16 @@ def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: s
         status=status,
         is_whole=is_whole,
         start=sum(starts) / len(starts) if starts else None,
-        deployed=stats.score(scores.deployed) if scores else None,
-        clean=stats.score(scores.clean) if scores else None,
+        deployed=stats.score(scores.deployed, collapsed=len(scores.collapsed)) if scores else None,
+        clean=stats.score(scores.clean, collapsed=len(scores.collapsed)) if scores else None,
         truncated=scores.truncated if scores else None,
+        flaws=scores.flaws if scores else None,
+        notes=arm_notes(arm),
+        collapsed=scores.collapsed if scores else (),
         comparison=comparison,
         no_comparison=reason,
-        is_best=is_best,
+        is_best=best is not None,
+        best_over_collapsed=best or 0,
         learning=seed_curve(arm, "deployed"),
         sigma=sigma_curve(arm),
         diagnostics={key: curve for key, curve in diagnostics.items() if curve},
@@ -271,9 +290,13 @@ def _missing(experiment: Experiment) -> Row:
         deployed=None,
         clean=None,
         truncated=None,
+        flaws=None,
+        notes=(),
+        collapsed=(),
         comparison=None,
         no_comparison="it has no run" if experiment.baseline else "",
         is_best=False,
+        best_over_collapsed=0,
         learning=None,
         sigma=None,
         diagnostics={},

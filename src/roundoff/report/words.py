@@ -26,6 +26,11 @@ GLOSSARY = {
     "benefit": "Deployed score minus that of the declared baseline on the same hardware: what the remedy does.",
     "interval": "95 %: where the mean over all seeds and all problems of this kind is to be looked for. With fewer "
     "than three seeds it carries problem variance only and is marked †.",
+    "collapsed": "A run that ends below its start or at less than half the best score of its arm, and far below the "
+    "arm's other runs. The seeds are then two groups: their mean describes neither, and the interval, marked ‡, may "
+    "cover less than 95 %. Looked for from three runs on.",
+    "hint": "A difference whose own interval excludes zero, but whose corrected p does not reach 5 %: neither shown "
+    "nor without a sign of an effect.",
     "p": "Probability of a difference at least this large if there were none, corrected over all comparisons of this "
     "report (Holm). Not given below three seeds.",
     "best": "Said only of an arm whose difference to every other scored arm of its family under the same profile and "
@@ -61,19 +66,24 @@ def score_text(interval: Interval | None) -> str:
     """`64.3 % [61.0, 67.4]`, with † where the interval carries problem variance only."""
     if interval is None:
         return NONE
-    mark = "" if interval.covers == "seeds and problems" else " †"
+    mark = marks(interval)
     return f"{percent(interval.estimate)} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]{mark}"
+
+
+def marks(interval: Interval) -> str:
+    """The signs that an interval carries: † below three seeds, ‡ where runs collapsed; empty without either."""
+    return (" †" if interval.covers == "problems only" else "") + (" ‡" if interval.collapsed else "")
 
 
 def bounds_text(interval: Interval) -> str:
     """`61.0 to 67.4` of a score in percent, marked like it."""
-    mark = "" if interval.covers == "seeds and problems" else " †"
+    mark = marks(interval)
     return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}{mark}"
 
 
 def effect_bounds_text(interval: Interval) -> str:
     """`−8.3 to −2.1` of a difference in points, marked like a score."""
-    mark = "" if interval.covers == "seeds and problems" else " †"
+    mark = marks(interval)
     return f"{points(interval.low)} to {points(interval.high)}{mark}"
 
 
@@ -96,7 +106,7 @@ def points(value: float) -> str:
 
 def effect_text(interval: Interval) -> str:
     """`−5.2 [−8.3, −2.1]` points, marked like a score."""
-    mark = "" if interval.covers == "seeds and problems" else " †"
+    mark = marks(interval)
     return f"{points(interval.estimate)} [{points(interval.low)}, {points(interval.high)}]{mark}"
 
 
@@ -134,15 +144,43 @@ def best_text(rows: Sequence[Row]) -> str:
     tested = [row for row in rows if row.deployed and row.deployed.seeds >= MIN_SEEDS]
     if len(tested) < 2:
         return ""
-    best = [row.id for row in rows if row.is_best]
+    best = [row for row in rows if row.is_best]
     if best:
-        return f"best on {'its' if len(best) == 1 else 'their'} hardware: {', '.join(best)}"
-    return "no arm is shown to be the best on its hardware"
+        named = ", ".join(
+            row.id + (f" ({collapsed_text(row.best_over_collapsed)})" if row.best_over_collapsed else "")
+            for row in best
+        )
+        return f"best on {'its' if len(best) == 1 else 'their'} hardware: {named}"
+    collapsed = sum(len(row.collapsed) for row in rows)
+    said = f" ({collapsed_text(collapsed)})" if collapsed else ""
+    return f"no arm is shown to be the best on its hardware{said}"
+
+
+def collapsed_text(count: int) -> str:
+    """`1 run collapsed` or `2 runs collapsed`."""
+    return f"{number(count, 'run')} collapsed"
+
+
+def best_mark(row: Row) -> str:
+    """`best`, with the runs that collapsed in the comparisons that make it so; empty where it is not."""
+    if not row.is_best:
+        return ""
+    return f"best; {collapsed_text(row.best_over_collapsed)}" if row.best_over_collapsed else "best"
+
+
+def collapse_lines(report: Report) -> list[str]:
+    """A line for each arm of which runs collapsed: which seeds, from where to where."""
+    lines = []
+    for row in report.rows:
+        for seed in (seed for seed in row.seeds if seed.seed in row.collapsed):
+            start = "" if seed.start is None else f", having started at {percent(seed.start)}"
+            lines.append(f"{row.id}: seed {seed.seed} collapsed (deployed {percent(seed.deployed)}{start})")
+    return lines
 
 
 def seeds_text(row: Row) -> str:
     """Complete runs over runs begun, such as `3` or `2 of 3`."""
-    done = sum(seed.state == "complete" for seed in row.seeds)
+    done = sum(seed.state == "complete" and not seed.untrained for seed in row.seeds)
     return str(done) if done == len(row.seeds) else f"{done} of {len(row.seeds)}"
 
 
@@ -172,6 +210,8 @@ def overview(report: Report) -> str:
     whole = sum(seed.state == "complete" for row in report.rows for seed in row.seeds)
     unfinished = report.runs - whole
     rest = f", {unfinished} of them without a final score" if unfinished else ""
+    untrained = sum(bool(seed.untrained) for row in report.rows for seed in row.seeds)
+    rest += f", {untrained} of them without any training" if untrained else ""
     missing = sum(not row.seeds for row in report.rows)
     absent = f"; {number(missing, 'declared experiment')} not run" if missing else ""
     return f"{number(report.runs, 'run')} of {number(len(report.rows) - missing, 'experiment')}{rest}{absent}"
@@ -209,7 +249,7 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
         if len(scored) > LISTED:
             low, high = (f(row.deployed.estimate for row in scored if row.deployed) for f in (min, max))
             return f"{len(scored)} experiments score between {percent(low)} and {percent(high)}; none was compared."
-        return "; ".join(f"{row.name}: {score_text(row.deployed)}" for row in scored) + "."
+        return "; ".join(f"{row.name}: {score_text(row.deployed)}{_untrained(row)}" for row in scored) + "."
     parts = []
     for kind in ("cost", "benefit"):
         mine = [(row, row.comparison) for row in compared if row.comparison and row.comparison.kind == kind]
@@ -220,6 +260,12 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
     return "; ".join(parts) + "."
 
 
+def _untrained(row: Row) -> str:
+    """What must stand beside a score that training did not make; empty for an ordinary one."""
+    count = sum(bool(seed.untrained) for seed in row.seeds)
+    return f" (nothing was trained in {count} of {number(len(row.seeds), 'run')})" if count else ""
+
+
 def effect_sentence(row: Row, comparison: Comparison) -> str:
     """`10 % matmul noise: costs 5.2 points (2.1 to 8.3)` and the like, without a full stop."""
     effect = comparison.deployed
@@ -227,7 +273,8 @@ def effect_sentence(row: Row, comparison: Comparison) -> str:
     if comparison.is_shown:
         bounds = sorted((abs(100 * effect.low), abs(100 * effect.high)))
         verb = {"cost": ("gains", "costs"), "benefit": ("wins", "loses")}[comparison.kind][effect.estimate < 0]
-        return f"{row.name}: {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f})"
+        said = f"; {collapsed_text(effect.collapsed)}" if effect.collapsed else ""
+        return f"{row.name}: {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f}{said})"
     if effect.p is None:
         side = "below" if effect.estimate < 0 else "above"
         return f"{row.name}: {size} {side} its baseline ({comparison.verdict})"
@@ -250,6 +297,12 @@ def _counted(mine: Sequence[tuple[Row, Comparison]]) -> str:
         if found:
             row, most = max(found, key=lambda pair: abs(pair[1].deployed.estimate))
             parts.append(f"{len(found)} {word}, most of all {row.name} ({points(most.deployed.estimate)} points)")
-    rest = len(tested) - len(shown)
+    hints = sum(c.outcome == "hint" for c in tested)
+    rest = sum(c.outcome == "not shown" for c in tested)
+    parts += [f"{hints} {'is a hint' if hints == 1 else 'are hints'} only"] if hints else []
     parts += [f"{rest} show no effect beyond their error"] if rest else []
+    untested = len(mine) - len(tested)
+    parts += [f"{untested} not testable"] if untested else []
+    collapsed = sum(bool(c.deployed.collapsed) for _, c in mine)
+    parts += [f"with collapsed runs in {collapsed} of the comparisons"] if collapsed else []
     return f"of {len(tested)} {nouns} tested, " + ", ".join(parts)

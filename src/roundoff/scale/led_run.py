@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.checkpoint import Checkpoint
+from roundoff.health import Health
 from roundoff.parallel import Ranks
 from roundoff.run_dir import Evaluation, Run, RunDirectory, Status
 
@@ -38,6 +39,10 @@ class LedRunDirectory(RunDirectory):
         if status.state == "failed":
             return self._held.set_status(status) if self._ranks.leads else status
         return self._ranks.first(lambda: self._held.set_status(status))
+
+    def health(self) -> Health:
+        """As `RunDirectory.health`."""
+        return self._ranks.first(self._held.health)
 
     def write_scan(self, content: Mapping[str, Any]) -> None:
         """As `RunDirectory.write_scan`."""

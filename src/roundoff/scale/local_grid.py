@@ -6,6 +6,7 @@ same command then goes on where they stopped.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -21,12 +22,15 @@ from typing import Any, Literal
 
 from roundoff.config import ConfigError, Experiment, Profile
 from roundoff.errors import message_of, warnings_as_text
+from roundoff.health import UNTRAINED
 from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import DamagedRunError, read_run, run_path
 from roundoff.scale.readiness import note_obstacles, send_obstacles
 from roundoff.trackers import TrackedRun, Tracker, WandbSettings, open_trackers
 
 POLL_S = 0.25
+WAS_COMPLETE = "was complete"
+"""Message of a job that there was nothing to do for."""
 Phase = Literal["queued", "running", "complete", "failed", "interrupted"]
 
 
@@ -56,7 +60,7 @@ class Job:
     request: RunRequest
     phase: Phase = "queued"
     message: str = ""
-    """Why it failed or stopped, or that it was complete before."""
+    """Why it failed or stopped, that it was complete before, or why a complete run is none that trained."""
     warnings: list[str] = field(default_factory=list)
     """What went wrong in the run's process and was survived, as it is reported."""
     process: BaseProcess | None = None
@@ -64,6 +68,11 @@ class Job:
     began: float = 0.0
     seconds: float = 0.0
     resumed: bool = field(default=False)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether it reached its end without training anything."""
+        return self.phase == "complete" and UNTRAINED in self.message
 
 
 def run_grid(
@@ -123,7 +132,7 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
     held = RunDirectory(request.root, request.experiment, request.profile, request.seed)
     with held if ranks.count == 1 else LedRunDirectory(held, ranks) as run_dir:
         if ranks.first(lambda: job_of(request).phase == "complete"):  # by another process, before the lock was free
-            return "complete", "was complete"
+            return "complete", ranks.first(lambda: job_of(request).message)
         final = train(
             request.experiment,
             request.profile,
@@ -134,7 +143,9 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
             should_stop=should_stop,
             ranks=ranks,
         )
-    return ("interrupted", "stopped on request; the same command goes on") if final is None else ("complete", "")
+        if final is None:
+            return "interrupted", "stopped on request; the same command goes on"
+        return "complete", run_dir.health().untrained
 
 
 def check_distinct(requests: Sequence[RunRequest]) -> None:
@@ -159,7 +170,8 @@ def job_of(request: RunRequest) -> Job:
     except DamagedRunError as error:
         return Job(request, "failed", f"damaged, move it away to start again: {error}")
     if run.is_final:
-        return Job(request, "complete", "was complete", seconds=run.status.seconds)
+        message = "; ".join(filter(None, (WAS_COMPLETE, run.health.untrained)))
+        return Job(request, "complete", message, seconds=run.status.seconds)
     return Job(request, resumed=run.status.step > 0)
 
 
@@ -200,7 +212,7 @@ def _work(request: RunRequest, result: Connection) -> None:
 
     def send(kind: str, text: str) -> None:
         with suppress(BrokenPipeError):  # the parent is gone; the run's directory says how it ended
-            result.send((kind, text))
+            result.send_bytes(json.dumps((kind, text)).encode())
 
     with stop_requests() as stop, warnings_as_text(lambda text: send("warning", text)):
         try:
@@ -216,7 +228,7 @@ def _collect_result(job: Job) -> None:
     job.seconds = time.monotonic() - job.began
     while job.result.poll():
         try:
-            kind, text = job.result.recv()
+            kind, text = json.loads(job.result.recv_bytes())
         except EOFError:
             job.process.join()
             kind, text = "failed", f"its process died (exit code {job.process.exitcode}); it can be resumed"

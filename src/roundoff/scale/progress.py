@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from roundoff.run_dir import DamagedRunError, read_metrics, read_status
-from roundoff.scale.local_grid import Job
+from roundoff.scale.local_grid import WAS_COMPLETE, Job
 
 REFRESH_S = 0.5
 RECENT_STEPS = 8
@@ -81,12 +81,13 @@ class Progress:
         table = Table(title=_headline([job for job, _ in rows], rows, self._workers), title_justify="left", box=None)
         for name in ("experiment", "seed", "state", "", "step", "reward", "deployed", "clean", "sigma", "left"):
             table.add_column(name, justify="left" if name in ("experiment", "state", "") else "right", no_wrap=True)
+        table.add_column("", style="red", no_wrap=True)
         for job, metrics in rows:
             last, total = metrics[-1] if metrics else {}, total_steps(job)
             table.add_row(
                 _experiment(job),
                 str(job.request.seed),
-                Text(job.phase, style=STYLES[job.phase]),
+                Text("not trained", style="red") if job.is_untrained else Text(job.phase, style=STYLES[job.phase]),
                 ProgressBar(total or 1, last.get("step", 0), width=16),
                 f"{last.get('step', 0)}/{total}" if total else "",
                 _shown(last.get("reward"), "{:.3f}"),
@@ -94,6 +95,7 @@ class Progress:
                 _shown(_latest(metrics, "clean"), "{:.1%}"),
                 _shown(last.get("sigma") or None, "{:.4f}"),
                 _time(seconds_left(job, metrics)) if job.phase == "running" else _first_line(job.message),
+                _failures(metrics),
             )
         return table
 
@@ -109,7 +111,7 @@ class Progress:
                 left = _time(seconds_left(job, metrics)) if job.phase == "running" else ""
                 self._line(
                     f"{name}: step {row['step']}/{total_steps(job)}"
-                    f" deployed {row['deployed']:.1%} clean {row['clean']:.1%}"
+                    f" deployed {row['deployed']:.1%}{not_computed(row, 'deployed_')} clean {row['clean']:.1%}"
                     + (f" reward {row['reward']:.3f} sigma {row['sigma']:.4f}" if "reward" in row else "")
                     + (f" left {left}" if left else "")
                 )
@@ -148,12 +150,33 @@ def _headline(jobs: Sequence[Job], rows: Sequence[tuple[Job, list[dict[str, Any]
     text = ", ".join(f"{count} {phase}" for phase, count in counts.items() if count)
     running = [seconds_left(job, metrics) for job, metrics in rows if job.phase == "running"]
     known = [s for s in running if s is not None]
-    whole = [job.seconds for job in jobs if job.phase == "complete" and job.message != "was complete"]
+    whole = [job.seconds for job in jobs if job.phase == "complete" and not job.message.startswith(WAS_COMPLETE)]
     each = sum(whole) / len(whole) if whole else None
     if counts["queued"] and each is None:
         return text
     left = (sum(known) + counts["queued"] * (each or 0.0)) / max(1, min(workers, counts["running"] + counts["queued"]))
     return f"{text}, about {_time(left)} left" if known else text
+
+
+def not_computed(row: dict[str, Any], prefix: str) -> str:
+    """Shares of responses that were not computed or not rewarded, in brackets; empty where there are none.
+
+    `prefix` is that of the names in the row of an evaluated step.
+    """
+    words = {"nonfinite": "not finite", "reward_error": "reward failed"}
+    shares = ((text, row.get(f"{prefix}{name}")) for name, text in words.items())
+    said = [f"{share:.1%} {text}" for text, share in shares if share]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _failures(metrics: Sequence[dict[str, Any]]) -> str:
+    """What the last step and the last evaluation could not compute, in a few words."""
+    last = metrics[-1] if metrics else {}
+    words = {"nonfinite": "rollouts not finite", "reward_errors": "rewards failed"}
+    said = [f"{last[name]:,} {text}" for name, text in words.items() if last.get(name)]
+    scored = [row for row in metrics if "deployed" in row][-1:]
+    said += [f"deployed{text}" for row in scored if (text := not_computed(row, "deployed_"))]
+    return ", ".join(said)
 
 
 def _metrics(job: Job) -> list[dict[str, Any]]:

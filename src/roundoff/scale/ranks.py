@@ -18,7 +18,7 @@ from roundoff.config import ConfigError, result_hash
 from roundoff.errors import is_expected, message_of, warnings_as_text
 from roundoff.parallel import Ranks, joined
 from roundoff.provenance import PACKAGES, package_version
-from roundoff.scale.local_grid import Job, RunRequest, check_distinct, execute, job_of, stop_requests
+from roundoff.scale.local_grid import Job, Phase, RunRequest, check_distinct, execute, job_of, stop_requests
 
 
 def run_in_ranks(
@@ -42,8 +42,7 @@ def run_in_ranks(
             if ranks.any(stop()):
                 job.phase, job.message = "interrupted", "not begun"
                 continue
-            found = ranks.first(lambda job=job: job_of(job.request))  # type: ignore[misc]
-            job.phase, job.message, job.resumed = found.phase, found.message, found.resumed
+            job.phase, job.message, job.resumed = ranks.first(lambda job=job: _state(job.request))  # type: ignore[misc]
             if job.phase == "queued":
                 _run(job, ranks, stop, lambda: watch(jobs) if ranks.leads else None)
             if job.phase == "failed":
@@ -54,6 +53,12 @@ def run_in_ranks(
                     job.phase, job.message = "interrupted", "not begun"
             watch(jobs)
         return jobs, ranks.leads
+
+
+def _state(request: RunRequest) -> tuple[Phase, str, bool]:
+    """Phase, message and whether it goes on: how a run stands on the first rank's disk."""
+    found = job_of(request)
+    return found.phase, found.message, found.resumed
 
 
 def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], None]) -> None:

@@ -3,7 +3,8 @@
 from roundoff.srdd.decoder import calibration_batches, decoder_layers
 from roundoff.srdd.exact import Divergence, FrontierPoint, frontier
 from roundoff.srdd.experiment_scan import calibration_texts, experiment_scan, layer_multipliers
-from roundoff.srdd.faults import Alarm, FaultReport, find_faults
+from roundoff.srdd.fault_report import Alarm, FaultReport
+from roundoff.srdd.faults import find_faults
 from roundoff.srdd.keep import needs_scan, resolve_keep
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics, rank_correlation
 from roundoff.srdd.multipliers import DIRECTIONS, MODES

@@ -7,34 +7,50 @@
 | zero | share of outputs that are exactly zero | errors that zero nothing |
 | constant | channels that give one value for every token | channels that still vary |
 | tie | tokens with several elements at exactly the largest magnitude | a clamp that one element meets |
-| checksum | `r . y = (r W) . x + r . b`, for r all ones and for random signs | errors below rounding (low bits) |
+| checksum | `r . y = (r W) . x + r . b`, r all ones and seven times Gaussian | errors below rounding (low bits) |
 | residual | `h_out = h_in + attention + mlp`, element by element | errors inside attention or a norm |
 
 Checks compute in float64, on the CPU if `host` is set, so that a faulty accelerator does not judge itself. The residual
 bound is rigorous: two roundings. The checksum's is statistical: rounding errors are taken as independent, one of y's
 unit roundoff u for each output and K of float32's unit roundoff v for each sum of K products, so a checksum is measured
-in units of `sqrt(u^2 sum_j y_j^2 + K v^2 sum_jk (x_k W_jk)^2)`. `CHECKSUM_LIMIT` such units are an alarm; healthy
-models stay below 2 (docs/srdd.md). Products that accumulate in less than float32 (TF32, say) would raise it rightly.
+in units of `sqrt(sum_j r_j^2 (u^2 y_j^2 + K v^2 sum_k (x_k W_jk)^2))`. `CHECKSUM_LIMIT` such units are an alarm;
+healthy models stay below 2 (docs/srdd.md). Products that accumulate in less than float32 (TF32, say) would raise it
+rightly.
+
+**Odds of missing an error.** An error d of one token's outputs moves a Gaussian checksum by r . d ~ N(0, |d|^2). It is
+missed where all `GAUSSIANS` = 7 checksums stay within the limit L = 5 units of U: each does with probability at most
+`sqrt(2/pi) L U / |d|`, independently. So an error of |d| >= 50 U in one token is missed with probability at most
+`(0.8 * 5 / 50)^7 = 2e-8`, whatever its shape: exchanged, shifted, negated or copied channels, a permuted tile, errors
+that cancel in the sum. Errors in T tokens share the vectors, so their odds do not multiply; the largest counts. (A
+vector of all ones and one of random signs would miss an exchange of two channels half of the time.)
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
-from roundoff.numerics.rng import Key, uniform
+from roundoff.numerics.rng import Key, normal
 
 ZERO_LIMIT = 1e-3
 """Share of exact zeros above which a result is suspect (fraction), to which `ZERO_ROUNDINGS` * u are added."""
 ZERO_ROUNDINGS = 8.0
 """Sums of few bits cancel to exactly zero: 0.1 % of a bfloat16 residual stream."""
-TIE_LIMIT = 0.05
-"""Share of tokens with `TIED` or more elements at the maximum above which a product is suspect (fraction)."""
 TIED = 3
+"""Elements at exactly the largest magnitude that make a token a tied one."""
+TIE_CHANCE = 0.02
+"""Bound on the probability that a healthy product ties so by chance; measured: at most 0.5 % (docs/srdd.md)."""
+ALARM_ODDS = 1e-9
+"""Probability of a false alarm by zeros, or by ties, at one site."""
 MIN_TOKENS = 8
-"""Tokens below which a constant channel says nothing."""
+"""Different tokens below which a constant channel says nothing."""
 CHECKSUM_LIMIT = 5.0
 """Rounding units above which a checksum is an alarm."""
+GAUSSIANS = 7
+"""Checksums with Gaussian weights, beside the one with all ones."""
 RESIDUAL_LIMIT = 1.0
 """Multiple of the rigorous rounding bound above which a residual sum is an alarm."""
 
@@ -44,9 +60,11 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def zero_limit(dtype: torch.dtype) -> float:
-    """Share of exact zeros above which a result of this dtype is suspect (fraction)."""
-    return ZERO_LIMIT + ZERO_ROUNDINGS * unit_roundoff(dtype)
+@functools.cache
+def zero_limit(dtype: torch.dtype, elements: int) -> float:
+    """Share of exact zeros among so many elements of this dtype above which a result is suspect (fraction)."""
+    chance = ZERO_LIMIT + ZERO_ROUNDINGS * unit_roundoff(dtype)
+    return max(chance, _binomial_limit(elements, chance))
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -76,6 +94,21 @@ def tie_share(y: Tensor) -> float:
     return float((((size == largest) & (largest > 0)).sum(-1) >= TIED).double().mean())
 
 
+@functools.cache
+def tie_limit(tokens: int) -> float:
+    """Share of so many different tokens that may be tied: more have odds below `ALARM_ODDS` on a healthy machine.
+
+    Numbers of few bits tie by chance, in one of a hundred tokens: few tokens prove nothing. The count of tied tokens is
+    binomial with a probability of at most `TIE_CHANCE`.
+    """
+    return _binomial_limit(tokens, TIE_CHANCE)
+
+
+def _binomial_limit(count: int, chance: float) -> float:
+    """Share that more of `count` events of this probability exceed with odds below `ALARM_ODDS`."""
+    return float(binom.isf(ALARM_ODDS, count, chance)) / max(1, count)
+
+
 def checksum_excess(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, key: Key) -> float:
     """Largest deviation of a checksum of `y = x W^T + b` over tokens, in rounding units (see the module's docstring).
 
@@ -83,21 +116,23 @@ def checksum_excess(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, k
     """
     output_eps, sum_eps = unit_roundoff(y.dtype), unit_roundoff(torch.float32)
     x, y = x.double(), y.double()
-    signs = torch.where(uniform(key, (1, y.shape[-1]), device=y.device) < 0.5, -1.0, 1.0).double()
-    projections = torch.cat([torch.ones_like(signs), signs])  # [2, out]
-    columns = torch.zeros(2, x.shape[-1], dtype=torch.float64, device=x.device)
-    energy = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-    for rows, signed in zip(torch.split(weight, 1024), torch.split(projections, 1024, dim=1), strict=True):
+    drawn = normal(key, (GAUSSIANS, y.shape[-1]), device=y.device).double()
+    projections = torch.cat([torch.ones_like(drawn[:1]), drawn])  # [R, out]
+    squares = projections.square()
+    columns = torch.zeros(len(projections), x.shape[-1], dtype=torch.float64, device=x.device)
+    energy = torch.zeros_like(columns)
+    pieces = (torch.split(tensor, 1024, dim=-1) for tensor in (projections, squares))
+    for rows, weights, weights_squared in zip(torch.split(weight, 1024), *pieces, strict=True):
         wide = rows.double()
-        columns += signed @ wide
-        energy += wide.square_().sum(0)
-    expected = x @ columns.T
-    units = output_eps**2 * y.square().sum(-1) + x.shape[-1] * sum_eps**2 * (x.square() @ energy)
+        columns += weights @ wide
+        energy += weights_squared @ wide.square_()
+    expected = x @ columns.T  # [T, R]
+    units = output_eps**2 * (y.square() @ squares.T) + x.shape[-1] * sum_eps**2 * (x.square() @ energy.T)
     if bias is not None:
         expected = expected + projections @ bias.double()
-        units = units + output_eps**2 * bias.double().square().sum()
+        units = units + output_eps**2 * (squares @ bias.double().square())
     deviation = (y @ projections.T - expected).abs()
-    return float((deviation / (units.sqrt() + 1e-300)[:, None]).nan_to_num(torch.inf).amax())
+    return float((deviation / (units.sqrt() + 1e-300)).nan_to_num(torch.inf).amax())
 
 
 def residual_excess(before: Tensor, parts: list[Tensor], after: Tensor) -> float:

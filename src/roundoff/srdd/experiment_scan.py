@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from roundoff.config import SRDD, Experiment
-from roundoff.models.load import LoadedModel, check_readable
-from roundoff.prompts import Worked, text
+from roundoff.models.load import LoadedModel
+from roundoff.prompts import Worked, check_asked
 from roundoff.srdd.decoder import calibration_batches
 from roundoff.srdd.layer_scan import LayerScan
 from roundoff.srdd.probe import scan
 from roundoff.tasks import Task
 
 BATCHES = 4
-CHECKED_TEXTS = 100
-"""Texts whose characters are looked up in the tokenizer before a scan."""
 
 
 def calibration_texts(task: Task) -> list[Worked]:
@@ -41,7 +39,7 @@ def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, see
     """
     settings = experiment.srdd or SRDD()
     texts = calibration_texts(task)
-    check_readable(loaded, [text(loaded.tokenizer, worked) for worked in texts[:CHECKED_TEXTS]])
+    check_asked(loaded, texts[: settings.tokens])  # a text holds at least one token
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=BATCHES)
     return scan(
         loaded.model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,46 +21,13 @@ from roundoff.hardware.linear import HardwareLinear
 from roundoff.numerics.rng import Key
 from roundoff.srdd import checks
 from roundoff.srdd.decoder import Calibration, decoder_layers, evaluation_mode, read_batches
+from roundoff.srdd.fault_report import Alarm, FaultReport
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 """In models that have the second of them, these are what a layer adds to its input (Gemma 2 and 3, OLMo 2)."""
 _NOT_FINITE = " and what follows it: the input is not finite"
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """One check that failed at one site."""
-
-    check: str
-    site: str
-    """Dotted name of the Linear or of the decoder layer."""
-    layer: int | None
-    value: float
-    limit: float
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class FaultReport:
-    """What a fault scan found."""
-
-    alarms: tuple[Alarm, ...]
-    """In forward order."""
-    checked: tuple[str, ...]
-    """Sites that were checked."""
-    unchecked: tuple[str, ...]
-    """What could not be checked, each with the reason."""
-
-    @property
-    def suspect(self) -> Alarm | None:
-        """The first alarm; None on a machine without a finding."""
-        return self.alarms[0] if self.alarms else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        return asdict(self) | {"suspect": None if self.suspect is None else self.suspect.site}
 
 
 def find_faults(
@@ -79,15 +46,19 @@ def find_faults(
     Args:
         model: a causal model.
         batches: what a tokenizer returns (`input_ids` [N, S], `attention_mask` [N, S]).
-        replays: how often each product is repeated with the same input.
-        seed: of the random signs of the checksum.
+        replays: how often each product is repeated with the same input. An error in a share f of the calls of a unit is
+            met with probability `1 - (1 - f)^(batches * (1 + replays))`.
+        seed: of the random weights of the checksums.
         host: compute the checks on the CPU.
         stop_at_first: leave after the first site with an alarm; what comes after it is not checked.
 
     Raises:
         ConfigError: if there is no decoder layer or no token, or if matmul noise is installed, which a check could not
             tell from a fault.
+        ValueError: if `replays` is negative.
     """
+    if replays < 0:
+        raise ValueError(f"replays must be 0 or more, but is {replays}")
     found = installed(model)
     if found is not None and found.is_on and found.hardware.matmul_noise.relative_std > 0:
         raise ConfigError(
@@ -118,6 +89,7 @@ class Inspector:
     alarms: dict[tuple[str, str], Alarm] = field(default_factory=dict)
     checked: dict[str, None] = field(default_factory=dict)
     unchecked: dict[str, None] = field(default_factory=dict)
+    passes: int = 0
     _order: dict[str, None] = field(default_factory=dict)
     _mask: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     _listening: bool = True
@@ -130,6 +102,7 @@ class Inspector:
     def forward(self, batch: Calibration) -> None:
         """One pass over a batch, with every check."""
         self._mask = batch.mask
+        self.passes += 1
         with self._hooks():
             self.model(**batch.inputs())
 
@@ -142,7 +115,7 @@ class Inspector:
         if len(failed) == len(self.layers) > 1:  # not a fault: these layers add something else
             alarms = [alarm for alarm in alarms if alarm.check != "residual"]
             unchecked.append("residual identity: no layer's output is the sum of its input, attention and MLP")
-        return FaultReport(tuple(alarms), tuple(self.checked), tuple(unchecked))
+        return FaultReport(tuple(alarms), tuple(self.checked), tuple(unchecked), self.passes * (1 + self.replays))
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -285,22 +258,22 @@ class Inspector:
         if bad:
             self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, of finite inputs")
             return False
+        different = torch.unique(y, dim=0)  # a text that repeats itself gives one product many times
         if bool((x != x[:1]).any()):
-            constant = int(checks.constant_channels(y, live).sum())
+            constant = int(checks.constant_channels(different, live).sum())
             if constant:
                 self._alarm("constant", name, constant, 0, f"{constant} channels give one value for all tokens")
         if coarse:
             return True
         live_rows = (x != 0).any(-1)
-        zeros, limit = (
-            checks.zero_share(y[live_rows], live) if bool(live_rows.any()) else 0.0,
-            checks.zero_limit(y.dtype),
-        )
+        counted = torch.unique(y[live_rows], dim=0)
+        zeros = checks.zero_share(counted, live)
+        limit = checks.zero_limit(y.dtype, max(1, len(counted) * int(live.sum())))
         if zeros > limit:
             self._alarm("zero", name, zeros, limit, f"{zeros:.2%} of outputs are exactly zero")
-        ties = checks.tie_share(y)
-        if ties > checks.TIE_LIMIT:
-            self._alarm("tie", name, ties, checks.TIE_LIMIT, f"{ties:.2%} of tokens have ties at their maximum")
+        ties, limit = checks.tie_share(different), checks.tie_limit(len(different))
+        if ties > limit:
+            self._alarm("tie", name, ties, limit, f"{ties:.2%} of different tokens have ties at their maximum")
         return True
 
 

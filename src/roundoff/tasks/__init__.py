@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from roundoff.tasks.arithmetic import arithmetic
-from roundoff.tasks.base import Message, Problem, Task, TaskError
+from roundoff.tasks.base import Message, Problem, RewardError, Task, TaskError
 from roundoff.tasks.check import check_task
 from roundoff.tasks.find import Factory, find_task
 from roundoff.tasks.gsm8k import gsm8k
 from roundoff.tasks.reasoning_gym import reasoning_gym
 
-__all__ = ["TASKS", "Message", "Problem", "Task", "TaskError", "check_task", "load_task"]
+__all__ = ["TASKS", "Message", "Problem", "RewardError", "Task", "TaskError", "check_task", "load_task"]
 
 TASKS: dict[str, Factory] = {"arithmetic": arithmetic, "gsm8k": gsm8k, "reasoning-gym": reasoning_gym}
 """Task factories by name; each takes the task's own settings and raises TaskError where they are wrong."""

@@ -94,6 +94,8 @@ class ArithmeticTask:
     """The problems of one `ArithmeticSettings`, drawn when first asked for."""
 
     name = "arithmetic"
+    reward_seconds = None
+    """Reading a response takes time in proportion to its length."""
 
     def __init__(self, settings: ArithmeticSettings) -> None:
         self.settings = settings

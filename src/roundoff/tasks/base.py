@@ -9,6 +9,14 @@ class TaskError(ValueError):
     """Settings of a task that cannot be used; the message names the setting and says what to do."""
 
 
+PATHS_BEGIN = "a relative path begins at the TOML file that gives it, or, for --set, where roundoff was started"
+"""What an error about a missing file adds."""
+
+
+class RewardError(RuntimeError):
+    """A reward that could not be computed; the message says why. It is recorded, and the reward is 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
@@ -55,7 +63,8 @@ class Task(Protocol):
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 where the response ends in the right answer, else 0.0. Never raises, whatever the text.
 
-        Values between are rewards to train on, but only 1.0 counts as solved; NaN says that it could not be computed.
+        Values below 1.0 are rewards to train on, but only 1.0 counts as solved; NaN says that it could not be computed.
+        What else may come back, and how long it may take, is said in `tasks.score`.
         """
         ...
 

@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from roundoff.tasks.base import Problem, Task
+from roundoff.tasks.base import Problem, RewardError, Task
+from roundoff.tasks.score import as_reward
 
 ODD_TEXTS = ("", " ", "\n", ">", "=", "-", "\x00", "\ud800", "é", "####", "\\boxed{", "<answer>", "1" * 10_000)
 """Responses that are right for no problem, and that a reward must survive."""
@@ -48,8 +49,13 @@ def _odd(task: Task, problem: Problem) -> list[str]:
     for text in ODD_TEXTS:
         try:
             reward = task.reward(problem, text)
-        except Exception as error:  # whatever it is: a reward must not raise
+        except (Exception, SystemExit) as error:  # whatever it is: a reward must not raise
             found.append(f"{problem.id}: reward raises {type(error).__name__} on {text[:20]!r}")
+            continue
+        try:
+            reward = as_reward(reward)
+        except RewardError as error:
+            found.append(f"{problem.id}: {error} on {text[:20]!r}")
             continue
         if reward == 1.0:
             found.append(f"{problem.id}: {text[:20]!r} earns the full reward")

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from roundoff.config import nearest
-from roundoff.tasks.base import Task, TaskError
+from roundoff.tasks.base import PATHS_BEGIN, Task, TaskError
 from roundoff.tasks.check import check_names
 
 Factory = Callable[[Mapping[str, object]], Task]
@@ -58,7 +58,7 @@ def _factory(name: str) -> Factory:
 def _from_file(path: Path) -> ModuleType:
     """The module of a file, loaded once a process, under a name that is its path."""
     if not path.is_file():
-        raise TaskError(f"there is no file {path}")
+        raise TaskError(f"there is no file {path} ({PATHS_BEGIN})")
     name = str(path.resolve())
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

@@ -14,7 +14,6 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from roundoff.extras import require
 from roundoff.tasks.answers import MARKER, last_number, marked_answer, whole_number_text
-from roundoff.tasks.base import Message, Problem, TaskError
+from roundoff.tasks.base import Message, Problem, RewardError, TaskError
 from roundoff.tasks.latex import Expression
 from roundoff.tasks.rows import Row, columns_of, read_rows, split_file
 from roundoff.tasks.settings import checked
@@ -89,23 +88,25 @@ class _Form:
 
     truth: Callable[[str], Any]
     """The answer that a text of the data set gives, or None."""
-    response: Callable[[str], Any]
-    equal: Callable[[Any, Any], bool]
+    solves: Callable[[Any, str], bool]
+    """Whether a response ends in this answer."""
     marked: str
     """A response that has this answer."""
 
 
 def _form(answer: str) -> _Form:
     if answer == "latex":
-        return _Form(Expression.of_truth, Expression.of_response, Expression.equals, "\\boxed{{{}}}")
+        return _Form(Expression.of_truth, Expression.is_answer_of, "\\boxed{{{}}}")
     read = marked_answer if answer == "strict" else last_number
-    return _Form(whole_number_text, read, Fraction.__eq__, MARKER + " {}")
+    return _Form(whole_number_text, lambda truth, response: read(response) == truth, MARKER + " {}")
 
 
 class GSM8KTask:
     """The problems of one `GSM8KSettings`."""
 
     name = "gsm8k"
+    reward_seconds = None
+    """Numbers are read in proportion to their length, and expressions have limits of their own (`tasks.latex`)."""
 
     def __init__(self, settings: GSM8KSettings) -> None:
         self.settings = settings
@@ -128,8 +129,18 @@ class GSM8KTask:
 
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 where the response's final answer is that of the problem, else 0.0."""
-        found = self._form.response(response)
-        return float(found is not None and self._form.equal(self._truths[problem.id], found))
+        try:
+            return self.reward_or_error(problem, response)
+        except RewardError:
+            return 0.0
+
+    def reward_or_error(self, problem: Problem, response: str) -> float:
+        """The reward.
+
+        Raises:
+            RewardError: if the answer in the response could not be compared within the limits of `tasks.latex`.
+        """
+        return float(self._form.solves(self._truths[problem.id], response))
 
     def solution(self, problem: Problem) -> str:
         """The worked solution of the data set, or only the answer where it has none."""
@@ -211,7 +222,10 @@ class GSM8KTask:
         except UnicodeEncodeError as error:  # JSON can hold half a character, as \ud83d
             raise TaskError(f"{where}: the question holds what is no character: {error}") from error
         final = answer.rpartition(MARKER)[2].strip()
-        truth = self._form.truth(final)
+        try:
+            truth = self._form.truth(final)
+        except RewardError as error:
+            raise TaskError(f"{where}: the final answer {final[-80:]!r} cannot be read: {error}") from error
         if truth is None:
             kind = "an expression" if self.settings.answer == "latex" else "a number"
             raise TaskError(f"{where}: the final answer must be {kind}, but is {final[-80:]!r}")

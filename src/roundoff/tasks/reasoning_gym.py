@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from roundoff.config import nearest
 from roundoff.extras import require
-from roundoff.tasks.base import Message, Problem, TaskError
+from roundoff.tasks.base import Message, Problem, RewardError, TaskError
+from roundoff.tasks.score import as_reward
 from roundoff.tasks.settings import checked
 
 INSTRUCTIONS = {
@@ -78,13 +79,30 @@ class ReasoningGymTask:
 
     def reward(self, problem: Problem, response: str) -> float:
         """What the package's scorer gives (0 to 1), 0.0 without a final answer, NaN where the scorer failed."""
+        try:
+            return self.reward_or_error(problem, response)
+        except RewardError:
+            return math.nan
+
+    def reward_or_error(self, problem: Problem, response: str) -> float:
+        """What the package's scorer gives (0 to 1), 0.0 without a final answer.
+
+        Raises:
+            RewardError: if the scorer raised, or gave what is no number from 0 to 1.
+        """
         answer = _final_answer(response, self.settings.answer)
         if not answer or self._score is None:
             return 0.0
         try:
-            return float(self._score(answer, self._entries[problem.id]))
-        except Exception:  # 106 scorers, each with ways of its own to stumble over odd text
-            return math.nan
+            score = as_reward(self._score(answer, self._entries[problem.id]))
+        except RewardError:
+            raise
+        except (Exception, SystemExit) as error:  # 106 scorers, each with ways of its own to stumble over odd text
+            name = self.settings.dataset
+            raise RewardError(f"the scorer of {name} raised {type(error).__name__}: {error}") from error
+        if score < 0:
+            raise RewardError(f"the scorer of {self.settings.dataset} must give 0 to 1, but gave {score!r}")
+        return score
 
     def solution(self, problem: Problem) -> str | None:
         """The right answer in the form that is read, or None where the generator gives none."""

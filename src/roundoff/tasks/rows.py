@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.extras import require
-from roundoff.tasks.base import TaskError
+from roundoff.tasks.base import PATHS_BEGIN, TaskError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -20,7 +20,7 @@ def read_rows(path: Path) -> list[Row]:
         ConfigError: it is parquet, and pyarrow is not installed.
     """
     if not path.is_file():
-        raise TaskError(f"there is no file {path}")
+        raise TaskError(f"there is no file {path} ({PATHS_BEGIN})")
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.suffix in SUFFIXES:
@@ -35,7 +35,7 @@ def split_file(directory: Path, split: str) -> Path:
         TaskError: if there is none or more than one; the message lists what there is.
     """
     if not directory.is_dir():
-        raise TaskError(f"there is no directory {directory}")
+        raise TaskError(f"there is no directory {directory} ({PATHS_BEGIN})")
     files = sorted(p for p in directory.iterdir() if p.suffix in SUFFIXES)
     found = [p for p in files if p.name.startswith(split)]
     if len(found) != 1:

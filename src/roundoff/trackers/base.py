@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from pydantic import BaseModel
 
 from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, result_hash
 
-Ended = Literal["complete", "interrupted", "failed"]
-"""How a run came to its end; one that was interrupted goes on later."""
+Ended = Literal["complete", "untrained", "interrupted", "failed"]
+"""How a run came to its end: `untrained` reached it without training anything; `interrupted` goes on later."""
 OPTIONAL: Mapping[str, type[BaseModel]] = {
     "aqn": AQN,
     "srdd": SRDD,
@@ -139,14 +140,22 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a tracker is given of a row of `metrics.jsonl`; `x_layers` becomes one scalar `x/layer.i` a layer."""
+    """What a tracker is given of a row of `metrics.jsonl`; `x_layers` becomes one scalar `x/layer.i` a layer.
+
+    A number that is not finite is passed on as NaN, which is how trackers show that there was none.
+    """
     found: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
-            found |= {f"{name.removesuffix('_layers')}/layer.{i}": float(v) for i, v in enumerate(value)}
+            found |= {f"{name.removesuffix('_layers')}/layer.{i}": _number(v) for i, v in enumerate(value)}
         elif name not in ("step", "time"):
-            found[name] = float(value)
+            found[name] = _number(value)
     return found
+
+
+def _number(value: float | None) -> float:
+    """The value as a float; None, as a row read back has it, is NaN again."""
+    return math.nan if value is None else float(value)
 
 
 def hyper_parameters(experiment: Experiment, profile: Profile) -> dict[str, float | str | bool | None]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from roundoff.checkpoint import write_atomic
+from roundoff.strict_json import dumps
 from roundoff.trackers.base import Ended, TrackedRun
 
 FILE = "scalars.jsonl"
@@ -18,7 +19,7 @@ class JsonlTracker:
     def __init__(self, run: TrackedRun) -> None:
         path = run.path / FILE
         head = {"run": run.name, "group": run.group, "settings": run.settings}
-        lines = [json.dumps(head)]
+        lines = [dumps(head)]
         if path.exists():  # steps after the checkpoint are logged again
             lines += [line for line in path.read_text("utf-8").splitlines()[1:] if _is_kept(line, run.resumed_from)]
         write_atomic(path, "\n".join(lines) + "\n")
@@ -34,7 +35,7 @@ class JsonlTracker:
         self._file.close()
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(content) + "\n")
+        self._file.write(dumps(content) + "\n")
         self._file.flush()
 
 

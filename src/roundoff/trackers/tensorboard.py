@@ -47,8 +47,8 @@ class TensorBoardTracker:
 
     def close(self, ended: Ended) -> None:
         """Flush and close the event file; a run that may go on is left open on the board."""
-        if ended == "complete":
-            ending = SessionEndInfo(status=api_pb2.STATUS_SUCCESS)
+        if ended in ("complete", "untrained"):
+            ending = SessionEndInfo(status=api_pb2.STATUS_SUCCESS if ended == "complete" else api_pb2.STATUS_FAILURE)
             self._add(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=ending))
         self._writer.close()
 

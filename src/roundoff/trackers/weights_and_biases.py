@@ -48,9 +48,9 @@ class WandbTracker:
             self._run.log(dict(values), step=step)
 
     def close(self, ended: Ended) -> None:
-        """Finish the W&B run; one that failed is marked so."""
+        """Finish the W&B run; one that failed, or trained nothing, is marked so."""
         self._run.summary["ended"] = ended
-        self._run.finish(exit_code=1 if ended == "failed" else 0)
+        self._run.finish(exit_code=1 if ended in ("failed", "untrained") else 0)
 
 
 def check_wandb(settings: WandbSettings) -> tuple[WandbSettings, list[str]]:

@@ -10,6 +10,7 @@ from roundoff.scale.verl_plugin.parquet import write_problems
 from roundoff.scale.verl_plugin.reward import compute_score
 from roundoff.tasks import Message, Problem, load_task
 from tests.tasks.problem_files import TRAIN, raw_files, verl_rows
+from tests.tasks.test_own import SOURCE
 
 pq = pytest.importorskip("pyarrow.parquet")
 
@@ -80,3 +81,10 @@ def test_the_reward_is_the_tasks_own():
     assert score("25>30", "30") == 1.0
     assert score("25>31", "30") == 0.0
     assert not math.isnan(score("", "30"))
+
+
+def test_a_reward_that_cannot_be_computed_is_zero_and_said(tmp_path, caplog):
+    (tmp_path / "odd.py").write_text(SOURCE.replace("float(response == problem.answer)", "None"))
+    name = f"{tmp_path}/odd.py:Mine"
+    assert compute_score("", "1", "1", {"id": "mine/a"}, task=name, settings="{}") == 0.0
+    assert "reward error at problem mine/a, counted as 0: a reward must be a number" in caplog.text

@@ -221,8 +221,9 @@ def _algorithm(experiment: Experiment, profile: Profile) -> Iterator[str]:
     reward = "reward.custom_reward_function"
     yield f"{reward}.path=pkg://roundoff.scale.verl_plugin.reward"
     yield f"{reward}.name=compute_score"
-    yield f"+{reward}.reward_kwargs.task={quoted(profile.task.name)}"
-    yield f"+{reward}.reward_kwargs.settings={quoted_json(profile.task.settings)}"
+    task = profile.task.located()  # verl's workers run in directories of their own
+    yield f"+{reward}.reward_kwargs.task={quoted(task.name)}"
+    yield f"+{reward}.reward_kwargs.settings={quoted_json(task.settings)}"
     length = round(algorithm.overlong_buffer * profile.training.max_new_tokens)
     if length and algorithm.overlong_factor:
         yield "reward.reward_manager.name=dapo"

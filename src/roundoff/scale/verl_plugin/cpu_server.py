@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -121,6 +122,12 @@ class RolloutServer:
             top_k=sampling.top_k,
             key=self.key.fold(self.batches),
         )
+        if lost := int(rollouts.nonfinite.sum()):
+            self.answered[f"{kind}, not computed: logits not finite"] += lost
+            warnings.warn(
+                f"{lost} of {len(prompts)} responses ({kind}) were not computed: the logits were not finite",
+                stacklevel=2,
+            )
         outputs = []
         for n in range(len(prompts)):
             inside = rollouts.response_mask[n]

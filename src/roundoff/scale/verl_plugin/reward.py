@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +11,10 @@ from typing import Any
 
 from roundoff.config import ConfigError
 from roundoff.tasks import load_task
-from roundoff.tasks.base import Problem, Task
+from roundoff.tasks.base import Problem, RewardError, Task
+from roundoff.tasks.score import checked_reward
+
+logger = logging.getLogger(__name__)
 
 BY_ANSWER = ("arithmetic", "gsm8k")
 """Tasks whose reward depends on nothing of a problem but its answer, so that files without ids will do."""
@@ -25,7 +28,9 @@ def compute_score(
     task: str = "",
     settings: str = "{}",
 ) -> float:
-    """1.0 where the response ends in the right answer, else 0.0, as the task judges it; 0.0 where it cannot.
+    """1.0 where the response ends in the right answer, else 0.0, as the task judges it.
+
+    Where the reward cannot be computed, it is 0.0, and a warning says why: verl has no place to count it.
 
     `task` and `settings` (JSON) come from `reward.custom_reward_function.reward_kwargs`; `extra_info["id"]` is the
     problem's, as `roundoff verl-config --write-data` writes it; `data_source` is verl's and plays no part.
@@ -34,8 +39,12 @@ def compute_score(
         ConfigError: if the task has no such problem.
     """
     judge = _judge(task, settings)
-    reward = judge.task.reward(judge.problem(str(ground_truth), (extra_info or {}).get("id")), solution_str)
-    return reward if math.isfinite(reward) else 0.0
+    problem = judge.problem(str(ground_truth), (extra_info or {}).get("id"))
+    try:
+        return checked_reward(judge.task, problem, solution_str)
+    except RewardError as error:
+        logger.warning("reward error at problem %s, counted as 0: %s", problem.id, error)
+        return 0.0
 
 
 @dataclass(frozen=True)

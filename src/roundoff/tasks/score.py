@@ -1,0 +1,108 @@
+"""Rewards of responses: what a task may return, what is recorded as an error, and how long it may take.
+
+A reward is a finite number of at most 1.0, also as a bool, a NumPy scalar or a tensor of one element. Only 1.0 counts
+as solved. Lower ones, penalties below 0 among them, are trained on as they are. Everything else (NaN, an infinity, more
+than 1, None, text, whatever is raised) is a reward error: the reward is 0, and the error is counted.
+
+A task's class may set `reward_seconds`, the time that one response may take (60 by default, None for no limit). Where
+it takes longer, the run ends (`tasks.watchdog`): code in this process cannot be taken back without harm.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from roundoff.tasks.base import Problem, RewardError, Task
+from roundoff.tasks.watchdog import Watchdog
+
+REWARD_SECONDS = 60.0
+"""By the clock, for one response of a task that sets no `reward_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Rewards of rollouts, and how many of them could not be computed."""
+
+    rewards: tuple[float, ...]
+    errors: int
+    """Rollouts whose reward could not be computed, or is none; their reward is 0."""
+    failed: tuple[bool, ...] = field(default=(), compare=False)
+    """Whether that is so, of each rollout."""
+
+
+def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> Scored:
+    """Rewards of `responses` to `problems`, pair by pair; a failed reward is counted and is 0, never raised.
+
+    Raises:
+        RewardTimeoutError: if one response takes longer than the task's `reward_seconds`.
+    """
+    compute = _reward_of(task)
+    rewards: list[float] = []
+    failed: list[bool] = []
+    watchdog = _watchdog(task)
+    with watchdog or nullcontext():
+        for problem, response in zip(problems, responses, strict=True):
+            if watchdog is not None:
+                watchdog.begin(problem.id, response)
+            try:
+                reward = compute(problem, response)
+                if type(reward) is not float:
+                    reward = _number(reward)
+            except (
+                Exception,
+                SystemExit,
+            ):  # a task is the user's code: that is one bad rollout, not the end of the run
+                reward = math.nan
+            failed.append(not -math.inf < reward <= 1.0)
+            rewards.append(0.0 if failed[-1] else reward)
+    return Scored(tuple(rewards), sum(failed), tuple(failed))
+
+
+def checked_reward(task: Task, problem: Problem, response: str) -> float:
+    """The reward of one response.
+
+    Raises:
+        RewardError: if it could not be computed, or is none; the message says why.
+    """
+    try:
+        return as_reward(_reward_of(task)(problem, response))
+    except RewardError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"the reward raised {type(error).__name__}: {error}") from error
+
+
+def as_reward(value: Any) -> float:
+    """What a task or a scorer returned, as a number.
+
+    Raises:
+        RewardError: if it is none, or no reward; the message says why.
+    """
+    reward = _number(value)
+    if not -math.inf < reward <= 1.0:
+        raise RewardError(f"a reward must be a finite number of at most 1.0, but is {reward!r}")
+    return reward
+
+
+def _reward_of(task: Task) -> Callable[[Problem, str], Any]:
+    """The task's reward; its `reward_or_error`, which says where it failed, if it has one."""
+    compute: Callable[[Problem, str], Any] = getattr(task, "reward_or_error", task.reward)
+    return compute
+
+
+def _number(reward: Any) -> float:
+    if isinstance(reward, str | bytes | bytearray):
+        raise RewardError(f"a reward must be a number, but is the text {reward[:40]!r}")
+    try:
+        return float(reward)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RewardError(f"a reward must be a number, but is {type(reward).__name__}: {error}") from error
+
+
+def _watchdog(task: Task) -> Watchdog | None:
+    seconds = getattr(task, "reward_seconds", REWARD_SECONDS)
+    if seconds is None:
+        return None
+    return Watchdog(task.name, float(seconds))
