@@ -20,24 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = [
-    "roundoff(?!:)",
-    "torchrun",
-    "python",
-    "make",
-    "source",
-    "git",
-    "cd",
-    "pip",
-    "ray",
-    "wandb",
-    "bash",
-    "mkdir",
-    "export",
-    "srun",
-    "sbatch",
-]
-COMMAND = re.compile(rf"(\$ )?(\w+=\S+ )*({'|'.join(PROGRAMS)})\b|#")
+PROGRAMS = r"roundoff(?!:)|torchrun|python|make|source|git|cd|pip|ray|wandb|bash|mkdir|export|srun|sbatch"
+COMMAND = re.compile(rf"(\$ )?(\w+=\S+ )*({PROGRAMS})\b|#")
 MARK = re.compile(r"<!-- (.*) -->")
 PRINTED_ON = re.compile(r"printed on: .*\w.*, \d{4}-\d\d-\d\d")
 
