@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from roundoff.algorithms.loss import policy_loss
 from roundoff.config import Experiment, Profile
@@ -49,6 +50,19 @@ def reproducible(path: Path) -> list[dict]:
     """Metrics without the keys that tell time."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["quickstart-mxfp4", "quickstart-noise-aqn"])
+def test_torchs_settings_change_no_bit_of_a_run(tmp_path, small, name):
+    usual = run(tmp_path / "usual", load_experiment(name), small)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        other = run(tmp_path / "other", load_experiment(name), small)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert reproducible(other.path) == reproducible(usual.path)
 
 
 @pytest.mark.parametrize("name", families()["quickstart"])

@@ -23,6 +23,7 @@ from roundoff.clock import Clock
 from roundoff.config import Experiment, Profile
 from roundoff.diagnosis import first_nonfinite
 from roundoff.health import FailedRewardsError, NonFiniteOutputError
+from roundoff.numerics.torch_state import own_torch_state
 from roundoff.parallel import ALONE, Ranks
 from roundoff.remedies import aqn_of_step, layer_sigmas, measure_before
 from roundoff.rollouts import Rollouts
@@ -73,11 +74,12 @@ def train(
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
     scan = None if kept is None else LayerScan.from_json(kept)
-    session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
-    session.ranks = ranks
-    ranks.agree("the weights of the model", session.policy.base)
     try:
-        return _train(session, run_dir, open_tracker, provenance, should_stop)
+        with own_torch_state():
+            session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
+            session.ranks = ranks
+            ranks.agree("the weights of the model", session.policy.base)
+            return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
         if not is_disk_full(error):
             raise
