@@ -84,7 +84,7 @@ def start(name: str, cores: list[int]) -> subprocess.Popen[str]:
     command += ["--standalone", "--nproc-per-node", str(len(cores)), "-m", "benchmarks.parallel", name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", env=environment
     )  # waited for in `rate`
 
 

@@ -34,7 +34,7 @@ def resident_bytes(root: int) -> int:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                parents[int(entry.name)] = int((entry / "stat").read_text("utf-8").rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
     family, added = {root}, True
@@ -44,7 +44,7 @@ def resident_bytes(root: int) -> int:
     total = 0
     for pid in family:
         try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8").splitlines()
         except OSError:
             continue
         total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
@@ -80,7 +80,7 @@ def same_bits(first: Path, second: Path) -> bool:
         return {
             str(path.relative_to(root)): [
                 {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("seconds")}
-                for line in path.read_text().splitlines()
+                for line in path.read_text("utf-8").splitlines()
             ]
             for path in sorted(root.rglob("metrics.jsonl"))
         }

@@ -58,7 +58,7 @@ def rows(root: Path) -> list[list[dict[str, object]]]:
     return [
         [
             {k: v for k, v in json.loads(line).items() if k != "time" and not k.startswith("seconds")}
-            for line in path.read_text().splitlines()
+            for line in path.read_text("utf-8").splitlines()
         ]
         for path in sorted(root.rglob("metrics.jsonl"))
     ]

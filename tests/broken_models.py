@@ -12,8 +12,18 @@ from roundoff.models.load import TINY_DIRECTORY
 
 
 def broken_model(directory: Path, weight: str = "model.layers.1.mlp.up_proj.weight", value: float = math.nan) -> Path:
-    """The embedded model with one weight that is not finite, as a directory."""
+    """The embedded model with one weight that is not finite, as a directory; loading refuses it."""
     return changed_model(directory, lambda weights: weights[weight].view(-1)[:1].fill_(value))
+
+
+def overflowing_model(directory: Path) -> Path:
+    """The embedded model with finite weights whose products overflow float32."""
+
+    def widen(weights: dict[str, torch.Tensor]) -> None:
+        weight = weights["model.layers.1.mlp.up_proj.weight"]
+        weight.div_(weight.abs().max()).mul_(3e38)
+
+    return changed_model(directory, widen)
 
 
 def wide_model(directory: Path) -> Path:

@@ -55,7 +55,7 @@ def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
         (["run", "quickstart", "--seeds", "²"], "--seeds must read 3, 0-2 or 0,4,7, but is '²'"),
         (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of --samples"),
         (["scan", "tiny", "--faults", "--noise", "0.1", "--exact"], "leave out --noise, --exact"),
-        (["scan", "tiny", "--direction", "robust"], "--direction is that of --multipliers"),
+        (["scan", "tiny", "--direction", "robust"], "--direction does nothing without --multipliers"),
         (["report"], "there are no runs in runs"),
         (["report", "--out", f"{__file__}/report"], "test_cli.py is a file and not a directory"),
         (["scan", "tiny", "--json", f"{__file__}/scan.json"], "test_cli.py is a file and not a directory"),

@@ -5,12 +5,14 @@ import re
 from itertools import combinations
 
 import pytest
+import torch
 
 from roundoff.aqn import aqn_noise
 from roundoff.config import AQN, ConfigError, Hardware
 from roundoff.evaluate import evaluate, evaluate_samples, pass_at_k
 from roundoff.experiments import load_experiment
 from roundoff.health import FailedRewardsError, NonFiniteOutputError
+from roundoff.models.load import ModelError
 from roundoff.numerics.rng import Key
 from roundoff.session import load_policy, make_task
 from tests.broken_models import broken_model, wide_model
@@ -96,7 +98,10 @@ def scored(model_directory, small, hardware=None, **options):
     if hardware is not None:
         experiment = experiment.model_copy(update={"hardware": Hardware.model_validate(hardware)})
     profile = small.model_copy(update={"model": str(model_directory)})
-    policy = load_policy(experiment, profile, 0)
+    return scored_policy(load_policy(experiment, profile, 0), small, **options)
+
+
+def scored_policy(policy, small, **options):
     task = options.pop("task", None) or make_task(small)
     score = evaluate_samples if "samples" in options else evaluate
     return score(policy.model, policy.loaded.tokenizer, task, key=Key.from_seed(0), max_new_tokens=24, **options)
@@ -108,10 +113,18 @@ SAMPLED = {"samples": 2, "temperature": 1.0}
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_model_with_nan_weights_has_no_score(tmp_path, small, options, value):
-    directory = broken_model(tmp_path / "model", value=value)
+def test_a_model_with_nan_weights_has_no_score(small, options, value):
+    policy = load_policy(load_experiment("quickstart-clean"), small, 0)
+    with torch.no_grad():
+        policy.model.model.layers[1].mlp.up_proj.weight[0, 0] = value
     with pytest.raises(NonFiniteOutputError, match=r"first in model\.layers\.1\.mlp\.up_proj, whose weights hold NaN"):
-        scored(directory, small, **options)
+        scored_policy(policy, small, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_directory_with_nan_weights_is_not_loaded(tmp_path, small, value):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
+        scored(broken_model(tmp_path / "model", value=value), small)
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])

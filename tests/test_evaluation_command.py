@@ -108,16 +108,24 @@ def test_samples_give_pass_at_k(runs, small, tmp_path):
 
 def test_a_model_directory_is_scored_as_a_run_scores_it_before_its_first_step(runs, small):
     made = runs("quickstart-noise", small)
-    subject = open_subject(str(TINY_DIRECTORY), hardware="quickstart-noise", assignments=SETTINGS)
+    subject = open_subject(str(TINY_DIRECTORY), profile="tiny", hardware="quickstart-noise", assignments=SETTINGS)
     assert score_subject(subject, draws=2).evaluation == made.evaluation(0)
     assert score_subject(open_subject("tiny", assignments=SETTINGS)).evaluation.clean == made.evaluation(0).clean
 
 
-def test_a_saved_adapter_is_scored_as_its_run(runs, small):
+def test_a_saved_adapter_is_scored_as_its_run(runs, small, tmp_path):
     made = runs("quickstart-noise-aqn", small, lora=True)
-    subject = open_subject(str(made.path / "adapter"), hardware="quickstart-noise", assignments=SETTINGS)
-    assert "over" in subject.name
-    assert score_subject(subject, draws=2).evaluation.outcomes == made.evaluation(2).outcomes
+    result = score_subject(open_subject(str(made.path / "adapter")))
+    assert "over" in result.subject.name
+    assert result.evaluation == made.evaluation(2)  # on the run's own task, hardware and draws
+    assert result.agrees
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(made.path / "adapter", elsewhere)
+    with pytest.raises(ConfigError, match=f"roundoff eval {elsewhere} --profile"):
+        open_subject(str(elsewhere))
+    settings = {"profile": "tiny", "hardware": "quickstart-noise", "assignments": SETTINGS}
+    copied = score_subject(open_subject(str(elsewhere), **settings), draws=2)
+    assert copied.evaluation.outcomes == made.evaluation(2).outcomes
     assert made.evaluation(2).outcomes != made.evaluation(0).outcomes
 
 
@@ -180,6 +188,17 @@ class TestHardware:
         with pytest.raises(ConfigError, match=message):
             load_hardware(str(file))
 
+    def test_a_format_is_that_of_weights_and_activations(self):
+        precision = load_hardware("mxfp4:even").precision
+        assert (precision.weight, precision.activation) == ("mxfp4:even", "mxfp4:even")
+
+    @pytest.mark.parametrize(
+        ("name", "nearest"), [("mxfp5", "did you mean 'mxfp4'"), ("nowhere", "'none', a format for weights and")]
+    )
+    def test_what_is_possible_is_listed(self, name, nearest):
+        with pytest.raises(ConfigError, match=f"no hardware {name!r}.*{nearest}.*mxfp4, .*roundoff list.*TOML file"):
+            load_hardware(name)
+
     def test_wrong_name(self):
         with pytest.raises(ConfigError, match="did you mean 'quickstart-noise'"):
             load_hardware("quickstart-nois")
@@ -211,6 +230,22 @@ def test_a_response_that_leaves_no_room_for_the_prompt_is_refused():
     subject = open_subject("tiny", assignments=[*SETTINGS, f"profile.training.max_new_tokens={limit}"])
     with pytest.raises(ConfigError, match=f"do not fit into the {limit} positions of the model"):
         score_subject(subject)
+
+
+@pytest.mark.parametrize("options", [{}, {"hardware": "mxfp4"}, {"assignments": ["profile.training.max_new_tokens=9"]}])
+def test_a_model_from_elsewhere_is_not_given_a_task_in_silence(options):
+    with pytest.raises(ConfigError, match="belongs to no run, so say what to score it on"):
+        open_subject(str(TINY_DIRECTORY), **options)
+    with pytest.raises(ConfigError, match="belongs to no run"):
+        open_subject("owner/model", **options)
+
+
+@pytest.mark.parametrize(
+    "named", [{"task": "arithmetic"}, {"profile": "tiny"}, {"assignments": ["profile.task.name=arithmetic"]}]
+)
+def test_a_task_that_is_named_is_taken(named):
+    subject = open_subject(str(TINY_DIRECTORY), **named)
+    assert (subject.profile.task.name, subject.experiment.hardware) == ("arithmetic", Hardware())
 
 
 def test_a_directory_that_is_neither(tmp_path):

@@ -8,9 +8,8 @@ from roundoff.checkpoint import load_checkpoint
 from roundoff.config import ConfigError, LoRA
 from roundoff.evaluation_command import open_subject, score_subject
 from roundoff.experiments import load_experiment
-from roundoff.export import export
+from roundoff.export import ORIGIN, export
 from roundoff.models.load import load_model
-from tests.test_evaluation_command import SETTINGS
 from tests.test_train import run, with_training
 
 
@@ -25,8 +24,11 @@ def test_an_exported_model_is_the_run_s_to_the_bit_and_scores_alike(tmp_path, sm
     assert all(torch.equal(found[name], weights[name]) for name in weights)
     before = load_model("tiny").tokenizer
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("12+3=")["input_ids"] == before("12+3=")["input_ids"]
-    subject = open_subject(str(tmp_path / "out"), hardware="quickstart-noise", assignments=SETTINGS)
-    assert score_subject(subject).evaluation.outcomes == made.evaluation(2).outcomes
+    subject = open_subject(str(tmp_path / "out"))  # which knows its run: task, lengths, draws and hardware
+    assert score_subject(subject).evaluation == made.evaluation(2)
+    (tmp_path / "out" / ORIGIN).write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not as `roundoff export` writes it"):
+        open_subject(str(tmp_path / "out"))
     with pytest.raises(ConfigError, match="exists"):
         export(made, tmp_path / "out")
     export(made, tmp_path / "first", step=1)

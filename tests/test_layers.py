@@ -19,7 +19,7 @@ LEVELS = {
     **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
     **dict.fromkeys(("evaluate", "batch", "policy", "prerequisites", "session", "remedies", "run_log"), 3),
     **dict.fromkeys(("update", "train", "report"), 3),
-    **dict.fromkeys(("scale", "show", "evaluation_command", "export", "extension"), 4),
+    **dict.fromkeys(("scale", "show", "evaluation_command", "evaluation_subject", "export", "extension"), 4),
     **dict.fromkeys(("commands", "cli", "__main__"), 5),
 }
 

@@ -7,7 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from roundoff.config import Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
-from roundoff.logprobs import token_logprobs
+from roundoff.logprobs import PROBED, token_logprobs
 from roundoff.rollouts import concatenate
 from tests.small_models import KEY, ROUNDING, draw, make, plain_logprobs, same
 
@@ -100,8 +100,8 @@ def test_logits_are_computed_for_response_tokens_alone(model, tokenizer):
         token_logprobs(model, rollouts.tokens, rollouts.attention_mask, T, temperature=1.0)
         assert seen.pop() == (5, T, 16)
         token_logprobs(model, rollouts.tokens, rollouts.attention_mask, T, temperature=1.0, chunk=9)
-        assert seen.pop(0) == (1, 1, 16)  # the trial, by the model and then by its output layer alone
-        assert seen.pop(0) == (1, 1, 16)
+        assert seen.pop(0) == (PROBED, 1, 16)  # the trial, by the model and then by its output layer alone
+        assert seen.pop(0) == (PROBED, 1, 16)
         assert seen == [*[(9, 16)] * (5 * T // 9), *([(5 * T % 9, 16)] if 5 * T % 9 else [])]
     finally:
         handle.remove()
@@ -119,6 +119,10 @@ def test_logits_that_are_capped_are_never_computed_in_parts(tokenizer):
     arguments = model, rollouts.tokens, rollouts.attention_mask, rollouts.response_mask.shape[1]
     whole, parts = (token_logprobs(*arguments, temperature=1.0, chunk=chunk)[0] for chunk in (None, 7))
     torch.testing.assert_close(whole, parts, **ROUNDING)
+    tokens = torch.tensor([[3, 15, 5, 0, 0, 0, 0, 0], [4, 15, 5, 6, 7, 8, 9, 3]])  # the first row ends in padding
+    padded = model, tokens, tokens > 0, 6
+    whole_padded, parts = (token_logprobs(*padded, temperature=1.0, chunk=chunk)[0] for chunk in (None, 3))
+    torch.testing.assert_close(whole_padded, parts, **ROUNDING)
     config.final_logit_softcapping = None
     assert (token_logprobs(*arguments, temperature=1.0)[0] - whole).abs().max() > 1e-3  # the cap is felt
 

@@ -54,7 +54,7 @@ def test_a_task_without_problems_is_refused(small, monkeypatch, part, message):
     task = prepare(load_experiment("quickstart-clean"), small, 0).task
     empty = SameReward(task, 1.0)
     setattr(empty, part, list)
-    monkeypatch.setattr("roundoff.session.make_task", lambda profile: empty)
+    monkeypatch.setattr("roundoff.prerequisites.make_task", lambda profile: empty)
     with pytest.raises(ConfigError, match=message):
         prepare(load_experiment("quickstart-clean"), small, 0)
 

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from roundoff.algorithms.loss import policy_loss
 from roundoff.config import Experiment, Profile
@@ -17,7 +18,7 @@ from roundoff.session import make_task
 from roundoff.trackers import NullTracker
 from roundoff.train import train
 from roundoff.update import NonFiniteLossError
-from tests.broken_models import broken_model
+from tests.broken_models import overflowing_model
 
 training = importlib.import_module("roundoff.train")  # `roundoff.train` is the function
 
@@ -49,6 +50,19 @@ def reproducible(path: Path) -> list[dict]:
     """Metrics without the keys that tell time."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k != "time" and not k.startswith("seconds")} for row in rows]
+
+
+@pytest.mark.parametrize("name", ["quickstart-mxfp4", "quickstart-noise-aqn"])
+def test_torchs_settings_change_no_bit_of_a_run(tmp_path, small, name):
+    usual = run(tmp_path / "usual", load_experiment(name), small)
+    torch.set_default_dtype(torch.float64)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        other = run(tmp_path / "other", load_experiment(name), small)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_float32_matmul_precision("highest")
+    assert reproducible(other.path) == reproducible(usual.path)
 
 
 @pytest.mark.parametrize("name", families()["quickstart"])
@@ -234,7 +248,7 @@ def test_a_reward_that_fails_on_every_rollout_stops_the_run(tmp_path, small, mon
 
 
 def test_a_model_that_is_broken_is_not_trained(tmp_path, small):
-    directory = broken_model(tmp_path / "model")
+    directory = overflowing_model(tmp_path / "model")
     with pytest.raises(NonFiniteOutputError, match=r"with the hardware off, first in model\.layers\.1\.mlp\.up_proj"):
         run(tmp_path, load_experiment("quickstart-noise"), small.model_copy(update={"model": str(directory)}))
     found = read_run(next(tmp_path.rglob("seed-0")))

@@ -18,6 +18,7 @@ from roundoff.commands.run import extend_command, run_command
 from roundoff.commands.scan import scan_command
 from roundoff.commands.sweep import sweep_command
 from roundoff.commands.tensorboard import tensorboard_command
+from roundoff.commands.terminal import tolerant_streams
 from roundoff.commands.verl import verl_config_command
 from roundoff.config import nearest
 from roundoff.errors import is_expected
@@ -71,6 +72,11 @@ for command in (
 
 def main() -> None:
     """Entry point: every expected failure is one message and a non-zero exit, without a traceback."""
+    with tolerant_streams():
+        _main()
+
+
+def _main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:

@@ -8,54 +8,25 @@ does.
 from __future__ import annotations
 
 import json
-import re
-import tomllib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from roundoff.checkpoint import Checkpoint, check_origin, load_checkpoint, run_origin, write_atomic
-from roundoff.config import ConfigError, Experiment, Hardware, Profile, Task, validate
+from roundoff.checkpoint import write_atomic
+from roundoff.config import ConfigError, Hardware
 from roundoff.evaluate import SampledOutcome, evaluate, evaluate_samples, pass_at_k
-from roundoff.experiments import load_experiment, load_profile, with_overrides
+from roundoff.evaluation_subject import Subject, load_hardware, open_subject
 from roundoff.health import Tally
-from roundoff.models.lora import ADAPTER_CONFIG, load_adapters
+from roundoff.models.lora import load_adapters
 from roundoff.numerics.rng import Key
-from roundoff.run_dir import Evaluation, Run, read_run
+from roundoff.run_dir import Evaluation
 from roundoff.session import check_prompts, check_room, load_policy, make_task, put_weights
 from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 
-PLAIN = "none"
-"""Name of the hardware that changes nothing."""
-SETTABLE = (
-    "hardware",
-    *(f"profile.{name}" for name in ("model", "chat", "dtype", "device", "threads", "allow_download", "task")),
-    *(f"profile.training.{name}" for name in ("max_new_tokens", "noise_draws")),
-)
-"""Settings that a score depends on."""
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What is scored, and with what."""
-
-    name: str
-    experiment: Experiment
-    profile: Profile
-    seed: int
-    run: Run | None = None
-    """The run that it is a state of."""
-    step: int = 0
-    """Training steps that it has behind it."""
-    checkpoint: Checkpoint | None = None
-    """What the run had trained by then, over the model of the profile."""
-    adapter: Path | None = None
-    """An adapter directory, over the model of the profile."""
-    notes: tuple[str, ...] = ()
+__all__ = ["Result", "describe", "load_hardware", "open_subject", "save", "score_subject"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,65 +50,6 @@ class Result:
             both = [[pass_at_k(len(s), sum(s), k) for s in (o.deployed, o.clean)] for o in self.samples]
             rows[f"sampled pass@{k}"] = ([d for d, _ in both], [c for _, c in both])
         return {name: (score([deployed]), score([clean])) for name, (deployed, clean) in rows.items()}
-
-
-def open_subject(
-    target: str,
-    *,
-    step: int | None = None,
-    profile: str | None = None,
-    seed: int | None = None,
-    hardware: str | None = None,
-    task: str | None = None,
-    assignments: Sequence[str] = (),
-) -> Subject:
-    """The subject that a path or model name means; what is not given is the run's own, or that of profile `tiny`.
-
-    Raises:
-        ConfigError: if the settings cannot be used.
-        DamagedRunError: if the run cannot be read.
-        DamagedCheckpointError: if it has no usable checkpoint.
-    """
-    _check_assignments(assignments)
-    subject = _find(target, step, profile)
-    experiment, scale = subject.experiment, subject.profile
-    if hardware is not None:
-        experiment = experiment.model_copy(update={"hardware": load_hardware(hardware)})
-    if task is not None and task != scale.task.name:
-        scale = scale.model_copy(update={"task": Task(name=task)})
-    (changed,), scale = with_overrides([experiment], scale, assignments)
-    experiment = experiment.model_copy(update={"hardware": changed.hardware})
-    return replace(subject, experiment=experiment, profile=scale, seed=subject.seed if seed is None else seed)
-
-
-def _check_assignments(assignments: Sequence[str]) -> None:
-    """Refuse to replace what a score does not depend on: it would do nothing, without a word."""
-    for text in assignments:
-        path = text.partition("=")[0].strip()
-        if not any(path == name or path.startswith(f"{name}.") for name in SETTABLE):
-            raise ConfigError(f"--set {path} changes no score: roundoff eval takes {', '.join(SETTABLE)}")
-
-
-def load_hardware(name: str) -> Hardware:
-    """The hardware of an experiment (packaged or a TOML file), of a TOML file of its own, or `none`.
-
-    Raises:
-        ConfigError: if there is none of that name, or a setting is wrong.
-    """
-    if name == PLAIN:
-        return Hardware()
-    path = Path(name)
-    if name.endswith(".toml") and path.is_file():
-        try:
-            content = tomllib.loads(path.read_text("utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{name}: is not TOML: {error}") from None
-        if "extends" not in content and "algorithm" not in content:
-            beside = [key for key in content if key in Hardware.model_fields]
-            if "hardware" in content and beside:
-                raise ConfigError(f"{name}: {', '.join(beside)} must be inside [hardware], not beside it")
-            return validate(Hardware, content.get("hardware", content), source=name)
-    return load_experiment(name).hardware
 
 
 def _scan_of(subject: Subject) -> LayerScan | None:
@@ -259,45 +171,6 @@ def save(result: Result, path: Path) -> None:
         "samples": [asdict(outcome) for outcome in result.samples],
     }
     write_atomic(path, json.dumps(content, indent=1) + "\n")
-
-
-def _find(target: str, step: int | None, profile: str | None) -> Subject:
-    path = Path(target)
-    if path.parent.name == "checkpoints" and (path.parents[1] / "experiment.toml").exists():
-        if step is not None:
-            raise ConfigError(f"{path} is the checkpoint of one step: leave out --step")
-        number = re.fullmatch(r"step-(\d+)", path.name)
-        if number is None:
-            raise ConfigError(f"{path} is no checkpoint, whose name reads step-<n>")
-        path, step = path.parents[1], int(number[1])
-    if (path / "experiment.toml").exists():
-        return _state_of_run(read_run(path), step, profile)
-    if step is not None:
-        raise ConfigError(f"--step chooses a checkpoint of a run, but {target} is none")
-    scale = load_profile(profile or "tiny")
-    model, adapter = target, None
-    if (path / ADAPTER_CONFIG).exists():
-        adapter = path
-        try:
-            model = str(json.loads((path / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"])
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{path / ADAPTER_CONFIG} does not name its base model: {error}") from None
-    settings = {"id": path.name, "algorithm": {"name": "GRPO"}}
-    experiment = validate(Experiment, settings, source=target)
-    name = f"adapter {target} over {model}" if adapter else f"model {target}"
-    return Subject(name, experiment, scale.model_copy(update={"model": model}), 0, adapter=adapter)
-
-
-def _state_of_run(run: Run, step: int | None, profile: str | None) -> Subject:
-    checkpoint = load_checkpoint(run.path / "checkpoints", step)
-    check_origin(checkpoint, run_origin(run.experiment, run.profile, run.seed), run.experiment.id)
-    scale = run.profile
-    if profile is not None:
-        kept = {name: getattr(scale, name) for name in ("model", "dtype", "device", "threads")}
-        scale = load_profile(profile).model_copy(update=kept)
-    name = f"{run.experiment.id} seed {run.seed}, step {checkpoint.step} of {run.status.total_steps} ({run.path})"
-    notes = tuple(f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped)
-    return Subject(name, run.experiment, scale, run.seed, run, checkpoint.step, checkpoint, notes=notes)
 
 
 def _agrees(subject: Subject, evaluation: Evaluation, draws: int | None) -> bool | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from roundoff.checkpoint import check_origin, load_checkpoint, run_origin, write_directory
-from roundoff.config import ConfigError, Hardware
+from roundoff.config import ConfigError, Experiment, Hardware, Profile, validate
 from roundoff.models.load import no_progress_bar
 from roundoff.run_dir import Run
 from roundoff.session import load_policy, put_weights
+from roundoff.srdd import LayerScan, resolve_keep
 
+ORIGIN = "roundoff.json"
+"""File in an exported directory that names the run it came from."""
 MERGED = (
     "the adapters are merged into the weights: quantized hardware rounds the sum, while in the run it rounded the base "
     "alone; the run's adapter/ keeps them apart"
@@ -19,6 +25,34 @@ ROUNDED = (
     "each sum is rounded to {}, so that the smallest of what the adapters add is lost: the scores of the two differ a "
     "little on plain arithmetic, too"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an exported model came from."""
+
+    experiment: Experiment
+    profile: Profile
+    seed: int
+    step: int
+
+
+def read_origin(directory: Path) -> Origin:
+    """The run that an exported model is a state of.
+
+    Raises:
+        ConfigError: if the file that says so cannot be read.
+    """
+    path = directory / ORIGIN
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        experiment, profile = content["experiment"], content["profile"]
+        seed, step = int(content["seed"]), int(content["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not as `roundoff export` writes it ({error}): export again") from None
+    return Origin(
+        validate(Experiment, experiment, source=str(path)), validate(Profile, profile, source=str(path)), seed, step
+    )
 
 
 def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
@@ -44,6 +78,7 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
         with no_progress_bar():
             model.save_pretrained(str(directory))
         policy.loaded.tokenizer.save_pretrained(str(directory))
+        (directory / ORIGIN).write_text(json.dumps(_origin(run, checkpoint.step), indent=1) + "\n", encoding="utf-8")
 
     write_directory(out, fill)
     said = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
@@ -51,3 +86,17 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     if policy.adapters is not None:
         said.append(MERGED + (f"; {ROUNDED.format(run.profile.dtype)}" if run.profile.dtype != "float32" else ""))
     return tuple(said)
+
+
+def _origin(run: Run, step: int) -> dict[str, Any]:
+    """What `read_origin` reads; layers that the run's scan chose are written as such, as the scan stays behind."""
+    experiment = run.experiment
+    if run.scan is not None:
+        hardware = resolve_keep(experiment.hardware, LayerScan.from_json(run.scan))
+        experiment = experiment.model_copy(update={"hardware": hardware, "aqn": None, "srdd": None})
+    return {
+        "experiment": experiment.model_dump(mode="json", exclude_none=True),
+        "profile": run.profile.model_dump(mode="json", exclude_none=True),
+        "seed": run.seed,
+        "step": step,
+    }

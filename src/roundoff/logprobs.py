@@ -7,7 +7,7 @@ rollouts of one prompt share its pass (`packing.py`).
 **Memory.** Prompt tokens and the last token never reach the output layer. Where the logits of all response tokens are
 more than `LOGIT_BYTES`, the output layer itself is computed for some tokens at a time, and again in the backward pass:
 what stays is one hidden vector a token. Models that do more to their logits than one matrix product (soft caps, scales)
-are found out by comparing bits on one token, and keep `[K, V]` logits and their gradient; so do noisy output layers,
+are found out by comparing bits on a few tokens, and keep `[K, V]` logits and their gradient; so do noisy output layers,
 whose draws belong to a pass as a whole.
 """
 
@@ -34,6 +34,9 @@ from roundoff.rope import check_lengths
 
 LOGIT_BYTES = 1 << 26
 """Logits held at once (bytes): 341 tokens of a vocabulary of 49,152 in float32, 110 of one of 152,000."""
+
+PROBED = 4
+"""Tokens on which the output layer alone is compared with the model."""
 
 
 def token_logprobs(
@@ -160,10 +163,11 @@ def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.
         return None
     if type(head) is HardwareLinear and (head.hardware_state.forward_std or head.hardware_state.backward_std):
         return None
-    # On one token, under one draw: `model` and the output layer over its decoder must give the same bits.
-    one = layout.tokens[:1, -1:]
-    with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(one)):
-        token = {"input_ids": one, "use_cache": False}
+    # On single tokens, under one draw: `model` and the output layer over its decoder must give the same bits. Several,
+    # because the logits of one may be zeros (the embedding of padding), which a cap leaves as they are.
+    single = torch.unique(layout.tokens)[-PROBED:, None]
+    with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(single)):
+        token = {"input_ids": single, "use_cache": False}
         whole, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
     return head if torch.equal(whole, lean) else None
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from roundoff.config import Algorithm, ConfigError, Profile, Training
-from roundoff.models.load import LoadedModel
+from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training
+from roundoff.models.load import LoadedModel, check_model
 from roundoff.prompts import check_asked, encode, text
 from roundoff.sampler import check_sampling
 from roundoff.tasks import Problem, Task, load_task
@@ -43,6 +43,29 @@ def training_in_force(algorithm: Algorithm, training: Training) -> Training:
 def steps_per_epoch(problems: int, algorithm: Algorithm, training: Training) -> int:
     """Steps in which all training problems are drawn once (nominally: dynamic sampling may draw more)."""
     return problems // (training_in_force(algorithm, training).prompts_per_step * algorithm.oversampling)
+
+
+def check_settings(experiment: Experiment, profile: Profile) -> Task:
+    """Check everything that can be checked without weights, which is the same for every seed; returns the task.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+        ModelError: if the profile's model is not there.
+    """
+    given, algorithm = profile.training, experiment.algorithm
+    if given.minibatches > given.prompts_per_step:
+        raise ConfigError(
+            f"profile.training.minibatches must be at most prompts_per_step ({given.prompts_per_step}), "
+            f"but is {given.minibatches}"
+        )
+    training = training_in_force(algorithm, given)
+    task = make_task(profile)
+    check_enough(len(task.train()), "the task has only {} training problems", algorithm, training)
+    if not task.test():
+        raise ConfigError(f"task {task.name!r} has no test problems")
+    resolve_device(profile.device)
+    check_model(profile.model, allow_download=profile.allow_download)
+    return task
 
 
 def make_task(profile: Profile) -> Task:

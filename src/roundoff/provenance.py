@@ -59,7 +59,12 @@ def _commit() -> str | None:
 
     def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(tree), *arguments], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(tree), *arguments],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+            check=True,
         )
         return done.stdout.strip()
 

@@ -248,7 +248,9 @@ class RunDirectory:
     ) -> None:
         """Save a checkpoint whole or not at all, then remove all but the last `keep`."""
         if (self.path / "metrics.jsonl").exists():
-            with (self.path / "metrics.jsonl").open("a") as file:  # the rows up to a checkpoint are never younger
+            with (self.path / "metrics.jsonl").open(
+                "a", encoding="utf-8"
+            ) as file:  # the rows up to a checkpoint are never younger
                 os.fsync(file.fileno())
         save_checkpoint(self.path / "checkpoints", step, tensors, state, keep=keep)
 

@@ -24,6 +24,7 @@ from roundoff.prerequisites import (
     check_enough,
     check_prompts,
     check_room,
+    check_settings,
     make_task,
     resolve_device,
     steps_per_epoch,
@@ -39,6 +40,7 @@ __all__ = [
     "Session",
     "check_prompts",
     "check_room",
+    "check_settings",
     "learning_rate",
     "load_policy",
     "make_task",
@@ -129,19 +131,11 @@ def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerS
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
+    task = check_settings(experiment, profile)
     given, algorithm = profile.training, experiment.algorithm
-    if given.minibatches > given.prompts_per_step:
-        raise ConfigError(
-            f"profile.training.minibatches must be at most prompts_per_step ({given.prompts_per_step}), "
-            f"but is {given.minibatches}"
-        )
     training, origin = training_in_force(algorithm, given), run_origin(experiment, profile, seed)
     profile = profile.model_copy(update={"training": training})
-    task = make_task(profile)
     offered = task.train()
-    check_enough(len(offered), "the task has only {} training problems", algorithm, training)
-    if not task.test():
-        raise ConfigError(f"task {task.name!r} has no test problems")
     key = Key.from_seed(seed)
     loaded = load_plain(profile)
     asked = check_prompts(loaded, (*offered, *task.test()))

@@ -40,7 +40,6 @@ FRUITLESS_STEPS = 3
 """Steps in a row without one rollout to train on after which a run is stopped; all of them in a shorter run."""
 
 
-@own_defaults()
 def train(
     experiment: Experiment,
     profile: Profile,
@@ -77,11 +76,12 @@ def train(
     torch.set_num_threads(profile.threads)
     kept = run_dir.scan()
     scan = None if kept is None else LayerScan.from_json(kept)
-    session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
-    session.ranks = ranks
-    ranks.agree("the weights of the model", session.policy.base)
     try:
-        return _train(session, run_dir, open_tracker, provenance, should_stop)
+        with own_defaults():
+            session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
+            session.ranks = ranks
+            ranks.agree("the weights of the model", session.policy.base)
+            return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
         if not is_disk_full(error):
             raise

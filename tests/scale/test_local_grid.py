@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, Task
 from roundoff.experiments import load_experiment
 from roundoff.run_dir import read_run
 from roundoff.scale.local_grid import RunRequest, run_grid
@@ -121,3 +121,31 @@ def test_a_damaged_directory_is_left_alone(requests):
     assert jobs[0].phase == "failed"
     assert "damaged, move it away" in jobs[0].message
     assert (requests[0].path / "status.json").read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "owner/name"}, "downloading is off"),
+        ({"model": "/no/such/directory"}, "neither"),
+        ({"task": Task(name="gsm8k", settings={"path": "/no/such/data"})}, "gsm8k"),
+        ({"device": "npu"}, "device 'npu' is not there"),
+    ],
+)
+def test_what_stops_every_run_is_said_once_before_the_first_begins(tmp_path, small, changes, message):
+    profile = small.model_copy(update=changes)
+    requests = [RunRequest(load_experiment("quickstart-clean"), profile, seed, tmp_path, {}, "none") for seed in (0, 1)]
+    with pytest.raises(ConfigError, match=message) as refused:
+        run_grid(requests, workers=2)
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stops_one_run_leaves_the_others_alone(tmp_path, small):
+    missing = small.model_copy(update={"name": "missing", "model": "owner/name"})
+    experiment = load_experiment("quickstart-clean")
+    requests = [RunRequest(experiment, profile, 0, tmp_path, {}, "none") for profile in (missing, small)]
+    failed, complete = run_grid(requests, workers=2)
+    assert (failed.phase, complete.phase) == ("failed", "complete")
+    assert "downloading is off" in failed.message
+    assert not requests[0].path.exists()

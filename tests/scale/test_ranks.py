@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.run_dir import read_metrics, read_run
-from tests.broken_models import broken_model
+from tests.broken_models import overflowing_model
 from tests.test_parallel import assert_same_to_rounding, metrics
 
 pytestmark = pytest.mark.slow
@@ -143,10 +143,10 @@ def test_real_processes_exchange_without_pickle(tmp_path):
 
 
 def test_a_model_that_is_broken_ends_both_ranks_with_one_message(tmp_path, profile):
-    directory = broken_model(tmp_path / "model")
+    directory = overflowing_model(tmp_path / "model")
     command = arguments(tmp_path / "runs", profile, "quickstart-noise")
     process = torchrun(*command, "--set", f"profile.model={directory}")
     output, _ = process.communicate(timeout=120)  # nobody waits for the other
     assert process.returncode != 0
     assert output.count("failed: quickstart-noise seed 0: ") == 1
-    assert "first in model.layers.1.mlp.up_proj, whose weights hold NaN or Inf" in output
+    assert "first in model.layers.1.mlp.up_proj" in output

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from roundoff.commands.options import runs_option
+from roundoff.commands.terminal import show
 
 
 @click.command("compare")
@@ -21,11 +22,9 @@ from roundoff.commands.options import runs_option
 )
 def compare_command(treatment: str, baseline: str, root: Path, margin: float | None) -> None:
     """Compare A with B, paired by seed and problem: experiments by id, directories of experiments, or single runs."""
-    from rich.console import Console
-
     from roundoff.report.pair import find_arm, make_pair, pair_text
 
     pair = make_pair(
         find_arm(treatment, root), find_arm(baseline, root), margin=None if margin is None else margin / 100
     )
-    Console().print(pair_text(pair))
+    show(pair_text(pair))

@@ -14,8 +14,11 @@ from roundoff.config import ConfigError
 @click.command("eval")
 @click.argument("target", metavar="RUN|MODEL_DIR")
 @step_option
-@click.option("--hardware", help="Of an experiment, a TOML file, or `none`. [default: the run's own; none for a model]")
-@click.option("--profile", "profile_name", help="Task, lengths and draws. [default: the run's own; tiny for a model]")
+@click.option(
+    "--hardware",
+    help="Of an experiment or TOML file, a format, or `none`. [default: the run's own, or none]",
+)
+@click.option("--profile", "profile_name", help="Task, lengths and draws. [default: the run's own]")
 @click.option("--task", help="Another task, with its default settings.")
 @set_option
 @click.option("--draws", type=click.IntRange(min=1), help="Noise draws of the deployed score. [default: the profile's]")

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from roundoff.commands.options import parse_seeds, runs_option, seeds_option, set_option
+from roundoff.commands.terminal import show
 from roundoff.config import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from roundoff.config import Experiment, Profile
     from roundoff.report.planning import RunTime
     from roundoff.run_dir import Run
@@ -63,8 +66,6 @@ def plan_command(
     """Say what evidence costs: with --effect, the seeds and problems that it takes to show a difference as variable as
     those of the experiments NAME; with --profile alone, their time and memory (default: all experiments).
     """
-    from rich.console import Console
-
     from roundoff.experiments import load_profile, select, with_overrides
 
     if effect is None and profile_name is None:
@@ -85,15 +86,15 @@ def plan_command(
         time = measured_time(runs)
         if time is None and profile_name is not None:
             time = _estimated_time(_model(profile, place, ranks, memory, lengths, config), experiments)
-        Console().print(_seeds(effect, runs, time, power, comparisons, problems, gpus // ranks))
+        show(_seeds(effect, runs, time, power, comparisons, problems, gpus // ranks))
         return
     model = _model(profile, place, ranks, memory, lengths, config)
-    Console().print(_costs(model, experiments, len(parse_seeds(seeds)), gpus))
+    show(_costs(model, experiments, len(parse_seeds(seeds)), gpus))
 
 
 def _seeds(
     effect: float, runs: Sequence[Run], time: RunTime | None, power: float, comparisons: int, sizes: str | None, at: int
-) -> object:
+) -> RenderableType:
     from roundoff.report.planning import measured_variance, seeds_table
 
     present = {len(run.evaluation(run.status.total_steps).outcomes) for run in runs if run.is_final}
@@ -205,7 +206,7 @@ def _steps(model: CostModel, experiment: Experiment) -> int:
     return experiment.epochs * steps_per_epoch(model.problems[0], experiment.algorithm, model.profile.training)
 
 
-def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus: int) -> object:
+def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus: int) -> RenderableType:
     from roundoff.report.cost_table import CostRow, cost_table
 
     rows = []

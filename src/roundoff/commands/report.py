@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from roundoff.commands.options import REPORT, RUNS, check_directory, runs_option
+from roundoff.commands.terminal import show
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), default=REPORT, show_default=True, help="Where to write.")
 def report_command(roots: Sequence[Path], out: Path) -> None:
     """Write summary.md, results.csv, results.json and report.html from run directories, and print the table."""
-    from rich.console import Console
-
     from roundoff.report.render import terminal_table, write_report
     from roundoff.report.tables import build_report
     from roundoff.run_dir import find_runs
@@ -35,7 +34,7 @@ def report_command(roots: Sequence[Path], out: Path) -> None:
         raise ConfigError(f"there are no runs in {', '.join(map(str, chosen))}: `roundoff run` makes them{reasons}")
     built = build_report(runs, skipped, _declared_beside(runs))
     written = write_report(built, out)
-    Console().print(terminal_table(built))
+    show(terminal_table(built))
     for path in written:
         click.echo(f"wrote {path}")
 
@@ -54,11 +53,9 @@ def _declared_beside(runs: Sequence[Run]) -> list[Experiment]:
 @click.option("--baseline", help="Id of the row to compare with, for rows that name none.")
 def import_table_command(file: Path, problems: int | None, baseline: str | None) -> None:
     """Read a table of scores from elsewhere (CSV or Markdown) and say which differences exceed their error."""
-    from rich.console import Console
-
     from roundoff.report.import_table import imported_table, read_table
 
-    Console().print(imported_table(read_table(file, problems=problems, baseline=baseline)))
+    show(imported_table(read_table(file, problems=problems, baseline=baseline)))
 
 
 @click.command("runs")

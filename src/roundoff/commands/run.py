@@ -23,6 +23,7 @@ from roundoff.commands.options import (
     workers_option,
 )
 from roundoff.commands.ray_options import with_ray_options
+from roundoff.commands.terminal import console
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
@@ -80,8 +81,6 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     Raises:
         ConfigError, TaskError: before anything is begun, if a task's settings cannot be used.
     """
-    from rich.console import Console
-
     from roundoff.parallel import launched
     from roundoff.scale.local_grid import run_grid
     from roundoff.scale.progress import Progress
@@ -92,7 +91,7 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
         load_task(located.name, located.settings)
     threads = max(request.profile.threads for request in requests)
     here = workers or max(1, _cores() // threads)
-    progress = Progress(Console(), here)
+    progress = Progress(console(), here)
     leads = True
     with progress.shown():
         if launched():

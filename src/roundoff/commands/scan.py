@@ -12,6 +12,7 @@ import click
 
 from roundoff.checkpoint import write_atomic
 from roundoff.commands.options import check_new_file
+from roundoff.commands.terminal import show
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, validate
 
 if TYPE_CHECKING:
@@ -102,9 +103,9 @@ def chosen_hardware(options: dict[str, Any]) -> tuple[Hardware, str]:
     if options["hardware"] is not None:
         if given:
             raise ConfigError("--hardware names formats and noise already: leave --format, --weight, ... away")
-        from roundoff.experiments import load_experiment
+        from roundoff.evaluation_subject import load_hardware
 
-        return load_experiment(options["hardware"]).hardware, options["hardware"]
+        return load_hardware(options["hardware"]), options["hardware"]
     if "both" in given and ("weight" in given or "activation" in given):
         raise ConfigError("--format sets weights and activations: use either it, or --weight and --activation")
     both = given.get("both", None if given else DEFAULT_FORMAT)
@@ -163,8 +164,6 @@ def _lines(path: Path) -> list[str]:
 
 
 def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from roundoff.report.scan_picture import scan_picture
     from roundoff.report.scan_tables import linear_table, scan_table
     from roundoff.srdd import scan
@@ -183,10 +182,9 @@ def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -
         seed=options["seed"],
     )
     data = {"model": model, "title": title, **found.to_json()}
-    console = Console()
-    console.print(scan_table(data, f"{model}: {title}, {found.tokens} tokens"))
+    show(scan_table(data, f"{model}: {title}, {found.tokens} tokens"))
     if (linears := linear_table(data, LINEARS_SHOWN)) is not None:
-        console.print(linears)
+        show(linears)
     click.echo(f"ranking by {data['metrics'][found.rank_by]['title']}: {', '.join(map(str, found.ranking()))}")
     agreement = found.agreement()
     if agreement is not None:
@@ -198,13 +196,13 @@ def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -
         data["multipliers"] = {"mode": options["mode"], "direction": options["direction"], "layers": factors}
         click.echo(f"{options['mode']}: " + ", ".join(f"{layer}: {value:.3g}" for layer, value in factors.items()))
     if options["with_frontier"]:
-        data["frontier"] = _frontier(subject, found, console, options["seed"])
+        data["frontier"] = _frontier(subject, found, options["seed"])
     if options["picture"] is not None:
         _write(options["picture"], scan_picture(data, f"{model}: {title}"))
     _write_json(options["json_file"], data)
 
 
-def _frontier(subject: Subject, found: LayerScan, console: Any, seed: int) -> list[dict[str, Any]]:
+def _frontier(subject: Subject, found: LayerScan, seed: int) -> list[dict[str, Any]]:
     from roundoff.report.scan_tables import frontier_table
     from roundoff.srdd import frontier
 
@@ -214,7 +212,7 @@ def _frontier(subject: Subject, found: LayerScan, console: Any, seed: int) -> li
         {"k": p.k, "kept": list(p.kept), "kl": p.divergence.kl, "se": p.divergence.se}
         for p in frontier(subject.loaded.model, subject.fresh, found, ks, seed=seed)
     ]
-    console.print(frontier_table(points))
+    show(frontier_table(points))
     return points
 
 

@@ -22,6 +22,7 @@ from roundoff.commands.options import (
 )
 from roundoff.commands.ray_options import with_ray_options
 from roundoff.commands.run import make_runs
+from roundoff.commands.terminal import show
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
@@ -62,8 +63,6 @@ def sweep_command(
 
     A baseline that is not named itself is run as it is declared. `roundoff report` draws the same runs.
     """
-    from rich.console import Console
-
     from roundoff.experiments import load_profile, select, variants
     from roundoff.parallel import launched
     from roundoff.provenance import provenance
@@ -86,5 +85,5 @@ def sweep_command(
     code = make_runs(requests, workers, ray)
     made = [read_run(request.path) for request in requests if (request.path / "status.json").exists()]
     if made:
-        Console().print(terminal_table(build_report(made)))
+        show(terminal_table(build_report(made)))
     sys.exit(code)

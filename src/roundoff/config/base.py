@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -58,11 +58,22 @@ def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
+CLEARLY_MEANT = 0.8
+"""Likeness (0 to 1) from which a name in another table is suggested."""
 Model = TypeVar("Model", bound=Settings)
 
 
-def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Model:
+Trees = Mapping[str, type[Settings]]
+"""Settings models by the path before their fields (such as `profile.`), among which an unknown key is looked for."""
+
+
+def validate(
+    model: type[Model], data: Mapping[str, Any], *, source: str, within: str = "", trees: Trees | None = None
+) -> Model:
     """The settings in `data` as a `model`.
+
+    `within` stands before every path in a message, and `trees` are what else the user could have meant (default: the
+    model itself).
 
     Raises:
         ConfigError: with one line per offending setting: path, rule, value, and the nearest key if it is unknown.
@@ -70,25 +81,55 @@ def validate(model: type[Model], data: Mapping[str, Any], *, source: str) -> Mod
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        lines = [_describe(model, item) for item in error.errors(include_url=False)]
+        known = {within: model} if trees is None else trees
+        lines = [_describe(model, item, within, known) for item in error.errors(include_url=False)]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
-def _describe(model: type[BaseModel], item: Mapping[str, Any]) -> str:
-    path = ".".join(
+def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, trees: Trees) -> str:
+    path = within + ".".join(
         str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "constrained-", "literal["))
     )
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         known = tuple(_fields_at(model, parents))
-        return f"{path} is not a setting{nearest(str(key), known) or ' (known here: ' + ', '.join(known) + ')'}"
+        meant = _meant(str(key), known, trees)
+        return f"{path} is not a setting{meant or ' (known here: ' + ', '.join(known) + ')'}"
     if item["type"] == "missing":
         return f"{path} is missing: it must be set"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        text = str(item["input"]).lower() if isinstance(item["input"], bool) else str(item["input"])
+        return f'{path} must be text, and {text} is that only in quotation marks: "{text}"'
     rule = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], Mapping | BaseModel):
         return f"{path} {rule}" if path else rule
     rule = rule[0].lower() + rule[1:]
     return f"{path} {rule if rule.startswith('must') else 'is wrong: ' + rule}, but is {item['input']!r}"
+
+
+def _meant(key: str, here: tuple[str, ...], trees: Trees) -> str:
+    """A clause with the setting that was meant: the nearest name in the same table, or a nearer one in another."""
+    elsewhere: dict[str, list[str]] = {}
+    for prefix, model in trees.items():
+        for path in _paths(model, prefix):
+            elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
+
+    def likeness(names: Iterable[str]) -> float:
+        return max((difflib.SequenceMatcher(None, key, name).ratio() for name in names), default=0.0)
+
+    closest = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=CLEARLY_MEANT)
+    if closest and likeness(closest) > likeness(here):
+        return f"; did you mean {' or '.join(map(repr, elsewhere[closest[0]]))}?"
+    return nearest(key, here)
+
+
+def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Full paths of all settings of a model and of the tables inside it."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _paths(kind, f"{prefix}{name}.")
 
 
 def _fields_at(model: type[BaseModel], path: list[str | int]) -> Iterator[str]:

@@ -23,6 +23,8 @@ Assignment = tuple[list[str], Any]
 """Path of a setting, and its value."""
 LONGEST_LABEL = 160
 """Bytes of what is appended to a name for changed settings: it becomes the name of a directory."""
+TREES: dict[str, type[Settings]] = {"": Experiment, "profile.": Profile}
+"""What `--set` can replace, by the beginning of its path."""
 OPTIONAL_TABLES = ("aqn", "srdd", "lora")
 """Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
 
@@ -125,7 +127,8 @@ def with_overrides(
     of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
     of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
     given = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
-    scale = validate(Profile, _merge(profile.model_dump(exclude_none=True), given), source="--set")
+    whole = _merge(profile.model_dump(exclude_none=True), given)
+    scale = validate(Profile, whole, source="--set", within="profile.", trees=TREES)
     if scale != profile and scale.name == profile.name:
         scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
     renamed: dict[str, str] = {}
@@ -165,14 +168,14 @@ def _overridden(experiment: Experiment, parsed: Sequence[Assignment]) -> tuple[E
         own = _own_settings(experiment.algorithm)
         content["algorithm"] = _nested([(keys[1:], value) for keys, value in others if keys[0] == "algorithm"], own)
     scan = content.pop("srdd", {})
-    plain = validate(Experiment, content, source=source)
+    plain = validate(Experiment, content, source=source, trees=TREES)
     if not plain.needs_scan:
         return plain, others
     of_scan = [(keys, value) for keys, value in parsed if keys[0] == "srdd"]
     if not of_scan and experiment.srdd is None:
         return plain, others
     whole = _nested(of_scan, {**content, "srdd": scan})
-    return validate(Experiment, whole, source=source), [*others, *of_scan]
+    return validate(Experiment, whole, source=source, trees=TREES), [*others, *of_scan]
 
 
 def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
@@ -189,10 +192,11 @@ def _label(parsed: Sequence[Assignment]) -> str:
         pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
     ]
     label = ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
-    if len(label.encode()) <= LONGEST_LABEL:
+    shown = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
+    if shown == label and len(label.encode()) <= LONGEST_LABEL:
         return label
-    digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # what is cut off still tells two labels apart
-    return label.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
+    digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # what is cut off or replaced still tells two labels apart
+    return shown.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
 
 
 def _parse_assignment(text: str) -> Assignment:
@@ -202,10 +206,29 @@ def _parse_assignment(text: str) -> Assignment:
         raise ConfigError(f"--set must read path.to.setting=value, but is {text!r}")
     if keys == ["id"]:
         raise ConfigError("--set id: what is changed is given an id that says how; a file of your own has one of yours")
+    if any("\ud800" <= character <= "\udfff" for character in raw) or "\0" in raw:
+        raise ConfigError(f"--set {path.strip()} must be text in UTF-8 without null characters, but is {raw!r}")
+    return keys, _value(raw)
+
+
+def _value(raw: str) -> Any:
+    """A value as TOML reads it, or the text itself where all of it is no value of TOML's that a setting can have.
+
+    Read inside of an array, so that a comment or a line break in the text cannot hide the rest of it.
+    """
     try:
-        return keys, tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return keys, raw
+        content = tomllib.loads(f"value = [{raw}, 0]")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return raw
+    whole = set(content) == {"value"} and len(content["value"]) == 2
+    return content["value"][0] if whole and _is_plain(content["value"][0]) else raw
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value has no dates in it, which no setting takes: they are text that looks like one."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | bool | int | float)
 
 
 def _content(settings: Settings, parsed: Sequence[Assignment]) -> dict[str, Any]:

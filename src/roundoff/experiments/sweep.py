@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.config import ConfigError, Experiment, Profile, result_hash
 from roundoff.experiments.registry import load_experiment, with_overrides
 
 OPENING, CLOSING = "[{(", "]})"
@@ -37,7 +37,12 @@ def variants(
             found.setdefault((experiment.id, scale.name), (_titled(experiment, experiment, of_profile), scale))
         for declared, experiment in zip(experiments, changed, strict=True):
             shown = of_profile if experiment.id == declared.id else varied
-            found.setdefault((experiment.id, scale.name), (_titled(experiment, declared, shown), scale))
+            known = found.setdefault((experiment.id, scale.name), (_titled(experiment, declared, shown), scale))
+            if result_hash(*known) != result_hash(experiment, scale):
+                raise ConfigError(
+                    f"two variants would both be called {experiment.id!r} with profile {scale.name!r}, as their values "
+                    "differ in spaces or slashes alone: name them in files of your own"
+                )
     return list(found.values())
 
 
@@ -62,6 +67,8 @@ def _choices(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += character
+    if quote or depth:
+        raise ConfigError(f"--set {path} must close its brackets and quotation marks, but is {values!r}")
     stripped = [part.strip() for part in parts]
     if len(set(stripped)) < len(stripped) or (len(stripped) > 1 and not all(stripped)):
         raise ConfigError(f"--set {path} must give each value once and leave none empty, but is {values!r}")

@@ -66,11 +66,8 @@ def load_model(
             its tokenizer has neither a padding nor an end token, names a token that the model has no embedding for,
             appends a token to prompts, or has no chat template where one is insisted on.
     """
-    location, source = _locate(name, allow_download)
+    location, source = check_model(name, allow_download=allow_download)
     local = not source.startswith("hub:")
-    if local:
-        _check_directory(Path(location), name)
-        check_files(Path(location), name)
     options = {} if attention is None else {"attn_implementation": attention}
     with no_progress_bar(), own_defaults():
         try:
@@ -102,6 +99,19 @@ def load_model(
     if local:
         check_added_bos(tokenizer, _tokenizer_settings(Path(location)), added, name)
     return LoadedModel(model.to(device).eval(), tokenizer, name, source)
+
+
+def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
+    """Check that a model of this name is there, without reading its weights; what to load, and where it lies.
+
+    Raises:
+        ModelError: if there is none, or its directory lacks what a model needs.
+    """
+    location, source = _locate(name, allow_download)
+    if not source.startswith("hub:"):
+        _check_directory(Path(location), name)
+        check_files(Path(location), name)
+    return location, source
 
 
 def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:

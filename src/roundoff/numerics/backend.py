@@ -158,7 +158,7 @@ def _sources() -> list[Path]:
 def _cpu() -> str:
     """What -march=native sees of this CPU: its instruction set flags."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     # x86: model name and flags; ARM: Features and CPU part.
@@ -168,7 +168,9 @@ def _cpu() -> str:
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT, check=False)
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=BUILD_TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"the C++ compiler {command[0]} did not run ({error})") from None
 

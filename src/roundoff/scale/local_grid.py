@@ -25,6 +25,7 @@ from roundoff.errors import message_of, warnings_as_text
 from roundoff.health import UNTRAINED
 from roundoff.parallel import ALONE, Ranks
 from roundoff.run_dir import DamagedRunError, read_run, run_path
+from roundoff.scale.readiness import note_obstacles, send_obstacles
 from roundoff.trackers import TrackedRun, Tracker, WandbSettings, open_trackers
 
 POLL_S = 0.25
@@ -83,6 +84,9 @@ def run_grid(
         requests: runs to make; two must not share a directory.
         workers: processes at a time.
         watch: called a few times a second with the state of all jobs, and once at the end.
+
+    Raises:
+        ConfigError: before the first run begins, if no run that is to be made can begin.
     """
     check_distinct(requests)
     jobs = [job_of(request) for request in requests]
@@ -91,6 +95,7 @@ def run_grid(
     context.set_forkserver_preload(["roundoff.train"])
     passed_on = False
     with stop_requests() as stop:
+        _check_ready([job for job in jobs if job.phase == "queued"], context, stop)
         while True:
             for job in jobs:
                 _collect_result(job)
@@ -168,6 +173,24 @@ def job_of(request: RunRequest) -> Job:
         message = "; ".join(filter(None, (WAS_COMPLETE, run.health.untrained)))
         return Job(request, "complete", message, seconds=run.status.seconds)
     return Job(request, resumed=run.status.step > 0)
+
+
+def _check_ready(jobs: Sequence[Job], context: Any, stop: Callable[[], bool]) -> None:
+    """Find what keeps runs from beginning in a process of its own, as they will be; one that dies has found nothing."""
+    if not jobs:
+        return
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_obstacles, args=([job.request for job in jobs], theirs))
+    process.start()
+    theirs.close()
+    while not ours.poll(POLL_S) and not stop():
+        pass
+    with suppress(EOFError):
+        if not stop():
+            note_obstacles(jobs, ours.recv())
+    process.terminate()
+    process.join()
+    ours.close()
 
 
 def _start(job: Job, context: Any) -> None:

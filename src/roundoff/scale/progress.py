@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from roundoff.run_dir import DamagedRunError, read_metrics, read_status
 from roundoff.scale.local_grid import WAS_COMPLETE, Job
@@ -86,7 +87,7 @@ class Progress:
             table.add_row(
                 _experiment(job),
                 str(job.request.seed),
-                "[red]not trained[/]" if job.is_untrained else f"[{STYLES[job.phase]}]{job.phase}[/]",
+                Text("not trained", style="red") if job.is_untrained else Text(job.phase, style=STYLES[job.phase]),
                 ProgressBar(total or 1, last.get("step", 0), width=16),
                 f"{last.get('step', 0)}/{total}" if total else "",
                 _shown(last.get("reward"), "{:.3f}"),

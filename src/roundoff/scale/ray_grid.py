@@ -23,7 +23,8 @@ from roundoff.config import ConfigError
 from roundoff.run_dir import RunDirectory, RunLockedError
 from roundoff.scale.local_grid import POLL_S, Job, RunRequest, check_distinct, job_of, stop_requests
 from roundoff.scale.ray_cluster import LOCAL, RayOptions, connected, missing_resource
-from roundoff.scale.ray_worker import Assignment, Desk, Outcome, Parcel, driver_versions, make_run
+from roundoff.scale.ray_worker import Assignment, Desk, Outcome, Parcel, driver_versions, make_run, obstacles_on_node
+from roundoff.scale.readiness import note_obstacles
 from roundoff.scale.run_sync import put, snapshot
 
 HELD_WAIT_S = 2.0
@@ -131,6 +132,7 @@ class _Grid:
         """Until every job has ended."""
         stopped = False
         try:
+            self._check_ready(stop)
             while True:
                 self._receive()
                 if stop():
@@ -156,6 +158,27 @@ class _Grid:
                 job.phase, job.message = "interrupted", "not begun"
         watch(self._jobs)
         return self._jobs
+
+    def _check_ready(self, stop: Callable[[], bool]) -> None:
+        """Find on a node what keeps runs from beginning; a check that cannot be made has found nothing.
+
+        Raises:
+            ConfigError: if no run that is to be made can begin.
+        """
+        jobs = [job for job in self._jobs if job.phase == "queued"]
+        if not jobs:
+            return
+        check = self._ray.remote(obstacles_on_node).options(name="check of the settings", **self._resources)
+        reference = check.remote([job.request for job in jobs], str(Path.cwd()))
+        while not self._ray.wait([reference], timeout=POLL_S)[0]:
+            if stop():
+                self._ray.cancel(reference)
+                return
+        try:
+            found = self._ray.get(reference)
+        except self._ray.exceptions.RayError:
+            return
+        note_obstacles(jobs, found)
 
     def _send(self, sent: _Sent) -> None:
         """Give a job to Ray, unless it has ended meanwhile or another driver holds it."""

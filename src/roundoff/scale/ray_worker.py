@@ -11,7 +11,7 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from roundoff.errors import message_of, warnings_as_text
 from roundoff.provenance import PACKAGES, machine, package_version
 from roundoff.run_dir import RunLockedError
 from roundoff.scale.local_grid import Phase, RunRequest, execute
+from roundoff.scale.readiness import obstacles
 from roundoff.scale.run_sync import Outbox, Update, put
 
 BEAT_S = 1.0
@@ -107,6 +108,12 @@ class Desk:
 def driver_versions() -> dict[str, str | None]:
     """Versions that a node must have as well."""
     return {name: package_version(name) for name in PACKAGES}
+
+
+def obstacles_on_node(requests: Sequence[RunRequest], directory: str) -> list[str]:
+    """Body of a Ray task: for each request, why it could not begin on this node, or an empty text."""
+    with chdir(directory if Path(directory).is_dir() else "."):
+        return obstacles(requests)
 
 
 def make_run(assignment: Assignment, desk: Any, before: Update | None) -> Outcome:

@@ -8,8 +8,6 @@ hardware on and AQN off, and come without intervals.
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import roundoff
 from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.scale.verl_plugin.hydra_values import number, quoted, quoted_json
 from roundoff.scale.verl_plugin.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
 
 if TYPE_CHECKING:
@@ -87,7 +86,9 @@ def command(
         ConfigError: if a setting cannot be carried out under verl.
     """
     on_cpu = profile.device == "cpu"
-    variables = {MODULES: ENTRY, VARIABLE: plugin_settings(experiment, seed, scan).model_dump_json()}
+    settings = plugin_settings(experiment, seed, scan)
+    variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json()}
+    told = settings.model_dump(mode="json")
     if on_cpu:
         variables[PLATFORM] = "cpu"
     arguments = [
@@ -100,21 +101,13 @@ def command(
         *(_cpu(resources) if on_cpu else _vllm(experiment)),
         *(
             # every process on every node, also where Ray was started before this shell
-            f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={quoted(value)}"
-            for name, value in variables.items()
+            f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}"
+            for name, value in {**{n: quoted(v) for n, v in variables.items()}, VARIABLE: quoted_json(told)}.items()
         ),
     ]
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     lines += ["python -m verl.trainer.main_ppo", *map(shlex.quote, arguments)]
     return " \\\n  ".join(lines)
-
-
-def quoted(text: str) -> str:
-    """A string as a value of a Hydra override, whatever characters it holds."""
-    if re.fullmatch(r"[A-Za-z_/.][A-Za-z0-9_/.:+-]*", text):
-        return text
-    mark = "'" if '"' in text else '"'
-    return mark + text.replace("\\", "\\\\").replace(mark, "\\" + mark) + mark
 
 
 def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
@@ -145,9 +138,10 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     yield f"{model}.enable_gradient_checkpointing={profile.training.gradient_checkpointing}"
     if experiment.lora is not None:
         targets = experiment.lora.targets
+        listed = targets if isinstance(targets, str) else f"[{','.join(map(quoted, targets))}]"
         yield f"{model}.lora_rank={experiment.lora.rank}"
-        yield f"{model}.lora_alpha={experiment.lora.alpha:g}"
-        yield f"{model}.target_modules={targets if isinstance(targets, str) else '[' + ','.join(targets) + ']'}"
+        yield f"{model}.lora_alpha={number(experiment.lora.alpha)}"
+        yield f"{model}.target_modules={listed}"
 
 
 def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> Iterator[str]:
@@ -173,21 +167,21 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
     yield f"actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu={micro}"
     yield f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={micro}"
     rate = training.lora_learning_rate if experiment.lora is not None else training.learning_rate
-    yield f"{actor}.optim.lr={rate:g}"
+    yield f"{actor}.optim.lr={number(rate)}"
     yield f"{actor}.optim.lr_warmup_steps={training.warmup_steps}"  # verl's scheduler moves once a step as well
-    yield f"{actor}.optim.weight_decay={training.weight_decay:g}"
-    yield f"{actor}.optim.betas=[{training.betas[0]:g},{training.betas[1]:g}]"
-    yield f"{actor}.optim.clip_grad={training.gradient_clip:g}"
+    yield f"{actor}.optim.weight_decay={number(training.weight_decay)}"
+    yield f"{actor}.optim.betas=[{number(training.betas[0])},{number(training.betas[1])}]"
+    yield f"{actor}.optim.clip_grad={number(training.gradient_clip)}"
     yield f"{actor}.ppo_epochs={algorithm.optimizer_epochs}"
-    yield f"{actor}.clip_ratio={algorithm.clip_low:g}"
-    yield f"{actor}.clip_ratio_low={algorithm.clip_low:g}"
-    yield f"{actor}.clip_ratio_high={algorithm.clip_high:g}"
+    yield f"{actor}.clip_ratio={number(algorithm.clip_low)}"
+    yield f"{actor}.clip_ratio_low={number(algorithm.clip_low)}"
+    yield f"{actor}.clip_ratio_high={number(algorithm.clip_high)}"
     yield f"{actor}.clip_ratio_c=1000000.0"  # verl's dual clip, which neither GRPO nor DAPO has
     yield f"{actor}.loss_agg_mode={_AGGREGATION[algorithm.aggregation]}"
-    yield f"{actor}.entropy_coeff={algorithm.entropy_coefficient:g}"
+    yield f"{actor}.entropy_coeff={number(algorithm.entropy_coefficient)}"
     yield f"{actor}.use_kl_loss={algorithm.kl_coefficient > 0}"
     if algorithm.kl_coefficient > 0:
-        yield f"{actor}.kl_loss_coef={algorithm.kl_coefficient:g}"
+        yield f"{actor}.kl_loss_coef={number(algorithm.kl_coefficient)}"
         yield f"{actor}.kl_loss_type={algorithm.kl_estimator}"
     if algorithm.aggregation == "dr_grpo":
         yield f"{actor}.loss_scale_factor={training.max_new_tokens}"
@@ -205,8 +199,8 @@ def _divisor(share: int, limit: int) -> int:
 def _rollout(experiment: Experiment, profile: Profile, seed: int) -> Iterator[str]:
     algorithm, rollout = experiment.algorithm, "actor_rollout_ref.rollout"
     yield f"{rollout}.n={algorithm.group_size}"
-    yield f"{rollout}.temperature={algorithm.temperature:g}"
-    yield f"{rollout}.top_p={algorithm.top_p:g}"
+    yield f"{rollout}.temperature={number(algorithm.temperature)}"
+    yield f"{rollout}.top_p={number(algorithm.top_p)}"
     yield f"{rollout}.top_k={algorithm.top_k or -1}"
     yield f"{rollout}.dtype={profile.dtype}"
     yield f"{rollout}.seed={seed}"
@@ -223,20 +217,20 @@ def _algorithm(experiment: Experiment, profile: Profile) -> Iterator[str]:
     yield "algorithm.filter_groups.metric=reward"
     if algorithm.ratio == "rollout":
         yield "algorithm.rollout_correction.rollout_is=token"
-        yield f"algorithm.rollout_correction.rollout_is_threshold={algorithm.tis_cap:g}"
+        yield f"algorithm.rollout_correction.rollout_is_threshold={number(algorithm.tis_cap)}"
     reward = "reward.custom_reward_function"
     yield f"{reward}.path=pkg://roundoff.scale.verl_plugin.reward"
     yield f"{reward}.name=compute_score"
     task = profile.task.located()  # verl's workers run in directories of their own
     yield f"+{reward}.reward_kwargs.task={quoted(task.name)}"
-    yield f"+{reward}.reward_kwargs.settings={quoted(json.dumps(task.settings))}"
+    yield f"+{reward}.reward_kwargs.settings={quoted_json(task.settings)}"
     length = round(algorithm.overlong_buffer * profile.training.max_new_tokens)
     if length and algorithm.overlong_factor:
         yield "reward.reward_manager.name=dapo"
         yield f"+reward.reward_kwargs.max_resp_len={profile.training.max_new_tokens}"
         yield "+reward.reward_kwargs.overlong_buffer_cfg.enable=True"
         yield f"+reward.reward_kwargs.overlong_buffer_cfg.len={length}"
-        yield f"+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor={algorithm.overlong_factor:g}"
+        yield f"+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor={number(algorithm.overlong_factor)}"
         yield "+reward.reward_kwargs.overlong_buffer_cfg.log=False"
 
 
