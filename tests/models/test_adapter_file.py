@@ -130,6 +130,35 @@ def test_settings_that_disagree_with_the_tensors_are_refused(adapter, settings, 
         load_adapters(load_model("tiny").model, adapter)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(
+            {"kasa_config": {"a": 1}},
+            {"velora_config": {"a": 1}},
+            {"monteclora_config": {"a": 1}},
+            {"use_tomorrow": True},
+        ),
+        *({"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"lora_alpha": "8"}, {"alpha_pattern": {"q_proj": 0}}),
+    ],
+)
+def test_settings_that_change_the_function_are_refused(adapter, settings):
+    configure(adapter, **settings)
+    with pytest.raises(ConfigError, match="q_proj" if "alpha_pattern" in settings else next(iter(settings))):
+        load_adapters(load_model("tiny").model, adapter)
+
+
+def test_settings_of_a_newer_peft_that_are_off_are_passed_over(adapter):
+    configure(adapter, use_tomorrow=False, tomorrow_config=None, lora_alpha=16)
+    load_adapters(load_model("tiny").model, adapter)
+
+
+def test_an_adapter_that_changes_nothing_is_said_to(adapter):
+    change(adapter, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
+    with pytest.warns(UserWarning, match="changes nothing"):
+        load_adapters(load_model("tiny").model, adapter)
+
+
 @pytest.mark.parametrize("victim", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_bytes(p.read_bytes()[:30])])
 def test_files_that_are_missing_or_cut_are_refused(adapter, victim, damage):

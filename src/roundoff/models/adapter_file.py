@@ -10,7 +10,9 @@ not look: the SHA-256 and dtype of its base, and the settings that its tensors d
 from __future__ import annotations
 
 import json
+import math
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +34,17 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECORD = "roundoff"
 """Entry of the header of an adapter's file that holds the record."""
 
-_OTHER_FUNCTIONS = (
-    "use_dora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "arrow_config",
-    "use_bdlora",
-    "megatron_config",
+_PLAIN_SETTINGS = frozenset(
+    (
+        *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out"),
+        *("bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern"),
+        *("rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+        *("lora_ga_config", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying"),
+    )
 )
-"""Settings of PEFT's with which a layer does not compute `hardware(x, W) + scale * B A x`."""
+"""Settings of PEFT's with which a layer computes `hardware(x, W) + scale * B A x`, once its tensors are read; any other
+one that is set (DoRA, say, or one that this PEFT does not know) may have it compute something else."""
 _INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
 """Values of `init_lora_weights` that leave the base as it is."""
 _RECORDED = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
@@ -81,8 +82,8 @@ def read_adapter(directory: Path) -> AdapterFile:
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise ConfigError(f"{where} must be a LoRA adapter, but peft_type of {ADAPTER_CONFIG} is {kind!r}")
-    for name in _OTHER_FUNCTIONS:
-        if settings.get(name):
+    for name in sorted(settings.keys() - _PLAIN_SETTINGS):
+        if settings[name]:
             raise ConfigError(
                 f"{where} has {name} = {settings[name]!r} ({ADAPTER_CONFIG}): roundoff computes plain LoRA only"
             )
@@ -104,6 +105,9 @@ def read_adapter(directory: Path) -> AdapterFile:
         record = json.loads(metadata[RECORD]) if RECORD in metadata else None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{where} cannot be read: {error}") from None
+    for name, alpha in (("lora_alpha", settings.get("lora_alpha", 8)), *(settings.get("alpha_pattern") or {}).items()):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < math.inf:
+            raise ConfigError(f"{where} has {name} = {alpha!r} ({ADAPTER_CONFIG}): it must be a finite number but 0")
     found = AdapterFile(directory, config, tensors, record)
     _check_tensors(found)
     _check_record(found, settings)
@@ -132,6 +136,16 @@ def _check_tensors(found: AdapterFile) -> None:
             raise found.error(f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}: it must be one of {kinds}")
         if not bool(torch.isfinite(tensor).all()):
             raise found.error(f"holds NaN or infinity in {name}, so every result would be worthless")
+    if not any(bool(tensor.any()) for name, tensor in found.tensors.items() if _adds(name)):
+        warnings.warn(
+            f"the adapter in {found.directory} changes nothing (every B is 0): scores are those of its base",
+            stacklevel=4,
+        )
+
+
+def _adds(name: str) -> bool:
+    """Whether an adapter changes nothing where this tensor is zero."""
+    return ".lora_A." not in name and ".lora_embedding_A" not in name
 
 
 def _check_record(found: AdapterFile, settings: dict[str, Any]) -> None:
