@@ -13,6 +13,7 @@ A template that writes the date (Llama 3's does) is given a fixed one: prompts w
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -121,7 +122,7 @@ def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
 
     Raises:
         ModelError: if a character or a part would be lost, a token has no embedding, a prompt begins with two BOS
-            tokens or ends with an end token, or the chat template refuses a conversation.
+            tokens or ends with an end token, or the chat template refuses a conversation or leaves the question out.
     """
     tokenizer = loaded.tokenizer
     texts = [text(tokenizer, item) for item in asked]
@@ -134,9 +135,30 @@ def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
         for shown, ids, own, item in zip(texts, encoded, _plain_ids(tokenizer, texts), asked, strict=True):
             check_kept(tokenizer, shown, own)
             if isinstance(item, Problem):
+                _check_asked_whole(tokenizer, item, shown)
                 check_open(tokenizer, ids, ends, f"the prompt {shown[-80:]!r}", "change the task's prompt or template")
     except ModelError as error:
         raise ModelError(where + str(error)) from None
+
+
+def _check_asked_whole(tokenizer: PreTrainedTokenizerBase, problem: Problem, shown: str) -> None:
+    """Check that a chat template has written down what it was given, blanks aside.
+
+    Templates of models that see pictures expect a list of parts, and some write nothing for a text.
+
+    Raises:
+        ModelError: if the question is not in the prompt. Where a system message is not, that is a warning.
+    """
+    if not uses_template(tokenizer, problem):
+        return
+    written = "".join(shown.split())
+    for message in problem.messages:
+        if message.role not in ("user", "system") or "".join(message.content.split()) in written:
+            continue
+        said = f"the chat template leaves out what the {message.role} says in {problem.id} ({message.content[:40]!r})"
+        if message.role == "user":
+            raise ModelError(f"{said}: set profile.chat = false, or correct the template")
+        warnings.warn(f"{said}: the model never sees it", stacklevel=3)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
