@@ -197,3 +197,37 @@ def test_a_weight_that_is_gone_is_not_read():
     storage.resize_(0)  # as FSDP frees a weight that it will gather again
     found.runtime.freshness.check(ALL_FROM)
     assert found.runtime.freshness.checks == 1
+
+
+def test_memory_that_went_and_came_back_at_the_same_address_is_read_again():
+    """FSDP frees a weight after its layer and gathers it again into the same tensor."""
+    model = build()
+    found = install(model, W4A16, seed=0)
+    before = logits(model)
+    weight = model.get_submodule(NAME).weight
+    storage, values = weight.untyped_storage(), weight.detach() * 2.0
+    size = storage.nbytes()
+    storage.resize_(0)
+    found.runtime.freshness.check(1)
+    storage.resize_(size)
+    weight.data.copy_(values)
+    seen = logits(model)
+    assert not torch.equal(seen, before)
+    found.refresh()
+    assert torch.equal(logits(model), seen)
+
+
+def test_layers_that_are_changed_one_after_the_other_are_seen():
+    """Calibration and offloading write to a layer right before it is computed, in the middle of a pass."""
+    model = build()
+    found = install(model, W4A16, seed=0)
+    before = logits(model)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: [p.data.mul_(1.5) for p in module.parameters()] and None)
+        for layer in model.model.layers
+    ]
+    seen = logits(model)
+    for handle in handles:
+        handle.remove()
+    found.refresh()
+    assert torch.equal(logits(model), seen) and not torch.equal(seen, before)

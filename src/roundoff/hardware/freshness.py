@@ -1,11 +1,13 @@
-"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, once in every forward pass.
+"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, layer by layer in every pass.
 
 torch counts writes in a tensor's version, but not all of them: a write through `weight.data` (trl's moving reference,
 PEFT's merge, `vector_to_parameters`, most libraries of averaged weights), through numpy or DLPack, and the steps of
 fused or compiled optimizers leave the version as it was. So a fingerprint of each weight's memory is kept with `Q(W)`.
 
-When: before the first product of a pass on hardware with a weight format. A pass begins where a Linear is computed that
-has been computed since the last check. A write in the middle of a pass is noticed by the next one.
+When: before the first product of each decoder layer on hardware with a weight format, for the weights of that layer; a
+Linear outside of the layers is checked alone. A layer begins where a Linear is computed that has been computed since
+the layer's last check. So a method that changes one layer after the other within a pass is noticed; a write in the
+middle of a layer is noticed by the next pass.
 
 How much is read grows with the work that the pass does anyway, so that the check costs under 1 % of it:
 
@@ -21,7 +23,7 @@ every line. If it changes a share f of the elements of a weight with n elements 
 
 Where the kernels are not available (no compiler, another device) passes of 2,048 tokens or more are checked, by two
 sums of each weight's bits, in which a mere exchange of elements does not show. On an accelerator that takes one
-synchronization a pass.
+synchronization a layer.
 """
 
 from __future__ import annotations
@@ -66,8 +68,8 @@ class _Watched:
 
 
 @dataclass(eq=False, slots=True)
-class Freshness:
-    """The weights of one installed model whose `Q(W)` is cached."""
+class Part:
+    """The weights of one decoder layer whose `Q(W)` is cached."""
 
     checks: int = 0
     """Checks so far: a state that was computed since the last one begins a new pass."""
@@ -77,7 +79,7 @@ class Freshness:
         """Remember what `Q(W)` was computed of just now."""
         self._watched.pop(id(state), None)
         tensor = weight if weight._base is None else weight._base
-        if weight.device.type == "meta" or weight.numel() == 0 or torch.compiler.is_compiling():
+        if weight.device.type == "meta" or weight.numel() == 0:
             return
         address = tensor.data_ptr()
         span = sum((size - 1) * abs(stride) for size, stride in zip(weight.shape, weight.stride(), strict=True)) + 1
@@ -101,7 +103,9 @@ class Freshness:
         for number, item in self._watched.items():
             state, tensor = item.state(), item.tensor()
             if state is None or tensor is None or tensor.data_ptr() != item.address:
-                gone.append(number)  # the version, the address or the storage shows this where it is next used
+                gone.append(number)
+                if state is not None:  # its memory may come back, at the same address and with other numbers (FSDP)
+                    state.refresh()
                 continue
             watched.append((state, item, tensor))
             starts.append(item.address + item.offset)
@@ -121,6 +125,36 @@ class Freshness:
             for (state, item, _), value in zip(whole, _sums([_part(i, t) for _, i, t in whole]), strict=True):
                 if item.prints[0] != value:
                     state.refresh()
+
+
+@dataclass(eq=False, slots=True)
+class Freshness:
+    """The weights of one installed model whose `Q(W)` is cached, by decoder layer."""
+
+    _parts: dict[str, Part] = field(default_factory=dict)
+
+    def part(self, name: str) -> Part:
+        """The layer (or the Linear outside of the layers) of this name."""
+        part = self._parts.get(name)
+        if part is None:
+            part = self._parts[name] = Part()
+        return part
+
+    def check(self, tokens: int) -> None:
+        """Check every part."""
+        for part in self._parts.values():
+            part.check(tokens)
+
+    @property
+    def checks(self) -> int:
+        """Checks so far of the part that was checked most often."""
+        return max((part.checks for part in self._parts.values()), default=0)
+
+
+def part_name(name: str) -> str:
+    """The dotted name of the decoder layer that a Linear lies in; its own outside of the layers."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), name)
 
 
 def _prints(kernels: Kernels, starts: Sequence[int], sizes: Sequence[int], level: int) -> list[int]:

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
+from roundoff.hardware.freshness import part_name
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -68,12 +69,15 @@ class LinearState:
     _cached_in: weakref.ref[torch.UntypedStorage] | None = None
     """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
     _checked: int = -1
-    """The check of the weights (`Freshness.checks`) that this Linear was last computed after."""
+    """The check of its layer's weights (`Part.checks`) that this Linear was last computed after."""
+    _part: str = field(init=False)
+    """The layer that it is checked with."""
     _keys: ProductKeys | None = field(default=None)
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear on Q(W)."""
 
     def __post_init__(self) -> None:
+        self._part = part_name(self.name)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -94,15 +98,15 @@ class LinearState:
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
-            self.runtime.freshness.record(self, weight)
+            self.runtime.freshness.part(self._part).record(self, weight)
         return cached
 
     def check_weights(self, x: Tensor) -> None:
-        """Once in every forward pass, before the first product: notice writes to weights that torch does not count."""
-        freshness = self.runtime.freshness
-        if self._checked == freshness.checks:  # computed since the last check, so a new pass has begun
-            freshness.check(x.numel() // max(1, x.shape[-1]))
-        self._checked = freshness.checks
+        """Before the first product of a layer in a pass: notice writes to its weights that torch does not count."""
+        part = self.runtime.freshness.part(self._part)
+        if self._checked == part.checks:  # computed since the last check, so a new pass has begun
+            part.check(x.numel() // max(1, x.shape[-1]))
+        self._checked = part.checks
 
     def refresh(self) -> None:
         """Forget `Q(W)`."""
