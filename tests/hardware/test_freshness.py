@@ -231,3 +231,17 @@ def test_layers_that_are_changed_one_after_the_other_are_seen():
         handle.remove()
     found.refresh()
     assert torch.equal(logits(model), seen) and not torch.equal(seen, before)
+
+
+def test_a_compiled_model_sees_writes_too():
+    model = build()
+    found = install(model, W4A16, seed=0)
+    compiled = torch.compile(model.model.layers[1].mlp, backend="eager")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = compiled(x)
+        model.get_submodule(NAME).weight.data.mul_(2.0)
+        seen = compiled(x)
+        found.refresh()
+        assert torch.equal(compiled(x), seen) and not torch.equal(seen, before)
+    torch.compiler.reset()

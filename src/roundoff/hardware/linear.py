@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.freshness import part_name
+from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -157,9 +158,10 @@ class LinearState:
             self._keys = keys
         return keys
 
+    @outside_of_graphs
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
         """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
-        if self.weight_format is not None and not torch.compiler.is_compiling():
+        if self.weight_format is not None:
             self.check_weights(x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
