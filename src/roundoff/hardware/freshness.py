@@ -87,7 +87,7 @@ class Part:
         kernels = kernels_for(weight)
         item = _Watched(weakref.ref(state), weakref.ref(tensor), address, start - address, size, ())
         if kernels is None:
-            prints = _sums([_part(item, tensor)])
+            prints = bit_sums([_part(item, tensor)])
         else:
             prints = [_prints(kernels, [start], [size], level)[0] for level in range(len(_LEVELS))]
         self._watched[id(state)] = replace(item, prints=tuple(prints))
@@ -122,7 +122,7 @@ class Part:
                     state.refresh()
         elif level == 2:
             whole = [(state, item, tensor) for state, item, tensor in watched if len(item.prints) == 1]
-            for (state, item, _), value in zip(whole, _sums([_part(i, t) for _, i, t in whole]), strict=True):
+            for (state, item, _), value in zip(whole, bit_sums([_part(i, t) for _, i, t in whole]), strict=True):
                 if item.prints[0] != value:
                     state.refresh()
 
@@ -172,7 +172,7 @@ def _part(item: _Watched, tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((count,), (1,), tensor.storage_offset() + first)
 
 
-def _sums(weights: Sequence[Tensor]) -> list[int]:
+def bit_sums(weights: Sequence[Tensor]) -> list[int]:
     """A number for the bits of each weight: the sum of its words, and that of every third one."""
     if not weights:
         return []

@@ -260,5 +260,7 @@ class HardwareLinear(nn.Linear):
         """`input` [..., in] -> [..., out] on the installed hardware, or exactly F.linear while it is off."""
         state = self.hardware_state
         if not state.runtime.on:
+            if "_is_replica" not in self.__dict__:  # DataParallel computes its replicas in threads
+                state.runtime.check_thread(state.name)
             return F.linear(input, self.weight, self.bias)
         return state.linear(input, self.weight, self.bias)
