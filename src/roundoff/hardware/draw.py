@@ -44,7 +44,7 @@ class AttentionRows:
 class Draw:
     """Key and row ids [B, T] of one forward pass; rows may be None (then row ids count within the batch)."""
 
-    __slots__ = ("_attention", "_fingerprint", "_views", "key", "rows")
+    __slots__ = ("_attention", "_fingerprint", "_tag", "_views", "key", "rows")
 
     def __init__(self, key: Key, rows: Tensor | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
@@ -54,6 +54,30 @@ class Draw:
         self._views: dict[tuple[int, ...], Tensor] = {}
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
+        self._tag: Tensor | None = None
+
+    @property
+    def tag(self) -> Tensor:
+        """The key, as a tensor that a product saves for its backward pass.
+
+        Gradient checkpointing hands the backward pass what the second computation saved, so that this shows whether it
+        drew from the same key.
+        """
+        if self._tag is None:
+            self._tag = torch.tensor([self.key.value >> 32, self.key.value & 0xFFFFFFFF])
+        return self._tag
+
+    def check_tag(self, tag: Tensor, name: str) -> None:
+        """Check that what a backward pass was given was drawn from this key.
+
+        Raises:
+            RuntimeError: if it was computed again (gradient checkpointing) inside another `noise_key`.
+        """
+        if tag is not self._tag and tag.tolist() != self.tag.tolist():
+            raise RuntimeError(
+                f"{name} was recomputed in the backward pass inside another noise_key than its forward pass: keep the "
+                "noise_key of the forward pass open until backward() is done, and open no other in between"
+            )
 
     @property
     def fingerprint(self) -> int:

@@ -18,6 +18,7 @@ from roundoff.hardware import experts
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.inventory import Entry, Skipped, described, plain_name, where
 from roundoff.hardware.linear import LINEAR_STATE, LinearState
+from roundoff.hardware.paths import check_adapters
 from roundoff.numerics.rng import Key
 
 MARK = "hardware_installed"
@@ -172,18 +173,26 @@ class InstalledHardware:
                 )
 
     def check_reach(self, model: nn.Module) -> None:
-        """Check that the switches of this hardware reach every module of `model`.
+        """Check that the switches of this hardware reach every module of `model`, and that none leads around it.
 
         Raises:
-            ConfigError: if a module belongs to the hardware of another model.
+            ConfigError: if a module belongs to the hardware of another model, if adapters compute around it, or if a
+                module that was copied within the model draws the noise of the other one.
         """
         self.check_switches()
+        check_adapters(model, self.covered())
+        names: dict[str, str] = {}
         for name, module in model.named_modules():
             if any(state.runtime is not self.runtime for state in states_of(module)[:1]):
                 raise ConfigError(
                     f"{name} belongs to the hardware of another model, whose switches are not those of this one: "
                     "uninstall both models, and install on this one"
                 )
+            for state in states_of(module) if self.hardware.is_noisy and "modules_to_save" not in name else ():
+                if names.setdefault(state.name, name) != name and "original_module" not in name:
+                    raise ConfigError(
+                        f"{name} is a copy of {names[state.name]} and draws the same noise: uninstall, install again"
+                    )
 
     def as_now(self) -> AbstractContextManager[None]:
         """A block, to be entered once and later, in which products draw as they would at this call.

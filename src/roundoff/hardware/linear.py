@@ -221,16 +221,21 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         # The weight is saved for torch's version check alone: a weight changed before backward is an error, as it is
         # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change. Q(x) is of use to dW alone.
-        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight)
+        tag = None if draw is None else draw.tag
+        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight, tag)
         ctx.state, ctx.draw = state, draw
-        return state.product(qx, qw, bias, draw)
+        y = state.product(qx, qw, bias, draw)
+        # A view made here could not be added to in place, which some adapters do (AdaLoRA).
+        return y if y._base is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qx, qw, _ = ctx.saved_tensors
+        qx, qw, _, tag = ctx.saved_tensors
         state: LinearState = ctx.state
         draw: Draw | None = ctx.draw
+        if draw is not None:
+            draw.check_tag(tag, state.name)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         std = state.backward_std
         dx = dw = db = None
