@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -44,7 +45,7 @@ class AttentionRows:
 class Draw:
     """Key and row ids [B, T] of one forward pass; rows may be None (then row ids count within the batch)."""
 
-    __slots__ = ("_attention", "_fingerprint", "_tag", "_views", "key", "rows")
+    __slots__ = ("_attention", "_drawn", "_fingerprint", "_tag", "_views", "key", "rows")
 
     def __init__(self, key: Key, rows: Tensor | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
@@ -55,6 +56,24 @@ class Draw:
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
         self._tag: Tensor | None = None
+        self._drawn: set[str] | None = set()
+
+    def note(self, name: str) -> None:
+        """Take down that a module draws from this; warn if one does so again, which adds one and the same noise twice.
+
+        A backward pass (gradient checkpointing) rightly meets the noise of its forward pass.
+        """
+        if self._drawn is None or torch._C._current_graph_task_id() != -1:
+            return
+        if name not in self._drawn:
+            self._drawn.add(name)
+            return
+        self._drawn = None  # once is enough
+        warnings.warn(
+            f"{name} is computed a second time inside of one noise_key block and meets the same noise as the first: "
+            "one block is for one forward pass, and a module that a model calls twice in a pass should be two modules",
+            stacklevel=2,
+        )
 
     @property
     def tag(self) -> Tensor:
@@ -255,6 +274,7 @@ class Runtime:
         """
         self.check_thread(name)
         if self.draw is not None:
+            self.draw.note(name)
             return self.draw
         if torch._C._current_graph_task_id() != -1 and not self.replaying:
             raise RuntimeError(
