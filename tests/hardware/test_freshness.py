@@ -8,7 +8,7 @@ from torch import nn
 
 from roundoff.config import Hardware, Precision
 from roundoff.hardware import install, installed, noise_key
-from roundoff.hardware.freshness import ALL_FROM
+from roundoff.hardware.freshness import ALL_EVERY, ALL_FROM
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build
@@ -245,3 +245,26 @@ def test_a_compiled_model_sees_writes_too():
         found.refresh()
         assert torch.equal(compiled(x), seen) and not torch.equal(seen, before)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_one_changed_element_is_seen_by_small_passes_at_some_time(backend):
+    """A row of token embeddings, say, that is written to without being counted."""
+    model = Alone(nn.Linear(512, 64))
+    x = torch.ones(1, 512)
+    with use_backend(backend), torch.no_grad():
+        install(model, W4A16, seed=0)
+        before = model(x)
+        model(x)
+        model.inner.weight.data[3, 100] += 4.0
+        passes = next((i for i in range(ALL_EVERY) if not torch.equal(model(x), before)), None)
+    assert passes is not None
+
+
+class Alone(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)

@@ -17,13 +17,15 @@ How much is read grows with the work that the pass does anyway, so that the chec
 | 256 to 2,047 | every 16th, and all of a weight of up to 64 KiB |
 | fewer | 16, evenly spread |
 
+Every 256th check reads all lines, so that no write stays unseen for longer.
+
 What is missed: a write that leaves all lines read as they were. An optimizer, an average or a merge changes nearly
 every line. If it changes a share f of the elements of a weight with n elements of 4 bytes, the odds of not noticing are
 `(1 - f)^256` with 16 lines and `(1 - f)^(n / 16)` with every 16th line; with all lines they are those of a 64-bit hash.
 
-Where the kernels are not available (no compiler, another device) passes of 2,048 tokens or more are checked, by two
-sums of each weight's bits, in which a mere exchange of elements does not show. On an accelerator that takes one
-synchronization a layer.
+Where the kernels are not available (no compiler, another device) passes of 2,048 tokens or more, and every 256th, are
+checked, by two sums of each weight's bits, in which a mere exchange of elements does not show. On an accelerator that
+takes one synchronization a layer.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 
 ALL_FROM, SOME_FROM = 2048, 256
 """Tokens in a pass from which all lines, or every `SOME_STEP`-th, of each weight are read."""
+ALL_EVERY = 256
+"""Every so many checks all lines are read, however few tokens the pass has."""
 SOME_STEP = 16
 FEW_LINES = 16
 _LEVELS = ((FEW_LINES, 0), (0, SOME_STEP), (0, 1))
@@ -95,7 +99,7 @@ class Part:
     def check(self, tokens: int) -> None:
         """Forget each cached `Q(W)` whose weight was written to since, as far as a pass of so many tokens looks."""
         self.checks += 1
-        level = 2 if tokens >= ALL_FROM else 1 if tokens >= SOME_FROM else 0
+        level = 2 if tokens >= ALL_FROM or self.checks % ALL_EVERY == 0 else 1 if tokens >= SOME_FROM else 0
         starts: list[int] = []
         sizes: list[int] = []
         watched: list[tuple[LinearState, _Watched, Tensor]] = []
