@@ -195,7 +195,7 @@ def test_a_weight_that_is_gone_is_not_read():
     module.weight = nn.Parameter(torch.zeros_like(module.weight))
     storage = model.get_submodule("model.layers.0.mlp.up_proj").weight.untyped_storage()
     storage.resize_(0)  # as FSDP frees a weight that it will gather again
-    found.runtime.freshness.check(ALL_FROM)
+    found.runtime.freshness.check_all(ALL_FROM)
     assert found.runtime.freshness.checks == 1
 
 
@@ -208,7 +208,7 @@ def test_memory_that_went_and_came_back_at_the_same_address_is_read_again():
     storage, values = weight.untyped_storage(), weight.detach() * 2.0
     size = storage.nbytes()
     storage.resize_(0)
-    found.runtime.freshness.check(1)
+    found.runtime.freshness.check_all(1)
     storage.resize_(size)
     weight.data.copy_(values)
     seen = logits(model)
@@ -221,16 +221,16 @@ def test_layers_that_are_changed_one_after_the_other_are_seen():
     """Calibration and offloading write to a layer right before it is computed, in the middle of a pass."""
     model = build()
     found = install(model, W4A16, seed=0)
-    before = logits(model)
+    before = logits(model, LARGE)
     handles = [
         layer.register_forward_pre_hook(lambda module, _: [p.data.mul_(1.5) for p in module.parameters()] and None)
         for layer in model.model.layers
     ]
-    seen = logits(model)
+    seen = logits(model, LARGE)
     for handle in handles:
         handle.remove()
     found.refresh()
-    assert torch.equal(logits(model), seen) and not torch.equal(seen, before)
+    assert torch.equal(logits(model, LARGE), seen) and not torch.equal(seen, before)
 
 
 def test_a_compiled_model_sees_writes_too():

@@ -1,13 +1,13 @@
-"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, layer by layer in every pass.
+"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, in every forward pass.
 
 torch counts writes in a tensor's version, but not all of them: a write through `weight.data` (trl's moving reference,
 PEFT's merge, `vector_to_parameters`, most libraries of averaged weights), through numpy or DLPack, and the steps of
 fused or compiled optimizers leave the version as it was. So a fingerprint of each weight's memory is kept with `Q(W)`.
 
-When: before the first product of each decoder layer on hardware with a weight format, for the weights of that layer; a
-Linear outside of the layers is checked alone. A layer begins where a Linear is computed that has been computed since
-the layer's last check. So a method that changes one layer after the other within a pass is noticed; a write in the
-middle of a layer is noticed by the next pass.
+When: before the first product of a pass on hardware with a weight format. A pass begins where a Linear is computed that
+has been computed since its last check. A pass of 2,048 tokens or more checks the weights of each decoder layer before
+it computes the layer, so that methods which change one layer after the other (calibration) are noticed; other writes in
+the middle of a pass are noticed by the next one.
 
 How much is read grows with the work that the pass does anyway, so that the check costs under 1 % of it:
 
@@ -77,11 +77,11 @@ class Part:
 
     checks: int = 0
     """Checks so far: a state that was computed since the last one begins a new pass."""
-    _watched: dict[int, _Watched] = field(default_factory=dict)
+    watched: dict[int, _Watched] = field(default_factory=dict)
 
     def record(self, state: LinearState, weight: Tensor) -> None:
         """Remember what `Q(W)` was computed of just now."""
-        self._watched.pop(id(state), None)
+        self.watched.pop(id(state), None)
         tensor = weight if weight._base is None else weight._base
         if weight.device.type == "meta" or weight.numel() == 0:
             return
@@ -94,41 +94,7 @@ class Part:
             prints = bit_sums([_part(item, tensor)])
         else:
             prints = [_prints(kernels, [start], [size], level)[0] for level in range(len(_LEVELS))]
-        self._watched[id(state)] = replace(item, prints=tuple(prints))
-
-    def check(self, tokens: int) -> None:
-        """Forget each cached `Q(W)` whose weight was written to since, as far as a pass of so many tokens looks."""
-        self.checks += 1
-        level = 2 if tokens >= ALL_FROM or self.checks % ALL_EVERY == 0 else 1 if tokens >= SOME_FROM else 0
-        starts: list[int] = []
-        sizes: list[int] = []
-        watched: list[tuple[LinearState, _Watched, Tensor]] = []
-        gone: list[int] = []
-        for number, item in self._watched.items():
-            state, tensor = item.state(), item.tensor()
-            if state is None or tensor is None or tensor.data_ptr() != item.address:
-                gone.append(number)
-                if state is not None:  # its memory may come back, at the same address and with other numbers (FSDP)
-                    state.refresh()
-                continue
-            watched.append((state, item, tensor))
-            starts.append(item.address + item.offset)
-            sizes.append(item.size)
-        for number in gone:
-            del self._watched[number]
-        if not watched:
-            return
-        kernels = kernels_for(watched[0][2])
-        if kernels is not None:
-            now = _prints(kernels, starts, sizes, level)
-            for (state, item, _), value in zip(watched, now, strict=True):
-                if len(item.prints) == len(_LEVELS) and item.prints[level] != value:
-                    state.refresh()
-        elif level == 2:
-            whole = [(state, item, tensor) for state, item, tensor in watched if len(item.prints) == 1]
-            for (state, item, _), value in zip(whole, bit_sums([_part(i, t) for _, i, t in whole]), strict=True):
-                if item.prints[0] != value:
-                    state.refresh()
+        self.watched[id(state)] = replace(item, prints=tuple(prints))
 
 
 @dataclass(eq=False, slots=True)
@@ -144,15 +110,58 @@ class Freshness:
             part = self._parts[name] = Part()
         return part
 
-    def check(self, tokens: int) -> None:
+    def check(self, part: Part, tokens: int) -> None:
+        """Check one part before a pass of many tokens computes it, or every part in the beginning of a small pass."""
+        if tokens >= ALL_FROM:
+            _check([part], tokens)
+        else:
+            _check(list(self._parts.values()), tokens)
+
+    def check_all(self, tokens: int) -> None:
         """Check every part."""
-        for part in self._parts.values():
-            part.check(tokens)
+        _check(list(self._parts.values()), tokens)
 
     @property
     def checks(self) -> int:
         """Checks so far of the part that was checked most often."""
         return max((part.checks for part in self._parts.values()), default=0)
+
+
+def _check(parts: Sequence[Part], tokens: int) -> None:
+    """Forget each cached `Q(W)` whose weight was written to since, as far as a pass of so many tokens looks."""
+    for part in parts:
+        part.checks += 1
+    turn = max((part.checks for part in parts), default=1) % ALL_EVERY == 0
+    level = 2 if turn or tokens >= ALL_FROM else 1 if tokens >= SOME_FROM else 0
+    starts: list[int] = []
+    sizes: list[int] = []
+    watched: list[tuple[LinearState, _Watched, Tensor]] = []
+    gone: list[tuple[Part, int]] = []
+    for part, number, item in [(p, *entry) for p in parts for entry in p.watched.items()]:
+        state, tensor = item.state(), item.tensor()
+        if state is None or tensor is None or tensor.data_ptr() != item.address:
+            gone.append((part, number))
+            if state is not None:  # its memory may come back, at the same address and with other numbers (FSDP)
+                state.refresh()
+            continue
+        watched.append((state, item, tensor))
+        starts.append(item.address + item.offset)
+        sizes.append(item.size)
+    for part, number in gone:
+        del part.watched[number]
+    if not watched:
+        return
+    kernels = kernels_for(watched[0][2])
+    if kernels is not None:
+        now = _prints(kernels, starts, sizes, level)
+        for (state, item, _), value in zip(watched, now, strict=True):
+            if len(item.prints) == len(_LEVELS) and item.prints[level] != value:
+                state.refresh()
+    elif level == 2:
+        whole = [(state, item, tensor) for state, item, tensor in watched if len(item.prints) == 1]
+        for (state, item, _), value in zip(whole, bit_sums([_part(i, t) for _, i, t in whole]), strict=True):
+            if item.prints[0] != value:
+                state.refresh()
 
 
 def part_name(name: str) -> str:

@@ -103,10 +103,11 @@ class LinearState:
         return cached
 
     def check_weights(self, x: Tensor) -> None:
-        """Before the first product of a layer in a pass: notice writes to its weights that torch does not count."""
-        part = self.runtime.freshness.part(self._part)
+        """Before the first product of a pass, or of a layer in it: notice writes that torch does not count."""
+        freshness = self.runtime.freshness
+        part = freshness.part(self._part)
         if self._checked == part.checks:  # computed since the last check, so a new pass has begun
-            part.check(x.numel() // max(1, x.shape[-1]))
+            freshness.check(part, x.numel() // max(1, x.shape[-1]))
         self._checked = part.checks
 
     def refresh(self) -> None:
@@ -158,9 +159,10 @@ class LinearState:
             self._keys = keys
         return keys
 
-    @outside_of_graphs
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
         """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
+        if torch.compiler.is_compiling():
+            return _linear_outside_of_graphs(self, x, weight, bias, draw)
         if self.weight_format is not None:
             self.check_weights(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -203,6 +205,9 @@ class LinearState:
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
             y = fault.apply(y, self.keys(draw.key).forward.fold("fault", index), rows)
         return y
+
+
+_linear_outside_of_graphs = outside_of_graphs(LinearState.linear)
 
 
 class _Product(torch.autograd.Function):
