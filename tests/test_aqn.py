@@ -256,3 +256,35 @@ def test_the_mark_outlives_an_inner_block_and_not_an_exception():
         raise KeyError
     assert not is_aqn_active(model)
     assert all("_roundoff_aqn_active" not in parameter.__dict__ for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_blocks_may_be_left_in_any_order(first):
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    blocks = [
+        aqn_noise(model, 0.1, None, Key.from_seed(seed), AQN(sigma_start=0.1, sigma_end=0.01)) for seed in range(3)
+    ]
+    for block in blocks:
+        block.__enter__()
+    blocks.pop(first).__exit__(None, None, None)
+    blocks.pop(0).__exit__(None, None, None)
+    assert is_aqn_active(model) and not torch.equal(model.model.norm.weight, before["model.norm.weight"])
+    blocks.pop(0).__exit__(None, None, None)
+    assert not is_aqn_active(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_inside_would_be_lost_and_is_refused(fused):
+    model = build()
+    before = model.model.norm.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    aqn = AQN(sigma_start=0.1, sigma_end=0.01)
+    with (
+        pytest.raises(RuntimeError, match="written to inside aqn_noise"),
+        aqn_noise(model, 0.1, None, Key.from_seed(1), aqn),
+    ):
+        model(**Batch().inputs()).logits.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model.model.norm.weight, before) and not is_aqn_active(model)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from roundoff.config import AQN, ConfigError
+from roundoff.hardware.freshness import bit_sums
 from roundoff.hardware.inventory import layer_index, plain_name
 from roundoff.numerics.noise import gaussian
 from roundoff.numerics.rng import Key
@@ -38,6 +39,22 @@ _ACTIVE = "_roundoff_aqn_active"
 The module's count reaches every model that holds the module, under whatever wrapper, and stays on a copy made inside
 the block, which keeps the noise. The weight's count reaches other modules that share the weight.
 """
+
+_SAVED = "_roundoff_aqn_saved"
+"""Where a perturbed weight holds what its open `aqn_noise` blocks restore, in the order in which they were entered."""
+
+
+@dataclass(eq=False, slots=True)
+class _Saved:
+    """What one block restores of one weight.
+
+    Blocks of generators that were left open are closed in any order. A block that is not the innermost leaves the
+    weight as it is, and hands its original to the one entered after it.
+    """
+
+    original: Tensor
+    noisy: int = 0
+    """Sum of the bits with the block's noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,35 +146,67 @@ def aqn_noise(
 ) -> Iterator[None]:
     """The model with noisy weights inside; leaving it, also by an exception, restores every bit from a saved copy.
 
+    (With several open blocks, the last one to be left restores.)
+
     `sigma` is the step's standard deviation (of the weight, or relative to its gain), `multipliers` maps a decoder
     layer to its factor on sigma. The same key gives the same noise.
 
     Raises:
         ConfigError: if sigma or a multiplier cannot be used, a multiplier names a layer without a target, or nothing
             would be perturbed. At a silent step (sigma 0) do not enter.
+        RuntimeError: on leaving, if the weights were written to inside (by an optimizer, say), which is lost.
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise ConfigError(f"sigma of AQN must be above 0 and finite, but is {sigma}: skip AQN at silent steps")
     targets = aqn_targets(model, aqn)
     factors = _factors(targets, multipliers)
-    saved: list[tuple[Tensor, Tensor]] = []
+    saved: list[tuple[Tensor, _Saved]] = []
     try:
         with torch.no_grad():
             for target, factor in zip(targets, factors, strict=True):
                 if factor:
                     weight = target.weight
-                    saved.append((weight, weight.detach().clone()))
+                    saved.append((weight, _Saved(weight.detach().clone())))
+                    weight.__dict__.setdefault(_SAVED, []).append(saved[-1][1])
                     _perturb(target, sigma * factor, key.fold("aqn", target.name), aqn)
+        for (_, own), noisy in zip(saved, bit_sums([weight for weight, _ in saved]), strict=True):
+            own.noisy = noisy
         marked = [place for target in targets for place in (target.module, target.weight)]
         _count(marked, 1)
         try:
             yield
         finally:
             _count(marked, -1)
+            written = _written(saved)
     finally:
         with torch.no_grad():
-            for weight, original in reversed(saved):
-                weight.copy_(original)
+            for weight, own in reversed(saved):
+                _restore(weight, own)
+    if written:
+        raise RuntimeError(
+            f"{written} of the model's weights were written to inside aqn_noise, which restored what they were before: "
+            "leave it before an optimizer's step, a merge or the loading of weights"
+        )
+
+
+def _written(saved: list[tuple[Tensor, _Saved]]) -> int:
+    """How many weights lost the noise of their block; not those perturbed later, or of another dtype."""
+    pairs = [(weight, own) for weight, own in saved if weight.dtype is own.original.dtype]
+    last = [(weight, own) for weight, own in pairs if weight.__dict__[_SAVED][-1] is own]
+    now = bit_sums([weight for weight, _ in last])
+    return sum(own.noisy != value for (_, own), value in zip(last, now, strict=True))
+
+
+def _restore(weight: Tensor, own: _Saved) -> None:
+    stack: list[_Saved] = weight.__dict__[_SAVED]
+    place = stack.index(own)
+    if own is stack[-1]:
+        weight.copy_(own.original)
+    else:
+        stack[place + 1].original = own.original
+    del stack[place]
+    if not stack:
+        del weight.__dict__[_SAVED]
 
 
 def is_aqn_active(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Ways of computing that would lead around the hardware are refused."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -52,6 +53,30 @@ def test_a_pattern_that_excludes_nothing_is_refused(pattern, hint):
 
 def test_default_patterns_need_not_match():
     install(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), W4, seed=0)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x):
+        return self.inner(self.inner(x))
+
+
+def test_a_module_that_is_called_twice_in_one_pass_is_warned_of():
+    model, rows = Twice(), torch.zeros(1, 3, dtype=torch.int64)
+    install(model, NOISY, seed=0)
+    x = torch.randn(1, 3, 32)
+    with pytest.warns(UserWarning, match="inner is computed a second time"), noise_key(model, Key.from_seed(1), rows):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x)  # the counter of calls draws anew
+        with noise_key(model, Key.from_seed(1), rows):
+            model.inner(x)
+        with noise_key(model, Key.from_seed(1), rows):
+            model.inner(x).sum().backward()
 
 
 def test_two_threads_do_not_share_a_key():

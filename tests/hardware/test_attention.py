@@ -189,6 +189,17 @@ def test_a_recomputation_outside_of_the_block_is_an_error():
         loss.backward()
 
 
+def test_a_recomputation_under_another_key_is_an_error():
+    model, batch = build(), Batch()
+    install(model, NOISY, seed=0)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with noise_key(model, KEY, batch.rows):
+        loss = model(**batch.inputs(), use_cache=False).logits.sum()
+    with pytest.raises(RuntimeError, match="inside another noise_key"), noise_key(model, KEY.fold(1), batch.rows):
+        loss.backward()
+
+
 def test_a_config_shared_by_two_models_is_switched_for_one_only():
     from transformers import Qwen2ForCausalLM
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, HRAConfig, LoraConfig, ShiraConfig, get_peft_model
 
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_off, install, installed, noise_key, uninstall
@@ -105,3 +105,33 @@ def test_a_copy_made_within_noise_key_draws_on_its_own():
         other = copy.deepcopy(model)
     assert not torch.equal(logits(other), logits(other))
     assert torch.equal(replayed(other), replayed(model))
+
+
+def test_a_layer_that_was_copied_within_the_model_does_not_draw_the_noise_of_the_first():
+    model = build()
+    install(model, NOISY, seed=0)
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    with pytest.raises(ConfigError, match=r"model\.layers\.2.* is a copy of model\.layers\.1"), hardware_off(model):
+        pass
+
+
+@pytest.mark.parametrize(
+    "config", [HRAConfig(r=2, target_modules=["up_proj"]), ShiraConfig(target_modules=["up_proj"])]
+)
+def test_adapters_that_compute_around_the_hardware_are_refused(config):
+    model = build()
+    install(model, W4A4, seed=0)
+    wrapped = get_peft_model(model, config)
+    with pytest.raises(ConfigError, match=r"up_proj is a layer of peft\.tuners"), hardware_off(wrapped):
+        pass
+    uninstall(wrapped)
+    with pytest.raises(ConfigError, match=r"up_proj is a layer of peft\.tuners"):
+        install(wrapped, W4A4, seed=0)
+
+
+def test_adapters_may_add_to_an_output_in_place():
+    """AdaLoRA does, which autograd refuses on a view that a function of one's own returned (Linears with a bias)."""
+    model = build()
+    install(model, W4A4, seed=0)
+    wrapped = get_peft_model(model, AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"]))
+    wrapped(**Batch().inputs()).logits.sum().backward()

@@ -8,7 +8,7 @@ from torch import nn
 
 from roundoff.config import Hardware, Precision
 from roundoff.hardware import install, installed, noise_key
-from roundoff.hardware.freshness import ALL_FROM
+from roundoff.hardware.freshness import ALL_EVERY, ALL_FROM
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build
@@ -195,5 +195,76 @@ def test_a_weight_that_is_gone_is_not_read():
     module.weight = nn.Parameter(torch.zeros_like(module.weight))
     storage = model.get_submodule("model.layers.0.mlp.up_proj").weight.untyped_storage()
     storage.resize_(0)  # as FSDP frees a weight that it will gather again
-    found.runtime.freshness.check(ALL_FROM)
+    found.runtime.freshness.check_all(ALL_FROM)
     assert found.runtime.freshness.checks == 1
+
+
+def test_memory_that_went_and_came_back_at_the_same_address_is_read_again():
+    """FSDP frees a weight after its layer and gathers it again into the same tensor."""
+    model = build()
+    found = install(model, W4A16, seed=0)
+    before = logits(model)
+    weight = model.get_submodule(NAME).weight
+    storage, values = weight.untyped_storage(), weight.detach() * 2.0
+    size = storage.nbytes()
+    storage.resize_(0)
+    found.runtime.freshness.check_all(1)
+    storage.resize_(size)
+    weight.data.copy_(values)
+    seen = logits(model)
+    assert not torch.equal(seen, before)
+    found.refresh()
+    assert torch.equal(logits(model), seen)
+
+
+def test_layers_that_are_changed_one_after_the_other_are_seen():
+    """Calibration and offloading write to a layer right before it is computed, in the middle of a pass."""
+    model = build()
+    found = install(model, W4A16, seed=0)
+    before = logits(model, LARGE)
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: [p.data.mul_(1.5) for p in module.parameters()] and None)
+        for layer in model.model.layers
+    ]
+    seen = logits(model, LARGE)
+    for handle in handles:
+        handle.remove()
+    found.refresh()
+    assert torch.equal(logits(model, LARGE), seen) and not torch.equal(seen, before)
+
+
+def test_a_compiled_model_sees_writes_too():
+    model = build()
+    found = install(model, W4A16, seed=0)
+    compiled = torch.compile(model.model.layers[1].mlp, backend="eager")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = compiled(x)
+        model.get_submodule(NAME).weight.data.mul_(2.0)
+        seen = compiled(x)
+        found.refresh()
+        assert torch.equal(compiled(x), seen) and not torch.equal(seen, before)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_one_changed_element_is_seen_by_small_passes_at_some_time(backend):
+    """A row of token embeddings, say, that is written to without being counted."""
+    model = Alone(nn.Linear(512, 64))
+    x = torch.ones(1, 512)
+    with use_backend(backend), torch.no_grad():
+        install(model, W4A16, seed=0)
+        before = model(x)
+        model(x)
+        model.inner.weight.data[3, 100] += 4.0
+        passes = next((i for i in range(ALL_EVERY) if not torch.equal(model(x), before)), None)
+    assert passes is not None
+
+
+class Alone(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)

@@ -204,3 +204,17 @@ def test_a_nan_in_memory_is_named_and_what_it_spoils_is_not_called_checked(name,
     if site != "lm_head" and not tied:
         assert "lm_head" not in report.checked
         assert any("the input is not finite" in line for line in report.unchecked)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 1e-40), (torch.float32, 1e-44), (torch.bfloat16, 1e-38), (torch.float16, 1e-6)]
+)
+def test_products_below_the_normal_numbers_are_no_fault_and_not_checked(dtype, scale):
+    model = build()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(scale)
+    report = find_faults(model.to(dtype), texts()[:1])
+    assert report.alarms == ()
+    site = "model.layers.0.mlp.up_proj"
+    assert any(line.startswith(f"{site}: its products are below") for line in report.unchecked)
+    assert site not in report.checked and "model.layers.1.mlp.up_proj" in report.checked

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import AttentionRows, Draw, Runtime
+from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key
 
@@ -120,6 +121,7 @@ class _Mix(torch.autograd.Function):
         return dp, dv, None
 
 
+@outside_of_graphs
 def attention_forward(
     module: nn.Module,
     query: Tensor,

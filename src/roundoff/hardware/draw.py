@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 import weakref
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
@@ -22,6 +23,11 @@ from roundoff.numerics.rng import Key
 
 POSITIONS = 1 << 20
 """Row ids of one rollout: `row = rollout_id * POSITIONS + position`."""
+
+_OTHER_THREAD = (
+    "another thread is inside noise_key or hardware_off of the same model, which hold for all of its products: give "
+    "each thread a copy of the model (copy.deepcopy), or use a lock"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class AttentionRows:
 class Draw:
     """Key and row ids [B, T] of one forward pass; rows may be None (then row ids count within the batch)."""
 
-    __slots__ = ("_attention", "_fingerprint", "_views", "key", "rows")
+    __slots__ = ("_attention", "_drawn", "_fingerprint", "_tag", "_views", "key", "rows")
 
     def __init__(self, key: Key, rows: Tensor | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
@@ -49,6 +55,48 @@ class Draw:
         self._views: dict[tuple[int, ...], Tensor] = {}
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
+        self._tag: Tensor | None = None
+        self._drawn: set[str] | None = set()
+
+    def note(self, name: str) -> None:
+        """Take down that a module draws from this; warn if one does so again, which adds one and the same noise twice.
+
+        A backward pass (gradient checkpointing) rightly meets the noise of its forward pass.
+        """
+        if self._drawn is None or torch._C._current_graph_task_id() != -1:
+            return
+        if name not in self._drawn:
+            self._drawn.add(name)
+            return
+        self._drawn = None  # once is enough
+        warnings.warn(
+            f"{name} is computed a second time inside of one noise_key block and meets the same noise as the first: "
+            "one block is for one forward pass, and a module that a model calls twice in a pass should be two modules",
+            stacklevel=2,
+        )
+
+    @property
+    def tag(self) -> Tensor:
+        """The key, as a tensor that a product saves for its backward pass.
+
+        Gradient checkpointing hands the backward pass what the second computation saved, so that this shows whether it
+        drew from the same key.
+        """
+        if self._tag is None:
+            self._tag = torch.tensor([self.key.value >> 32, self.key.value & 0xFFFFFFFF])
+        return self._tag
+
+    def check_tag(self, tag: Tensor, name: str) -> None:
+        """Check that what a backward pass was given was drawn from this key.
+
+        Raises:
+            RuntimeError: if it was computed again (gradient checkpointing) inside another `noise_key`.
+        """
+        if tag is not self._tag and tag.tolist() != self.tag.tolist():
+            raise RuntimeError(
+                f"{name} was recomputed in the backward pass inside another noise_key than its forward pass: keep the "
+                "noise_key of the forward pass open until backward() is done, and open no other in between"
+            )
 
     @property
     def fingerprint(self) -> int:
@@ -123,6 +171,20 @@ def _attention_rows(rows: Tensor, heads: int, groups: int, keys: int) -> Attenti
 
 
 @dataclass(eq=False, slots=True)
+class Block:
+    """An open `noise_key` or `hardware_off` block, and what it restores.
+
+    Blocks of generators that were left open are closed in any order. A block that is not the innermost of its kind
+    leaves what is in force as it is, and hands what it would restore to the one opened after it.
+    """
+
+    kind: str
+    """`noise_key` or `hardware_off`."""
+    before: Any
+    """The draw, or whether the hardware was in force."""
+
+
+@dataclass(eq=False, slots=True)
 class Runtime:
     """State that all layers of one installed model share while it runs."""
 
@@ -138,13 +200,19 @@ class Runtime:
     owner: weakref.ref[Any] | None = None
     """The `InstalledHardware` that this is the state of."""
     thread: int | None = None
-    """The thread that opened `noise_key`; None outside of it."""
+    """The thread that opened `noise_key` or `hardware_off`; None outside of them."""
+    blocks: list[Block] = field(default_factory=list)
+    """The open ones, in the order in which they were entered."""
     freshness: Freshness = field(default_factory=Freshness)
     """What notices writes to weights that torch does not count."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy (deepcopy, pickle) takes over: no activation, and no draw of a block that it will never leave."""
-        own = dict.fromkeys(("shared", "draw", "owner", "thread")) | {"freshness": Freshness()}
+        """What a copy (deepcopy, pickle) takes over: no activation, and nothing of a block that it will never leave."""
+        own: dict[str, Any] = dict.fromkeys(("shared", "draw", "owner", "thread")) | {
+            "freshness": Freshness(),
+            "blocks": [],
+        }
+        own["on"] = next((block.before for block in self.blocks if block.kind == "hardware_off"), self.on)
         return {slot.name: getattr(self, slot.name) for slot in fields(self)} | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -164,25 +232,49 @@ class Runtime:
         copied.__setstate__({**self.__getstate__(), "calls": dict(self.calls)})
         return copied
 
-    def claim(self, what: str) -> None:
-        """Check that no other thread is inside of `noise_key`, before this one changes what products draw.
+    def open(self, kind: str, before: Any) -> Block:
+        """Enter a block.
 
         Raises:
-            RuntimeError: if one is: its products would silently draw from this thread's key.
+            RuntimeError: if another thread is inside of one: its products would silently follow this one.
         """
         if self.thread not in (None, threading.get_ident()):
-            raise RuntimeError(
-                f"{what} was entered while another thread is inside noise_key of the same model: the products of both "
-                "would draw from one key; give each thread a copy of the model (copy.deepcopy), or use a lock"
-            )
+            raise RuntimeError(f"{kind} was entered while {_OTHER_THREAD}")
+        self.thread = threading.get_ident()
+        self.blocks.append(Block(kind, before))
+        return self.blocks[-1]
+
+    def close(self, block: Block) -> bool:
+        """Leave a block; whether it was the innermost of its kind, so that what was before is to be restored."""
+        place = self.blocks.index(block)
+        del self.blocks[place]
+        if not self.blocks:
+            self.thread = None
+        following = next((later for later in self.blocks[place:] if later.kind == block.kind), None)
+        if following is not None:
+            following.before = block.before
+        return following is None
+
+    def check_thread(self, name: str) -> None:
+        """Refuse a product of one thread under a block of another.
+
+        Raises:
+            RuntimeError: if another thread is inside of a block; a backward pass may run in a thread of its own.
+        """
+        if self.thread not in (None, threading.get_ident()) and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(f"{name} was computed while {_OTHER_THREAD}")
 
     def current(self, name: str) -> Draw:
         """The draw of `noise_key`, or outside of it the next one of this module's call counter.
 
         Raises:
-            RuntimeError: in a recomputation (gradient checkpointing) that would draw anew.
+            RuntimeError: in a recomputation (gradient checkpointing) that would draw anew, or if another thread is
+                inside of a block of this model.
+            ConfigError: if the model's attention was switched to another function.
         """
+        self.check_thread(name)
         if self.draw is not None:
+            self.draw.note(name)
             return self.draw
         if torch._C._current_graph_task_id() != -1 and not self.replaying:
             raise RuntimeError(
@@ -190,6 +282,9 @@ class Runtime:
                 "forward pass: keep noise_key open until backward() is done, checkpoint by "
                 "roundoff.models.checkpointing, or use no gradient checkpointing"
             )
+        owner = self.owner() if self.owner is not None else None
+        if owner is not None:
+            owner.check_switches()
         count = self.calls.get(name, 0)
         self.calls[name] = count + 1
         return Draw(self.seed_key.fold("call", count), None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.linear import LinearState
 
 NAME = "roundoff"
@@ -55,6 +56,7 @@ def is_experts(module: nn.Module) -> bool:
     return all(isinstance(w, nn.Parameter) and w.dim() == 3 for w in weights) and hasattr(module, "_apply_gate")
 
 
+@outside_of_graphs
 def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum [N, hidden] of each token's k experts, for tokens [N, hidden] and choices [N, k]."""
     state: ExpertsState = getattr(module, STATE)

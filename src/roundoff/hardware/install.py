@@ -92,13 +92,23 @@ def uninstall(model: nn.Module) -> None:
     found.switch(False)
     for module in found.covered():
         if isinstance(module, HardwareLinear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
+            module.__class__ = _plain_class(type(module))
             del module.__dict__[LINEAR_STATE]
         else:
             del module.__dict__[experts.STATE]
     for module in found.model.modules():
         module.__dict__.pop(attention.STATE, None)
     del found.model.__dict__[MARK]
+
+
+def _plain_class(cls: Any) -> Any:
+    """The class of a Linear off the hardware: what others derived from it since (parametrizations, FSDP) stays."""
+    if cls is HardwareLinear:
+        return nn.Linear
+    if not issubclass(cls, HardwareLinear):
+        return cls
+    own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__.replace("Hardware", ""), tuple(map(_plain_class, cls.__bases__)), own)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import experts
 from roundoff.hardware.draw import Draw, Runtime
-from roundoff.hardware.inventory import Entry, Skipped, plain_name, within_layer
+from roundoff.hardware.inventory import Entry, Skipped, described, plain_name, where
 from roundoff.hardware.linear import LINEAR_STATE, LinearState
+from roundoff.hardware.paths import check_adapters
 from roundoff.numerics.rng import Key
 
 MARK = "hardware_installed"
@@ -65,6 +65,7 @@ class InstalledHardware:
         """A copy (deepcopy, pickle) watches optimizers for its own weights."""
         self.__dict__.update(state)
         self.__post_init__()
+        self.switch(self.runtime.on)
 
     def covered(self) -> list[nn.Module]:
         """The Linears and experts on this hardware now, with the copies that PEFT put in the place of some."""
@@ -100,8 +101,8 @@ class InstalledHardware:
         """A few lines: what is computed how, on how many modules, and what was left alone for which reason."""
         kinds: dict[str, list[Entry]] = {}
         for entry in self.entries:
-            kinds.setdefault(_describe(entry), []).append(entry)
-        lines = [f"{len(e):4d} modules: {kind}\n     {_where(e)}" for kind, e in kinds.items()]
+            kinds.setdefault(described(entry), []).append(entry)
+        lines = [f"{len(e):4d} modules: {kind}\n     {where(e)}" for kind, e in kinds.items()]
         lines = lines or ["no module: nothing to simulate"]
         if self.attention_modules:
             std = self.hardware.matmul_noise.relative_std
@@ -156,6 +157,43 @@ class InstalledHardware:
         for switch in self.switches:
             setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
 
+    def check_switches(self) -> None:
+        """Check that attention and experts are computed by what was installed, or is plain while the hardware is off.
+
+        Raises:
+            ConfigError: if somebody chose another function (`set_attn_implementation`), which knows no noise.
+        """
+        for switch in self.switches:
+            expected = switch.installed if self.runtime.on else switch.original
+            chosen = getattr(switch.config, switch.attribute)
+            if chosen != expected:
+                raise ConfigError(
+                    f"{switch.attribute} of the model's config was set to {chosen!r} after install, which leads around "
+                    f"the hardware: set it back to {expected!r}, or uninstall, choose, and install again"
+                )
+
+    def check_reach(self, model: nn.Module) -> None:
+        """Check that the switches of this hardware reach every module of `model`, and that none leads around it.
+
+        Raises:
+            ConfigError: if a module belongs to the hardware of another model, if adapters compute around it, or if a
+                module that was copied within the model draws the noise of the other one.
+        """
+        self.check_switches()
+        check_adapters(model, self.covered())
+        names: dict[str, str] = {}
+        for name, module in model.named_modules():
+            if any(state.runtime is not self.runtime for state in states_of(module)[:1]):
+                raise ConfigError(
+                    f"{name} belongs to the hardware of another model, whose switches are not those of this one: "
+                    "uninstall both models, and install on this one"
+                )
+            for state in states_of(module) if self.hardware.is_noisy and "modules_to_save" not in name else ():
+                if names.setdefault(state.name, name) != name and "original_module" not in name:
+                    raise ConfigError(
+                        f"{name} is a copy of {names[state.name]} and draws the same noise: uninstall, install again"
+                    )
+
     def as_now(self) -> AbstractContextManager[None]:
         """A block, to be entered once and later, in which products draw as they would at this call.
 
@@ -181,30 +219,6 @@ class InstalledHardware:
                     self.switch(was_on)
 
         return entered()
-
-
-def _where(entries: Sequence[Entry]) -> str:
-    """Layers and module names, such as `layers 0-5: mlp.down_proj, mlp.up_proj`."""
-    layers = sorted({entry.layer for entry in entries if entry.layer is not None})
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    names = dict.fromkeys(within_layer(plain_name(entry.name)) for entry in entries)
-    return (f"layers {shown}: " if shown else "") + ", ".join(names)
-
-
-def _describe(entry: Entry) -> str:
-    parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
-    if entry.noise:
-        parts.append(f"noise {entry.noise:g}")
-    if entry.deadzone:
-        parts.append(f"deadzone {entry.deadzone:g}")
-    parts += [f"fault {kind}" for kind in entry.faults]
-    return ", ".join(parts)
 
 
 def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
@@ -233,12 +247,17 @@ def installed(model: nn.Module) -> InstalledHardware | None:
     """The hardware that a model, a part of it, or a wrapper (PEFT, data parallel) computes on; None if there is none.
 
     Raises:
-        ConfigError: if a module was copied out of another installed model, whose switches would not reach it.
+        ConfigError: if a module was copied out of another installed model, whose switches would not reach it, or if
+            the wrapper holds several installed models.
     """
-    for module in model.modules():
-        found = module.__dict__.get(MARK)
-        if isinstance(found, InstalledHardware):
-            return found
+    found = _marked(model)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{type(model).__name__} holds {len(found)} models with installed hardware, each with switches and keys of "
+            "its own: pass one of them"
+        )
+    if found:
+        return found[0]
     for name, module in model.named_modules():
         for state in states_of(module)[:1]:
             owner = state.runtime.owner() if state.runtime.owner is not None else None
@@ -249,6 +268,15 @@ def installed(model: nn.Module) -> InstalledHardware | None:
                 "nor noise_key of this model would reach it: copy the whole model, or uninstall before copying"
             )
     return None
+
+
+def _marked(model: nn.Module) -> list[InstalledHardware]:
+    """The hardware of a model, or of the models that it wraps, without looking into those."""
+    own = model.__dict__.get(MARK)
+    if isinstance(own, InstalledHardware):
+        return [own]
+    found = [inner for child in model.children() for inner in _marked(child)]
+    return list(dict.fromkeys(found))
 
 
 def required(model: nn.Module) -> InstalledHardware:
@@ -268,15 +296,20 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
     """Plain arithmetic inside: the exact bits of the model before `install` with the weights it has now.
 
     With gradient checkpointing the block must enclose `backward()` as well, which computes the forward pass again.
+
+    Raises:
+        ConfigError: if no hardware is installed, or a module follows the switches of another model.
+        RuntimeError: if another thread is inside a block of this model.
     """
     found = required(model)
-    found.runtime.claim("hardware_off")
-    before = found.is_on
+    found.check_reach(model)
+    block = found.runtime.open("hardware_off", found.is_on)
     found.switch(False)
     try:
         yield
     finally:
-        found.switch(before)
+        if found.runtime.close(block):
+            found.switch(block.before)
 
 
 @contextmanager
@@ -290,14 +323,16 @@ def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterato
     block is for one forward pass: a second pass over the same rows inside of it meets the same noise.
 
     Raises:
-        ConfigError: if no hardware is installed.
+        ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
         RuntimeError: if another thread is inside a block of this model.
     """
-    runtime = required(model).runtime
-    runtime.claim("noise_key")
-    before = runtime.draw, runtime.thread
-    runtime.draw, runtime.thread = Draw(key, rows), threading.get_ident()
+    found = required(model)
+    found.check_switches()
+    runtime, draw = found.runtime, Draw(key, rows)
+    block = runtime.open("noise_key", runtime.draw)
+    runtime.draw = draw
     try:
         yield
     finally:
-        runtime.draw, runtime.thread = before
+        if runtime.close(block):
+            runtime.draw = block.before

@@ -69,6 +69,32 @@ def within_layer(name: str) -> str:
     return match.group(1) if match else name
 
 
+def where(entries: Iterable[Entry]) -> str:
+    """Layers and module names, such as `layers 0-5: mlp.down_proj, mlp.up_proj`."""
+    entries = list(entries)
+    layers = sorted({entry.layer for entry in entries if entry.layer is not None})
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    names = dict.fromkeys(within_layer(plain_name(entry.name)) for entry in entries)
+    return (f"layers {shown}: " if shown else "") + ", ".join(names)
+
+
+def described(entry: Entry) -> str:
+    """What the hardware does to a module, in words."""
+    parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
+    if entry.noise:
+        parts.append(f"noise {entry.noise:g}")
+    if entry.deadzone:
+        parts.append(f"deadzone {entry.deadzone:g}")
+    parts += [f"fault {kind}" for kind in entry.faults]
+    return ", ".join(parts)
+
+
 def exclusion(name: str, patterns: Iterable[str]) -> str | None:
     """The first pattern that matches the whole dotted name or a part of it."""
     parts = (name, *name.split("."))

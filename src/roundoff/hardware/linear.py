@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
+from roundoff.hardware.freshness import part_name
+from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -68,12 +70,15 @@ class LinearState:
     _cached_in: weakref.ref[torch.UntypedStorage] | None = None
     """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
     _checked: int = -1
-    """The check of the weights (`Freshness.checks`) that this Linear was last computed after."""
+    """The check of its layer's weights (`Part.checks`) that this Linear was last computed after."""
+    _part: str = field(init=False)
+    """The layer that it is checked with."""
     _keys: ProductKeys | None = field(default=None)
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear on Q(W)."""
 
     def __post_init__(self) -> None:
+        self._part = part_name(self.name)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
 
     def quantized_weight(self, weight: Tensor) -> Tensor:
@@ -94,15 +99,16 @@ class LinearState:
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
-            self.runtime.freshness.record(self, weight)
+            self.runtime.freshness.part(self._part).record(self, weight)
         return cached
 
     def check_weights(self, x: Tensor) -> None:
-        """Once in every forward pass, before the first product: notice writes to weights that torch does not count."""
+        """Before the first product of a pass, or of a layer in it: notice writes that torch does not count."""
         freshness = self.runtime.freshness
-        if self._checked == freshness.checks:  # computed since the last check, so a new pass has begun
-            freshness.check(x.numel() // max(1, x.shape[-1]))
-        self._checked = freshness.checks
+        part = freshness.part(self._part)
+        if self._checked == part.checks:  # computed since the last check, so a new pass has begun
+            freshness.check(part, x.numel() // max(1, x.shape[-1]))
+        self._checked = part.checks
 
     def refresh(self) -> None:
         """Forget `Q(W)`."""
@@ -155,7 +161,9 @@ class LinearState:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
         """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
-        if self.weight_format is not None and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return _linear_outside_of_graphs(self, x, weight, bias, draw)
+        if self.weight_format is not None:
             self.check_weights(x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -199,6 +207,9 @@ class LinearState:
         return y
 
 
+_linear_outside_of_graphs = outside_of_graphs(LinearState.linear)
+
+
 class _Product(torch.autograd.Function):
     """See the module's docstring; x, weight and bias receive gradients, `qx` and `qw` are what was multiplied."""
 
@@ -215,16 +226,21 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         # The weight is saved for torch's version check alone: a weight changed before backward is an error, as it is
         # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change. Q(x) is of use to dW alone.
-        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight)
+        tag = None if draw is None else draw.tag
+        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight, tag)
         ctx.state, ctx.draw = state, draw
-        return state.product(qx, qw, bias, draw)
+        y = state.product(qx, qw, bias, draw)
+        # A view made here could not be added to in place, which some adapters do (AdaLoRA).
+        return y if y._base is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qx, qw, _ = ctx.saved_tensors
+        qx, qw, _, tag = ctx.saved_tensors
         state: LinearState = ctx.state
         draw: Draw | None = ctx.draw
+        if draw is not None:
+            draw.check_tag(tag, state.name)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         std = state.backward_std
         dx = dw = db = None
@@ -254,5 +270,7 @@ class HardwareLinear(nn.Linear):
         """`input` [..., in] -> [..., out] on the installed hardware, or exactly F.linear while it is off."""
         state = self.hardware_state
         if not state.runtime.on:
+            if "_is_replica" not in self.__dict__:  # DataParallel computes its replicas in threads
+                state.runtime.check_thread(state.name)
             return F.linear(input, self.weight, self.bias)
         return state.linear(input, self.weight, self.bias)

@@ -4,6 +4,7 @@
   weights of their Linears and never calls them.
 - A module that a model holds under two names is computed twice in one pass. Its draws are keyed by its name, so both
   products would carry the same noise.
+- Some adapters of PEFT compute with the weight of the Linear that they wrap, and never call it.
 - A pattern of `hardware.exclude` that matches nothing leaves on the hardware what it was meant to take off.
 """
 
@@ -22,6 +23,8 @@ from roundoff.numerics.quantize import quantize
 
 SAFE = 1e4
 """Weights up to this size stay finite in every format (fp16 ends at 65,504, the others at 1.7e38 or beyond)."""
+AROUND = frozenset(f"peft.tuners.{name}" for name in ("frod", "hra", "shira", "supertuning"))
+"""PEFT's methods whose layers read the weight of the Linear that they wrap (peft 0.21)."""
 _DEFAULT_EXCLUDE: tuple[str, ...] = Hardware.model_fields["exclude"].default
 
 
@@ -29,10 +32,11 @@ def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) 
     """Refuse a model or settings under which a covered module would be computed around the hardware.
 
     Raises:
-        ConfigError: for torch's fast path, for a module under two names that draws noise, and for a pattern of
-            `hardware.exclude` that matches no module.
+        ConfigError: for torch's fast path, for adapters that compute around it, for a module under two names that
+            draws noise, and for a pattern of `hardware.exclude` that matches no module.
     """
     _check_fast_path(model, covered)
+    check_adapters(model, [item.module for item in covered])
     _check_two_names(model, covered, hardware)
     _check_exclude(model, hardware)
 
@@ -69,6 +73,22 @@ def _check_fast_path(model: nn.Module, covered: Sequence[Found]) -> None:
             raise ConfigError(
                 f"{name or 'the model'} is a torch.nn.{type(module).__name__}, whose fast path for evaluation reads "
                 "its weights around the hardware: call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+
+
+def check_adapters(model: nn.Module, covered: Sequence[nn.Module]) -> None:
+    """Refuse adapters that compute around a covered Linear.
+
+    Raises:
+        ConfigError: naming the layer and PEFT's method.
+    """
+    modules = {id(module) for module in covered}
+    for name, module in model.named_modules():
+        method = type(module).__module__.removesuffix(".layer")
+        if method in AROUND and id(module._modules.get("base_layer")) in modules:
+            raise ConfigError(
+                f"{name} is a layer of {method}, which computes with the weight of the Linear that it wraps, around "
+                "the hardware: use LoRA, or another method that calls its base layer"
             )
 
 

@@ -94,6 +94,17 @@ def tie_share(y: Tensor) -> float:
     return float((((size == largest) & (largest > 0)).sum(-1) >= TIED).double().mean())
 
 
+def loses_bits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether all products of `x W^T + b` are so small that numbers of this dtype hold fewer bits, or flush to zero.
+
+    Zeros, ties and deviations say nothing there. Shapes: x [T, in], weight [out, in], bias [out].
+    """
+    largest = x.shape[-1] * float(x.abs().max()) * float(weight.abs().max())  # Python's numbers: nothing overflows
+    if bias is not None:
+        largest += float(bias.abs().max())
+    return largest < torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
 @functools.cache
 def tie_limit(tokens: int) -> float:
     """Share of so many different tokens that may be tied: more have odds below `ALARM_ODDS` on a healthy machine.

@@ -190,6 +190,10 @@ class Inspector:
         if bad:
             self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of the weight is NaN or Inf")
             return
+        if bool(live.any()) and bool((x != 0).any()) and checks.loses_bits(x, weight, bias, y.dtype):
+            self.unchecked[f"{name}: its products are below the normal numbers of {y.dtype}"] = None
+            self.checked.pop(name, None)
+            return
         if not self._statistics(name, x, y, live, coarse=_is_coarse(module)):
             return
         excess = checks.checksum_excess(x, weight, bias, y, self.key.fold(name))
