@@ -178,7 +178,8 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         for group in session.optimizer.param_groups:
             group["lr"] = metrics["learning_rate"]
         try:
-            metrics |= update(session, step, batch)
+            with own_defaults():  # a reward, too, may have changed torch's settings
+                metrics |= update(session, step, batch)
         except NonFiniteLossError:
             session_state = {"step": step, "texts": batch.rollouts.texts, "advantages": batch.advantages.tolist()}
             run_dir.save_diagnostics(f"nonfinite-step-{step:06d}", session_state)

@@ -9,13 +9,14 @@ it takes longer, the run ends (`tasks.watchdog`): code in this process cannot be
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from roundoff.tasks.base import Problem, RewardError, Task
-from roundoff.tasks.watchdog import Watchdog
+from roundoff.tasks.watchdog import StopRewardError, Watchdog
 
 REWARD_SECONDS = 60.0
 """By the clock, for one response of a task that sets no `reward_seconds`."""
@@ -41,7 +42,7 @@ def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence
     compute = _reward_of(task)
     rewards: list[float] = []
     failed: list[bool] = []
-    watchdog = _watchdog(task)
+    watchdog, process = _watchdog(task), os.getpid()
     with watchdog or nullcontext():
         for problem, response in zip(problems, responses, strict=True):
             if watchdog is not None:
@@ -50,11 +51,12 @@ def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence
                 reward = compute(problem, response)
                 if type(reward) is not float:
                     reward = _number(reward)
-            except (
-                Exception,
-                SystemExit,
-            ):  # a task is the user's code: that is one bad rollout, not the end of the run
-                reward = math.nan
+            except BaseException as error:
+                _end_copy(process, error)
+                if isinstance(error, KeyboardInterrupt | StopRewardError):
+                    raise
+                reward = math.nan  # a task is the user's code: that is one bad rollout, not the end of the run
+            _end_copy(process, None)
             failed.append(not -math.inf < reward <= 1.0)
             rewards.append(0.0 if failed[-1] else reward)
     return Scored(tuple(rewards), sum(failed), tuple(failed))
@@ -66,12 +68,29 @@ def checked_reward(task: Task, problem: Problem, response: str) -> float:
     Raises:
         RewardError: if it could not be computed, or is none; the message says why.
     """
+    process = os.getpid()
     try:
-        return as_reward(_reward_of(task)(problem, response))
+        reward = _reward_of(task)(problem, response)
+        _end_copy(process, None)
+        return as_reward(reward)
     except RewardError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        _end_copy(process, error)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise RewardError(f"the reward raised {type(error).__name__}: {error}") from error
+
+
+def _end_copy(process: int, error: BaseException | None) -> None:
+    """End this process if it is a copy of `process` that a reward has forked: it would go on with the run.
+
+    `sys.exit` is how such a copy usually means to end, and where it is caught it does not.
+    """
+    if os.getpid() == process:
+        return
+    code = error.code if isinstance(error, SystemExit) else 0 if error is None else 1
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def as_reward(value: Any) -> float:

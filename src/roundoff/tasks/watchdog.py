@@ -30,7 +30,7 @@ class RewardTimeoutError(RuntimeError):
     """The reward of one response took longer than the task's `reward_seconds`."""
 
 
-class _StopReward(BaseException):
+class StopRewardError(BaseException):
     """Raised by the signal; no `except Exception` of a reward must swallow it."""
 
 
@@ -66,12 +66,12 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
         if self._signalled:
             signal.signal(signal.SIGUSR1, self._previous if self._previous is not None else signal.SIG_DFL)
-        if self._late is not None and (error is None or isinstance(error, _StopReward)):
+        if self._late is not None and (error is None or isinstance(error, StopRewardError)):
             raise RewardTimeoutError(self._late) from None
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._late is not None and not self._done.is_set():
-            raise _StopReward
+            raise StopRewardError
         if callable(self._previous):
             self._previous(number, frame)
 
