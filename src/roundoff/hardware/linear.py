@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
-from roundoff.hardware.freshness import part_name
+from roundoff.hardware.freshness import Part, part_name
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -71,6 +71,8 @@ class LinearState:
     """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
     _checked: int = -1
     """The check of its layer's weights (`Part.checks`) that this Linear was last computed after."""
+    _watched: Part | None = None
+    """What watches the weights of its layer; found at the first use."""
     _part: str = field(init=False)
     """The layer that it is checked with."""
     _keys: ProductKeys | None = field(default=None)
@@ -99,16 +101,21 @@ class LinearState:
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
-            self.runtime.freshness.part(self._part).record(self, weight)
+            self.runtime.freshness.record(self._watch(), self, weight)
         return cached
 
     def check_weights(self, x: Tensor) -> None:
         """Before the first product of a pass, or of a layer in it: notice writes that torch does not count."""
-        freshness = self.runtime.freshness
-        part = freshness.part(self._part)
+        part = self._watched or self._watch()
         if self._checked == part.checks:  # computed since the last check, so a new pass has begun
-            freshness.check(part, x.numel() // max(1, x.shape[-1]))
+            self.runtime.freshness.check(part, x.numel() // max(1, x.shape[-1]))
         self._checked = part.checks
+
+    def _watch(self) -> Part:
+        """The watched weights of this Linear's layer."""
+        if self._watched is None:
+            self._watched = self.runtime.freshness.part(self._part)
+        return self._watched
 
     def refresh(self) -> None:
         """Forget `Q(W)`."""
@@ -122,7 +129,7 @@ class LinearState:
     def __getstate__(self) -> dict[str, Any]:
         """What a copy (deepcopy, pickle) takes over: it quantizes its own weight."""
         state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
-        return state | {"_cached": None, "_cached_of": None, "_cached_in": None, "_checked": -1}
+        return state | {"_cached": None, "_cached_of": None, "_cached_in": None, "_checked": -1, "_watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

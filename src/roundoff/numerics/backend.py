@@ -59,6 +59,7 @@ class Kernels:
     gate: Callable[..., None]
     attend: Callable[..., None]
     fingerprint: Callable[..., None]
+    fingerprints: Callable[..., None]
     path: Path
 
 
@@ -226,6 +227,8 @@ def load(library: Path) -> Kernels:
     attend.argtypes = [pointer, pointer, pointer, single, integer]
     fingerprint = handle.ro_fingerprint
     fingerprint.argtypes = [pointer, pointer, long, long, long, pointer]
-    for function in (quantize, noise, draw, norm, gate, attend, fingerprint):
+    fingerprints = handle.ro_fingerprints
+    fingerprints.argtypes = [pointer, long, long, long, pointer]
+    for function in (quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints):
         function.restype = None
-    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, library)
+    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, library)

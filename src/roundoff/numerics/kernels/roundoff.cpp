@@ -203,13 +203,23 @@ void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t
     });
 }
 
+static int64_t step_of(int64_t bytes, int64_t lines, int64_t step) {
+    return lines ? std::max<int64_t>(1, bytes / LINE / lines) : bytes <= SMALL ? 1 : step;
+}
+
+// The three fingerprints of one range: of `lines` lines, of every `step`-th one, of all.
+void ro_fingerprints(const uint8_t* start, int64_t bytes, int64_t lines, int64_t step, uint64_t* out) {
+    out[0] = fingerprint(start, bytes, step_of(bytes, lines, 0));
+    out[1] = fingerprint(start, bytes, step_of(bytes, 0, step));
+    out[2] = bytes <= SMALL ? out[1] : fingerprint(start, bytes, 1);
+}
+
 // Fingerprints of `count` ranges of memory. `lines`: about how many lines of each are read; 0: every `step`-th one, and
 // all of a range of up to SMALL bytes.
 void ro_fingerprint(const uint8_t* const* starts, const int64_t* bytes, int64_t count, int64_t lines, int64_t step,
                     uint64_t* out) {
     for (int64_t i = 0; i < count; ++i) {
-        int64_t every = lines ? std::max<int64_t>(1, bytes[i] / LINE / lines) : bytes[i] <= SMALL ? 1 : step;
-        out[i] = fingerprint(starts[i], bytes[i], every);
+        out[i] = fingerprint(starts[i], bytes[i], step_of(bytes[i], lines, step));
     }
 }
 
