@@ -131,8 +131,8 @@ def load_hardware(name: str) -> Hardware:
         known = (PLAIN, *FORMAT_NAMES, *experiment_ids())
         formats = ", ".join(format_ for format_ in FORMAT_NAMES if ":" not in format_)
         raise ConfigError(
-            f"there is no hardware {name!r}{nearest(name, known)}: it is {PLAIN!r}, a format for weights and "
-            f"activations ({formats}), the id of an experiment (`roundoff list` shows all), or a TOML file"
+            f"--hardware must be {PLAIN!r}, a format for weights and activations ({formats}), the id of an experiment "
+            f"(`roundoff list` shows all) or a TOML file, but is {name!r}{nearest(name, known)}"
         )
     return load_experiment(name).hardware
 

@@ -118,8 +118,8 @@ def test_the_recipe_rebuilds_the_shipped_model(tmp_path: Path, task: ArithmeticT
 
     On the machine type and torch version that made the shipped model, its very bits come out. Elsewhere rounding
     differs and the courses part, as they do between neighbouring steps: 44 % was measured at step 1,700 and 72 % at
-    2,050 (docs/tiny-model.md), and 29.8 % at the end on an Intel Xeon with AMX. A recipe that is broken or much slower or
-    faster to learn falls outside (an untrained model solves nothing).
+    2,050 (docs/tiny-model.md), and 29.8 % at the end on an Intel Xeon with AMX. A recipe that is broken or much slower
+    or faster to learn falls outside (an untrained model solves nothing).
     """
     curve = recipe.build(tmp_path / "tiny", progress=print)
     rebuilt = load_model(str(tmp_path / "tiny"))

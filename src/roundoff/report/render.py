@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -27,6 +26,7 @@ from roundoff.checkpoint import write_atomic
 from roundoff.report import plots, published, words
 from roundoff.report.scan_picture import scan_picture
 from roundoff.report.tables import Report, Row
+from roundoff.strict_json import finite_or_null
 
 COLUMNS = (
     *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),
@@ -69,7 +69,8 @@ def write_report(report: Report, out: Path) -> list[Path]:
     contents = {
         "summary.md": markdown(report),
         "results.csv": table_csv(report),
-        "results.json": json.dumps(_finite(as_json(report)), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "results.json": json.dumps(finite_or_null(as_json(report)), indent=1, ensure_ascii=False, allow_nan=False)
+        + "\n",
         "report.html": page(report),
     }
     for name, content in contents.items():
@@ -278,12 +279,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(FORMULA):
         return f"'{value}"
     return "" if value is None else value
-
-
-def _finite(value: Any) -> Any:
-    """The same data with null for what JSON has no number for: an infinite SQNR, a KL that overflowed."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
