@@ -1,5 +1,7 @@
 """A run whose tensors are all on an accelerator, which is pretended: nothing of it is left behind on the CPU."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -10,14 +12,20 @@ from tests.test_train import run, with_training
 
 
 def small_run(monkeypatch, tmp_path, profile, name, *, lora=None, **training):
-    monkeypatch.setattr("roundoff.session.resolve_device", lambda wanted: "cuda")
+    asked = []
+    for module in ("policy", "prerequisites", "train"):
+        monkeypatch.setattr(
+            import_module(f"roundoff.{module}"), "resolve_device", lambda wanted: asked.append(wanted) or "cuda"
+        )
     experiment = load_experiment(name).model_copy(update={"epochs": 1, "lora": lora})
     if experiment.aqn is not None:
         experiment = experiment.model_copy(update={"aqn": experiment.aqn.model_copy(update={"schedule": "constant"})})
     settings = {**profile.task.settings, "test_problems": 8}
     profile = with_training(profile, **{"prompts_per_step": 4, "max_new_tokens": 8} | training)
     profile = profile.model_copy(update={"task": profile.task.model_copy(update={"settings": settings})})
-    return run(tmp_path, experiment, profile)
+    finished = run(tmp_path, experiment, profile)
+    assert asked
+    return finished
 
 
 def test_the_pretence_is_noticed_where_it_should_be():

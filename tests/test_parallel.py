@@ -249,7 +249,7 @@ def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(tmp_path, sma
 
 def test_a_run_that_trains_nothing_says_so_on_every_rank(tmp_path, small, monkeypatch):
     task = AlwaysRight(make_task(small))
-    monkeypatch.setattr("roundoff.session.make_task", lambda profile: task)
+    monkeypatch.setattr("roundoff.prerequisites.make_task", lambda profile: task)
     request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
     (first, second) = on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
     assert first == second

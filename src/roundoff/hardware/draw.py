@@ -232,7 +232,7 @@ class Runtime:
         copied.__setstate__({**self.__getstate__(), "calls": dict(self.calls)})
         return copied
 
-    def open(self, kind: str, before: Any) -> Block:
+    def enter(self, kind: str, before: Any) -> Block:
         """Enter a block.
 
         Raises:
@@ -244,7 +244,7 @@ class Runtime:
         self.blocks.append(Block(kind, before))
         return self.blocks[-1]
 
-    def close(self, block: Block) -> bool:
+    def leave(self, block: Block) -> bool:
         """Leave a block; whether it was the innermost of its kind, so that what was before is to be restored."""
         place = self.blocks.index(block)
         del self.blocks[place]

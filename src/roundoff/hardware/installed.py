@@ -303,12 +303,12 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
     """
     found = required(model)
     found.check_reach(model)
-    block = found.runtime.open("hardware_off", found.is_on)
+    block = found.runtime.enter("hardware_off", found.is_on)
     found.switch(False)
     try:
         yield
     finally:
-        if found.runtime.close(block):
+        if found.runtime.leave(block):
             found.switch(block.before)
 
 
@@ -329,10 +329,10 @@ def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterato
     found = required(model)
     found.check_switches()
     runtime, draw = found.runtime, Draw(key, rows)
-    block = runtime.open("noise_key", runtime.draw)
+    block = runtime.enter("noise_key", runtime.draw)
     runtime.draw = draw
     try:
         yield
     finally:
-        if runtime.close(block):
+        if runtime.leave(block):
             runtime.draw = block.before
