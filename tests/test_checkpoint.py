@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from roundoff.checkpoint import DamagedCheckpointError, load_latest, save_checkpoint
+from roundoff.checkpoint import DamagedCheckpointError, load_checkpoint, load_latest, save_checkpoint
 
 
 def save(directory, step: int, **options) -> None:
@@ -75,3 +75,10 @@ def test_a_full_disk_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatch):
         save(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     assert load_latest(tmp_path).step == 1
+
+
+def test_a_step_without_a_checkpoint_is_named_with_those_that_are_kept(tmp_path):
+    for step in (2, 4):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, keep=2)
+    with pytest.raises(DamagedCheckpointError, match=r"keeps no checkpoint of step 3 \(kept: 2, 4\)"):
+        load_checkpoint(tmp_path, 3)

@@ -164,6 +164,9 @@ def load_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
         DamagedCheckpointError: if it is missing or damaged.
     """
     if step is not None:
+        if not checkpoint_path(directory, step).exists():
+            kept = ", ".join(str(int(path.name.removeprefix("step-"))) for path in _checkpoints(directory))
+            raise DamagedCheckpointError(f"{directory} keeps no checkpoint of step {step} (kept: {kept or 'none'})")
         state, tensors = read_checkpoint(checkpoint_path(directory, step))
         return Checkpoint(state["step"], tensors, state, ())
     found = load_latest(directory)

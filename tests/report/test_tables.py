@@ -86,7 +86,7 @@ def test_declared_experiments_without_runs_are_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "scale", "reason"),
     [
-        ({"baseline": "absent"}, None, "has no run"),
+        ({"baseline": "absent"}, None, "is not among these runs"),
         ({"baseline": "a"}, profile(prompts_per_step=16), "other profile settings"),
         ({"baseline": "chip", "hardware": {"precision": {"weight": "nvfp4"}}}, None, "different hardware"),
     ],

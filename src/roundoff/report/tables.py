@@ -159,7 +159,7 @@ def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
         return (fit or same)[0]
     if candidates:
         raise ConfigError(f"{arm.experiment.baseline} ran under other profile settings than {arm.experiment.id}")
-    raise ConfigError(f"its baseline {arm.experiment.baseline} has no run: `roundoff run {arm.experiment.baseline}`")
+    raise ConfigError(f"its baseline {arm.experiment.baseline} is not among these runs")
 
 
 def _kind(arm: Arm, other: Arm) -> Kind | None:
