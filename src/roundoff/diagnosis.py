@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from roundoff.hardware.inventory import plain_name
 from roundoff.logprobs import noise_context
+from roundoff.models.mode import evaluation_mode
 from roundoff.rollouts import Rollouts
 
 UNSEEN = "a module that a second pass over the response does not show"
@@ -43,16 +44,12 @@ def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
         return hook
 
     handles = [module.register_forward_hook(watch(plain_name(name))) for name, module in model.named_modules() if name]
-    was_training = [module for module in model.modules() if module.training]
     try:
-        model.train(False)
-        with noise_context(model, rollouts.noise_key, rows):
+        with evaluation_mode(model), noise_context(model, rollouts.noise_key, rows):
             model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-        for module in was_training:
-            module.training = True
     return found[0] if found else UNSEEN
 
 

@@ -126,6 +126,30 @@ def test_the_plain_torch_path_sees_writes_before_large_passes():
         assert not torch.equal(logits(model, LARGE), before)
 
 
+@pytest.mark.parametrize("ids", [SMALL, LARGE], ids=["few tokens", "many tokens"])
+def test_writes_are_seen_under_a_default_device_of_the_users(ids):
+    """Code that builds models on the meta device, or on a GPU, sets a default device around everything it does."""
+    model = build()
+    install(model, W4A16, seed=0)
+    weight = model.get_submodule(NAME).weight
+    with torch.device("meta"):
+        before = logits(model, ids)
+        weight.data.mul_(2.0)
+        assert not torch.equal(logits(model, ids), before)
+
+
+def test_writes_are_seen_after_the_backend_was_changed():
+    model = build()
+    found = install(model, W4A16, seed=0)
+    logits(model)
+    with use_backend("torch"):
+        before = logits(model)
+        model.get_submodule(NAME).weight.data.mul_(2.0)
+        seen = logits(model)
+        found.refresh()
+        assert torch.equal(logits(model), seen) and not torch.equal(seen, before)
+
+
 @pytest.mark.slow
 def test_steps_of_compiled_fused_optimizers_are_seen():
     """torch.compile drops both the version counter and the hook that counts the steps of fused optimizers."""

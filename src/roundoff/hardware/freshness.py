@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from roundoff.numerics.backend import Kernels, kernels_for
+from roundoff.numerics.backend import Kernels, build, kernels_for
 
 if TYPE_CHECKING:
     from roundoff.hardware.linear import LinearState
@@ -183,11 +183,8 @@ class Freshness:
         """The weights of some parts; those whose tensor has gone, or has moved, are no longer watched."""
         for part in parts:
             for number, item in list(part.watched.items()):
-                state, tensor = item.state(), item.tensor()
-                if state is None or tensor is None or tensor.data_ptr() != item.address:
+                if not _stays(item) or item.state() is None:
                     del part.watched[number]
-                    if state is not None:  # its memory may come back, at the same address with other numbers (FSDP)
-                        state.refresh()
         return _Table.of([i for part in parts for i in part.watched.values() if len(i.prints) == len(_LEVELS)])
 
     @property
@@ -206,9 +203,8 @@ def _compared(table: _Table, level: int) -> bool:
         if tensor is None or tensor.data_ptr() != address:
             whole = _Table.of([item for item in table.items if _stays(item)])
             break
-    kernels = kernels_for(torch.empty(0))
-    if kernels is not None and whole.items:
-        for item in whole.changed(kernels, level):
+    if whole.items:  # the kernels made their fingerprints, whichever path computes now
+        for item in whole.changed(build(), level):
             state = item.state()
             if state is not None:
                 state.refresh()
@@ -216,7 +212,10 @@ def _compared(table: _Table, level: int) -> bool:
 
 
 def _stays(item: _Watched) -> bool:
-    """Whether a weight lies where it lay; if not, its `Q(W)` is forgotten."""
+    """Whether a weight lies where it lay; if not, its `Q(W)` is forgotten.
+
+    Memory that was freed may come back at the same address and with other numbers (FSDP).
+    """
     state, tensor = item.state(), item.tensor()
     if tensor is not None and tensor.data_ptr() == item.address:
         return True

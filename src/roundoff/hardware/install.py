@@ -62,7 +62,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     _attach_attention(attention_modules, hardware, runtime)
     expert_modules = [item.module for item in covered if not isinstance(item.module, nn.Linear)]
     switches = _switches(model, [module for _, module in attention_modules], expert_modules)
-    bystanders = _attach_bystanders(model, switches, runtime)
+    _attach_bystanders(model, switches, runtime)
     result = InstalledHardware(
         hardware=hardware,
         seed=seed,
@@ -75,7 +75,6 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         states=tuple(states),
         attention_modules=tuple(module for _, module in attention_modules),
         switches=switches,
-        bystanders=bystanders,
     )
     result.switch(True)
     model.__dict__[MARK] = result
@@ -246,15 +245,12 @@ def _switches(
     return tuple(found)
 
 
-def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime) -> tuple[nn.Module, ...]:
-    """Modules that share a switched attention config and have no noise of their own: they compute plain attention."""
+def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime) -> None:
+    """Let modules that share a switched attention config, and have no noise of their own, compute plain attention."""
     switched = {id(switch.config) for switch in switches if switch.attribute == "_attn_implementation"}
-    found = []
     for name, module in model.named_modules():
         if id(module.__dict__.get("config")) in switched and attention.STATE not in module.__dict__:
             module.__dict__[attention.STATE] = attention.AttentionState(plain_name(name), runtime, 0.0, 0.0)
-            found.append(module)
-    return tuple(found)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

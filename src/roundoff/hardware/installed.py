@@ -54,8 +54,6 @@ class InstalledHardware:
     states: tuple[LinearState, ...] = field(repr=False)
     attention_modules: tuple[nn.Module, ...] = field(repr=False)
     switches: tuple[ConfigSwitch, ...] = field(repr=False)
-    bystanders: tuple[nn.Module, ...] = field(repr=False, default=())
-    """Modules without noise whose config switches with that of `attention_modules`."""
 
     def __post_init__(self) -> None:
         self.runtime.owner = weakref.ref(self)

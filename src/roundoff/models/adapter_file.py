@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
-from roundoff.models.weights import weights_digest
+from roundoff.models.weights import few, weights_digest
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -198,8 +198,8 @@ def check_complete(found: AdapterFile, expected: dict[str, Tensor]) -> None:
     """
     missing, extra = sorted(expected.keys() - found.tensors), sorted(found.tensors.keys() - expected)
     if missing or extra:
-        parts = [f"lacks {_few(missing)}"] if missing else []
-        parts += [f"holds {_few(extra)}, which this model and {ADAPTER_CONFIG} have no place for"] if extra else []
+        parts = [f"lacks {few(missing)}"] if missing else []
+        parts += [f"holds {few(extra)}, which this model and {ADAPTER_CONFIG} have no place for"] if extra else []
         raise found.error(" and ".join(parts))
     for name, tensor in expected.items():
         if tensor.shape != found.tensors[name].shape:
@@ -246,7 +246,3 @@ def write_record(directory: Path, model: PreTrainedModel) -> None:
 def _plain(value: Any) -> Any:
     """A setting in which the order of names does not count: PEFT writes sets."""
     return sorted(value) if isinstance(value, list) else value
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -51,14 +51,14 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
     for key in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := info.get(key):
             names = sorted(map(str, found))  # type: ignore[call-overload]
-            raise ModelError(f"model {name!r}: its weights do not fit its architecture ({key}: {_few(names)})")
+            raise ModelError(f"model {name!r}: its weights do not fit its architecture ({key}: {few(names)})")
     unknown = sorted(map(str, info.get("unexpected_keys") or ()))  # type: ignore[call-overload]
     if inside := [key for key in unknown if _is_inside(model, key)]:
-        raise ModelError(f"model {name!r}: its weights do not fit its architecture (unexpected_keys: {_few(inside)})")
+        raise ModelError(f"model {name!r}: its weights do not fit its architecture (unexpected_keys: {few(inside)})")
     if unknown := [key for key in unknown if key.rpartition(".")[2] not in _FORMER_BUFFERS]:
         warnings.warn(
             f"model {name!r}: its files hold tensors of parts that {type(model).__name__} does not have, which were "
-            f"not read: {_few(unknown)}",
+            f"not read: {few(unknown)}",
             stacklevel=3,
         )
     for part, tensor in model.named_parameters():
@@ -80,7 +80,8 @@ def _is_inside(model: PreTrainedModel, key: str) -> bool:
     )
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
