@@ -53,7 +53,7 @@ $(VERL_STAMP): pyproject.toml constraints-verl.txt
 verl-env: $(VERL_STAMP)
 
 test-verl: $(VERL_STAMP)
-	$(VERL_VENV)/bin/python -m pytest -m verl tests/scale/verl
+	$(VERL_VENV)/bin/python -m pytest -m verl tests/plugins/verl
 
 clean:
 	rm -rf $(VENV) $(VERL_VENV) build dist

@@ -9,9 +9,9 @@ import torch
 
 from roundoff.config import Experiment, validate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.remedies import aqn_of_step, layer_sigmas, measure_aqn
-from roundoff.session import prepare
-from roundoff.train import take_step
+from roundoff.training.aqn_in_run import aqn_of_step, layer_sigmas, measure_aqn
+from roundoff.training.loop import take_step
+from roundoff.training.preparation import prepare
 
 GOAL = 0.01
 STEPS = 3

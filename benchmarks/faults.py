@@ -18,9 +18,10 @@ from roundoff.config import Fault, Hardware
 from roundoff.hardware import install, uninstall
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.inventory import within_layer
+from roundoff.models.calibration import calibration_batches, decoder_layers
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.numerics.rng import Key, uniform
-from roundoff.srdd import calibration_batches, decoder_layers, find_faults
+from roundoff.srdd import find_faults
 
 SITES = 20
 FAULTS: dict[str, dict[str, object]] = {

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from roundoff.config import Hardware, MatmulNoise, Precision
-from roundoff.hardware.install import install
-from roundoff.logprobs import token_logprobs
-from roundoff.masks import positions, row_ids
+from roundoff.hardware import install
+from roundoff.models.logprobs import token_logprobs
+from roundoff.models.masks import positions, row_ids
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.rng import Key
 

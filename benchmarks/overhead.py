@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from benchmarks.srdd import MODEL_VARIABLE
 from roundoff.config import Hardware, LoRA, Precision
-from roundoff.hardware.install import hardware_off, install, installed
-from roundoff.logprobs import token_logprobs
+from roundoff.hardware import hardware_off, install, installed
 from roundoff.models.load import LoadedModel, load_model
+from roundoff.models.logprobs import token_logprobs
 from roundoff.models.lora import attach
 from roundoff.numerics.rng import Key
-from roundoff.sampler import sample
+from roundoff.sampling.sampler import sample
 
 DEFAULT = "build/real/model"
 PROMPTS = [

@@ -59,9 +59,9 @@ CASES = {
 
 def measure(name: str) -> None:
     """Body of a rank: the first prints the samples per second of the median step."""
-    from roundoff.parallel import joined
-    from roundoff.session import prepare
-    from roundoff.train import take_step
+    from roundoff.parallel.ranks import joined
+    from roundoff.training.loop import take_step
+    from roundoff.training.preparation import prepare
 
     case = CASES[name]
     with joined("cpu") as ranks:

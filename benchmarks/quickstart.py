@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 
 SEEDS = "0-2"
 GOALS = {

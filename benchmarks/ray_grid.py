@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.run_dir import read_metrics
-from roundoff.scale.local_grid import Job, RunRequest, run_grid
-from roundoff.scale.ray_cluster import RayOptions
-from roundoff.scale.ray_grid import run_on_ray
+from roundoff.launch.local import run_grid
+from roundoff.launch.ray.cluster import RayOptions
+from roundoff.launch.ray.grid import run_on_ray
+from roundoff.launch.request import Job, RunRequest
+from roundoff.runs.record import read_metrics
 
 GOAL = 1.10
 ROUNDS, WORKERS, SEEDS = 3, 2, 8

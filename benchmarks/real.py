@@ -54,9 +54,9 @@ def convert(weights: Path, directory: Path) -> None:
     """Write a GGUF file as a Hugging Face directory with float32 safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from roundoff.checkpoint import write_directory
-    from roundoff.extras import require
     from roundoff.models.load import no_progress_bar
+    from roundoff.optional_packages import require
+    from roundoff.runs.files import write_directory
 
     require("gguf", "gguf")
     with no_progress_bar():
@@ -85,7 +85,7 @@ def roundoff(*arguments: str) -> None:
 
 def main() -> None:
     from roundoff.experiments import load_experiment, load_profile
-    from roundoff.run_dir import run_path
+    from roundoff.runs.directory import run_path
 
     if Path.cwd() != ROOT:
         raise SystemExit(f"run this in {ROOT}")

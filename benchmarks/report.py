@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from tests.simulated import World, experiment, write_run
 
+from roundoff.report.assemble import build_report
 from roundoff.report.render import write_report
-from roundoff.report.tables import build_report
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 
 ARMS, SEEDS, PROBLEMS = 20, 5, 1319
 RESPONSE_CHARACTERS = 900

@@ -21,9 +21,10 @@ from transformers import TrainerCallback
 
 from roundoff.config import ALGORITHMS, Experiment, Profile, validate
 from roundoff.experiments import load_profile
-from roundoff.extras import require
-from roundoff.session import Session, prepare
-from roundoff.train import take_step
+from roundoff.optional_packages import require
+from roundoff.training.loop import take_step
+from roundoff.training.preparation import prepare
+from roundoff.training.session import Session
 
 PROMPTS, GROUP, STEPS = 32, 8, 9
 LEARNING_RATE = 1e-6

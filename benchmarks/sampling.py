@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from roundoff.models.load import load_model
 from roundoff.numerics.rng import Key
-from roundoff.sampler import sample
+from roundoff.sampling.sampler import sample
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 
 SHAPE_135M = {

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from roundoff.config import Hardware, MatmulNoise, Precision
+from roundoff.models.calibration import calibration_batches
 from roundoff.models.load import LoadedModel, load_model
-from roundoff.srdd import METRICS, LayerScan, calibration_batches, frontier, rank_correlation, scan
+from roundoff.srdd import METRICS, LayerScan, frontier, rank_correlation, scan
 from roundoff.tasks import TASKS
 
 MODEL_VARIABLE = "ROUNDOFF_BENCHMARK_MODEL"

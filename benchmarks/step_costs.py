@@ -23,16 +23,17 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.sampling import SHAPE_135M
-from roundoff.algorithms.loss import policy_loss
 from roundoff.config import Algorithm
-from roundoff.evaluate import evaluate
+from roundoff.evaluation import evaluate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.extras import require
-from roundoff.logprobs import token_logprobs
 from roundoff.models.load import load_model
-from roundoff.run_dir import RunDirectory
-from roundoff.session import prepare, save
-from roundoff.train import take_step
+from roundoff.models.logprobs import token_logprobs
+from roundoff.optional_packages import require
+from roundoff.runs.directory import RunDirectory
+from roundoff.training.loop import take_step
+from roundoff.training.loss import policy_loss
+from roundoff.training.preparation import prepare
+from roundoff.training.session import save
 
 ALGORITHM = Algorithm(name="GRPO", group_size=8, kl_coefficient=0.0, ratio="one")
 STEPS = 7

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from roundoff.checkpoint import write_atomic
+from roundoff.aqn.multipliers import MODES
 from roundoff.experiments import families, load_experiment, reference_scores
-from roundoff.remedies import measure_aqn
 from roundoff.report import words
 from roundoff.report.arms import Arm, group_arms
-from roundoff.report.tables import Report, Row, build_report
-from roundoff.run_dir import Run, find_runs
-from roundoff.session import prepare
+from roundoff.report.assemble import Report, Row, build_report
+from roundoff.runs.files import write_atomic
+from roundoff.runs.record import Run, find_runs
 from roundoff.srdd import METRICS, LayerScan, rank_correlation
-from roundoff.srdd.multipliers import MODES
+from roundoff.training.aqn_in_run import measure_aqn
+from roundoff.training.preparation import prepare
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 DEFAULT_ROOT = Path("runs")

@@ -8,7 +8,7 @@ from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import roundoff
-from roundoff.scale.trl_callback import AqnCallback, install_in_trainer
+from roundoff.plugins.trl import AqnCallback, install_in_trainer
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 8
 

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from roundoff import stats
 from roundoff.config import Experiment, Profile
-from roundoff.run_dir import Evaluation, Outcome, RunDirectory, Status
+from roundoff.runs.directory import RunDirectory
+from roundoff.runs.outcomes import Evaluation, Outcome
+from roundoff.runs.record import Status
 
 Array = NDArray[np.float64]
 

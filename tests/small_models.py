@@ -5,7 +5,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from roundoff.numerics.rng import Key
-from roundoff.sampler import sample
+from roundoff.sampling.sampler import sample
 
 KEY = Key.from_seed(3)
 PROMPTS = ["12+7=", "9=", "40-3-25=", "12+7=", "1+1="]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from roundoff.experiments import load_experiment, load_profile
-from tests.test_train import run
+from tests.training.test_loop import run
 
 ROOT = Path(__file__).parents[1]
 

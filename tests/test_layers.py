@@ -1,89 +1,134 @@
-"""Imports go downwards only (design, section 2), and what must start fast does not import torch."""
+"""Imports go downwards only, as docs/architecture.md draws the floors; what must start fast does not import torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "roundoff"
-LEVELS = {
-    **dict.fromkeys(("config", "errors", "extras", "stats"), 0),
-    **dict.fromkeys(
-        ("numerics", "algorithms", "tasks", "experiments", "run_dir", "run_record", "checkpoint", "trackers"), 1
-    ),
-    **dict.fromkeys(("clock", "health", "messages", "outcomes", "parallel", "provenance", "strict_json"), 1),
-    **dict.fromkeys(("models", "hardware", "aqn", "srdd", "prompts", "sampler", "rollouts", "logprobs"), 2),
-    **dict.fromkeys(("diagnosis", "masks", "kv_cache", "optimizer", "preflight", "rope"), 2),
-    **dict.fromkeys(("packing", "fused_decoder", "decoding"), 2),
-    **dict.fromkeys(("evaluate", "batch", "policy", "prerequisites", "session", "remedies", "run_log"), 3),
-    **dict.fromkeys(("update", "train", "report"), 3),
-    **dict.fromkeys(("scale", "show", "evaluation_command", "evaluation_subject", "export", "extension"), 4),
-    **dict.fromkeys(("commands", "cli", "__main__"), 5),
-}
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "roundoff"
+PAGE = ROOT / "docs" / "architecture.md"
 
 
-def part_of(path: Path) -> str:
+def floors() -> dict[str, int]:
+    """Each room (package or module at the root) with the number of its floor, the lowest being 0; the page has it."""
+    drawn = re.search(r"<!-- not printed: the floors.*?-->\n+```text\n(.*?)\n```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert drawn is not None
+    rows = [line.split("  ")[0].split() for line in drawn[1].splitlines()]
+    return {room: number for number, row in enumerate(reversed(rows)) for room in row}
+
+
+def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imported_parts(tree: ast.AST) -> set[str]:
-    names = set()
-    for node in ast.walk(tree):
+def imported_modules(text: str) -> set[str]:
+    """Modules of roundoff that a file imports, without the package's own name; names of modules among them."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "roundoff":
-            parts = node.module.split(".")
-            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            found |= {f"{node.module}.{alias.name}".removeprefix("roundoff.") for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("roundoff.")}
-    return names - {"__version__"}
+            found |= {a.name.removeprefix("roundoff.") for a in node.names if a.name.startswith("roundoff.")}
+    return found - {"__version__"}
 
 
 def violations(files: dict[Path, str]) -> list[str]:
-    found = []
-    for path, text in files.items():
-        here = part_of(path)
-        for part in imported_parts(ast.parse(text)):
-            if LEVELS[part] > LEVELS[here]:
-                found.append(f"{here} (level {LEVELS[here]}) imports {part} (level {LEVELS[part]})")
-    return found
+    """Imports of a room on the same floor or a higher one."""
+    floor = floors()
+    return sorted(
+        {
+            f"{here} (floor {floor[here]}) imports {room} (floor {floor[room]})"
+            for path, text in files.items()
+            for room in {name.split(".")[0] for name in imported_modules(text)}
+            if (here := room_of(path)) != room and floor[room] >= floor[here]
+        }
+    )
 
 
-def test_every_module_has_a_level_and_none_imports_upwards():
-    files = {p: p.read_text("utf-8") for p in SOURCE.rglob("*.py") if part_of(p) != "__init__"}
-    assert {part_of(p) for p in files} <= set(LEVELS)
+def sources() -> dict[Path, str]:
+    return {p: p.read_text("utf-8") for p in SOURCE.rglob("*.py") if p != SOURCE / "__init__.py"}
+
+
+def test_every_room_has_a_floor_and_none_imports_upwards_or_sideways():
+    files = sources()
+    assert {room_of(p) for p in files} == set(floors())
     assert violations(files) == []
 
 
 def test_an_upward_import_is_found():
-    assert violations({SOURCE / "config.py": "from roundoff.train import train"}) == [
-        "config (level 0) imports train (level 3)"
-    ]
+    text = "from roundoff.training.loop import train\nimport roundoff.config.base"
+    (found,) = violations({SOURCE / "config" / "base.py": text})
+    assert re.fullmatch(r"config \(floor \d+\) imports training \(floor \d+\)", found)
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others."""
+    found = []
+    for start in graph:
+        seen, todo = set(), list(graph[start])
+        while todo:
+            module = todo.pop()
+            if module not in seen:
+                seen.add(module)
+                todo += graph.get(module, ())
+        if start in seen:
+            found.append(start)
+    return sorted(found)
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def runtime_imports(text: str) -> str:
+    """The text without what is imported for type checkers alone."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    files = sources()
+    modules = {module_of(p) for p in files}
+    graph = {}
+    for path, text in files.items():
+        names = imported_modules(runtime_imports(text))
+        graph[module_of(path)] = {n if n in modules else n.rpartition(".")[0] for n in names} & modules
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
 
 
 def test_no_file_is_over_350_lines():
     long = {
         str(p): n
-        for p in SOURCE.rglob("*")
-        if p.suffix in (".py", ".cpp", ".h") and (n := len(p.open().readlines())) > 350
+        for folder in (SOURCE, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples")
+        for p in folder.rglob("*")
+        if p.suffix in (".py", ".cpp", ".h") and (n := len(p.open(encoding="utf-8").readlines())) > 350
     }
     assert long == {}
 
 
 @pytest.mark.parametrize(
-    "module", ["roundoff.cli", "roundoff.experiments", "roundoff.run_dir", "roundoff.report.render", "roundoff.stats"]
+    "module",
+    [
+        "roundoff.cli",
+        "roundoff.experiments",
+        "roundoff.runs.directory",
+        "roundoff.report.render",
+        "roundoff.stats",
+        "roundoff.aqn.schedule",
+        "roundoff.planning.seeds",
+    ],
 )
 def test_starts_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_public_names_are_functions_even_after_their_module_was_imported():
-    code = (
-        "import roundoff.train, roundoff, types; from roundoff import evaluate, train;"
-        "assert callable(train) and callable(evaluate), (train, evaluate)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_can_be_imported():

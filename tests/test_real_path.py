@@ -5,11 +5,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from roundoff.evaluation_command import open_subject, score_subject
+from roundoff.actions.evaluate import score_subject
+from roundoff.actions.evaluation_subject import open_subject
 from roundoff.experiments import load_experiment, load_profile
+from tests.launch.test_survival import left
 from tests.tasks.problem_files import raw_files
-from tests.test_survival import left
-from tests.test_train import run, with_training
+from tests.training.test_loop import run, with_training
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from roundoff.parallel import Ranks
+from roundoff.parallel.ranks import Ranks
 
 
 @dataclass

@@ -6,9 +6,7 @@ Every public name can be imported from here; a module is loaded when a name of i
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -32,30 +30,30 @@ _HOME = {
     "TASKS": "roundoff.tasks",
     "Problem": "roundoff.tasks",
     "Task": "roundoff.tasks",
-    "aqn_sigma": "roundoff.algorithms.schedule",
-    "group_advantages": "roundoff.algorithms.advantage",
-    "policy_loss": "roundoff.algorithms.loss",
+    "aqn_sigma": "roundoff.aqn.schedule",
+    "group_advantages": "roundoff.training.advantage",
+    "policy_loss": "roundoff.training.loss",
     "load_model": "roundoff.models.load",
-    "install": "roundoff.hardware.install",
-    "hardware_off": "roundoff.hardware.install",
-    "noise_key": "roundoff.hardware.install",
-    "aqn_noise": "roundoff.aqn",
+    "install": "roundoff.hardware",
+    "hardware_off": "roundoff.hardware",
+    "noise_key": "roundoff.hardware",
+    "aqn_noise": "roundoff.aqn.noise",
     "SRDD": "roundoff.config",
     "LayerScan": "roundoff.srdd",
-    "calibration_batches": "roundoff.srdd",
+    "calibration_batches": "roundoff.models.calibration",
     "find_faults": "roundoff.srdd",
     "resolve_keep": "roundoff.srdd",
     "scan": "roundoff.srdd",
-    "sample": "roundoff.sampler",
-    "token_logprobs": "roundoff.logprobs",
-    "Rollouts": "roundoff.rollouts",
-    "evaluate": "roundoff.evaluate",
-    "train": "roundoff.train",
-    "Evaluation": "roundoff.run_dir",
-    "Run": "roundoff.run_dir",
-    "RunDirectory": "roundoff.run_dir",
-    "read_run": "roundoff.run_dir",
-    "find_runs": "roundoff.run_dir",
+    "sample": "roundoff.sampling.sampler",
+    "token_logprobs": "roundoff.models.logprobs",
+    "Rollouts": "roundoff.sampling.rollouts",
+    "evaluate": "roundoff.evaluation",
+    "train": "roundoff.training.loop",
+    "Evaluation": "roundoff.runs.outcomes",
+    "Run": "roundoff.runs.record",
+    "RunDirectory": "roundoff.runs.directory",
+    "read_run": "roundoff.runs.record",
+    "find_runs": "roundoff.runs.record",
     "TRACKERS": "roundoff.trackers",
     "compare": "roundoff.report.compare",
 }
@@ -69,17 +67,6 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """Keeps `roundoff.train` and `roundoff.evaluate` the functions: importing their modules does not replace them."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,8 @@ from click.testing import CliRunner
 
 from roundoff.cli import cli
 from roundoff.config import ConfigError
-from roundoff.run_dir import find_runs
-from roundoff.scale.local_grid import Job, execute
+from roundoff.launch.request import Job, execute
+from roundoff.runs.record import find_runs
 from roundoff.tasks import TaskError
 
 SMALL = [
@@ -23,7 +23,7 @@ def run_here(requests, *, workers, watch):
 
 
 def test_a_sweep_runs_every_variant_and_prints_one_comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr("roundoff.scale.local_grid.run_grid", run_here)
+    monkeypatch.setattr("roundoff.launch.local.run_grid", run_here)
     arguments = ["sweep", "quickstart-noise-aqn", "--set", "aqn.sigma_start=0.05,0.2", "--seeds", "0"]
     shown = CliRunner().invoke(cli, [*arguments, *SMALL, "--runs", str(tmp_path)])
     assert shown.exit_code == 0, shown.output
@@ -42,7 +42,7 @@ def test_a_sweep_runs_every_variant_and_prints_one_comparison(tmp_path, monkeypa
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("roundoff.parallel.launched", lambda: True)
+    monkeypatch.setattr("roundoff.parallel.ranks.launched", lambda: True)
     arguments = ["sweep", "quickstart-noise-aqn", "--set", "aqn.sigma_start=0.05,0.2", "--runs", str(tmp_path)]
     shown = CliRunner().invoke(cli, arguments)
     assert isinstance(shown.exception, ConfigError)

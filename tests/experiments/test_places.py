@@ -8,8 +8,9 @@ import pytest
 
 from roundoff.config import ConfigError, Task, result_hash
 from roundoff.experiments import load_experiment, load_profile, with_overrides
-from roundoff.run_dir import RunDirectory, find_runs, read_run
-from roundoff.session import make_task
+from roundoff.runs.directory import RunDirectory
+from roundoff.runs.record import find_runs, read_run
+from roundoff.tasks import make_task
 from tests.tasks.problem_files import raw_files
 from tests.tasks.test_own import SOURCE
 
@@ -104,7 +105,8 @@ def test_a_run_records_where_its_task_lies(place, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_and_its_score_find_the_task_from_any_directory(place, tmp_path, monkeypatch):
-    from roundoff.evaluation_command import open_subject, score_subject
+    from roundoff.actions.evaluate import score_subject
+    from roundoff.actions.evaluation_subject import open_subject
 
     (place / "own.toml").write_text(
         OWN + "[training]\nprompts_per_step = 2\nevaluate_every = 1\ncheckpoint_every = 1\nmax_new_tokens = 4\n"

@@ -8,8 +8,8 @@ import pytest
 
 from roundoff.config import Experiment, Profile
 from roundoff.experiments import experiment_ids, families, load_experiment, load_profile, reference_scores
-from roundoff.run_dir import Run
-from tests.test_train import run, with_training
+from roundoff.runs.record import Run
+from tests.training.test_loop import run, with_training
 
 with (Path(__file__).parents[1] / "golden" / "experiments.csv").open(newline="") as file:
     ROWS = {row["id"]: row for row in csv.DictReader(file)}

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from roundoff.config import ConfigError, Hardware, LoRA
-from roundoff.hardware.install import install
+from roundoff.hardware import install
 from roundoff.models.load import TINY_DIRECTORY, load_model
 from roundoff.models.lora import attach, load_adapters
 from roundoff.numerics.rng import Key

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from roundoff.models.load import TINY_DIRECTORY, ModelError, check_readable, load_model
+from roundoff.models.errors import ModelError
+from roundoff.models.load import TINY_DIRECTORY, check_readable, load_model
 
 
 @pytest.fixture

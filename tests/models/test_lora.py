@@ -6,13 +6,13 @@ from peft import PeftModel
 from torch import nn
 
 from roundoff.config import AQN, ConfigError, Hardware, LoRA, Precision
-from roundoff.hardware.install import hardware_off, install
+from roundoff.hardware import hardware_off, install
 from roundoff.hardware.linear import HardwareLinear
-from roundoff.models.dropout import KeyedDropout, dropout_draws, dropout_on
+from roundoff.models.keyed_dropout import KeyedDropout, dropout_draws, dropout_on
 from roundoff.models.load import load_model
 from roundoff.models.lora import attach, load_adapters
 from roundoff.numerics.rng import Key
-from roundoff.sampler import sample
+from roundoff.sampling.sampler import sample
 
 NOISY = Hardware.model_validate(
     {"precision": {"weight": "mxfp4", "activation": "mxfp4"}, "matmul_noise": {"relative_std": 0.1}}
@@ -174,7 +174,7 @@ def test_quantized_weights_are_computed_once_for_ever():
 
 
 def test_aqn_noise_on_linears_leaves_adapters_out():
-    from roundoff.aqn import aqn_targets
+    from roundoff.aqn.noise import aqn_targets
 
     model, _ = adapted()
     aqn = AQN(sigma_start=0.01, sigma_end=0.01, target="linear")

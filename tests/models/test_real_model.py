@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from roundoff.config import Hardware, LoRA, Precision
-from roundoff.hardware.install import install
-from roundoff.logprobs import token_logprobs
-from roundoff.models.checkpointing import checkpointed
+from roundoff.hardware import install
+from roundoff.models.gradient_checkpointing import checkpointed
 from roundoff.models.load import load_model
+from roundoff.models.logprobs import token_logprobs
 from roundoff.models.lora import attach
+from roundoff.models.prompts import encode, text
 from roundoff.numerics.rng import Key
-from roundoff.prompts import encode, text
-from roundoff.sampler import sample
+from roundoff.sampling.sampler import sample
 from roundoff.tasks import Message, Problem
 
 DIRECTORY = Path(__file__).parents[2] / "build" / "real" / "model"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from roundoff.models.load import TINY_DIRECTORY, LoadedModel, ModelError, load_model
+from roundoff.models.errors import ModelError
+from roundoff.models.load import TINY_DIRECTORY, LoadedModel, load_model
 from roundoff.models.tiny import recipe
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 

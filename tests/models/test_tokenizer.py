@@ -9,15 +9,16 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from roundoff.config import ConfigError
-from roundoff.evaluate import evaluate
-from roundoff.models.load import TINY_DIRECTORY, LoadedModel, ModelError, load_model
+from roundoff.evaluation import evaluate
+from roundoff.models.calibration import calibration_batches
+from roundoff.models.errors import ModelError
+from roundoff.models.load import TINY_DIRECTORY, LoadedModel, load_model
+from roundoff.models.prompts import Worked, check_asked, encode
 from roundoff.models.tokenizer import check_kept
 from roundoff.numerics.rng import Key
-from roundoff.prerequisites import check_prompts
-from roundoff.prompts import Worked, check_asked, encode
-from roundoff.sampler import sample
-from roundoff.srdd import calibration_batches
+from roundoff.sampling.sampler import sample
 from roundoff.tasks import TASKS, Message, Problem
+from roundoff.training.preparation import check_prompts
 from tests.small_models import make, make_tokenizer
 
 EOS = [("<eos>", 1)]

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from roundoff.config import ConfigError, LoRA
-from roundoff.models.load import TINY_DIRECTORY, ModelError, load_model
+from roundoff.models.errors import ModelError
+from roundoff.models.load import TINY_DIRECTORY, load_model
 from roundoff.models.lora import attach, load_adapters
 from roundoff.models.weights import shared_weights, weights_digest
 from roundoff.numerics.rng import Key

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from roundoff.planning.seeds import measured_variance
 from roundoff.report import words
+from roundoff.report.assemble import Report, build_report
 from roundoff.report.pair import find_arm, make_pair, pair_text
-from roundoff.report.planning import measured_variance
 from roundoff.report.render import as_json, markdown, page, table_csv, terminal_table
-from roundoff.report.tables import Report, build_report
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 from tests.simulated import experiment, write_run
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from roundoff.config import ConfigError
 from roundoff.report.compare import compare
-from roundoff.run_dir import Run, find_runs
+from roundoff.runs.record import Run, find_runs
 from tests.simulated import experiment, profile, write_run
 
 NOISE = {"matmul_noise": {"relative_std": 0.1}}

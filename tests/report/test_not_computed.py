@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from roundoff.config import ConfigError
-from roundoff.outcomes import evaluation_lines, read_evaluation
+from roundoff.report.assemble import build_report
 from roundoff.report.pair import find_arm, make_pair, pair_text
 from roundoff.report.render import markdown, page, table_csv, terminal_table, write_report
-from roundoff.report.tables import build_report
-from roundoff.run_dir import find_runs
-from roundoff.strict_json import dumps
+from roundoff.runs.outcomes import evaluation_lines, read_evaluation
+from roundoff.runs.record import find_runs
+from roundoff.runs.strict_json import dumps
 from tests.simulated import experiment, write_run
 
 NOISY = {"hardware": {"matmul_noise": {"relative_std": 0.1}}, "baseline": "plain"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from roundoff.report.assemble import build_report
 from roundoff.report.render import markdown, page
-from roundoff.report.tables import build_report
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 from tests.report.test_sections import declared, scan
 from tests.simulated import experiment, quickstart, write_run
 

@@ -3,9 +3,9 @@
 import pytest
 
 from roundoff.report import plots
+from roundoff.report.assemble import build_report
 from roundoff.report.curves import MOST_POINTS, Curve
-from roundoff.report.tables import build_report
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 from tests.simulated import quickstart
 
 

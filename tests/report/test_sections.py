@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from roundoff.report import plots, published, words
+from roundoff.report.assemble import Report, build_report
 from roundoff.report.curves import Curve
 from roundoff.report.render import flat, markdown, page, terminal_table
-from roundoff.report.tables import Report, build_report
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 from tests.simulated import experiment, write_run
 
 NOISE = {"matmul_noise": {"relative_std": 0.05}}

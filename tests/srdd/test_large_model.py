@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from benchmarks.srdd import HARDWARE, MODEL_VARIABLE, TEXTS_VARIABLE, calibration_texts
 
+from roundoff.models.calibration import calibration_batches
 from roundoff.models.load import load_model
-from roundoff.srdd import calibration_batches, find_faults, rank_correlation, scan
+from roundoff.srdd import find_faults, rank_correlation, scan
 
 DIRECTORY = os.environ.get(MODEL_VARIABLE, "")
 pytestmark = [

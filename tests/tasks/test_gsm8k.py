@@ -7,7 +7,7 @@ import pytest
 
 from roundoff.config import ConfigError
 from roundoff.tasks import TASKS, Message, TaskError, check_task
-from roundoff.tasks import gsm8k as factory
+from roundoff.tasks.gsm8k import gsm8k as factory
 from roundoff.tasks.rows import read_rows
 from tests.tasks.problem_files import TEST, TRAIN, raw_files, raw_rows, verl_rows, write_jsonl, write_parquet
 

@@ -4,8 +4,7 @@ import pytest
 
 from roundoff.config import ConfigError
 from roundoff.experiments import load_profile, with_overrides
-from roundoff.session import make_task
-from roundoff.tasks import Problem, TaskError, check_task, load_task
+from roundoff.tasks import Problem, TaskError, check_task, load_task, make_task
 
 SOURCE = """
 from roundoff.tasks import Problem, TaskError

@@ -8,8 +8,9 @@ import pytest
 
 from roundoff.config import ConfigError
 from roundoff.experiments import load_experiment
-from roundoff.run_dir import read_run
-from roundoff.scale.local_grid import RunRequest, run_grid
+from roundoff.launch.local import run_grid
+from roundoff.launch.request import RunRequest
+from roundoff.runs.record import read_run
 from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers, scalars
 from roundoff.trackers.base import hyper_parameters
 from tests.simulated import experiment, profile

@@ -37,7 +37,7 @@ def list_command() -> None:
 )
 def show_command(name: str, profile_name: str, assignments: Sequence[str], layers: bool) -> None:
     """Show the resolved settings of an experiment, its sigma curve and the layers it touches. Nothing is trained."""
-    from roundoff import show as showing
+    from roundoff.actions import show as showing
     from roundoff.experiments import load_profile, select, with_overrides
 
     experiments, profile = with_overrides(select([name]), load_profile(profile_name), assignments)

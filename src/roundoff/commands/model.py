@@ -40,7 +40,7 @@ def eval_command(
     out: Path | None,
 ) -> None:
     """Score a run, one of its checkpoints, an adapter or a model, deployed (on the hardware) and clean."""
-    from roundoff import evaluation_command as command
+    from roundoff.actions import evaluate as command
 
     if out is not None:
         check_new_file(out, "--out")
@@ -62,8 +62,8 @@ def eval_command(
 @step_option
 def export_command(path: Path, out: Path, step: int | None) -> None:
     """Write a run's model and tokenizer to OUT, a Hugging Face directory; adapters are merged."""
-    from roundoff.export import export as write_model
-    from roundoff.run_dir import read_run
+    from roundoff.actions.export import export as write_model
+    from roundoff.runs.record import read_run
 
     for line in write_model(read_run(path), out, step=step):
         click.echo(line)

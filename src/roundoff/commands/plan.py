@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from roundoff.config import Experiment, Profile
-    from roundoff.report.planning import RunTime
-    from roundoff.run_dir import Run
-    from roundoff.scale.cost_model import Assumptions, CostModel
+    from roundoff.planning.cost_model import Assumptions, CostModel
+    from roundoff.planning.seeds import RunTime
+    from roundoff.runs.record import Run
 
 SIZES = {"gsm8k": (7473, 1319)}
 """Training and test problems of tasks whose data need not be here to plan."""
@@ -81,7 +81,7 @@ def plan_command(
         )
         lengths = _lengths(profile, runs, prompt_tokens, response_tokens)
     if effect is not None:
-        from roundoff.report.planning import measured_time
+        from roundoff.planning.seeds import measured_time
 
         time = measured_time(runs)
         if time is None and profile_name is not None:
@@ -95,7 +95,7 @@ def plan_command(
 def _seeds(
     effect: float, runs: Sequence[Run], time: RunTime | None, power: float, comparisons: int, sizes: str | None, at: int
 ) -> RenderableType:
-    from roundoff.report.planning import measured_variance, seeds_table
+    from roundoff.planning.seeds import measured_variance, seeds_table
 
     present = {len(run.evaluation(run.status.total_steps).outcomes) for run in runs if run.is_final}
     wanted = _sizes(sizes) if sizes else sorted({n for p in present or {1319} for n in (p // 4, p, 4 * p) if n > 1})
@@ -123,7 +123,7 @@ def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Ru
     Raises:
         ConfigError: if one is named that has no run.
     """
-    from roundoff.run_dir import find_runs
+    from roundoff.runs.record import find_runs
 
     found = find_runs([root])[0] if root.is_dir() else []
     if names:
@@ -146,7 +146,7 @@ def _runs(root: Path, profile_name: str | None, names: Sequence[str]) -> list[Ru
 
 
 def _estimated_time(model: CostModel, experiments: Sequence[Experiment]) -> RunTime:
-    from roundoff.report.planning import RunTime
+    from roundoff.planning.seeds import RunTime
 
     found = [model.estimate(e, steps=_steps(model, e)) for e in experiments]
     training = sum(e.steps * e.step for e in found) / len(found)
@@ -155,7 +155,7 @@ def _estimated_time(model: CostModel, experiments: Sequence[Experiment]) -> RunT
 
 
 def _lengths(profile: Profile, runs: Sequence[Run], prompt: float | None, response: float | None) -> Assumptions:
-    from roundoff.scale.cost_model import default_assumptions
+    from roundoff.planning.cost_model import default_assumptions
 
     found = default_assumptions(profile)
     trained = [run for run in runs if not run.health.untrained]
@@ -177,9 +177,9 @@ def _lengths(profile: Profile, runs: Sequence[Run], prompt: float | None, respon
 def _model(
     profile: Profile, place: str, ranks: int, memory: float | None, lengths: Assumptions, config: Path | None
 ) -> CostModel:
-    from roundoff.models.shape import model_shape
-    from roundoff.scale.cost_model import CostModel
-    from roundoff.scale.machine import find_machine, with_limits
+    from roundoff.planning.cost_model import CostModel
+    from roundoff.planning.machine import find_machine, with_limits
+    from roundoff.planning.shape import model_shape
 
     shape = model_shape(profile.model, config)
     device = with_limits(find_machine(place), memory_gb=memory)
@@ -194,20 +194,20 @@ def _problems(profile: Profile) -> tuple[int, int]:
         return given["train_problems"] or train, given["test_problems"] or test
     if all(given.values()):
         return given["train_problems"], given["test_problems"]
-    from roundoff.session import make_task
+    from roundoff.tasks import make_task
 
     task = make_task(profile)
     return len(task.train()), len(task.test())
 
 
 def _steps(model: CostModel, experiment: Experiment) -> int:
-    from roundoff.session import steps_per_epoch
+    from roundoff.config import steps_per_epoch
 
     return experiment.epochs * steps_per_epoch(model.problems[0], experiment.algorithm, model.profile.training)
 
 
 def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus: int) -> RenderableType:
-    from roundoff.report.cost_table import CostRow, cost_table
+    from roundoff.planning.cost_table import CostRow, cost_table
 
     rows = []
     for experiment in experiments:

@@ -11,7 +11,7 @@ import click
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
-    from roundoff.scale.ray_cluster import RayOptions
+    from roundoff.launch.ray.cluster import RayOptions
 
 _OPTIONS = (
     click.option(
@@ -52,7 +52,7 @@ def _take(options: dict[str, Any]) -> RayOptions | None:
     Raises:
         ConfigError: if one is given that does nothing without --ray.
     """
-    from roundoff.scale.ray_cluster import RayOptions
+    from roundoff.launch.ray.cluster import RayOptions
 
     given = {name: options.pop(name) for name in ("cpus_per_run", "gpus_per_run", "ray_retries", "ray_sync")}
     address = options.pop("ray_address")

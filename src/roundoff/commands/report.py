@@ -14,7 +14,7 @@ from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
     from roundoff.config import Experiment
-    from roundoff.run_dir import Run
+    from roundoff.runs.record import Run
 
 
 @click.command("report")
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(path_type=Path), default=REPORT, show_default=True, help="Where to write.")
 def report_command(roots: Sequence[Path], out: Path) -> None:
     """Write summary.md, results.csv, results.json and report.html from run directories, and print the table."""
+    from roundoff.report.assemble import build_report
     from roundoff.report.render import terminal_table, write_report
-    from roundoff.report.tables import build_report
-    from roundoff.run_dir import find_runs
+    from roundoff.runs.record import find_runs
 
     check_directory(out, "--out")
     chosen = tuple(roots) or (RUNS,)
@@ -62,8 +62,8 @@ def import_table_command(file: Path, problems: int | None, baseline: str | None)
 @runs_option
 def runs_command(root: Path) -> None:
     """List runs with their status and last scores."""
-    from roundoff.run_dir import find_runs
-    from roundoff.scale.progress import not_computed
+    from roundoff.launch.progress import not_computed
+    from roundoff.runs.record import find_runs
 
     found, skipped = find_runs((root,))
     if not found and not skipped:

@@ -27,8 +27,8 @@ from roundoff.commands.terminal import console
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
-    from roundoff.scale.local_grid import Job, RunRequest
-    from roundoff.scale.ray_cluster import RayOptions
+    from roundoff.launch.ray.cluster import RayOptions
+    from roundoff.launch.request import Job, RunRequest
 
 
 @click.command("run")
@@ -60,8 +60,8 @@ def run_command(
 ) -> None:
     """Run experiments, families or TOML files; complete runs are kept, interrupted ones go on."""
     from roundoff.experiments import families_named, load_profile, select, with_overrides
-    from roundoff.provenance import provenance
-    from roundoff.scale.local_grid import RunRequest
+    from roundoff.launch.request import RunRequest
+    from roundoff.runs.provenance import provenance
 
     declared = select([*names, *families_named(chosen)], everything=everything)
     experiments, profile = with_overrides(declared, load_profile(profile_name), assignments)
@@ -81,9 +81,9 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     Raises:
         ConfigError, TaskError: before anything is begun, if a task's settings cannot be used.
     """
-    from roundoff.parallel import launched
-    from roundoff.scale.local_grid import run_grid
-    from roundoff.scale.progress import Progress
+    from roundoff.launch.local import run_grid
+    from roundoff.launch.progress import Progress
+    from roundoff.parallel.ranks import launched
     from roundoff.tasks import load_task
 
     for task in {request.profile.task.model_dump_json(): request.profile.task for request in requests}.values():
@@ -95,7 +95,7 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
     leads = True
     with progress.shown():
         if launched():
-            from roundoff.scale.ranks import run_in_ranks
+            from roundoff.launch.ranks import run_in_ranks
 
             if ray is not None or workers is not None:
                 raise ConfigError("under torchrun one run is made at a time: --ray and --workers do nothing there")
@@ -103,7 +103,7 @@ def make_runs(requests: list[RunRequest], workers: int | None, ray: RayOptions |
         elif ray is None:
             jobs = run_grid(requests, workers=here, watch=progress.update)
         else:
-            from roundoff.scale.ray_grid import run_on_ray
+            from roundoff.launch.ray.grid import run_on_ray
 
             limit = here if ray.address == "local" else workers
             jobs = run_on_ray(requests, ray, workers=limit, watch=progress.update, warn=_warn)
@@ -154,10 +154,10 @@ def extend_command(
     wandb_online: bool,
 ) -> None:
     """Take complete runs further as new runs beside them; what was made is not repeated and stays as it is."""
-    from roundoff.extension import begin_extension, differences
-    from roundoff.provenance import provenance
-    from roundoff.run_dir import find_runs
-    from roundoff.scale.local_grid import RunRequest
+    from roundoff.actions.extend import begin_extension, differences
+    from roundoff.launch.request import RunRequest
+    from roundoff.runs.provenance import provenance
+    from roundoff.runs.record import find_runs
 
     parents, skipped = find_runs(paths)
     if not parents or skipped:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from roundoff.checkpoint import write_atomic
 from roundoff.commands.options import check_new_file
 from roundoff.commands.terminal import show
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, validate
+from roundoff.runs.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def chosen_hardware(options: dict[str, Any]) -> tuple[Hardware, str]:
     if options["hardware"] is not None:
         if given:
             raise ConfigError("--hardware names formats and noise already: leave --format, --weight, ... away")
-        from roundoff.evaluation_subject import load_hardware
+        from roundoff.actions.evaluation_subject import load_hardware
 
         return load_hardware(options["hardware"]), options["hardware"]
     if "both" in given and ("weight" in given or "activation" in given):
@@ -123,10 +123,11 @@ def _open(model: str, options: dict[str, Any]) -> Subject:
     import torch
 
     from roundoff.experiments import load_profile
+    from roundoff.models.calibration import calibration_batches, calibration_texts
+    from roundoff.models.device import resolve_device
     from roundoff.models.load import load_model
-    from roundoff.prompts import Asked, check_asked
-    from roundoff.session import make_task, resolve_device
-    from roundoff.srdd import calibration_batches, calibration_texts
+    from roundoff.models.prompts import Asked, check_asked
+    from roundoff.tasks import make_task
 
     profile = load_profile(options["profile_name"])
     if options["task"] is not None:
@@ -164,10 +165,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _scan(model: str, hardware: Hardware, title: str, options: dict[str, Any]) -> None:
+    from roundoff.aqn.multipliers import check_mode
     from roundoff.report.scan_picture import scan_picture
     from roundoff.report.scan_tables import linear_table, scan_table
     from roundoff.srdd import scan
-    from roundoff.srdd.multipliers import check_mode
 
     if options["mode"] is not None:
         check_mode(options["mode"], options["direction"])

@@ -26,7 +26,7 @@ from roundoff.commands.terminal import show
 from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
-    from roundoff.scale.ray_cluster import RayOptions
+    from roundoff.launch.ray.cluster import RayOptions
 
 
 @click.command("sweep")
@@ -64,12 +64,12 @@ def sweep_command(
     A baseline that is not named itself is run as it is declared. `roundoff report` draws the same runs.
     """
     from roundoff.experiments import load_profile, select, variants
-    from roundoff.parallel import launched
-    from roundoff.provenance import provenance
+    from roundoff.launch.request import RunRequest
+    from roundoff.parallel.ranks import launched
+    from roundoff.report.assemble import build_report
     from roundoff.report.render import terminal_table
-    from roundoff.report.tables import build_report
-    from roundoff.run_dir import read_run
-    from roundoff.scale.local_grid import RunRequest
+    from roundoff.runs.provenance import provenance
+    from roundoff.runs.record import read_run
 
     if launched():
         raise ConfigError("a sweep is many runs, and torchrun makes one larger one: use --workers or --ray")

@@ -48,8 +48,8 @@ def verl_config_command(
 ) -> None:
     """Print the complete command that runs experiment NAME under verl 0.9.1. Nothing is trained."""
     from roundoff.experiments import load_profile, select, with_overrides
-    from roundoff.scale.verl_plugin.command import Resources, command
-    from roundoff.scale.verl_plugin.parquet import write_problems
+    from roundoff.plugins.verl.command import Resources, command
+    from roundoff.plugins.verl.parquet import write_problems
 
     experiments, profile = with_overrides(select([name]), load_profile(profile_name), assignments)
     if len(experiments) != 1:
@@ -65,7 +65,7 @@ def verl_config_command(
         nodes=nodes,
     )
     if write_data:
-        from roundoff.session import make_task
+        from roundoff.tasks import make_task
 
         task = make_task(profile)
         if not task.train()[0].messages:  # a plain prompt, which verl would put through the chat template all the same

@@ -8,6 +8,7 @@ from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
+from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
 
@@ -32,8 +33,11 @@ __all__ = [
     "Task",
     "Training",
     "is_temperature",
+    "learning_rate",
     "nearest",
     "result_hash",
+    "steps_per_epoch",
+    "training_in_force",
     "validate",
     "with_paths",
 ]

@@ -280,7 +280,7 @@ class Runtime:
             raise RuntimeError(
                 f"{name} is recomputed in the backward pass outside of noise_key, so its noise would differ from the "
                 "forward pass: keep noise_key open until backward() is done, checkpoint by "
-                "roundoff.models.checkpointing, or use no gradient checkpointing"
+                "roundoff.models.gradient_checkpointing, or use no gradient checkpointing"
             )
         owner = self.owner() if self.owner is not None else None
         if owner is not None:

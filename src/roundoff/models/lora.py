@@ -34,7 +34,7 @@ from roundoff.models.adapter_file import (
     read_adapter,
     write_record,
 )
-from roundoff.models.dropout import MARK, DropoutDraws, KeyedDropout
+from roundoff.models.keyed_dropout import MARK, DropoutDraws, KeyedDropout
 from roundoff.models.weights import plain_parameter, shared_weights
 from roundoff.numerics.rng import Key
 from roundoff.numerics.torch_state import own_defaults
@@ -76,7 +76,7 @@ class Adapters:
             ConfigError: if hardware is installed (it would go on with the quantized weights of before), a merged weight
                 is shared with another module, which would change with it, or a sum is not finite.
         """
-        from roundoff.hardware.install import installed
+        from roundoff.hardware import installed
 
         if installed(self.peft) is not None:
             raise ConfigError("adapters are merged into a plain model: load it without hardware")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from roundoff.config import SRDD
-from roundoff.outcomes import DamagedRunError
 from roundoff.report.arms import Arm
+from roundoff.runs.outcomes import DamagedRunError
 
 
 @dataclass(frozen=True)

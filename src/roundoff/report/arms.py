@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from roundoff import stats
 from roundoff.config import Experiment, Profile, result_hash
-from roundoff.health import Tally
-from roundoff.run_dir import Evaluation, Run
+from roundoff.runs.health import Tally
+from roundoff.runs.outcomes import Evaluation
+from roundoff.runs.record import Run
 
 Array = NDArray[np.float64]
 

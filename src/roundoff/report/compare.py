@@ -9,7 +9,7 @@ from typing import Literal
 from roundoff import stats
 from roundoff.config import NAMES_ONLY, ConfigError, Hardware, Precision
 from roundoff.report.arms import Arm, Scores, group_arms, start_scores
-from roundoff.run_dir import Run
+from roundoff.runs.record import Run
 
 Kind = Literal["benefit", "cost"]
 Outcome = Literal["shown", "hint", "not shown", "not testable"]

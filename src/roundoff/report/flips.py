@@ -9,7 +9,7 @@ import numpy as np
 
 from roundoff.report.arms import Arm
 from roundoff.report.compare import paired_scores
-from roundoff.run_dir import Outcome
+from roundoff.runs.outcomes import Outcome
 
 EACH_WAY = 3
 """Problems shown in each direction."""

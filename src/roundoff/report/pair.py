@@ -16,7 +16,7 @@ from roundoff.report import words
 from roundoff.report.arms import Arm, Scores, group_arms
 from roundoff.report.compare import Comparison, compare_arms, paired_scores
 from roundoff.report.status import arm_notes
-from roundoff.run_dir import find_runs
+from roundoff.runs.record import find_runs
 
 LISTED = 8
 """Differing settings that are named one by one."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from roundoff.report import words
+from roundoff.report.assemble import Row
 from roundoff.report.curves import DIAGNOSTICS, Curve
-from roundoff.report.tables import Row
 
 BOX = 1000
 """Width and height of the box in which the paths of a line chart are given."""

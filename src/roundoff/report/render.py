@@ -22,11 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from roundoff import __version__
-from roundoff.checkpoint import write_atomic
 from roundoff.report import plots, published, words
+from roundoff.report.assemble import Report, Row
 from roundoff.report.scan_picture import scan_picture
-from roundoff.report.tables import Report, Row
-from roundoff.strict_json import finite_or_null
+from roundoff.runs.files import write_atomic
+from roundoff.runs.strict_json import finite_or_null
 
 COLUMNS = (
     *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),

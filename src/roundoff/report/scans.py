@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roundoff.outcomes import DamagedRunError
 from roundoff.report.arms import Arm
 from roundoff.report.scan_picture import scan_picture
+from roundoff.runs.outcomes import DamagedRunError
 
 SHOWN = ("metrics", "layers", "ranking", "rank_by", "tokens", "agreement", "warnings")
 """Parts of a scan that the report keeps."""

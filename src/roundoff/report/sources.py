@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from roundoff.run_dir import Run
+from roundoff.runs.record import Run
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roundoff.report.arms import Arm, start_scores
-from roundoff.run_dir import Run
+from roundoff.runs.record import Run
 
 ENDED = {
     "failed": "failed",

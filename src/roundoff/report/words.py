@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from roundoff.report.assemble import Report, Row
 from roundoff.report.compare import Comparison
-from roundoff.report.tables import Report, Row
 from roundoff.stats import MIN_SEEDS, Interval
 
 MINUS = "\N{MINUS SIGN}"

@@ -10,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from roundoff.config import ConfigError, Hardware
-from roundoff.hardware.install import InstalledHardware, install, uninstall
+from roundoff.hardware import InstalledHardware, install, uninstall
+from roundoff.models.calibration import (
+    Calibration,
+    decoder_layers,
+    draw_of,
+    evaluation_mode,
+    in_force_on,
+    read_batches,
+    text_kl,
+)
 from roundoff.numerics.rng import Key
-from roundoff.srdd.decoder import Calibration, decoder_layers, draw_of, evaluation_mode, in_force_on, read_batches
 from roundoff.srdd.layer_scan import LayerScan
-
-CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +54,6 @@ def divergence(totals: Sequence[float], counts: Sequence[float]) -> Divergence:
         return Divergence(kl, None)
     spread = sum((total - kl * count) ** 2 for total, count in zip(totals, counts, strict=True))
     return Divergence(kl, math.sqrt(n / (n - 1) * spread) / tokens)
-
-
-def text_kl(clean: Tensor, perturbed: Tensor, mask: Tensor) -> list[float]:
-    """KL sums (nats) over the tokens of each text, for logits [N, S, V] and a mask [N, S]."""
-    kl = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-    parts = []
-    for p, q in zip(*(torch.split(z[mask], CHUNK_TOKENS) for z in (clean, perturbed)), strict=True):
-        p, q = torch.log_softmax(p.float(), -1), torch.log_softmax(q.float(), -1)
-        parts.append((p.exp() * (p - q)).sum(-1, dtype=torch.float64))
-    kl[mask] = torch.cat(parts)
-    return [float(v) for v in kl.sum(1)]
 
 
 @torch.no_grad()

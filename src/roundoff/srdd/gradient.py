@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from roundoff.models.calibration import Calibration
 from roundoff.numerics.rng import Key, uniform
-from roundoff.srdd.decoder import Calibration
 
 CHUNK_TOKENS = 256
 """Tokens whose softmax is held at once."""

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from roundoff.aqn.multipliers import TARGETED_SHARE, multipliers, ranking
 from roundoff.config import ConfigError, Hardware, nearest, validate
-from roundoff.srdd.multipliers import TARGETED_SHARE, multipliers, ranking
 
 AGREEMENT_WARNING = 0.8
 """Rank correlation of the two halves of the calibration text below which a ranking is warned about."""
@@ -160,7 +160,7 @@ class LayerScan:
         share: float = TARGETED_SHARE,
         progress: float = 0.0,
     ) -> dict[int, float]:
-        """AQN's multiplier of each decoder layer; see `roundoff.srdd.multipliers`."""
+        """AQN's multiplier of each decoder layer; see `roundoff.aqn.multipliers`."""
         return multipliers(self.damage(metric), mode, direction=direction, share=share, progress=progress)
 
     def agreement(self, metric: str | None = None) -> float | None:

@@ -10,14 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats as distributions
 
-from roundoff.stats.intervals import (
-    MIN_SEEDS,
-    SMALL,
-    WIDENING_AT_THREE,
-    combined,
-    mean_squares,
-    paired_differences,
-)
+from roundoff.stats.intervals import MIN_SEEDS, SMALL, WIDENING_AT_THREE, combined, mean_squares, paired_differences
 
 QUANTILES = 300
 """Quantiles of the mean square of seeds, whose degrees of freedom are few, over which power is averaged."""

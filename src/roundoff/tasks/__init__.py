@@ -1,25 +1,8 @@
 """Tasks: problems with rewards, packaged or your own (docs/tasks.md)."""
 
-from collections.abc import Mapping
-
-from roundoff.tasks.arithmetic import arithmetic
 from roundoff.tasks.base import Message, Problem, RewardError, Task, TaskError
 from roundoff.tasks.check import check_task
-from roundoff.tasks.find import Factory, find_task
-from roundoff.tasks.gsm8k import gsm8k
-from roundoff.tasks.reasoning_gym import reasoning_gym
+from roundoff.tasks.of_profile import make_task
+from roundoff.tasks.registry import TASKS, load_task
 
-__all__ = ["TASKS", "Message", "Problem", "RewardError", "Task", "TaskError", "check_task", "load_task"]
-
-TASKS: dict[str, Factory] = {"arithmetic": arithmetic, "gsm8k": gsm8k, "reasoning-gym": reasoning_gym}
-"""Task factories by name; each takes the task's own settings and raises TaskError where they are wrong."""
-
-
-def load_task(name: str, settings: Mapping[str, object]) -> Task:
-    """The task of an entry of `TASKS`, or of a class of your own: `module:Class` or `file.py:Class`.
-
-    Raises:
-        TaskError: if there is none of that name, or its settings are wrong.
-        ConfigError: if an optional package is missing.
-    """
-    return find_task(name, settings, TASKS)
+__all__ = ["TASKS", "Message", "Problem", "RewardError", "Task", "TaskError", "check_task", "load_task", "make_task"]

@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from roundoff.extras import require
+from roundoff.optional_packages import require
 from roundoff.tasks.answers import MARKER, last_number, marked_answer, whole_number_text
 from roundoff.tasks.base import Message, Problem, RewardError, TaskError
 from roundoff.tasks.latex import Expression

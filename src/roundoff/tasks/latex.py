@@ -15,7 +15,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Self
 
-from roundoff.extras import require
+from roundoff.optional_packages import require
 from roundoff.tasks.base import RewardError
 from roundoff.tasks.characters import folded
 from roundoff.tasks.limited_process import LimitedProcess, LimitExceededError, Limits

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from roundoff.extras import require
+from roundoff.optional_packages import require
 from roundoff.tasks.limited_child import Answer, serve
 
 KEPT = 1 << 16

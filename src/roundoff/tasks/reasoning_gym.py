@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from roundoff.config import nearest
-from roundoff.extras import require
+from roundoff.optional_packages import require
 from roundoff.tasks.base import Message, Problem, RewardError, TaskError
 from roundoff.tasks.score import as_reward
 from roundoff.tasks.settings import checked

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from roundoff.extras import require
+from roundoff.optional_packages import require
 from roundoff.tasks.base import PATHS_BEGIN, TaskError
 
 Row = dict[str, Any]

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from roundoff.checkpoint import write_atomic
-from roundoff.strict_json import dumps
+from roundoff.runs.files import write_atomic
+from roundoff.runs.strict_json import dumps
 from roundoff.trackers.base import Ended, TrackedRun
 
 FILE = "scalars.jsonl"

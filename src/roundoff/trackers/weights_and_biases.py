@@ -13,8 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from roundoff.checkpoint import write_atomic
-from roundoff.extras import require
+from roundoff.optional_packages import require
+from roundoff.runs.files import write_atomic
 from roundoff.trackers.base import Ended, TrackedRun, WandbSettings
 
 EXTRA = "wandb"

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from roundoff.models.load import ModelError
+from roundoff.models.errors import ModelError
+from roundoff.tasks import Problem
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
-from roundoff.tasks.base import Problem
 
 SEED = 0
 STEPS = 1850

@@ -1,0 +1,91 @@
+"""What `roundoff show` prints: resolved settings, the layers that the hardware touches, what AQN will do where.
+
+Nothing is trained. The scan and the pre-flight are those that seed 0 of the run would begin with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import tomli_w
+
+from roundoff.config import Experiment, Profile, result_hash
+
+if TYPE_CHECKING:
+    from roundoff.training.session import Session
+
+BAR = 30
+"""Width of the longest bar of the sigma curve (characters)."""
+
+
+def settings(experiment: Experiment, profile: Profile) -> str:
+    """Every setting in force, as TOML, headed by the name of the run directory."""
+    content = {
+        "experiment": experiment.model_dump(mode="json", exclude_none=True),
+        "profile": profile.model_dump(mode="json", exclude_none=True),
+    }
+    head = f"# runs/{experiment.id}/{profile.name}-{result_hash(experiment, profile)}/seed-<n>\n"
+    return head + tomli_w.dumps(content)
+
+
+def sigma(experiment: Experiment, profile: Profile) -> str:
+    """AQN's sigma over the run, one line for each interval of equal value; needs no model.
+
+    Raises:
+        ConfigError: if sigma would be zero throughout.
+    """
+    from roundoff.aqn.schedule import sigma_curve
+    from roundoff.config import steps_per_epoch
+    from roundoff.tasks import make_task
+
+    if experiment.aqn is None:
+        return "# aqn: none\n"
+    per_epoch = steps_per_epoch(len(make_task(profile).train()), experiment.algorithm, profile.training)
+    total = experiment.epochs * per_epoch
+    lines = [f"# aqn: sigma of {total} steps, {per_epoch} an epoch"]
+    step = 0
+    for value, group in groupby(sigma_curve(total, per_epoch, experiment.aqn)):
+        count = len(list(group))
+        bar = "#" * round(BAR * value / experiment.aqn.sigma_start)
+        lines.append(f"steps {step + 1:>4} to {step + count:>4}  {value:<10.4g} {bar}".rstrip())
+        step += count
+    return "\n".join(lines) + "\n"
+
+
+def model(experiment: Experiment, profile: Profile) -> str:
+    """Where the hardware is installed and what is left alone and why; AQN's multipliers and pre-flight.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used.
+    """
+    from roundoff.training.aqn_in_run import measure_aqn, rounding_warnings
+    from roundoff.training.preparation import prepare
+
+    session = prepare(experiment, profile, seed=0)
+    found = session.policy.installed
+    lines = ["# hardware: plain arithmetic, no layer is touched" if found is None else found.summary()]
+    lines += _multipliers(session)
+    measured = measure_aqn(session)
+    if measured is not None:
+        lines += ["# aqn: before training", *measured.lines()]
+        lines += [f"warning: {line}" for line in rounding_warnings(session)]
+    return "\n".join(lines) + "\n"
+
+
+def _multipliers(session: Session) -> Iterator[str]:
+    """AQN's factor on sigma of each layer, wherever in the run it changes."""
+    scan = session.scan
+    if scan is None:
+        return
+    yield f"# srdd: {scan.tokens} tokens, ranked by {scan.rank_by}: {', '.join(map(str, scan.ranking()))}"
+    yield from (f"warning: {line}" for line in scan.warnings())
+    steps = range(1, len(session.sigmas) + 1)
+    begin = 1
+    for factors, group in groupby(steps, key=session.multipliers):
+        count = len(list(group))
+        if factors is not None:
+            yield f"# aqn: factor on sigma by layer, steps {begin} to {begin + count - 1}"
+            yield "  ".join(f"{layer}: {value:.3g}" for layer, value in factors.items())
+        begin += count

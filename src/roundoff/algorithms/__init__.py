@@ -1,1 +1,0 @@
-"""Group advantages, the policy loss and the schedule of AQN: `roundoff.algorithms.advantage`, `.loss`, `.schedule`."""

@@ -1,0 +1,164 @@
+"""Before training: what AQN's largest sigma does to the model on the task's own texts, next to what the hardware does.
+
+An absolute sigma is not portable between models: 0.05 is a tremor where norm weights have RMS 1 and drowns them where
+they have RMS 0.04. Two measurements tell before a run is spent: the KL divergence to the clean model per token of the
+task's training texts, averaged over noise draws, and the size of the noise over that of each weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from roundoff.aqn.noise import aqn_noise, aqn_targets, noise_shares
+from roundoff.config import AQN
+from roundoff.hardware import hardware_off, installed
+from roundoff.models.calibration import (
+    Calibration,
+    calibration_batches,
+    draw_of,
+    evaluation_mode,
+    read_batches,
+    text_kl,
+)
+from roundoff.models.load import LoadedModel
+from roundoff.models.prompts import Asked
+from roundoff.numerics.rng import Key
+
+DRAWS = 4
+"""Draws of AQN's noise that the divergence is averaged over."""
+TOKENS = 512
+"""Tokens of the task's training texts."""
+KL_LIMIT = 1.0
+"""Divergence above which a sigma is warned about (nats per token: the likely next tokens are others)."""
+DROWNED = 0.5
+"""Noise over weight (RMS) above which a weight is called drowned (fraction; 6 dB of signal over noise)."""
+ROUNDED_AWAY = 0.5
+"""Share of the perturbed weights that keep their bits above which noise is said to be lost in rounding (fraction)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What AQN will do to the model at its largest sigma."""
+
+    sigma: float
+    """The largest of the run."""
+    kl: float
+    """KL(clean || with AQN) at that sigma, hardware off (nats per token), mean over draws."""
+    kl_draws: tuple[float, ...]
+    """The same for each draw."""
+    hardware_kl: float | None
+    """KL(clean || on the hardware) without AQN (nats per token); None for plain arithmetic."""
+    tokens: int
+    noise_share: dict[str, float]
+    """Noise over weight (RMS, fraction) of each weight that AQN perturbs, by module."""
+
+    @property
+    def drowned(self) -> dict[str, float]:
+        """Weights that are lost in the noise, the worst first."""
+        found = {name: share for name, share in self.noise_share.items() if share > DROWNED}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def warnings(self) -> tuple[str, ...]:
+        """What should be changed before a run is spent on it."""
+        said = []
+        advice = "lower aqn.sigma_start, or set aqn.noise = 'relative'"
+        if self.drowned:
+            name, share = next(iter(self.drowned.items()))
+            said.append(
+                f"AQN at sigma {self.sigma:g} drowns {len(self.drowned)} of {len(self.noise_share)} weights "
+                f"(noise over weight up to {share:.2g}, in {name}): {advice}"
+            )
+        if not math.isfinite(self.kl):
+            said.append(
+                f"AQN at sigma {self.sigma:g} makes the model's output on the task's texts NaN or infinite: {advice}"
+            )
+        if self.hardware_kl is not None and not math.isfinite(self.hardware_kl):
+            said.append("the hardware alone makes the model's output on the task's texts NaN or infinite")
+        if KL_LIMIT < self.kl < math.inf:
+            said.append(
+                f"AQN at sigma {self.sigma:g} moves the model by {self.kl:.2f} nats per token on the task's texts "
+                f"(more than {KL_LIMIT:g}): {advice}"
+            )
+        return tuple(said)
+
+    def lines(self) -> list[str]:
+        """The same as text."""
+        worst = max(self.noise_share.items(), key=lambda item: item[1])
+        hardware = "" if self.hardware_kl is None else f"; the hardware alone: {self.hardware_kl:.3g}"
+        return [
+            f"KL to the clean model at sigma {self.sigma:g}: {self.kl:.3g} nats per token "
+            f"({min(self.kl_draws):.3g} to {max(self.kl_draws):.3g} in {len(self.kl_draws)} draws, {self.tokens} "
+            f"tokens){hardware}",
+            f"noise over weight: at most {worst[1]:.2g}, in {worst[0]}",
+            *(f"warning: {line}" for line in self.warnings()),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {**asdict(self), "warnings": list(self.warnings())}
+
+
+@torch.no_grad()
+def preflight(
+    loaded: LoadedModel,
+    texts: Sequence[Asked],
+    aqn: AQN,
+    sigma: float,
+    multipliers: Mapping[int, float] | None,
+    key: Key,
+) -> Preflight:
+    """Measured on `texts` with the hardware that is installed, if any; the model is left as it was, bit for bit.
+
+    Raises:
+        ConfigError: if the texts hold no token, or AQN cannot be applied.
+    """
+    model = loaded.model
+    chosen = calibration_batches(loaded.tokenizer, texts, max_tokens=TOKENS, batches=1)
+    batches = read_batches(chosen, next(model.parameters()).device)
+    tokens = sum(batch.count for batch in batches)
+    kl = [0.0] * DRAWS
+    hardware_kl = 0.0 if installed(model) is not None else None
+    with evaluation_mode(model):
+        for batch in batches:
+            with _off(model):
+                clean = model(**batch.inputs()).logits
+                for draw in range(DRAWS):
+                    with aqn_noise(model, sigma, multipliers, key.fold("preflight", draw), aqn):
+                        kl[draw] += _divergence(clean, model, batch) / tokens
+            if hardware_kl is not None:
+                with draw_of(model, key.fold("preflight"), batch):
+                    hardware_kl += _divergence(clean, model, batch) / tokens
+    shares = noise_shares(model, sigma, multipliers, aqn)
+    return Preflight(sigma, fmean(kl), tuple(kl), hardware_kl, tokens, shares)
+
+
+@torch.no_grad()
+def rounded_away(model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN) -> float:
+    """Share of the weights under AQN that rounding to their dtype gives back as they were (fraction).
+
+    A bfloat16 weight of 1 has neighbours at a distance of 2^-8 and 2^-7: noise of 0.001 reaches the middle of that way
+    with probability 0.03.
+    """
+    shares = noise_shares(model, sigma, multipliers, aqn)
+    weights = [target.weight for target in aqn_targets(model, aqn) if shares[target.name]]
+    before = [weight.detach().clone() for weight in weights]
+    with aqn_noise(model, sigma, multipliers, key, aqn):
+        kept = sum(int((weight == old).sum()) for weight, old in zip(weights, before, strict=True))
+    return kept / sum(weight.numel() for weight in weights)
+
+
+def _off(model: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext() if installed(model) is None else hardware_off(model)
+
+
+def _divergence(clean: torch.Tensor, model: nn.Module, batch: Calibration) -> float:
+    """KL sum (nats) over the tokens of a batch."""
+    return sum(text_kl(clean, model(**batch.inputs()).logits, batch.mask))

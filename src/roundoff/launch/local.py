@@ -1,0 +1,132 @@
+"""Many runs on this machine: each in a process of its own, as many at a time as there are cores.
+
+A run that dies takes no other with it. Ctrl-C (or SIGTERM) lets every running run finish its step, save, and leave; the
+same command then goes on where they stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from roundoff.errors import message_of, warnings_as_text
+from roundoff.launch.readiness import note_obstacles, send_obstacles
+from roundoff.launch.request import POLL_S, Job, RunRequest, check_distinct, execute, job_of, stop_requests
+
+
+def run_grid(
+    requests: Sequence[RunRequest], *, workers: int, watch: Callable[[Sequence[Job]], None] = lambda jobs: None
+) -> list[Job]:
+    """Make every run that is not complete yet; returns all jobs in the order of the requests.
+
+    Args:
+        requests: runs to make; two must not share a directory.
+        workers: processes at a time.
+        watch: called a few times a second with the state of all jobs, and once at the end.
+
+    Raises:
+        ConfigError: before the first run begins, if no run that is to be made can begin.
+    """
+    check_distinct(requests)
+    jobs = [job_of(request) for request in requests]
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    # Torch is imported once, by the server that every run's process is forked from (no effect on spawn).
+    context.set_forkserver_preload(["roundoff.training.loop"])
+    passed_on = False
+    with stop_requests() as stop:
+        _check_ready([job for job in jobs if job.phase == "queued"], context, stop)
+        while True:
+            for job in jobs:
+                _collect_result(job)
+            running = [job for job in jobs if job.phase == "running"]
+            queued = [] if stop() else [job for job in jobs if job.phase == "queued"]
+            if stop() and not passed_on:
+                passed_on = True  # a terminal's Ctrl-C reaches the runs by itself, a SIGTERM to this process does not
+                for process in filter(None, (job.process for job in running)):
+                    process.terminate()
+            for job in queued[: workers - len(running)]:
+                _start(job, context)
+            watch(jobs)
+            if not running and not queued:
+                break
+            time.sleep(POLL_S)
+    for job in jobs:
+        if job.phase == "queued":
+            job.phase, job.message = "interrupted", "not begun"
+    watch(jobs)
+    return jobs
+
+
+def _check_ready(jobs: Sequence[Job], context: Any, stop: Callable[[], bool]) -> None:
+    """Find what keeps runs from beginning in a process of its own, as they will be; one that dies has found nothing."""
+    if not jobs:
+        return
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_obstacles, args=([job.request for job in jobs], theirs))
+    process.start()
+    theirs.close()
+    while not ours.poll(POLL_S) and not stop():
+        pass
+    with suppress(EOFError):
+        if not stop():
+            note_obstacles(jobs, ours.recv())
+    process.terminate()
+    process.join()
+    ours.close()
+
+
+def _start(job: Job, context: Any) -> None:
+    job.result, theirs = context.Pipe(duplex=False)
+    job.process = context.Process(target=_work, args=(job.request, theirs), name=str(job.request.path))
+    job.process.start()
+    theirs.close()
+    job.phase, job.began = "running", time.monotonic()
+
+
+def _work(request: RunRequest, result: Connection) -> None:
+    """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why.
+
+    A run whose parent was killed stops as if it had been asked to: the same command, given again, finds it free.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def send(kind: str, text: str) -> None:
+        with suppress(BrokenPipeError):  # the parent is gone; the run's directory says how it ended
+            result.send_bytes(json.dumps((kind, text)).encode())
+
+    with stop_requests() as stop, warnings_as_text(lambda text: send("warning", text)):
+        try:
+            outcome = execute(request, lambda: stop() or not parent.is_alive())
+        except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
+            outcome = ("failed", message_of(error))
+        send(*outcome)
+
+
+def _collect_result(job: Job) -> None:
+    if job.phase != "running" or job.process is None or job.result is None:
+        return
+    job.seconds = time.monotonic() - job.began
+    while job.result.poll():
+        try:
+            kind, text = json.loads(job.result.recv_bytes())
+        except EOFError:
+            job.process.join()
+            kind, text = "failed", f"its process died (exit code {job.process.exitcode}); it can be resumed"
+        if kind == "warning":
+            job.warnings.append(text)
+            continue
+        job.phase, job.message = kind, text
+        job.process.join()
+        job.result.close()
+        job.process.close()
+        job.process = None
+        return

@@ -1,0 +1,203 @@
+"""The live table of `roundoff run`: read from the run directories, so it shows what is on disk and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from roundoff.launch.request import WAS_COMPLETE, Job
+from roundoff.runs.outcomes import DamagedRunError
+from roundoff.runs.record import read_metrics, read_status
+
+REFRESH_S = 0.5
+RECENT_STEPS = 8
+"""Steps whose mean time is taken for the time left."""
+STYLES = {"queued": "dim", "running": "bold", "complete": "green", "failed": "red", "interrupted": "yellow"}
+
+
+class Progress:
+    """Draws jobs as a live table on a terminal, and as one line for each event elsewhere."""
+
+    def __init__(self, console: Console, workers: int) -> None:
+        self._console, self._workers = console, workers
+        self._live: Live | None = None
+        self._drawn = 0.0
+        self._said: dict[str, tuple[str, int]] = {}
+        self._warned: dict[str, int] = {}
+        self._opened = datetime.now(UTC).isoformat(timespec="seconds")
+        self._ended: dict[Path, list[dict[str, Any]]] = {}
+
+    @contextmanager
+    def shown(self) -> Iterator[Progress]:
+        """Keep the display open for the duration."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        with Live(console=self._console, auto_refresh=False) as self._live:
+            yield self
+
+    def update(self, jobs: Sequence[Job]) -> None:
+        """Draw the jobs as they stand."""
+        for job in jobs:
+            self._warn(job)
+        finished = all(job.phase not in ("queued", "running") for job in jobs)
+        if time.monotonic() - self._drawn < REFRESH_S and not finished:
+            return
+        self._drawn = time.monotonic()
+        rows = [(job, self._metrics(job)) for job in jobs]
+        if self._live:
+            self._live.update(self._table(rows), refresh=True)
+        else:
+            for job, metrics in rows:
+                self._say(job, metrics)
+
+    def _warn(self, job: Job) -> None:
+        """Print the job's new warnings, above the table where there is one."""
+        name = f"{_experiment(job)} seed {job.request.seed}"
+        for text in job.warnings[self._warned.get(name, 0) :]:
+            self._line(f"{name}: warning: {text}")
+        self._warned[name] = len(job.warnings)
+
+    def _metrics(self, job: Job) -> list[dict[str, Any]]:
+        """Metrics on disk; those of a run that has ended do not change and are read once."""
+        path = job.request.path
+        if path in self._ended:
+            return self._ended[path]
+        metrics = _metrics(job)
+        if job.phase not in ("queued", "running"):
+            self._ended[path] = metrics
+        return metrics
+
+    def _table(self, rows: Sequence[tuple[Job, list[dict[str, Any]]]]) -> Table:
+        table = Table(title=_headline([job for job, _ in rows], rows, self._workers), title_justify="left", box=None)
+        for name in ("experiment", "seed", "state", "", "step", "reward", "deployed", "clean", "sigma", "left"):
+            table.add_column(name, justify="left" if name in ("experiment", "state", "") else "right", no_wrap=True)
+        table.add_column("", style="red", no_wrap=True)
+        for job, metrics in rows:
+            last, total = metrics[-1] if metrics else {}, total_steps(job)
+            table.add_row(
+                _experiment(job),
+                str(job.request.seed),
+                Text("not trained", style="red") if job.is_untrained else Text(job.phase, style=STYLES[job.phase]),
+                ProgressBar(total or 1, last.get("step", 0), width=16),
+                f"{last.get('step', 0)}/{total}" if total else "",
+                _shown(last.get("reward"), "{:.3f}"),
+                _shown(_latest(metrics, "deployed"), "{:.1%}"),
+                _shown(_latest(metrics, "clean"), "{:.1%}"),
+                _shown(last.get("sigma") or None, "{:.4f}"),
+                _time(seconds_left(job, metrics)) if job.phase == "running" else _first_line(job.message),
+                _failures(metrics),
+            )
+        return table
+
+    def _say(self, job: Job, metrics: list[dict[str, Any]]) -> None:
+        name = f"{_experiment(job)} seed {job.request.seed}"
+        phase, step = self._said.get(name, ("queued", -1))
+        if job.phase != phase and job.phase == "running":
+            self._line(f"{name}: {'resumed' if job.resumed else 'started'}")
+        if metrics and metrics[-1]["step"] < step:
+            step = -1  # steps after the checkpoint are taken again
+        for row in metrics if job.phase != "complete" or phase != "queued" else []:
+            if row["step"] > step and "deployed" in row and row.get("time", self._opened) >= self._opened:
+                left = _time(seconds_left(job, metrics)) if job.phase == "running" else ""
+                self._line(
+                    f"{name}: step {row['step']}/{total_steps(job)}"
+                    f" deployed {row['deployed']:.1%}{not_computed(row, 'deployed_')} clean {row['clean']:.1%}"
+                    + (f" reward {row['reward']:.3f} sigma {row['sigma']:.4f}" if "reward" in row else "")
+                    + (f" left {left}" if left else "")
+                )
+        if job.phase != phase and job.phase not in ("queued", "running"):
+            self._line(f"{name}: {job.phase}" + (f" ({job.message})" if job.message else ""))
+        self._said[name] = (job.phase, metrics[-1]["step"] if metrics else -1)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _experiment(job: Job) -> str:
+    """Its id, with the profile where that was changed from the command line."""
+    _, changed, settings = job.request.profile.name.partition("+")
+    return job.request.experiment.id + (f" ({settings})" if changed else "")
+
+
+def total_steps(job: Job) -> int:
+    """Steps of the whole run, or 0 while that is not on disk yet."""
+    try:
+        return read_status(job.request.path).total_steps
+    except DamagedRunError:
+        return 0
+
+
+def seconds_left(job: Job, metrics: Sequence[dict[str, Any]]) -> float | None:
+    """Estimate from the latest steps (s); None where no step has been taken."""
+    steps = [row["seconds"] for row in metrics if row["step"] > 0][-RECENT_STEPS:]
+    if not steps:
+        return None
+    return float(sum(steps) / len(steps) * (total_steps(job) - metrics[-1]["step"]))
+
+
+def _headline(jobs: Sequence[Job], rows: Sequence[tuple[Job, list[dict[str, Any]]]], workers: int) -> str:
+    counts = {phase: sum(job.phase == phase for job in jobs) for phase in STYLES}
+    text = ", ".join(f"{count} {phase}" for phase, count in counts.items() if count)
+    running = [seconds_left(job, metrics) for job, metrics in rows if job.phase == "running"]
+    known = [s for s in running if s is not None]
+    whole = [job.seconds for job in jobs if job.phase == "complete" and not job.message.startswith(WAS_COMPLETE)]
+    each = sum(whole) / len(whole) if whole else None
+    if counts["queued"] and each is None:
+        return text
+    left = (sum(known) + counts["queued"] * (each or 0.0)) / max(1, min(workers, counts["running"] + counts["queued"]))
+    return f"{text}, about {_time(left)} left" if known else text
+
+
+def not_computed(row: dict[str, Any], prefix: str) -> str:
+    """Shares of responses that were not computed or not rewarded, in brackets; empty where there are none.
+
+    `prefix` is that of the names in the row of an evaluated step.
+    """
+    words = {"nonfinite": "not finite", "reward_error": "reward failed"}
+    shares = ((text, row.get(f"{prefix}{name}")) for name, text in words.items())
+    said = [f"{share:.1%} {text}" for text, share in shares if share]
+    return f" ({', '.join(said)})" if said else ""
+
+
+def _failures(metrics: Sequence[dict[str, Any]]) -> str:
+    """What the last step and the last evaluation could not compute, in a few words."""
+    last = metrics[-1] if metrics else {}
+    words = {"nonfinite": "rollouts not finite", "reward_errors": "rewards failed"}
+    said = [f"{last[name]:,} {text}" for name, text in words.items() if last.get(name)]
+    scored = [row for row in metrics if "deployed" in row][-1:]
+    said += [f"deployed{text}" for row in scored if (text := not_computed(row, "deployed_"))]
+    return ", ".join(said)
+
+
+def _metrics(job: Job) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(job.request.path)
+    except DamagedRunError:
+        return []
+
+
+def _latest(metrics: Sequence[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(metrics) if name in row), None)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _time(seconds: float | None) -> str:
+    return "" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:")
+
+
+def _first_line(text: str) -> str:
+    return text.splitlines()[0][:60] if text else ""

@@ -1,0 +1,256 @@
+"""Log-probabilities of given responses: the pass that training differentiates.
+
+Positions, masks and row ids are those of sampling (`masks.py`), so that on clean arithmetic the result equals what the
+sampler recorded up to float32 rounding, and on noisy hardware too, given the sampler's key. Where nothing draws,
+rollouts of one prompt share its pass (`packing.py`).
+
+**Memory.** Prompt tokens and the last token never reach the output layer. Where the logits of all response tokens are
+more than `LOGIT_BYTES`, the output layer itself is computed for some tokens at a time, and again in the backward pass:
+what stays is one hidden vector a token. Models that do more to their logits than one matrix product (soft caps, scales)
+are found out by comparing bits on a few tokens, and keep `[K, V]` logits and their gradient; so do noisy output layers,
+whose draws belong to a pass as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from roundoff.config import TEMPERATURE_RULE, is_temperature
+from roundoff.hardware import installed
+from roundoff.hardware.linear import HardwareLinear
+from roundoff.models.draws import noise_context
+from roundoff.models.keyed_dropout import is_dropping
+from roundoff.models.masks import AttentionPattern
+from roundoff.models.packing import Layout, packed, plain
+from roundoff.models.position_limit import check_lengths
+from roundoff.numerics.rng import Key
+from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
+
+LOGIT_BYTES = 1 << 26
+"""Logits held at once (bytes): 341 tokens of a vocabulary of 49,152 in float32, 110 of one of 152,000."""
+
+PROBED = 4
+"""Tokens on which the output layer alone is compared with the model."""
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    *,
+    temperature: float,
+    rows: Tensor | None = None,
+    key: Key | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [N, T] float32 of the last `response_length` = T columns of `tokens` (nats).
+
+    Both are those of `softmax(logits / temperature)` over the full vocabulary, and 0 on padding. The gradient flows
+    through both.
+
+    Args:
+        model: called as it is, with its hardware, in the mode (training or evaluation) it is in.
+        tokens: [N, P+T] int64, left-padded prompts then responses. Equal prompts that are adjacent share their pass
+            where nothing draws.
+        attention_mask: [N, P+T], non-zero on tokens.
+        response_length: T.
+        temperature: of sampling, above 0.
+        rows: [N, P+T] int64 row ids that key the hardware's noise; needed with `key`.
+        key: under which every noisy product (and dropout) inside draws. None: the hardware's own call counter.
+        chunk: tokens whose logits are computed at once; changes memory, not the result. None: `LOGIT_BYTES` of them.
+
+    Raises:
+        ValueError: on shapes that do not fit, a temperature that logits cannot be divided by, or a key without row ids.
+        RuntimeError: under `torch.autocast`.
+    """
+    _check(tokens, attention_mask, response_length, temperature, rows, key)
+    refuse_autocast("a training pass", tokens.device)
+    with own_torch_state():
+        return _token_logprobs(model, tokens, attention_mask, response_length, temperature, rows, key, chunk)
+
+
+def _token_logprobs(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    attention_mask: Tensor,
+    response_length: int,
+    temperature: float,
+    rows: Tensor | None,
+    key: Key | None,
+    chunk: int | None,
+) -> tuple[Tensor, Tensor]:
+    """See `token_logprobs`."""
+    check_lengths(model, attention_mask)
+    mask, pattern = attention_mask.bool(), AttentionPattern.of(model)
+    hidden = int(model.config.get_text_config(decoder=True).hidden_size)
+    shared = None if _draws(model) else packed(tokens, mask, response_length, pattern, model.dtype, hidden)
+    layout = shared or plain(tokens, mask, response_length, rows, pattern, model.dtype)
+    targets = tokens[layout.rollout, tokens.shape[1] - response_length + layout.index]
+    order = layout.source.argsort(stable=True)  # the logits one after the other, each with the tokens it predicts
+    source, targets = layout.source[order], targets[order]
+    found = None
+    with noise_context(model, None if shared else key, layout.rows):
+        head = _lean_head(model, layout, chunk)
+        if head is not None:
+            hidden = _decoder(model)(**_inputs(layout)).last_hidden_state[:, -layout.kept :].flatten(0, 1)
+            found = _in_parts(head, hidden, source, targets, float(temperature), chunk)
+        else:
+            logits = model(**_inputs(layout), logits_to_keep=layout.kept).logits[:, -layout.kept :].flatten(0, 1)
+    if found is None:
+        size = chunk or _tokens_at_once(logits.shape[1])
+        found = _LogProbs.apply(logits, source, targets, float(temperature), size)  # type: ignore[no-untyped-call]
+    place = layout.rollout[order], layout.index[order]
+    empty = torch.zeros(len(tokens), response_length, dtype=torch.float32, device=tokens.device)
+    return empty.index_put(place, found[0]), empty.index_put(place, found[1])
+
+
+def _inputs(layout: Layout) -> dict[str, Any]:
+    return {
+        "input_ids": layout.tokens,
+        "attention_mask": layout.masks,
+        "position_ids": layout.position,
+        "use_cache": False,
+    }
+
+
+def _tokens_at_once(vocabulary: int) -> int:
+    return max(1, LOGIT_BYTES // (4 * vocabulary))
+
+
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether anything in a training pass draws by row id: then every rollout passes over its prompt itself."""
+    found = installed(model)
+    noisy = found is not None and found.is_on and (found.hardware.matmul_noise.relative_std or found.hardware.faults)
+    return bool(noisy) or is_dropping(model)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The model without its output layer."""
+    found: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return found
+
+
+def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.Module | None:
+    """The output layer if it is to be computed some tokens at a time: many logits, and nothing else done to them."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(head) not in (nn.Linear, HardwareLinear):
+        return None
+    if len(layout.tokens) * layout.kept <= (chunk or _tokens_at_once(head.out_features)):
+        return None
+    if type(head) is HardwareLinear and (head.hardware_state.forward_std or head.hardware_state.backward_std):
+        return None
+    # On single tokens, under one draw: `model` and the output layer over its decoder must give the same bits. Several,
+    # because the logits of one may be zeros (the embedding of padding), which a cap leaves as they are.
+    single = torch.unique(layout.tokens)[-PROBED:, None]
+    with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(single)):
+        token = {"input_ids": single, "use_cache": False}
+        whole, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
+    return head if torch.equal(whole, lean) else None
+
+
+def _in_parts(
+    head: nn.Module, hidden: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [K] of `targets` from hidden states [M, H]; logits live for `chunk` at a time."""
+
+    def part(some: Tensor, at: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return _LogProbs.apply(head(some), at, wanted, temperature, len(some))  # type: ignore
+
+    size = chunk or _tokens_at_once(head.out_features)  # type: ignore[arg-type]
+    parts = []
+    for start, some, (first, last) in _chunks(hidden, source, size):
+        if first < last:  # padding has no targets
+            one = some, source[first:last] - start, targets[first:last]
+            parts.append(checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False))
+    if not parts:
+        return hidden.new_zeros(0), hidden.new_zeros(0)
+    logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return logprobs, entropy
+
+
+def _chunks(values: Tensor, source: Tensor, size: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+    """Parts of `values` [M, ...]: where each begins, the part, and the range of the ascending `source` it serves."""
+    starts = torch.arange(0, len(values), size)
+    bounds = torch.searchsorted(source, torch.cat([starts, torch.tensor([len(values)])]).to(source.device)).tolist()
+    for number, some in enumerate(torch.split(values, size)):
+        yield number * size, some, (bounds[number], bounds[number + 1])
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-softmax at the targets, and entropy, chunk by chunk: keeps the logits and two numbers a token.
+
+    With z = logits[source] / temperature, p = softmax(z): logprob = z_target - logsumexp(z), entropy
+    H = logsumexp(z) - sum p*z; d logprob / d z = onehot(target) - p, and d H / d z = -p * (log p + H). Several targets
+    may share their logits (the first tokens of the rollouts of one prompt); `source` [K] ascends.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        logprobs = torch.empty(len(source), dtype=torch.float32, device=logits.device)
+        entropy = torch.empty_like(logprobs)
+        for start, some, (first, last) in _chunks(logits, source, chunk):
+            at = source[first:last] - start
+            log_softmax = torch.log_softmax(some.float() / temperature, dim=-1)  # [chunk, V]
+            logprobs[first:last] = log_softmax[at, targets[first:last]]
+            # 0*log(0) is 0: a token of probability zero has log-probability -inf or a huge negative number
+            surprise = log_softmax.exp().mul_(log_softmax.clamp_(min=torch.finfo(torch.float32).min))
+            entropy[first:last] = -surprise.sum(dim=-1)[at]
+        ctx.save_for_backward(logits, source, targets)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Tensor | None, of_entropy: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        logits, source, targets = ctx.saved_tensors
+        if gradient is None and of_entropy is None:
+            return None, None, None, None, None
+        if gradient is None:
+            gradient = torch.zeros(len(source), dtype=torch.float32, device=logits.device)
+        else:
+            gradient = gradient / ctx.temperature
+        result = torch.empty_like(logits)
+        for start, some, (first, last) in _chunks(logits, source, ctx.chunk):
+            at, g = source[first:last] - start, gradient[first:last]
+            total = g.new_zeros(len(some)).index_add_(0, at, g)
+            log_softmax = torch.log_softmax(some.float() / ctx.temperature, dim=-1)
+            softmax = log_softmax.exp()
+            found = softmax * -total[:, None]
+            found.view(-1).scatter_add_(0, at * some.shape[1] + targets[first:last], g)
+            if of_entropy is not None:
+                share = total.zero_().index_add_(0, at, of_entropy[first:last] / ctx.temperature)
+                # 0*log(0) is 0, as in the forward pass
+                log_softmax.clamp_(min=torch.finfo(torch.float32).min)
+                entropy = -(softmax * log_softmax).sum(dim=-1, keepdim=True)
+                found -= share[:, None] * softmax * (log_softmax + entropy)
+            result[start : start + len(some)] = found
+        return result, None, None, None, None
+
+
+def _check(
+    tokens: Tensor, mask: Tensor, response_length: int, temperature: float, rows: Tensor | None, key: Key | None
+) -> None:
+    if tokens.ndim != 2 or mask.shape != tokens.shape or (rows is not None and rows.shape != tokens.shape):
+        shapes = [None if t is None else list(t.shape) for t in (tokens, mask, rows)]
+        raise ValueError(f"tokens, attention_mask and rows must be of one shape [N, P+T], but are {shapes}")
+    if not 1 <= response_length < tokens.shape[1]:
+        raise ValueError(
+            f"response_length must be in [1, {tokens.shape[1] - 1}], to leave a prompt column, but is {response_length}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0 (greedy responses: score them at 1), but is {temperature}")
+    if not is_temperature(temperature):
+        raise ValueError(f"temperature must be {TEMPERATURE_RULE}, but is {temperature}")
+    if key is not None and rows is None:
+        raise ValueError("rows must be given with key: noise is drawn by (key, row id)")

@@ -1,0 +1,303 @@
+"""Time and memory of a run from its tokens, parameters and formats, before anything is run.
+
+A pass through the model costs the larger of two times on an accelerator, and their sum on a CPU:
+
+    issue  = calls * (layers * operations + FIXED_OPERATIONS) * time to issue one operation
+    device = products / rate + (weights read + elementwise traffic + cache read) / bandwidth
+
+Operations and elementwise traffic of a decoder layer were counted (`python -m benchmarks operations`), for the plain
+model and for what each kind of hardware adds, on the plain torch path and with the compiled kernels. Everything else
+that is not a setting is an entry of `Assumptions`, printed with the estimate.
+
+What is left out: compiling, loading, saving checkpoints, reading data, and waiting for the slowest device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from roundoff.config import ConfigError, Experiment, Hardware, Profile
+from roundoff.planning.machine import Machine
+from roundoff.planning.shape import ModelShape
+from roundoff.planning.work import ADDED, FIXED_OPERATIONS, FUSED, NOTHING, PLAIN, Passes, Work
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+VOCABULARY_PASSES = 14
+"""Reads and writes of one float32 row of the vocabulary to draw a token, or for a log-probability and its gradient."""
+OPTIMIZER_PASSES = 12
+"""Reads and writes of a float32 parameter in gradient clipping and AdamW."""
+SAVED_HIDDEN, SAVED_INTERMEDIATE = 9.4, 3.75
+"""Elements kept for the backward pass a token and layer, in units of the hidden and the intermediate size (counted)."""
+MAX_ROWS = 512
+"""Rollouts decoded together (`sampler.MAX_ROWS`)."""
+LOGIT_BYTES = 3 << 26
+"""Logits, their softmax and their gradient held at once (`logprobs.LOGIT_BYTES` each)."""
+PACKING_LOSS = 1.15
+"""Columns of packed rows over the tokens in them (`packing.py`)."""
+MOST_FUSED_COLUMNS = 64
+"""Longest prompts of the fused decoder (`fused_decoder.MOST_COLUMNS`)."""
+REPEATS_BELOW = 6.0
+"""Responses shorter than this (tokens) are often equal within a group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assumptions:
+    """What the settings do not say."""
+
+    prompt_tokens: float
+    """Mean length of a prompt (tokens)."""
+    response_tokens: float
+    """Mean length of a response (tokens)."""
+    spread: float = 0.5
+    """The longest of n responses is 1 + spread*ln(n) times the mean one, at most the limit."""
+    equal_groups: float = 0.5
+    """Share of groups of equal reward, which dynamic sampling drops (fraction)."""
+    source: str = "a quarter of the limits"
+
+    @property
+    def distinct(self) -> float:
+        """Share of a group's responses that differ, and are computed where nothing draws noise (fraction)."""
+        return min(1.0, self.response_tokens / REPEATS_BELOW)
+
+    def longest(self, rows: float, limit: int) -> float:
+        """Expected length of the longest of `rows` responses (tokens)."""
+        return min(float(limit), self.response_tokens * (1 + self.spread * math.log(max(rows, 1.0))))
+
+    def lines(self) -> list[str]:
+        """One line an assumption, for the user to judge."""
+        return [
+            f"a prompt has {self.prompt_tokens:.0f} and a response {self.response_tokens:.0f} tokens on average "
+            f"({self.source})",
+            f"the longest of n responses is 1 + {self.spread:g} ln n times the mean, at most the limit",
+            f"{100 * self.equal_groups:g} % of groups have equal rewards (dynamic sampling drops them)",
+            f"{100 * self.distinct:.0f} % of a group's responses differ (without noise, equal ones are computed once)",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Time and memory of one run on some devices."""
+
+    experiment: str
+    steps: int
+    parts: Mapping[str, float]
+    """Seconds of one step by what is done."""
+    evaluations: int
+    evaluation: float
+    """Seconds of one evaluation."""
+    memory: Mapping[str, float]
+    """Bytes on one device by what holds them; `sampling` and `training` do not occur together."""
+
+    @property
+    def step(self) -> float:
+        """Seconds of one step, without evaluation."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return self.steps * self.step + self.evaluations * self.evaluation
+
+    @property
+    def peak(self) -> float:
+        """Bytes on one device at the worst moment."""
+        moments = ("sampling", "training")
+        return sum(v for k, v in self.memory.items() if k not in moments) + max(self.memory[k] for k in moments)
+
+
+def default_assumptions(profile: Profile) -> Assumptions:
+    """Lengths where nothing was measured: a quarter of the limits."""
+    training = profile.training
+    return Assumptions(training.max_prompt_tokens / 4, training.max_new_tokens / 4)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one profile's model on one machine."""
+
+    profile: Profile
+    shape: ModelShape
+    machine: Machine
+    ranks: int
+    """Devices that share one run."""
+    problems: tuple[int, int]
+    """Training and test problems."""
+    assumptions: Assumptions
+
+    def estimate(self, experiment: Experiment, *, steps: int) -> Estimate:
+        """What one run of the experiment takes; `steps` is its number of steps.
+
+        Raises:
+            ConfigError: if there are more devices than prompts to share.
+        """
+        from roundoff.config import training_in_force
+
+        algorithm = experiment.algorithm
+        training = training_in_force(algorithm, self.profile.training)
+        if training != self.profile.training:  # `ratio = "one"` takes shorter steps
+            return replace(self, profile=self.profile.model_copy(update={"training": training})).estimate(
+                experiment, steps=steps
+            )
+        if training.prompts_per_step < self.ranks:
+            raise ConfigError(f"{self.ranks} devices cannot share {training.prompts_per_step} prompts a step")
+        draws = 1.0
+        if algorithm.dynamic_sampling:
+            kept = 1 - self.assumptions.equal_groups
+            draws = min(max(1.0, 1 / (kept * algorithm.oversampling)), algorithm.max_sampling_batches)
+        prompts = training.prompts_per_step * algorithm.oversampling * draws / self.ranks
+        hardware = experiment.hardware
+        parts = {"sampling": self._sampling(hardware, prompts, algorithm.group_size, rounds=draws)}
+        parts |= self._updates(experiment)
+        evaluations = 1 + -(-steps // training.evaluate_every)
+        tests = self.problems[1] / self.ranks
+        each = [hardware] * (training.noise_draws if hardware.is_noisy else 1)
+        each += [] if hardware.changes_nothing else [Hardware()]
+        evaluation = sum(self._sampling(h, tests, 1, rounds=1) for h in each)
+        return Estimate(experiment.id, steps, parts, evaluations, evaluation, self._memory(experiment))
+
+    def _work(self, hardware: Hardware) -> Passes:
+        found = PLAIN
+        for kind, on in (
+            ("activation", hardware.precision.activation is not None),
+            ("noise", hardware.matmul_noise.relative_std > 0),
+        ):
+            added = ADDED[kind, self.machine.compiled] if on else NOTHING
+            found = Passes(found.forward.plus(added.forward), found.training.plus(added.training))
+        return found
+
+    def _decoding(self, hardware: Hardware) -> Work:
+        """Work of a layer in sampling."""
+        work = self._work(hardware).forward
+        small = self.profile.training.max_prompt_tokens <= MOST_FUSED_COLUMNS and self.profile.dtype == "float32"
+        if not (small and self.machine.compiled):
+            return work
+        plain = PLAIN.forward
+        return Work(
+            work.operations - plain.operations + FUSED.operations,
+            work.hidden - plain.hidden + FUSED.hidden,
+            work.intermediate - plain.intermediate + FUSED.intermediate,
+            work.score,
+        )
+
+    def _seconds(
+        self, work: Work, *, calls: float, tokens: float, products: float, width: float, read: float = 0.0
+    ) -> float:
+        """Seconds of `calls` passes over `tokens` in all, of sequences `width` long; `read` are further bytes."""
+        shape, machine = self.shape, self.machine
+        size = DTYPE_BYTES[self.profile.dtype]
+        issue = calls * (shape.layers * work.operations + FIXED_OPERATIONS) * machine.operation
+        scores = work.score * shape.heads * width
+        elements = work.hidden * shape.hidden + work.intermediate * shape.intermediate + scores
+        traffic = tokens * shape.layers * elements * size + calls * shape.linear * size + read
+        attention = 4 * tokens * shape.layers * shape.heads * shape.head_size * width
+        device = (products + attention) / machine.rate(self.profile.dtype) + traffic / machine.bandwidth
+        return max(issue, device) if machine.is_asynchronous else issue + device
+
+    def _sampling(self, hardware: Hardware, prompts: float, group: int, *, rounds: float) -> float:
+        """Seconds to sample `group` responses to each prompt, in `rounds` calls of the sampler."""
+        shape, given, limit = self.shape, self.assumptions, self.profile.training.max_new_tokens
+        size, work = DTYPE_BYTES[self.profile.dtype], self._decoding(hardware)
+        rollouts = prompts * group
+        batches = rounds * math.ceil(rollouts / rounds / MAX_ROWS)
+        rows = rollouts / batches
+        tokens = rollouts * given.response_tokens * (1.0 if hardware.is_noisy else given.distinct)
+        context = given.prompt_tokens + given.response_tokens / 2
+        cache = tokens * context * 2 * shape.layers * shape.kv_width * size
+        vocabulary = tokens * shape.vocabulary * 4 * VOCABULARY_PASSES
+        decoding = self._seconds(
+            work,
+            calls=batches * given.longest(rows, limit),
+            tokens=tokens,
+            products=2 * tokens * (shape.linear + shape.embedding),
+            width=context,
+            read=cache + vocabulary,
+        )
+        read = (rollouts if hardware.is_noisy else prompts) * given.prompt_tokens
+        prefill = self._seconds(
+            work, calls=batches, tokens=read, products=2 * read * shape.linear, width=given.prompt_tokens
+        )
+        return decoding + prefill
+
+    def _updates(self, experiment: Experiment) -> dict[str, float]:
+        """Seconds of the passes over one batch of rollouts, and of the optimizer."""
+        shape, training, algorithm = self.shape, self.profile.training, experiment.algorithm
+        work = self._work(experiment.hardware)
+        rollouts = training.prompts_per_step * algorithm.group_size / self.ranks
+        micro, width = self._micro_batch(experiment)
+        calls = math.ceil(rollouts / micro)
+        tokens, answered = self._laid_out(experiment, rollouts, width)
+        vocabulary = answered * shape.vocabulary * 4 * VOCABULARY_PASSES / 2
+        products = 2 * (tokens * shape.linear + answered * shape.embedding)
+
+        def forward() -> float:
+            return self._seconds(
+                work.forward, calls=calls, tokens=tokens, products=products, width=width, read=vocabulary
+            )
+
+        # a frozen base needs no gradient of its weights; a checkpointed layer is computed again
+        times = (2 if experiment.lora else 3) + training.gradient_checkpointing
+        update = self._seconds(
+            work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
+        )
+        passes = algorithm.optimizer_epochs
+        replayed = 1 - 1 / training.minibatches if passes == 1 else 1.0
+        old = {"one": 0.0, "replayed": replayed}.get(algorithm.ratio, 1.0)
+        moved = passes * training.minibatches * self._trained(experiment) * 4  # bytes, over all optimizer steps
+        parts = {
+            "update": update * passes,
+            "old log-probabilities": forward() * old,
+            "reference": forward() if algorithm.kl_coefficient else 0.0,
+            "optimizer": moved * OPTIMIZER_PASSES / self.machine.bandwidth,
+        }
+        if self.ranks > 1 and self.machine.interconnect:
+            parts["all-reduce"] = moved / self.machine.interconnect
+        return parts
+
+    def _laid_out(self, experiment: Experiment, rollouts: float, width: float) -> tuple[float, float]:
+        """Columns of all rows of a training pass, and those that predict a token."""
+        given = self.assumptions
+        plain, answered = rollouts * width, rollouts * given.response_tokens
+        if experiment.hardware.is_noisy:
+            return plain, answered
+        prompts = rollouts / experiment.algorithm.group_size
+        packed = PACKING_LOSS * (prompts * given.prompt_tokens + answered * given.distinct)
+        return min(plain, packed), answered * given.distinct
+
+    def _micro_batch(self, experiment: Experiment) -> tuple[float, float]:
+        """Rollouts of one pass on one device, and their padded length (tokens)."""
+        training = self.profile.training
+        rows = training.prompts_per_step * experiment.algorithm.group_size / self.ranks / training.minibatches
+        micro = min(training.micro_batch or rows, rows)
+        return micro, self.assumptions.prompt_tokens + self.assumptions.longest(micro, training.max_new_tokens)
+
+    def _trained(self, experiment: Experiment) -> int:
+        return self.shape.adapters(experiment.lora.rank) if experiment.lora else self.shape.parameters
+
+    def _memory(self, experiment: Experiment) -> dict[str, float]:
+        shape, training = self.shape, self.profile.training
+        size = DTYPE_BYTES[self.profile.dtype]
+        trained = self._trained(experiment)
+        micro, width = self._micro_batch(experiment)
+        columns, _ = self._laid_out(experiment, micro, width)
+        layer = SAVED_HIDDEN * shape.hidden + SAVED_INTERMEDIATE * shape.intermediate
+        saved = shape.layers * shape.hidden + layer if training.gradient_checkpointing else shape.layers * layer
+        rollouts = training.prompts_per_step * experiment.algorithm.oversampling * experiment.algorithm.group_size
+        rows = min(MAX_ROWS, max(rollouts, self.problems[1]) / self.ranks)  # an evaluation samples as well
+        length = training.max_prompt_tokens + training.max_new_tokens
+        masters = 4 if size < 4 and experiment.lora is None else 0
+        needs_copy = experiment.algorithm.kl_coefficient > 0 and experiment.lora is None
+        return {
+            "weights": shape.parameters * size + (trained * 4 if experiment.lora else 0),
+            "gradients and optimizer": (3 * 4 + masters) * trained,
+            "quantized weights": shape.linear * size if experiment.hardware.precision.weight else 0.0,
+            "reference": shape.parameters * size if needs_copy else 0.0,
+            "sampling": rows * length * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
+            "training": columns * saved * size + LOGIT_BYTES,
+        }
+
+
+def shared(model: CostModel, ranks: int) -> CostModel:
+    """The same costs with each run on `ranks` devices."""
+    return replace(model, ranks=ranks)

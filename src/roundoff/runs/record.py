@@ -1,0 +1,259 @@
+"""What a run left behind, as values: its settings, status, metrics, evaluations and scan; only read, never written.
+
+`run_dir` writes these files and describes each.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
+
+from roundoff.config import ConfigError, Experiment, Profile, validate
+from roundoff.runs.health import Health, health_of
+from roundoff.runs.outcomes import DamagedRunError, Evaluation, evaluation_file, read_evaluation
+
+State = Literal["running", "complete", "failed", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where a run stands."""
+
+    state: State
+    step: int
+    """Last step whose results are on disk (0: before training)."""
+    total_steps: int
+    reason: str = ""
+    seconds: float = 0.0
+    """Time at work so far (s), all sessions together."""
+    updated: str = ""
+    """UTC time of the last change."""
+    warnings: tuple[str, ...] = ()
+    """What went wrong and was survived, such as a damaged checkpoint."""
+    trained_steps: int | None = None
+    """Steps that trained anything; None before the end, and where the metrics do not say."""
+    untrained: str = ""
+    """Why a run that reached its end is none that trained; empty where it is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the report sees it; evaluations are read when asked for."""
+
+    path: Path
+    experiment: Experiment
+    profile: Profile
+    seed: int
+    status: Status
+    provenance: dict[str, Any]
+    metrics: tuple[dict[str, Any], ...]
+
+    @property
+    def evaluated_steps(self) -> tuple[int, ...]:
+        """Steps after which the test set was scored, ascending."""
+        return tuple(step_of(file) for file in evaluation_files(self.path))
+
+    def evaluation(self, step: int) -> Evaluation:
+        """Outcomes after `step`.
+
+        Raises:
+            DamagedRunError: if the file is missing or malformed, does not hold every problem that was scored once, or
+                holds other problems than the run's first evaluation.
+        """
+        row = next((row for row in self.metrics if row["step"] == step), {})
+        found = read_evaluation(self.path, step, row.get("problems"))
+        first = next(iter(self.evaluated_steps), step)
+        if first != step and _asked(read_evaluation(self.path, first)) != _asked(found):
+            raise DamagedRunError(f"{evaluation_file(self.path, step)} holds other problems than that of step {first}")
+        return found
+
+    @property
+    def health(self) -> Health:
+        """What became of the run's rollouts and steps."""
+        return health_of(self.metrics, self.experiment.algorithm.group_size)
+
+    @property
+    def scan(self) -> dict[str, Any] | None:
+        """The SRDD scan that the run rests on, as plain data; None where it has none.
+
+        Raises:
+            DamagedRunError: if the file is malformed.
+        """
+        return read_scan(self.path)
+
+    @property
+    def preflight(self) -> dict[str, Any] | None:
+        """What AQN's largest sigma did to the model before training (`roundoff.aqn.preflight`); None without AQN.
+
+        Raises:
+            DamagedRunError: if the file is malformed.
+        """
+        return _measured(self.path / "preflight.json")
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the last step was reached and evaluated."""
+        return self.status.state == "complete" and self.status.total_steps in self.evaluated_steps
+
+
+def read_run(path: Path) -> Run:
+    """The run in `path`; a `running` status without a living holder is read as `interrupted`.
+
+    Raises:
+        DamagedRunError: if a file that every run has is missing or malformed.
+    """
+    try:
+        settings = _parsed(path / "experiment.toml", tomllib.loads)
+        provenance = _parsed(path / "provenance.json", _object)
+        experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
+        profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
+        status = read_status(path)
+        metrics = tuple(read_metrics(path))
+        seed = int(settings["seed"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise DamagedRunError(f"{path}/experiment.toml cannot be used: {error}") from error
+    if status.state == "running" and not _is_held(path):
+        status = replace(status, state="interrupted", reason="the process ended without a word")
+    return Run(path, experiment, profile, seed, status, provenance, metrics)
+
+
+def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """Every run below `roots`, each once, and a line for each directory that looks like a run but cannot be read."""
+    runs: list[Run] = []
+    skipped: list[str] = []
+    seen: set[Path] = set()
+    for root in roots:
+        for path in sorted({*root.glob("**/seed-*"), *([root] if root.name.startswith("seed-") else [])}):
+            if not path.is_dir() or {file.name for file in path.iterdir()} <= {".lock"}:
+                continue  # a file of such a name, or a run that was refused before it began
+            if path.resolve() in seen:  # roots may lie within each other
+                continue
+            seen.add(path.resolve())
+            try:
+                runs.append(read_run(path))
+            except DamagedRunError as error:
+                skipped.append(str(error))
+    return runs, skipped
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Raises:
+        DamagedRunError: if a line is no row of a step and its numbers.
+    """
+    file = path / "metrics.jsonl"
+    lines = _parsed(file, lambda text: text.splitlines(keepends=True)) if file.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DamagedRunError(f"{file}: line {number} is not JSON: {error}") from error
+        if not (isinstance(row, dict) and isinstance(row.get("step"), int)):
+            raise DamagedRunError(f"{file}: line {number} is not the row of a step")
+        for name, value in row.items():
+            if name != "time" and not isinstance(value, int | float | list | None):
+                raise DamagedRunError(f"{file}: line {number}: {name} must be a number, but is {value!r}")
+        rows.append(row)
+    return rows
+
+
+def read_scan(path: Path) -> dict[str, Any] | None:
+    """The SRDD scan that the run in `path` rests on, as plain data; None where it has none.
+
+    Raises:
+        DamagedRunError: if it is malformed.
+    """
+    return _measured(path / "scan.json")
+
+
+def _measured(file: Path) -> dict[str, Any] | None:
+    """The object in a file that not every run has."""
+    if not file.exists():
+        return None
+    content: dict[str, Any] = _parsed(file, _object)
+    return content
+
+
+def read_status(path: Path) -> Status:
+    """The status as written, whether or not the process that wrote it still lives.
+
+    Raises:
+        DamagedRunError: if there is none, or it is malformed.
+    """
+    file = path / "status.json"
+    content = _parsed(file, _object)
+    try:
+        status = Status(**{**content, "warnings": tuple(content.get("warnings", ()))})
+    except TypeError as error:
+        raise DamagedRunError(f"{file} is not a status: {error}") from error
+    texts = status.reason, status.updated, status.untrained, *status.warnings
+    whole = all(isinstance(value, int) for value in (status.step, status.total_steps, status.trained_steps or 0))
+    if not whole or not isinstance(status.seconds, int | float) or not all(isinstance(text, str) for text in texts):
+        raise DamagedRunError(f"{file} is not a status: a value in it is of another type")
+    if status.state not in get_args(State):
+        known = ", ".join(get_args(State))
+        raise DamagedRunError(f"{file} is not a status: state must be one of {known}, but is {status.state!r}")
+    return status
+
+
+def _object(text: str) -> dict[str, Any]:
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedRunError(f"{path} cannot be read: {error}") from error
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        with FileLock(path / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return _is_held_by_another_user(path / ".lock")
+
+
+def _is_held_by_another_user(lock: Path) -> bool:
+    """Whether a lock that may only be read is held: asked for a share of it, which its holder excludes."""
+    try:
+        import fcntl
+
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no such locks here, or no lock at all (a copy without it)
+        return False
+    return False
+
+
+def _asked(evaluation: Evaluation) -> set[tuple[str, str, str]]:
+    """The problems of an evaluation, as they were asked."""
+    return {(outcome.id, outcome.prompt, outcome.answer) for outcome in evaluation.outcomes}
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of an evaluation file."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def evaluation_files(path: Path) -> Sequence[Path]:
+    """Evaluation files of the run in `path`, by step."""
+    return sorted(file for file in (path / "evaluations").glob("step-*.jsonl") if file.stem[5:].isdecimal())

@@ -1,0 +1,272 @@
+"""A forward pass for sampling that calls the model's own Linears and fuses everything between them.
+
+On small models most of a decode step is spent between the matrix products: a layer of the Llama kind makes about sixty
+small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
+attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
+with the hardware, adapters or faults on them, and noisy attention goes through its own function, so that what the chip
+does to the arithmetic is the same code in every pass.
+
+It is used where it is known to compute what the model computes, and nowhere else: on a CPU in float32, for the model
+classes of `FAMILIES` with the activation, norm and rotary embedding that those have by default, without forward hooks.
+Before its first use on a model both passes are compared on a few tokens; they must agree to float32 rounding. If they
+do not, a warning says so and the model's own pass is used. Where no compiler is found, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from roundoff.hardware import attention, hardware_off, installed
+from roundoff.models.masks import AttentionPattern, positions
+from roundoff.numerics.backend import Kernels, kernels_for
+from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
+
+FAMILIES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+HEAD_SIZES = (16, 32, 64, 128)
+MOST_COLUMNS = 64
+"""Longest prompts that are read this way: attention here is one query at a time, good for short ones."""
+ROUNDING = 1e-4
+"""Largest difference of logits between both passes, relative to the largest logit: about 50 layers of float32."""
+MARK = "fused_decoder_agrees"
+"""Attribute of a model on which both passes were compared: whether they agree."""
+
+
+@dataclass(eq=False, slots=True)
+class FusedDecoder:
+    """The fused pass of one model; `table` holds cosines and sines of the positions of one call."""
+
+    model: PreTrainedModel
+    kernels: Kernels
+    layers: tuple[_Layer, ...]
+    noisy_attention: bool
+    """Whether attention goes through the hardware's function."""
+    cosine: Tensor
+    """[positions, D]."""
+    sine: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, columns: int) -> FusedDecoder | None:
+        """The fused pass for sequences of at most so many columns; None where the model's own is to be used."""
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        kernels = kernels_for(next(base.parameters()))
+        if kernels is None or not _is_known(base):
+            return None
+        found = cls._on(base, kernels, columns)
+        agrees = base.__dict__.get(MARK)
+        if agrees is None:
+            agrees = base.__dict__[MARK] = found._agrees()
+        return found if agrees else None
+
+    @classmethod
+    def _on(cls, base: PreTrainedModel, kernels: Kernels, columns: int) -> FusedDecoder:
+        decoder: Any = base.model
+        cosine, sine = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(columns)[None])
+        noisy = base.config._attn_implementation == attention.NAME
+        windows = AttentionPattern.of(base).windows(base.config)
+        layers = tuple(_Layer.of(layer, window) for layer, window in zip(decoder.layers, windows, strict=True))
+        return cls(base, kernels, layers, noisy, cosine[0].contiguous(), sine[0].contiguous())
+
+    def reads(self, columns: int) -> bool:
+        """Whether prompts of so many columns are read this way (otherwise by the model's own pass)."""
+        return columns <= MOST_COLUMNS and not self.noisy_attention
+
+    def logits(self, tokens: Tensor, left: Tensor, cache: KVCache | SharedCache, mask: Any) -> Tensor:
+        """Logits [B, V] after the last of the new columns `tokens` [B, Q], which go into the cache.
+
+        `left` [B] counts columns of left padding; `mask` is what the hardware's attention is given.
+        """
+        decoder = self.model.model
+        B, Q = tokens.shape
+        hidden = F.embedding(tokens.reshape(-1), decoder.embed_tokens.weight)
+        delta: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            x = self._norm(hidden, delta, layer.norm_before)
+            q, k, v = _linear(layer.q, x), _linear(layer.k, x), _linear(layer.v, x)
+            size = layer.attention.head_dim
+            place = _Place.of(cache, index, B, k.shape[1] // size, size, k)
+            mixed = self._attend(layer, place, (q, k, v), left, (B, Q), mask)
+            x = self._norm(hidden, _linear(layer.o, mixed), layer.norm_after)
+            gate, up = _linear(layer.gate, x), _linear(layer.up, x)
+            self.kernels.gate(gate.data_ptr(), up.data_ptr(), gate.numel(), _threads(gate))
+            delta = _linear(layer.down, gate)
+        x = self._norm(hidden, delta, decoder.norm)
+        return _linear(self.model.lm_head, x.view(B, Q, -1)[:, -1] if Q > 1 else x)
+
+    def _norm(self, hidden: Tensor, delta: Tensor | None, norm: Any) -> Tensor:
+        """hidden += delta, in place; the norm of the sum."""
+        out = torch.empty_like(hidden)
+        self.kernels.norm(
+            hidden.data_ptr(),
+            None if delta is None else delta.data_ptr(),
+            norm.weight.data_ptr(),
+            norm.variance_epsilon,
+            out.data_ptr(),
+            *hidden.shape,
+            _threads(hidden),
+        )
+        return out
+
+    def _attend(
+        self,
+        layer: _Layer,
+        place: _Place,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        left: Tensor,
+        shape: tuple[int, int],
+        mask: Any,
+    ) -> Tensor:
+        """Mixed values [B*Q, H*D] of new columns; their keys and values are in the cache afterwards."""
+        B, Q = shape
+        module = layer.attention
+        q, D, own = qkv[0], module.head_dim, place.own
+        out = None if self.noisy_attention else torch.empty_like(q)
+        start, prompt = place.start, place.prompt
+        kv_heads, capacity = own.keys.shape[1], own.keys.shape[2]
+        tensors = *qkv, out, *((None, None) if prompt is None else (prompt.keys, prompt.values)), own.keys, own.values
+        width = 0 if prompt is None else prompt.keys.shape[2]
+        self.kernels.attend(
+            _pointers(*tensors, self.cosine, self.sine),
+            _pointers(place.prompt_row, place.own_row, left),
+            (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, layer.window, width, capacity, D),
+            module.scaling,
+            torch.get_num_threads(),
+        )
+        own.length += Q
+        if out is not None:
+            return out
+        keys, values = (x.narrow(2, 0, own.length) for x in (own.keys, own.values))
+        if isinstance(mask, dict):
+            mask = mask[module.layer_type]
+        queries = q.view(B, Q, -1, D).transpose(1, 2)
+        mixed, _ = attention.attention_forward(module, queries, keys, values, mask, scaling=module.scaling)
+        return mixed.view(B * Q, -1)
+
+    @torch.no_grad()
+    def _agrees(self) -> bool:
+        """Whether this and the model's own pass agree on a padded batch, a prompt and one step, hardware off."""
+        if installed(self.model) is not None:
+            with hardware_off(self.model):
+                return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
+        return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
+
+    def _agrees_as_it_is(self) -> bool:
+        vocabulary, layers = self.model.config.vocab_size, self.model.config.num_hidden_layers
+        tokens = torch.arange(3, 3 + 2 * 6).view(2, 6) * 7919 % vocabulary
+        left, pattern = torch.tensor([0, 2]), AttentionPattern.of(self.model)
+        own, fused = KVCache(layers, 6), KVCache(layers, 6)
+        for start, end in ((0, 5), (5, 6)):
+            masks = pattern.masks(torch.arange(start, end), left, end, self.model.dtype)
+            expected = self.model(
+                input_ids=tokens[:, start:end],
+                attention_mask=masks,
+                position_ids=positions(left, end)[:, start:],
+                past_key_values=own,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            found = self.logits(tokens[:, start:end].contiguous(), left, fused, masks)
+            tolerance = ROUNDING * float(expected.abs().nan_to_num(0.0, 0.0).max())
+            if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
+                logging.getLogger("roundoff").warning(
+                    "roundoff: the fused pass does not compute what %s computes; using the model's own, slower one",
+                    type(self.model).__name__,
+                )
+                return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The modules of a decoder layer, found once."""
+
+    norm_before: nn.Module
+    attention: Any
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    norm_after: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+    window: int
+    """Columns that its attention sees, the query's own included (0: all)."""
+
+    @classmethod
+    def of(cls, layer: Any, window: int) -> _Layer:
+        attended, mlp = layer.self_attn, layer.mlp
+        projections = attended.q_proj, attended.k_proj, attended.v_proj, attended.o_proj
+        gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        return cls(layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window)
+
+
+@dataclass(eq=False, slots=True)
+class _Place:
+    """Where one layer finds keys and values, and puts new ones."""
+
+    own: KVCacheLayer
+    start: int
+    """Columns already there, prompt included."""
+    prompt: KVCacheLayer | None = None
+    prompt_row: Tensor | None = None
+    own_row: Tensor | None = None
+
+    @classmethod
+    def of(cls, cache: KVCache | SharedCache, layer: int, rows: int, heads: int, size: int, like: Tensor) -> _Place:
+        own = cache.own.stack[layer] if isinstance(cache, SharedCache) else cache.stack[layer]
+        if not own.is_initialized:
+            most = cache.capacity if isinstance(cache, SharedCache) else rows
+            own.lazy_initialization(like.new_empty(most, heads, 0, size))
+        if not isinstance(cache, SharedCache):
+            return cls(own, own.length)
+        prompt = cache.prompts.stack[layer]
+        return cls(own, own.length + prompt.length, prompt, cache.prompt_row, cache.own_row)
+
+
+def _pointers(*tensors: Tensor | None) -> Any:
+    """Addresses as a C array; null for None."""
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def _linear(module: nn.Module, x: Tensor) -> Tensor:
+    """The product of a Linear as it is (with hardware or adapters), without the detours of a plain one."""
+    if type(module) is nn.Linear:
+        return F.linear(x, module.weight, module.bias)
+    found: Tensor = module(x)
+    return found.contiguous()
+
+
+def _threads(x: Tensor) -> int:
+    return torch.get_num_threads() if x.numel() > 1 << 18 else 1
+
+
+def _is_known(base: PreTrainedModel) -> bool:
+    """Whether the model is one of `FAMILIES` as transformers builds it, in float32, and nothing looks into it."""
+    name, config = type(base).__name__, base.config
+    if name not in FAMILIES or not type(base).__module__.startswith("transformers.models."):
+        return False
+    rotary: Callable[..., Any] = base.model.rotary_emb
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    head = base.model.layers[0].self_attn.head_dim
+    return (
+        config.hidden_act == "silu"
+        and kind in ("default", "linear", "llama3")
+        and head in HEAD_SIZES
+        and 2 * rotary.inv_freq.numel() == head  # type: ignore[attr-defined]
+        and config._attn_implementation in ("sdpa", "eager", attention.NAME)
+        and all(p.dtype == torch.float32 and p.is_contiguous() for p in base.parameters())
+        and not any(_is_watched(module) for module in base.modules())
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

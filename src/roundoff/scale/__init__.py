@@ -1,1 +1,0 @@
-"""Many runs: on the cores of this machine, and on a cluster."""

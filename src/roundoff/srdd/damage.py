@@ -1,0 +1,181 @@
+"""Tallies of quantization error: sums over tokens from which the metrics of a scan are computed.
+
+**Sink tokens.** In trained models a few tokens, above all the first, carry nearly all of the residual stream's energy:
+attention uses them as a place to look at when there is nothing to see. A mean over the whole tensor then describes that
+one token. A token counts as a sink of a layer where its energy |h_t|^2 at the layer's input or output is more than
+`SINK_FACTOR` times the median over the batch's tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from roundoff.hardware import InstalledHardware
+from roundoff.hardware.experts import PROJECTIONS
+from roundoff.hardware.linear import HardwareLinear
+from roundoff.numerics.blocks import power_of_two_scale, round_to_grid
+from roundoff.numerics.formats import E4M3, get_format
+from roundoff.numerics.quantize import quantize
+
+SINK_FACTOR = 100.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums of one metric's numerator and denominator."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def add(self, total: Tensor | float, count: Tensor | float) -> None:
+        """Count in a further sum."""
+        self.total += float(total)
+        self.count += float(count)
+
+    def merged(self, other: Tally) -> Tally:
+        """Both sums together."""
+        return Tally(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float | None:
+        """The quotient; None if nothing was counted."""
+        return self.total / self.count if self.count else None
+
+
+@dataclass(slots=True)
+class Tallies:
+    """The tallies of one layer or one Linear by metric name."""
+
+    by_name: dict[str, Tally] = field(default_factory=dict)
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
+        """Count into one metric."""
+        self.by_name.setdefault(name, Tally()).add(total, count)
+
+    def merged(self, other: Tallies) -> Tallies:
+        """The tallies of both together."""
+        names = {**self.by_name, **other.by_name}
+        empty = Tally()
+        return Tallies({n: self.by_name.get(n, empty).merged(other.by_name.get(n, empty)) for n in names})
+
+    def mean(self, name: str) -> float | None:
+        """The mean of one metric; None if nothing was counted."""
+        tally = self.by_name.get(name)
+        return None if tally is None else tally.mean
+
+
+@dataclass(frozen=True, slots=True)
+class InputErrors:
+    """Errors of one Linear's input [T, K], token by token (float64 [T])."""
+
+    energy: Tensor
+    """|Q(x_t) - x_t|^2 / |x_t|^2 (fraction), 0 for a token of zeros."""
+    nonzero: Tensor
+    dead: Tensor
+    saturated: Tensor
+    """Counts of elements."""
+
+
+def input_errors(x: Tensor, fmt: str) -> InputErrors:
+    """Errors of tokens `x` [T, K] quantized as activations are: one tensor scale a token."""
+    q = quantize(x, fmt, tensor_scale="row").to(torch.float32)
+    x = x.to(torch.float32)
+    nonzero = (x != 0).sum(-1)
+    noise = (q - x).square().sum(-1, dtype=torch.float64)
+    signal = x.square().sum(-1, dtype=torch.float64)
+    return InputErrors(
+        torch.where(signal > 0, noise / signal.clamp(min=1e-300), 0.0),
+        nonzero,
+        nonzero - (q != 0).sum(-1),
+        saturated(x, fmt).sum(-1),
+    )
+
+
+def saturated(x: Tensor, fmt: str) -> Tensor:
+    """Where `x` [T, K] (float32) lies beyond the largest number that its block can hold, bool [T, K]."""
+    spec = get_format(fmt)
+    if spec.element is None:
+        return x.isfinite() & ~quantize(x, fmt).isfinite()
+    columns = x.shape[-1]
+    size = spec.block or columns
+    blocks = torch.nn.functional.pad(x, (0, -columns % size)).reshape(x.shape[0], -1, size)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    if spec.scale == "e8m0":
+        scale = power_of_two_scale(amax, spec)
+    elif spec.scale == "e4m3":
+        tensor = (
+            torch.ones((), dtype=torch.float32)
+            if spec.tensor_divisor is None
+            else amax.amax(-2, keepdim=True) / spec.tensor_divisor
+        )
+        scale = round_to_grid(amax / spec.divisor / torch.where(tensor == 0, 1.0, tensor), E4M3) * tensor
+    else:
+        scale = amax / (spec.tensor_divisor or spec.divisor)
+    limit = spec.element.high * scale * (1 + 1e-6)  # a float32 scale is rounded: amax itself must not count
+    over = (blocks > limit) | (-blocks > limit * (-spec.element.low / spec.element.high))
+    return over.reshape(x.shape[0], -1)[:, :columns]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDamage:
+    """Energy of a weight and of its quantization error."""
+
+    layer: int | None
+    noise: float
+    """|Q(W) - W|^2"""
+    signal: float
+    """|W|^2"""
+
+
+def weight_damage(installed: InstalledHardware) -> dict[str, WeightDamage]:
+    """The damage to every quantized weight by the Linear's name."""
+    found = {}
+    for entry, module in zip(installed.entries, installed.modules, strict=True):
+        if entry.weight is None:
+            continue
+        noise = signal = 0.0
+        for weight, quantized in _weights(module, entry.weight):
+            error = quantized.to(torch.float32) - weight.to(torch.float32)
+            noise += float(error.square_().sum(dtype=torch.float64))
+            signal += float(weight.to(torch.float32).square().sum(dtype=torch.float64))
+        found[entry.name] = WeightDamage(entry.layer, noise, max(signal, 1e-300))
+    return found
+
+
+def _weights(module: nn.Module, fmt: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights of an installed module [out, in], each with `Q(W)`."""
+    if isinstance(module, HardwareLinear):
+        weight = module.weight.detach()
+        yield weight, module.hardware_state.quantized_weight(weight)
+        return
+    for projection in PROJECTIONS:
+        for weight in getattr(module, projection).detach():
+            yield weight, quantize(weight, fmt)
+
+
+def add_classic(tallies: Tallies, h: Tensor, fmt: str) -> None:
+    """The classic columns of a layer's output `h` [T, D]: element-wise relative error, noise over signal."""
+    h = h.to(torch.float32)
+    noise = (quantize(h, fmt, tensor_scale="row") - h).abs_()
+    nonzero = h != 0
+    relative = torch.where(nonzero, noise / torch.where(nonzero, h.abs(), 1.0), 0.0)
+    tallies.add("relative_error", relative.sum(dtype=torch.float64), nonzero.sum())
+    tallies.add("sqnr", noise.square().sum(dtype=torch.float64), h.square().sum(dtype=torch.float64))
+
+
+def decibel(noise_to_signal: float | None) -> float | None:
+    """`-10 log10` of noise over signal (dB); infinite without noise."""
+    if noise_to_signal is None:
+        return None
+    return math.inf if noise_to_signal == 0 else -10.0 * math.log10(noise_to_signal)
+
+
+def sink_tokens(before: Tensor, after: Tensor) -> Tensor:
+    """Which tokens are attention sinks of a layer, bool [T], from its input and output [T, D]."""
+    energy = torch.maximum(before.float().square().sum(-1), after.float().square().sum(-1))
+    return energy > SINK_FACTOR * energy.median()

@@ -1,0 +1,178 @@
+"""One training batch: prompts drawn, rollouts sampled and rewarded, groups chosen.
+
+Axes: P prompts, G rollouts of each (a group), N = P*G rollouts.
+
+A rollout that could not be computed (`nonfinite`) earns nothing and is no part of its group: the advantages of the
+others are those of a group without it. Otherwise they would be pushed up for having been computed at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from roundoff.config import Algorithm, Training
+from roundoff.numerics.rng import Key
+from roundoff.parallel.ranks import Ranks
+from roundoff.runs.health import flaw_of
+from roundoff.sampling.rollouts import Rollouts, concatenate
+from roundoff.tasks import Problem, Task
+from roundoff.tasks.score import score_responses
+from roundoff.training.advantage import group_advantages, mixed_groups, overlong_penalty
+
+Sampler = Callable[[Sequence[Problem], int], Rollouts]
+"""Samples the rollouts of problems; the second argument is the id of the first rollout within the step."""
+
+
+@dataclass(frozen=True)
+class PromptStream:
+    """Training problems in an endless order: a new permutation of all of them each pass, fixed by the key."""
+
+    problems: Sequence[Problem]
+    key: Key
+
+    def take(self, start: int, count: int) -> list[Problem]:
+        """`count` problems from position `start` of the stream."""
+        size = len(self.problems)
+        found: list[Problem] = []
+        while len(found) < count:
+            epoch, offset = divmod(start + len(found), size)
+            order = np.random.Generator(np.random.Philox(key=self.key.fold("order", epoch).value)).permutation(size)
+            found += [self.problems[i] for i in order[offset : offset + count - len(found)]]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rollouts to train on, and what was seen on the way."""
+
+    rollouts: Rollouts
+    advantages: Tensor
+    """[N], zero for a group of equal rewards; on the device of the rollouts."""
+    reward: float
+    """Mean over all rollouts sampled, penalties included (reward units)."""
+    accuracy: float
+    """Mean of the task's own reward over all rollouts sampled (fraction)."""
+    mixed_groups: float
+    """Share of the groups sampled whose rewards differ (fraction)."""
+    prompts: int
+    """Prompts sampled."""
+    reward_errors: int
+    """Rollouts whose reward raised or was not finite."""
+    response_tokens: float
+    """Mean length of a response, over all rollouts sampled (tokens)."""
+    truncated: float
+    """Share of the rollouts sampled that were cut at the length limit (fraction)."""
+    empty: float
+    """Share of the rollouts sampled that ended without a text (fraction)."""
+    sampled: int
+    """Rollouts sampled."""
+    nonfinite: int
+    """Rollouts sampled that ended because the model's output was not finite; none of them is trained on."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any rollout that can be trained on has an advantage other than zero."""
+        return bool(((self.advantages != 0) & ~self.rollouts.nonfinite).any())
+
+
+def collect(
+    stream: PromptStream,
+    position: int,
+    sampler: Sampler,
+    task: Task,
+    algorithm: Algorithm,
+    training: Training,
+    ranks: Ranks,
+) -> Batch:
+    """A batch of `prompts_per_step` groups from `position` of the stream on.
+
+    With dynamic sampling, `oversampling` times as many prompts are drawn at a time, groups of equal reward are dropped
+    and more prompts are drawn until the batch is full or
+    `max_sampling_batches` have been drawn; then it goes on with what there is (arXiv:2503.14476, section 3.2). A batch
+    without one usable group is returned as it is, and teaches nothing. Every rank samples and rewards its share of the
+    prompts; all of them return the whole batch.
+    """
+    G, wanted = algorithm.group_size, training.prompts_per_step
+    drawn = wanted * algorithm.oversampling
+    seen: list[tuple[Rollouts, Tensor, Tensor]] = []  # rollouts, rewards [P, G], accuracy [P, G]
+    usable, errors = 0, 0
+    for number in range(algorithm.max_sampling_batches if algorithm.dynamic_sampling else 1):
+        problems = stream.take(position + number * drawn, drawn)
+        share = ranks.share(drawn)
+        sampled = sampler(problems[share], (number * drawn + share.start) * G)
+        scored = score_responses(task, [p for p in problems[share] for _ in range(G)], sampled.texts)
+        parts = ranks.gather((sampled, scored))
+        rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled
+        errors += sum(s.errors for _, s in parts)
+        finite = ~rollouts.nonfinite.cpu().view(drawn, G)
+        earned = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
+        accuracy = torch.where(finite, earned, 0.0)
+        lengths = rollouts.lengths.cpu().view(drawn, G)
+        rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
+        seen.append((rollouts, rewards, accuracy))
+        usable += int(_mixed(rewards, finite).sum())
+        if usable >= wanted:
+            break
+    rewards = torch.cat([r for _, r, _ in seen])
+    everything = seen[0][0] if len(seen) == 1 else concatenate([r for r, _, _ in seen])
+    finite = ~everything.nonfinite.cpu().view(-1, G)
+    mixed = _mixed(rewards, finite)
+    chosen = torch.arange(len(rewards))
+    if algorithm.dynamic_sampling and usable:
+        chosen = chosen[mixed][:wanted]
+    elif algorithm.dynamic_sampling:
+        chosen = chosen[:wanted]
+    members = (chosen[:, None] * G + torch.arange(G)).flatten()
+    return Batch(
+        rollouts=everything if len(members) == len(everything.texts) else everything.select(members),
+        advantages=_advantages(rewards[chosen], finite[chosen], algorithm).flatten().to(everything.tokens.device),
+        reward=float(rewards.mean()),
+        accuracy=float(torch.cat([a for _, _, a in seen]).mean()),
+        mixed_groups=float(mixed.float().mean()),
+        prompts=len(rewards),
+        reward_errors=errors,
+        response_tokens=float(everything.lengths.float().mean()),
+        truncated=float(everything.truncated.float().mean()),
+        empty=_empty(everything) / len(everything),
+        sampled=len(everything),
+        nonfinite=int(everything.nonfinite.sum()),
+    )
+
+
+def _mixed(rewards: Tensor, finite: Tensor) -> Tensor:
+    """Whether each group [P] of rewards [P, G] holds two different ones among its `finite` rollouts [P, G]."""
+    if finite.all():
+        return mixed_groups(rewards)
+    highest = torch.where(finite, rewards, -torch.inf).amax(dim=1)
+    return highest > torch.where(finite, rewards, torch.inf).amin(dim=1)
+
+
+def _advantages(rewards: Tensor, finite: Tensor, algorithm: Algorithm) -> Tensor:
+    """Advantages [P, G] of rewards [P, G] among the `finite` rollouts [P, G] of each group; 0 for the others."""
+    advantages = group_advantages(rewards, algorithm)
+    for group in (~finite).any(dim=1).nonzero()[:, 0]:
+        members = finite[group]
+        advantages[group] = 0.0
+        if members.sum() > 1:
+            advantages[group, members] = group_advantages(rewards[group, members][None], algorithm)[0]
+    return advantages
+
+
+def _empty(rollouts: Rollouts) -> int:
+    """Rollouts that ended without a text."""
+    flags = zip(rollouts.texts, rollouts.nonfinite.tolist(), rollouts.truncated.tolist(), strict=True)
+    flaws = [flaw_of(text, nonfinite=bad, reward_error=False, truncated=cut) for text, bad, cut in flags]
+    return flaws.count("empty")
+
+
+def share_of(ranks: Ranks, part: Rollouts, advantages: Tensor) -> tuple[Rollouts, Tensor]:
+    """A rank's rollouts of a minibatch, and their advantages, at the width of the whole minibatch."""
+    if ranks.count == 1:
+        return part, advantages
+    rows = torch.arange(len(part))[ranks.share(len(part))]
+    return part.select(rows, trim=False), advantages[rows]

@@ -1,0 +1,211 @@
+"""What one batch does to the policy: a loss and an optimizer step for each minibatch.
+
+Log-probabilities before the update are computed first, with the hardware on and without AQN; under which draws is what
+`Algorithm.ratio` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from roundoff.models.gradient_checkpointing import checkpointed
+from roundoff.models.keyed_dropout import dropout_on
+from roundoff.models.logprobs import token_logprobs
+from roundoff.numerics.rng import Key
+from roundoff.sampling.diagnosis import nonfinite_parameters
+from roundoff.sampling.rollouts import Rollouts
+from roundoff.training.batch import Batch, share_of
+from roundoff.training.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
+from roundoff.training.session import Session
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, the gradient or a weight after the optimizer step is not a finite number."""
+
+
+def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
+    """Take the optimizer steps on one batch; returns what to log.
+
+    Metrics are means over the optimizer steps, those of the ratio are the first minibatch's.
+
+    Raises:
+        NonFiniteLossError: if training diverged.
+    """
+    parts = [(*share_of(session.ranks, part, own), whole) for part, own, whole in _minibatches(session, batch)]
+    old = [_before_update(session, step, part, first=i == 0) for i, (part, _, _) in enumerate(parts)]
+    before_step = nonfinite_parameters(session.trainable)
+    outputs: list[LossOutput] = []
+    norms: list[float] = []
+    entropies: list[float] = []
+    for _ in range(session.algorithm.optimizer_epochs):
+        for (part, advantages, normalizer), before in zip(parts, old, strict=True):
+            output, entropy = _minibatch_loss(session, step, part, advantages, normalizer, before)
+            moved = list(session.optimizer.masters.values())
+            session.ranks.sum_gradients(moved)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
+            if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
+                raise NonFiniteLossError(_diverged(session, output, norm, before_step))
+            torch.nn.utils.clip_grads_with_norm_(moved, session.profile.training.gradient_clip, norm)
+            session.optimizer.step()
+            session.optimizer.zero_grad(set_to_none=True)
+            outputs.append(output)
+            norms.append(float(norm))
+            entropies.append(entropy)
+    if spoilt := _spoilt(session, before_step):
+        raise NonFiniteLossError(spoilt)
+    logged = [o.metrics() for o in outputs]
+    mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
+    return {
+        "loss": mean["loss"],
+        "kl": mean["kl"],
+        "entropy": sum(entropies) / len(entropies),
+        "clip_fraction": mean["clip_low_fraction"] + mean["clip_high_fraction"],
+        **{name: logged[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
+        "grad_norm": sum(norms) / len(norms),
+    }
+
+
+def _spoilt(session: Session, before: Sequence[str]) -> str:
+    """Which weights an optimizer step has made NaN or infinite, in words; those in `before` were so already."""
+    bad = [name for name in nonfinite_parameters(session.trainable) if name not in before]
+    if not bad:
+        return ""
+    return (
+        f"after an optimizer step {len(bad)} of {len(session.trainable)} weights hold NaN or Inf "
+        f"({', '.join(bad[:3])}): lower the learning rate, or train in a dtype of a wider range"
+    )
+
+
+def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequence[str]) -> str:
+    """What was not finite, and the first of it in the order of the computation."""
+    said = f"loss {output.loss.item()}, gradient norm {norm.item()}"
+    if spoilt := _spoilt(session, before):
+        return f"{said}: {spoilt}"
+    if torch.isfinite(output.policy_loss) and not torch.isfinite(output.kl):
+        return f"{said}: the KL to the reference model is not finite, nor therefore the loss"
+    if torch.isfinite(output.loss):
+        bad = [name for name, p in session.optimizer.masters.items() if p.grad is not None and not _finite(p.grad)]
+        return f"{said}: the loss is finite, but the gradients of {len(bad)} weights are not ({', '.join(bad[:3])})"
+    return f"{said}: the log-probabilities of the policy are not finite; a lower learning rate may help"
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """Log-probabilities [n, t] of a minibatch before this batch's first update."""
+
+    old: Tensor | None
+    reference: Tensor | None
+    weights: Tensor | None
+
+
+def _minibatches(session: Session, batch: Batch) -> list[tuple[Rollouts, Tensor, Tensor]]:
+    """Rollouts, their advantages and the normalizer of the loss of each minibatch.
+
+    Whole groups, in the order of the stream (a random one), cut to their own lengths; rollouts whose output was not
+    finite are left out. Without KL penalty and entropy bonus a rollout without advantage has no gradient: it counts in
+    the normalizer, and no pass is made over it.
+    """
+    algorithm, training = session.algorithm, session.profile.training
+    G, rollouts = algorithm.group_size, batch.rollouts
+    numbers = torch.arange(len(batch.advantages), device=batch.advantages.device)
+    found = []
+    for groups in torch.tensor_split(numbers.view(-1, G), training.minibatches):
+        members = groups.flatten()
+        members = members[~rollouts.nonfinite[members]]
+        normalizer = loss_normalizer(rollouts.response_mask[members], algorithm, training.max_new_tokens)
+        if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
+            teaching = members[batch.advantages[members] != 0]
+            members = teaching if len(teaching) else members[:G]  # the optimizer moves on all the same
+        found.append((rollouts.select(members), batch.advantages[members], normalizer))
+    return [minibatch for minibatch in found if len(minibatch[0])]
+
+
+def _logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [n, t] of the responses, every matrix product and dropout mask drawn by `key`."""
+    with dropout_on(model), checkpointed(model, session.profile.training.gradient_checkpointing):
+        return token_logprobs(
+            model,
+            part.tokens,
+            part.attention_mask,
+            part.response_mask.shape[1],
+            temperature=session.algorithm.temperature,
+            rows=part.rows,
+            key=key,
+        )
+
+
+def _before_update(session: Session, step: int, part: Rollouts, first: bool) -> _Before:
+    """What the loss compares with; under which noise is the whole point of `Algorithm.ratio`.
+
+    The first minibatch of a step meets the weights of the old policy. With replayed noise its own log-probabilities
+    *are* the old ones, bit for bit, so that pass is not made twice.
+    """
+    algorithm = session.algorithm
+    if not len(part):  # more ranks than rollouts
+        return _Before(None, None, None)
+    key = session.key.fold("update", step)
+    old_key = key if algorithm.ratio == "replayed" else key.fold("old")
+    same = algorithm.ratio == "one" or (algorithm.ratio == "replayed" and first and algorithm.optimizer_epochs == 1)
+
+    def whole(model: PreTrainedModel) -> Tensor:  # in micro-batches of the update's shapes: other shapes, other bits
+        rows = _micro_batches(len(part.texts), session.profile.training.micro_batch)
+        return torch.cat([_logprobs(session, model, part.select(r, trim=False), old_key)[0] for r in rows])
+
+    with torch.no_grad():
+        old = None if same else whole(session.model)
+        with session.reference_policy() as model:
+            reference = None if model is None else whole(model)
+        weights = None
+        if algorithm.ratio == "rollout" and old is not None:
+            weights = truncated_weights(old, part.logprobs, part.response_mask, algorithm)
+    return _Before(old, reference, weights)
+
+
+def _minibatch_loss(
+    session: Session, step: int, part: Rollouts, advantages: Tensor, normalizer: Tensor, before: _Before
+) -> tuple[LossOutput, float]:
+    """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy (nats).
+
+    Gradients are those of this rank's rollouts; their sum over the ranks is that of the minibatch.
+    """
+    training, algorithm = session.profile.training, session.algorithm
+    outputs: list[LossOutput] = []
+    entropy = 0.0
+    for rows in _micro_batches(len(advantages), training.micro_batch):
+        micro = part.select(rows, trim=False)
+        logprobs, entropies = _logprobs(session, session.model, micro, session.key.fold("update", step))
+        output = policy_loss(
+            logprobs,
+            logprobs.detach() if before.old is None else before.old[rows],
+            None if before.reference is None else before.reference[rows],
+            advantages[rows],
+            micro.response_mask,
+            algorithm,
+            normalizer=normalizer,
+            weights=None if before.weights is None else before.weights[rows],
+            entropies=entropies,
+        )
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        session.optimizer.collect()
+        outputs.append(replace(output, loss=output.loss.detach()))
+        entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
+    whole = combine(outputs) if outputs else LossOutput.nothing()
+    if session.ranks.count > 1:
+        own = [*whole.metrics().values(), entropy]
+        ranks = session.ranks.stack(torch.tensor(own, dtype=torch.float64)).unbind()
+        whole, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), float(sum(row[-1] for row in ranks))
+    return whole, entropy / max(1, int(whole.tokens))
+
+
+def _micro_batches(count: int, size: int) -> list[Tensor]:
+    return list(torch.split(torch.arange(count), size or count)) if count else []

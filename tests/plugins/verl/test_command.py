@@ -1,0 +1,183 @@
+"""The command for verl: every setting of the experiment and the profile in it, and refusals before anything runs."""
+
+import json
+import shlex
+
+import pytest
+from click.testing import CliRunner
+
+from roundoff.cli import cli
+from roundoff.commands.verl import read_scan
+from roundoff.config import ConfigError
+from roundoff.experiments import load_profile, select, with_overrides
+from roundoff.plugins.verl.command import Resources, command, plugin_settings
+from roundoff.plugins.verl.hydra_values import quoted
+from roundoff.plugins.verl.settings import VARIABLE, from_environment
+
+GPU = ("profile.device=cuda", "profile.dtype=bfloat16", "profile.model=/models/qwen")
+
+
+def words(tmp_path, name="quickstart-noise-aqn", *assignments, devices=2, seed=7) -> tuple[dict[str, str], dict]:
+    """Environment variables and arguments of the command, as a shell reads them."""
+    experiments, profile = with_overrides(select([name]), load_profile("tiny"), assignments)
+    resources = Resources(tmp_path / "train.parquet", tmp_path / "val.parquet", tmp_path / "out", devices=devices)
+    found = shlex.split(command(experiments[0], profile, seed, resources).replace("\\\n", ""))
+    start = found.index("python")
+    assert found[start : start + 3] == ["python", "-m", "verl.trainer.main_ppo"]
+    variables = dict(word.split("=", 1) for word in found[:start])
+    arguments = dict(word.lstrip("+").split("=", 1) for word in found[start + 3 :])
+    assert len(arguments) == len(found) - start - 3, "an argument is given twice"
+    return variables, arguments
+
+
+def test_the_settings_reach_every_process(tmp_path):
+    variables, arguments = words(tmp_path)
+    settings = from_environment(variables)
+    assert settings.hardware.matmul_noise.relative_std == 0.1
+    assert (settings.aqn.sigma_start, settings.seed, settings.ratio) == (0.05, 7, "replayed")
+    forwarded = arguments[f"ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"]
+    assert json.loads(forwarded.strip("'")) == json.loads(variables[VARIABLE])
+    assert variables["VERL_USE_EXTERNAL_MODULES"] == "roundoff.plugins.verl.entry"
+    assert arguments["trainer.v1.trainer_mode"] == "roundoff"
+    assert arguments["ray_kwargs.ray_init.address"] == "local"  # whatever cluster runs here: its devices are not these
+
+
+def test_the_profile_and_the_algorithm_are_in_it(tmp_path):
+    _, arguments = words(tmp_path, "quickstart-noise", "algorithm.kl_coefficient=0.002", "algorithm.clip_high=0.28")
+    assert arguments["data.train_batch_size"] == "64"
+    assert arguments["actor_rollout_ref.actor.ppo_mini_batch_size"] == "32"
+    assert arguments["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "128"  # 32 prompts x 8 / 2 devices
+    assert arguments["actor_rollout_ref.rollout.n"] == "8"
+    assert arguments["actor_rollout_ref.actor.optim.lr"] == "0.0001"
+    assert arguments["actor_rollout_ref.actor.kl_loss_coef"] == "0.002"
+    assert arguments["actor_rollout_ref.actor.clip_ratio_high"] == "0.28"
+    assert arguments["trainer.test_freq"] == "10"
+    assert arguments["algorithm.filter_groups.enable"] == "False"
+    assert "reward.reward_manager.name" not in arguments
+
+
+def test_warm_up_and_entropy_bonus_are_in_it(tmp_path):
+    """verl moves its learning rate once a step, as roundoff does, however many minibatches a step has."""
+    settings = ("profile.training.warmup_steps=10", "algorithm.entropy_coefficient=0.01")
+    _, arguments = words(tmp_path, "quickstart-noise", *settings)
+    assert arguments["actor_rollout_ref.actor.ppo_mini_batch_size"] == "32"  # two a step
+    assert arguments["actor_rollout_ref.actor.optim.lr_warmup_steps"] == "10"
+    assert arguments["actor_rollout_ref.actor.entropy_coeff"] == "0.01"
+
+
+def test_micro_batches_divide_the_share_of_a_device(tmp_path):
+    """verl stops at its first update where they do not: 32 prompts x 5 rollouts on 8 devices are 20 each."""
+    experiments, profile = with_overrides(
+        select(["E5b"]), load_profile("gsm8k-1.5b"), ("hardware.matmul_noise.attention=false",)
+    )
+    text = command(experiments[0], profile, 0, Resources(tmp_path, tmp_path, tmp_path, devices=8))
+    assert profile.training.micro_batch == 8
+    assert "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=5 " in text
+    _, whole = words(tmp_path, "quickstart-noise", "profile.training.micro_batch=1000")
+    assert whole["actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"] == "128"
+
+
+def test_an_epoch_that_draws_more_than_it_trains_on_is_told_of(tmp_path):
+    variables, _ = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.oversampling=2")
+    assert from_environment(variables).oversampling == 2
+
+
+def test_plain_prompts_are_asked_without_the_models_chat_template(tmp_path):
+    pytest.importorskip("pyarrow")
+    base = ["verl-config", "quickstart-mxfp4", "--data", str(tmp_path), "--set", "profile.model=/models/qwen"]
+    result = CliRunner().invoke(cli, [*base, "--write-data"])
+    assert result.exit_code == 0, result.output
+    assert "roundoff_plain" in result.stdout  # arithmetic asks no conversations
+    assert (tmp_path / "train.parquet").is_file()
+
+
+def test_dapo(tmp_path):
+    _, arguments = words(tmp_path, "quickstart-noise", "algorithm.name=DAPO", "algorithm.overlong_buffer=0.25")
+    _, on = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.overlong_buffer=0.25")
+    assert on["algorithm.filter_groups.enable"] == "True"
+    assert on["reward.reward_manager.name"] == "dapo"
+    assert on["reward.reward_kwargs.overlong_buffer_cfg.len"] == "6"  # a quarter of 24
+    assert arguments["reward.reward_kwargs.max_resp_len"] == "24"
+
+
+def test_lora(tmp_path):
+    _, arguments = words(tmp_path, "quickstart-noise")
+    assert "actor_rollout_ref.model.lora_rank" not in arguments
+    experiments, profile = with_overrides(select(["quickstart-noise"]), load_profile("tiny"), ())
+    from roundoff.config import LoRA
+
+    experiment = experiments[0].model_copy(update={"lora": LoRA(rank=4, targets=("q_proj", "v_proj"))})
+    text = command(experiment, profile, 0, Resources(tmp_path, tmp_path, tmp_path))
+    assert "actor_rollout_ref.model.lora_rank=4" in text
+    assert "target_modules=[q_proj,v_proj]" in text
+    assert "actor_rollout_ref.actor.optim.lr=0.001" in text
+
+
+def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
+    variables, arguments = words(tmp_path, "quickstart-noise", *GPU, "hardware.matmul_noise.attention=false")
+    assert arguments["actor_rollout_ref.rollout.name"] == "vllm"
+    assert arguments["actor_rollout_ref.rollout.enforce_eager"] == "True"
+    extension = arguments["actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"]
+    assert extension == "roundoff.plugins.verl.vllm_worker.HardwareWorker"
+    assert arguments["actor_rollout_ref.model.use_remove_padding"] == "True"
+    assert arguments["actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype"] == "bf16"
+    assert "VERL_PLATFORM" not in variables
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (GPU, "attention = true cannot be simulated in vLLM"),
+        (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
+        (("profile.training.minibatches=3",), "must be divisible by minibatches"),
+        (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),
+        (("aqn.layers=targeted",), "aqn.layers = 'targeted' needs a scan"),
+        (("aqn.layers=zone",), "changes during the run"),
+    ],
+)
+def test_refusals(tmp_path, assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        words(tmp_path, "quickstart-noise-aqn", *assignments)
+
+
+@pytest.mark.parametrize(("text", "value"), [("/a/b.c", "/a/b.c"), ("/a b", '"/a b"'), ('{"a": 1}', "'{\"a\": 1}'")])
+def test_quoting_for_hydra(text, value):
+    assert quoted(text) == value
+
+
+def test_the_command_line(tmp_path):
+    result = CliRunner().invoke(cli, ["verl-config", "quickstart-mxfp4", "--seed", "2", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "does not exist yet" in result.stderr
+    assert f"trainer.default_local_dir={tmp_path / 'out'}" in result.stdout
+    assert '"weight":"mxfp4"' in result.stdout
+
+
+def test_a_scan_gives_the_multipliers_and_the_kept_layers(tmp_path):
+    from roundoff.srdd import LayerScan
+    from roundoff.srdd.layer_scan import LayerMetrics
+
+    names = [field for field in LayerMetrics.__dataclass_fields__ if field != "layer"]
+    rows = [LayerMetrics(layer=n, **dict.fromkeys(names, float(6 - n))) for n in range(6)]
+    experiments, _ = with_overrides(
+        select(["quickstart-noise-aqn"]),
+        load_profile("tiny"),
+        ("aqn.layers=targeted", "hardware.precision.weight=mxfp4", "hardware.precision.keep=srdd:2"),
+    )
+    scan = LayerScan(experiments[0].hardware, 1, tuple(rows), (), (), "gradient")
+    settings = plugin_settings(experiments[0], 0, scan)
+    assert settings.hardware.precision.keep == (0, 1)
+    assert set(settings.multipliers.values()) == {0.0, 1.0}
+    assert settings.multipliers[0] == 1.0
+    assert from_environment({VARIABLE: settings.model_dump_json()}) == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no file"), ("{}", "not a scan"), ("{", "not a scan")]
+)
+def test_a_file_that_is_no_scan(tmp_path, content, message):
+    path = tmp_path / "scan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_scan(path)
