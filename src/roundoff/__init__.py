@@ -20,6 +20,8 @@ _HOME = {
     "MatmulNoise": "roundoff.config",
     "Precision": "roundoff.config",
     "Profile": "roundoff.config",
+    "RoundoffError": "roundoff.errors",
+    "RoundoffWarning": "roundoff.errors",
     "load_experiment": "roundoff.experiments",
     "load_profile": "roundoff.experiments",
     "FORMATS": "roundoff.numerics.formats",

@@ -21,7 +21,7 @@ from roundoff.commands.tensorboard import tensorboard_command
 from roundoff.commands.terminal import tolerant_streams
 from roundoff.commands.verl import verl_config_command
 from roundoff.config import nearest
-from roundoff.errors import is_expected
+from roundoff.errors import RoundoffError
 
 
 class Commands(click.Group):
@@ -85,13 +85,13 @@ def _main() -> None:
     except click.exceptions.Abort:
         sys.exit(130)
     except OSError as error:
-        if is_expected(error):
+        if isinstance(error, RoundoffError):
             _fail(str(error))
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
-    except Exception as error:  # of any class: `is_expected` tells roundoff's own, all others are raised
-        if not is_expected(error):
+    except Exception as error:  # of any class: roundoff's own are shown, all others are raised
+        if not isinstance(error, RoundoffError):
             raise
         _fail(str(error))
 

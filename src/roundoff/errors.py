@@ -1,31 +1,35 @@
-"""Which errors and warnings are roundoff's own words to the user; they are shown as text, others with their type."""
+"""The bases of roundoff's errors and warnings, and how both are shown to the user.
+
+What roundoff raises on purpose is a `RoundoffError`, and what it warns of is a `RoundoffWarning`. The command line
+shows their text alone, since it was written for the user, and all others with their type.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TextIO
 
-PACKAGE = Path(__file__).parent
+
+class RoundoffError(Exception):
+    """An error that roundoff raises on purpose; its message says what is wrong and what to do about it."""
 
 
-def is_expected(error: BaseException) -> bool:
-    """Whether roundoff raised the error on purpose, for the user to read: its class is one of roundoff's."""
-    return type(error).__module__.split(".")[0] == "roundoff"
+class RoundoffWarning(UserWarning):
+    """A warning from roundoff; the run goes on."""
 
 
 def message_of(error: BaseException) -> str:
-    """What to show of an error: its text where it was written for the user, with its type before it otherwise."""
-    if is_expected(error) and str(error):
+    """The text of an error, preceded by its type unless it is a `RoundoffError`, which was written for the user."""
+    if isinstance(error, RoundoffError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 @contextmanager
 def warnings_as_text(show: Callable[[str], None]) -> Iterator[None]:
-    """Hand roundoff's own warnings to `show` as plain text; those of other packages are printed as ever."""
+    """Hand roundoff's own warnings to `show` as plain text; those of other packages are printed as usual."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
         warnings.filterwarnings("default")
@@ -38,7 +42,7 @@ def warnings_as_text(show: Callable[[str], None]) -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+            if issubclass(category, RoundoffWarning):
                 show(str(message))
             else:
                 usual(message, category, filename, lineno, file, line)

@@ -8,8 +8,10 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from roundoff.errors import RoundoffError
 
-class ConfigError(ValueError):
+
+class ConfigError(RoundoffError, ValueError):
     """A setting that cannot be used; the message names it in full and says what to do."""
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from roundoff.errors import RoundoffWarning
 from roundoff.hardware.freshness import Freshness
 from roundoff.numerics.rng import Key
 
@@ -72,6 +73,7 @@ class Draw:
         warnings.warn(
             f"{name} is computed a second time inside of one noise_key block and meets the same noise as the first: "
             "one block is for one forward pass, and a module that a model calls twice in a pass should be two modules",
+            RoundoffWarning,
             stacklevel=2,
         )
 

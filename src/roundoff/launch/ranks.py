@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from roundoff.config import ConfigError, result_hash
-from roundoff.errors import is_expected, message_of, warnings_as_text
+from roundoff.errors import RoundoffError, message_of, warnings_as_text
 from roundoff.launch.request import Job, Phase, RunRequest, check_distinct, execute, job_of, stop_requests
 from roundoff.parallel.ranks import Ranks, joined
 from roundoff.runs.provenance import PACKAGES, package_version
@@ -75,7 +75,9 @@ def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], N
             job.phase, job.message = execute(job.request, after_step, ranks)
         except Exception as error:  # whatever ends a run is noted in its job, and the next run is made
             job.phase, job.message = "failed", message_of(error)
-            if not (ranks.leads or is_expected(error)):  # what roundoff raises is raised, and said, by the first too
+            if not (
+                ranks.leads or isinstance(error, RoundoffError)
+            ):  # what roundoff raises is raised, and said, by the first too
                 print(f"rank {ranks.index}: {job.message}", file=sys.stderr)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
+from roundoff.errors import RoundoffWarning
 from roundoff.models.weights import few, weights_digest
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _check_tensors(found: AdapterFile) -> None:
     if not any(bool(tensor.any()) for name, tensor in found.tensors.items() if _adds(name)):
         warnings.warn(
             f"the adapter in {found.directory} changes nothing (every B is 0): scores are those of its base",
+            RoundoffWarning,
             stacklevel=4,
         )
 

@@ -21,6 +21,7 @@ from datetime import date
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from roundoff.errors import RoundoffWarning
 from roundoff.models.errors import ModelError
 from roundoff.models.load import LoadedModel, check_readable
 from roundoff.models.tokenizer import beginning, check_begun_once, check_embedded, check_kept, check_open, end_tokens
@@ -158,7 +159,7 @@ def _check_asked_whole(tokenizer: PreTrainedTokenizerBase, problem: Problem, sho
         said = f"the chat template leaves out what the {message.role} says in {problem.id} ({message.content[:40]!r})"
         if message.role == "user":
             raise ModelError(f"{said}: set profile.chat = false, or correct the template")
-        warnings.warn(f"{said}: the model never sees it", stacklevel=3)
+        warnings.warn(f"{said}: the model never sees it", RoundoffWarning, stacklevel=3)
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

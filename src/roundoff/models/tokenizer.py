@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from roundoff.errors import RoundoffWarning
 from roundoff.models.errors import ModelError
 
 _PROBES = ("1", "a", " ", "1+1", "a b")
@@ -113,7 +114,7 @@ def check_added_bos(
     )
     if tokenizer.chat_template is None:
         raise ModelError(message)
-    warnings.warn(f"{message} (prompts through the chat template are not affected)", stacklevel=4)
+    warnings.warn(f"{message} (prompts through the chat template are not affected)", RoundoffWarning, stacklevel=4)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

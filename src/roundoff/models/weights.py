@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from roundoff.errors import RoundoffWarning
 from roundoff.models.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -59,6 +60,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
         warnings.warn(
             f"model {name!r}: its files hold tensors of parts that {type(model).__name__} does not have, which were "
             f"not read: {few(unknown)}",
+            RoundoffWarning,
             stacklevel=3,
         )
     for part, tensor in model.named_parameters():

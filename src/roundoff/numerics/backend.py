@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from roundoff.errors import RoundoffError
+
 Backend = Literal["auto", "compiled", "torch"]
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -44,7 +46,7 @@ _PRIVATE = "roundoff-"  # first part of the name of a private directory
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
 
 
-class BuildError(RuntimeError):
+class BuildError(RoundoffError, RuntimeError):
     """The kernels cannot be compiled or loaded here; the message is one line."""
 
 

@@ -20,12 +20,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from roundoff.errors import RoundoffError
+
 PACKAGE = __name__.partition(".")[0]
 HEAD = 8
 """Bytes of the length in front."""
 
 
-class MessageError(TypeError):
+class MessageError(RoundoffError, TypeError):
     """A value that cannot be sent to another rank, or bytes that are no message."""
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roundoff.config import ConfigError, Experiment, Profile, result_hash
+from roundoff.errors import RoundoffError
 from roundoff.runs.files import write_atomic, write_directory
 
 if TYPE_CHECKING:
     import torch
 
 
-class DamagedCheckpointError(ValueError):
+class DamagedCheckpointError(RoundoffError, ValueError):
     """A checkpoint cannot be used; the message says which file and why."""
 
 

@@ -31,6 +31,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 
 from roundoff.config import ConfigError, Experiment, Profile, result_hash
+from roundoff.errors import RoundoffError
 from roundoff.runs.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -91,7 +92,7 @@ LOCK_WAIT_S = 1.0
 """Seconds to wait for a lock: a reader may hold it for an instant to see whether the run is alive."""
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(RoundoffError, RuntimeError):
     """Another process is at work in this run directory."""
 
 

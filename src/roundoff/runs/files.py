@@ -9,8 +9,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from roundoff.errors import RoundoffError
 
-class DiskFullError(OSError):
+
+class DiskFullError(RoundoffError, OSError):
     """No space is left for a run's files; the message says where, and what to do."""
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from roundoff.errors import RoundoffError
+
 Flaw = Literal["", "nonfinite", "reward_error", "truncated", "empty"]
 FLAWS: tuple[str, ...] = get_args(Flaw)
 UNTRAINED = "nothing was trained"
@@ -25,11 +27,11 @@ NOTED_SHARE = 0.5
 """Share of untrained steps, or of responses without an end or a text, from which on that is noted (fraction)."""
 
 
-class NonFiniteOutputError(ArithmeticError):
+class NonFiniteOutputError(RoundoffError, ArithmeticError):
     """The model's output is NaN or infinite where there must be a number; the message names the first module."""
 
 
-class FailedRewardsError(RuntimeError):
+class FailedRewardsError(RoundoffError, RuntimeError):
     """The task's reward failed for every response, so that there is nothing to score or to train on."""
 
 

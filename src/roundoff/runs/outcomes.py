@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from roundoff.errors import RoundoffError
 from roundoff.runs.health import FLAWS, Tally
 
 
-class DamagedRunError(ValueError):
+class DamagedRunError(RoundoffError, ValueError):
     """A run directory, or a file in it, cannot be read; the message says which and why."""
 
 

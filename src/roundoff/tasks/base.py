@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from roundoff.errors import RoundoffError
 
-class TaskError(ValueError):
+
+class TaskError(RoundoffError, ValueError):
     """Settings of a task that cannot be used; the message names the setting and says what to do."""
 
 
@@ -13,7 +15,7 @@ PATHS_BEGIN = "a relative path begins at the TOML file that gives it, or, for --
 """What an error about a missing file adds."""
 
 
-class RewardError(RuntimeError):
+class RewardError(RoundoffError, RuntimeError):
     """A reward that could not be computed; the message says why. It is recorded, and the reward is 0."""
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.config import ConfigError
+from roundoff.errors import RoundoffError
 
 START_SECONDS = 120.0
 """By the clock, for the child to import what it needs."""
@@ -31,7 +32,7 @@ CHUNK = 1 << 16
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import main; main()"
 
 
-class LimitExceededError(RuntimeError):
+class LimitExceededError(RoundoffError, RuntimeError):
     """A question took too much time or memory, or ended the process that should answer it; the message says which."""
 
 

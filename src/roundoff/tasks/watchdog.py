@@ -18,6 +18,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from roundoff.errors import RoundoffError
+
 GRACE_SECONDS = 10.0
 """Between the signal and the end of the process."""
 SHOWN = 80
@@ -26,7 +28,7 @@ EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h."""
 
 
-class RewardTimeoutError(RuntimeError):
+class RewardTimeoutError(RoundoffError, RuntimeError):
     """The reward of one response took longer than the task's `reward_seconds`."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel
 
 from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, result_hash
+from roundoff.errors import RoundoffWarning
 
 Ended = Literal["complete", "untrained", "interrupted", "failed"]
 """How a run came to its end: `untrained` reached it without training anything; `interrupted` goes on later."""
@@ -126,7 +127,9 @@ class GuardedTracker:
             action()
         except Exception as error:  # whatever a third-party tracker raises must not end a run of hours
             reason = str(error) or type(error).__name__
-            warnings.warn(f"tracker {self._name} failed and is now off; the run goes on: {reason}", stacklevel=3)
+            warnings.warn(
+                f"tracker {self._name} failed and is now off; the run goes on: {reason}", RoundoffWarning, stacklevel=3
+            )
             self._tracker = NullTracker()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from roundoff.errors import RoundoffWarning
 from roundoff.optional_packages import require
 from roundoff.runs.files import write_atomic
 from roundoff.trackers.base import Ended, TrackedRun, WandbSettings
@@ -75,7 +76,7 @@ def _online(wandb: ModuleType, arguments: Mapping[str, Any]) -> Any:
     try:
         return wandb.init(mode="online", resume="allow", **arguments)
     except Exception as error:  # no network, no such project, a server that is down
-        warnings.warn(f"W&B cannot be reached, so this run is kept offline: {error}", stacklevel=2)
+        warnings.warn(f"W&B cannot be reached, so this run is kept offline: {error}", RoundoffWarning, stacklevel=2)
         wandb.teardown()
         return None
 
@@ -89,6 +90,7 @@ def _identity(run: TrackedRun) -> dict[str, str]:
             warnings.warn(
                 f"{run.path} stays in the W&B project {known['project']!r} that it began in, not "
                 f"{run.wandb.project!r}: remove {path} to track it as a new run there",
+                RoundoffWarning,
                 stacklevel=2,
             )
         return {"id": str(known["id"]), "project": str(known["project"])}

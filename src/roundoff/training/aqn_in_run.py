@@ -14,6 +14,7 @@ import torch
 
 from roundoff.aqn.noise import aqn_noise, aqn_targets
 from roundoff.aqn.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
+from roundoff.errors import RoundoffWarning
 from roundoff.models.calibration import calibration_texts
 from roundoff.runs.directory import RunDirectory
 from roundoff.runs.record import Status
@@ -83,5 +84,5 @@ def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> S
         run_dir.write_preflight(measured.to_json())
         said += (*measured.warnings(), *rounding_warnings(session))
     for line in said:
-        warnings.warn(line, stacklevel=5)
+        warnings.warn(line, RoundoffWarning, stacklevel=5)
     return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *said)))))

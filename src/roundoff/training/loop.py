@@ -18,6 +18,7 @@ from contextlib import suppress
 import torch
 
 from roundoff.config import Experiment, Profile
+from roundoff.errors import RoundoffWarning
 from roundoff.models.device import resolve_device
 from roundoff.numerics.torch_state import own_defaults, refuse_autocast
 from roundoff.parallel.ranks import ALONE, Ranks
@@ -107,7 +108,7 @@ def _train(
     start = restore(session, checkpoint) if checkpoint else 0
     lost = [f"passed over a damaged checkpoint: {s}; went on from step {start}" for s in _skipped(checkpoint)]
     for line in lost:
-        warnings.warn(line, stacklevel=3)
+        warnings.warn(line, RoundoffWarning, stacklevel=3)
     kept = start if checkpoint else -1
     run_dir.rewind(kept)
     status = run_dir.start(provenance, total, lost)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from roundoff.errors import RoundoffWarning
 from roundoff.evaluation import evaluate
 from roundoff.runs.clock import Clock
 from roundoff.runs.directory import RunDirectory
@@ -79,7 +80,7 @@ class RunLog:
             if kind not in self._said:
                 self._said.add(kind)
                 line = f"step {step}: {text}"
-                warnings.warn(line, stacklevel=4)
+                warnings.warn(line, RoundoffWarning, stacklevel=4)
                 self.status = replace(self.status, warnings=tuple(dict.fromkeys((*self.status.warnings, line))))
 
 

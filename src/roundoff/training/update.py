@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from roundoff.errors import RoundoffError
 from roundoff.models.gradient_checkpointing import checkpointed
 from roundoff.models.keyed_dropout import dropout_on
 from roundoff.models.logprobs import token_logprobs
@@ -25,7 +26,7 @@ from roundoff.training.loss import LossOutput, combine, loss_normalizer, policy_
 from roundoff.training.session import Session
 
 
-class NonFiniteLossError(ArithmeticError):
+class NonFiniteLossError(RoundoffError, ArithmeticError):
     """The loss, the gradient or a weight after the optimizer step is not a finite number."""
 
 

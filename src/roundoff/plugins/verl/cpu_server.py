@@ -15,6 +15,7 @@ from torch import Tensor
 from verl.workers.rollout.replica import TokenOutput
 
 from roundoff.config import ConfigError
+from roundoff.errors import RoundoffWarning
 from roundoff.hardware import InstalledHardware, install
 from roundoff.models.load import load_model
 from roundoff.numerics.rng import Key
@@ -126,6 +127,7 @@ class RolloutServer:
             self.answered[f"{kind}, not computed: logits not finite"] += lost
             warnings.warn(
                 f"{lost} of {len(prompts)} responses ({kind}) were not computed: the logits were not finite",
+                RoundoffWarning,
                 stacklevel=2,
             )
         outputs = []

@@ -26,6 +26,7 @@ from typing import Literal
 
 from roundoff.config import AQN, ConfigError, Hardware, MatmulNoise, Settings, nearest, validate
 from roundoff.config.base import Count
+from roundoff.errors import RoundoffWarning
 
 VARIABLE = "ROUNDOFF_VERL_SETTINGS"
 PREFIX = "VERL_NOISY_OPS_"
@@ -134,6 +135,7 @@ def _from_noisy_ops(environment: Mapping[str, str]) -> PluginSettings:
         warnings.warn(
             f"{PREFIX}ALL_OPS: roundoff perturbs matrix products, those of attention included; softmax, activations "
             "and norms stay exact",
+            RoundoffWarning,
             stacklevel=2,
         )
     noise = validate(
