@@ -75,9 +75,7 @@ def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], N
             job.phase, job.message = execute(job.request, after_step, ranks)
         except Exception as error:  # whatever ends a run is noted in its job, and the next run is made
             job.phase, job.message = "failed", message_of(error)
-            if not (
-                ranks.leads or isinstance(error, RoundoffError)
-            ):  # what roundoff raises is raised, and said, by the first too
+            if not (ranks.leads or isinstance(error, RoundoffError)):  # the first rank raises and reports the others
                 print(f"rank {ranks.index}: {job.message}", file=sys.stderr)
 
 
