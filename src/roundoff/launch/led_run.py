@@ -1,21 +1,27 @@
-"""A run directory under several ranks: the first one reads and writes, the others learn of it."""
+"""A run directory under several ranks: the first rank reads and writes it, and the others are told.
+
+One rule covers every public method and property of `RunDirectory`, also those that are added later: the first rank
+calls it, and all ranks return what it returned or raise what it raised. Two things differ from the rule. The attributes
+that are set when a directory is opened, such as its path, are the same on every rank, so nothing is sent. And a failure
+is written without telling the others (`set_status`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from roundoff.parallel.ranks import Ranks
-from roundoff.runs.checkpoint import Checkpoint
 from roundoff.runs.directory import RunDirectory
-from roundoff.runs.health import Health
-from roundoff.runs.outcomes import Evaluation
-from roundoff.runs.record import Run, Status
+from roundoff.runs.record import Status
 
 
 class LedRunDirectory(RunDirectory):
-    """A run directory that the first rank holds and writes; every rank learns what it read, and of its errors."""
+    """A run directory that the first rank holds, reads and writes on behalf of all ranks.
+
+    Every rank must call the same methods in the same order, because each call is a collective operation.
+    """
 
     def __init__(self, held: RunDirectory, ranks: Ranks) -> None:
         super().__init__(held.path.parents[2], held.experiment, held.profile, held.seed)
@@ -29,69 +35,36 @@ class LedRunDirectory(RunDirectory):
         if self._ranks.leads:
             self._held.__exit__()
 
-    def start(self, provenance: Mapping[str, Any], total_steps: int, warnings: Sequence[str] = ()) -> Status:
-        """As `RunDirectory.start`."""
-        return self._ranks.first(lambda: self._held.start(provenance, total_steps, warnings))
-
     def set_status(self, status: Status) -> Status:
-        """As `RunDirectory.set_status`; a failure is written without a word to the others.
+        """Write `status` as `RunDirectory.set_status` does; the first rank writes a failure without telling the others.
 
-        They may be waiting for something else, which this would be taken for, or have failed themselves.
+        The other ranks may be waiting for another message, which this one would be taken for, or may have failed
+        themselves.
         """
         if status.state == "failed":
             return self._held.set_status(status) if self._ranks.leads else status
         return self._ranks.first(lambda: self._held.set_status(status))
 
-    def health(self) -> Health:
-        """As `RunDirectory.health`."""
-        return self._ranks.first(self._held.health)
 
-    def write_scan(self, content: Mapping[str, Any]) -> None:
-        """As `RunDirectory.write_scan`."""
-        self._ranks.first(lambda: self._held.write_scan(content))
+def _led(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `RunDirectory` that the first rank calls for all ranks."""
 
-    def scan(self) -> dict[str, Any] | None:
-        """As `RunDirectory.scan`."""
-        return self._ranks.first(self._held.scan)
+    @wraps(method)
+    def on_the_first(self: LedRunDirectory, *arguments: Any, **options: Any) -> Any:
+        return self._ranks.first(lambda: method(self._held, *arguments, **options))
 
-    def write_preflight(self, content: Mapping[str, Any]) -> None:
-        """As `RunDirectory.write_preflight`."""
-        self._ranks.first(lambda: self._held.write_preflight(content))
+    return on_the_first
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """As `RunDirectory.append_metrics`."""
-        self._ranks.first(lambda: self._held.append_metrics(row))
 
-    def rewind(self, step: int) -> None:
-        """As `RunDirectory.rewind`."""
-        self._ranks.first(lambda: self._held.rewind(step))
+def _lead_every_method() -> None:
+    """Replace each public method and property that `LedRunDirectory` has not defined itself."""
+    for name, member in vars(RunDirectory).items():
+        if name.startswith("_") or name in vars(LedRunDirectory):
+            continue
+        if isinstance(member, property) and member.fget is not None:
+            setattr(LedRunDirectory, name, property(_led(member.fget)))
+        elif callable(member):
+            setattr(LedRunDirectory, name, _led(member))
 
-    def write_evaluation(self, evaluation: Evaluation) -> None:
-        """As `RunDirectory.write_evaluation`."""
-        self._ranks.first(lambda: self._held.write_evaluation(evaluation))
 
-    def save_checkpoint(
-        self, step: int, tensors: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any], *, keep: int
-    ) -> None:
-        """As `RunDirectory.save_checkpoint`: every rank holds the same tensors."""
-        self._ranks.first(lambda: self._held.save_checkpoint(step, tensors, state, keep=keep))
-
-    def take_over(self, parent: Run, provenance: Mapping[str, Any], total_steps: int) -> None:
-        """As `RunDirectory.take_over`."""
-        self._ranks.first(lambda: self._held.take_over(parent, provenance, total_steps))
-
-    def load_checkpoint(self) -> Checkpoint | None:
-        """As `RunDirectory.load_checkpoint`; it is sent to the other ranks, which need not see the disk."""
-        return self._ranks.first(self._held.load_checkpoint)
-
-    def save_adapter(self, write: Callable[[Path], None]) -> None:
-        """As `RunDirectory.save_adapter`."""
-        self._ranks.first(lambda: self._held.save_adapter(write))
-
-    def evaluation(self, step: int) -> Evaluation:
-        """As `RunDirectory.evaluation`."""
-        return self._ranks.first(lambda: self._held.evaluation(step))
-
-    def save_diagnostics(self, name: str, content: Mapping[str, Any]) -> Path:
-        """As `RunDirectory.save_diagnostics`."""
-        return self._ranks.first(lambda: self._held.save_diagnostics(name, content))
+_lead_every_method()

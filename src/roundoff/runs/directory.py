@@ -1,4 +1,4 @@
-"""Run directories: the only writer of what a run leaves behind (`run_record` reads it).
+"""Run directories: the only writer of what a run leaves behind (`roundoff.runs.record` reads it).
 
     runs/<experiment>/<profile>-<hash8>/seed-<n>/
         experiment.toml         resolved settings of the experiment and the profile
@@ -9,6 +9,7 @@
         evaluations/step-*.jsonl   one line a problem
         checkpoints/step-*/     safetensors and state.json with the checksum of each file
         adapter/                LoRA adapters after the last step, as PEFT saves them
+        diagnostics/            what explains a failure, one JSON file each
         tensorboard/            written by the tracker
         status.json             running | complete | failed | interrupted, last step, reason, what was trained
 
@@ -43,21 +44,16 @@ from roundoff.runs.checkpoint import (
 from roundoff.runs.files import write_atomic, write_directory
 from roundoff.runs.health import Health, health_of
 from roundoff.runs.outcomes import (
-    DamagedRunError,
     Evaluation,
-    Outcome,
     evaluation_file,
     evaluation_lines,
     read_evaluation,
 )
 from roundoff.runs.record import (
     Run,
-    State,
     Status,
     evaluation_files,
-    find_runs,
     read_metrics,
-    read_run,
     read_scan,
     read_status,
     step_of,
@@ -66,25 +62,6 @@ from roundoff.runs.strict_json import dumps
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "LOCK_WAIT_S",
-    "DamagedRunError",
-    "Evaluation",
-    "Outcome",
-    "Run",
-    "RunDirectory",
-    "RunLockedError",
-    "State",
-    "Status",
-    "checkpoint_checksums",
-    "find_runs",
-    "read_evaluation",
-    "read_metrics",
-    "read_run",
-    "read_status",
-    "run_path",
-]
 
 LONGEST_NAME = 240
 """Bytes of a directory's name; file systems take 255, of which a profile's has nine for the hash."""
@@ -140,11 +117,6 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-    @property
-    def tensorboard(self) -> Path:
-        """Directory for TensorBoard's event files."""
-        return self.path / "tensorboard"
 
     @property
     def status(self) -> Status | None:
@@ -247,10 +219,8 @@ class RunDirectory:
         self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: Mapping[str, Any], *, keep: int
     ) -> None:
         """Save a checkpoint whole or not at all, then remove all but the last `keep`."""
-        if (self.path / "metrics.jsonl").exists():
-            with (self.path / "metrics.jsonl").open(
-                "a", encoding="utf-8"
-            ) as file:  # the rows up to a checkpoint are never younger
+        if (self.path / "metrics.jsonl").exists():  # its rows must be on the disk before the checkpoint is
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
         save_checkpoint(self.path / "checkpoints", step, tensors, state, keep=keep)
 
