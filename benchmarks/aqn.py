@@ -9,7 +9,7 @@ import torch
 
 from roundoff.config import Experiment, validate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.training.aqn_in_run import aqn_of_step, layer_sigmas, measure_aqn
+from roundoff.training.aqn_in_run import measure_aqn
 from roundoff.training.loop import take_step
 from roundoff.training.preparation import prepare
 
@@ -38,9 +38,9 @@ def main() -> None:
                 steps.append(time.thread_time() - began)
             for _ in range(REPEATS):
                 began = time.thread_time()
-                with aqn_of_step(session, 1):
+                with session.aqn.in_force(session.model, 1, session.key):
                     pass
-                layer_sigmas(session, 1)
+                session.aqn.at(1).by_layer()
                 entries.append(time.thread_time() - began)
             whole, aqn = 1e3 * statistics.median(steps), 1e3 * statistics.median(entries)
             verdict = "reached" if aqn / whole <= GOAL else "MISSED"

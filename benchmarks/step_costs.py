@@ -33,7 +33,7 @@ from roundoff.runs.directory import RunDirectory
 from roundoff.training.loop import take_step
 from roundoff.training.loss import policy_loss
 from roundoff.training.preparation import prepare
-from roundoff.training.session import save
+from roundoff.training.saving import save
 
 ALGORITHM = Algorithm(name="GRPO", group_size=8, kl_coefficient=0.0, ratio="one")
 STEPS = 7

@@ -13,7 +13,7 @@ from tests.training.test_loop import run, with_training
 
 def small_run(monkeypatch, tmp_path, profile, name, *, lora=None, **training):
     asked = []
-    for module in ("policy", "preparation", "loop"):
+    for module in ("policy", "checks", "loop"):
         monkeypatch.setattr(
             import_module(f"roundoff.training.{module}"),
             "resolve_device",

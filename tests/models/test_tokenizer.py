@@ -18,7 +18,7 @@ from roundoff.models.tokenizer import check_kept
 from roundoff.numerics.rng import Key
 from roundoff.sampling.sampler import sample
 from roundoff.tasks import TASKS, Message, Problem
-from roundoff.training.preparation import check_prompts
+from roundoff.training.checks import check_prompts
 from tests.small_models import make, make_tokenizer
 
 EOS = [("<eos>", 1)]

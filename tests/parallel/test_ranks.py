@@ -253,13 +253,13 @@ def test_a_step_must_have_a_prompt_for_each_rank(tmp_path, small, ratio, accepte
 def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(tmp_path, small, monkeypatch):
     """The gradients of one rank are NaN: their sum is so on every rank, and none waits for another."""
     update = sys.modules["roundoff.training.update"]
-    plain = update._logprobs
+    plain = update.keyed_logprobs
 
     def spoilt(session, *arguments):
         logprobs, entropies = plain(session, *arguments)
         return (logprobs * math.nan if session.ranks.index == 1 else logprobs), entropies
 
-    monkeypatch.setattr(update, "_logprobs", spoilt)
+    monkeypatch.setattr(update, "keyed_logprobs", spoilt)
     request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
 
     def work(ranks):
@@ -275,7 +275,7 @@ def test_what_is_not_finite_on_one_rank_stops_all_with_one_message(tmp_path, sma
 
 def test_a_run_that_trains_nothing_says_so_on_every_rank(tmp_path, small, monkeypatch):
     task = AlwaysRight(make_task(small))
-    monkeypatch.setattr("roundoff.training.preparation.make_task", lambda profile: task)
+    monkeypatch.setattr("roundoff.training.checks.make_task", lambda profile: task)
     request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="none")
     (first, second) = on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
     assert first == second

@@ -1,6 +1,7 @@
 """The SRDD scan joined to a run: multipliers in rollouts, layers kept in high precision, the file it is kept in."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -15,7 +16,7 @@ from roundoff.models.load import load_model
 from roundoff.srdd import LayerScan, scan
 from roundoff.tasks import TASKS
 from roundoff.trackers import scalars
-from roundoff.training.preparation import prepare
+from roundoff.training.preparation import aqn_plan, prepare
 from tests.training.test_loop import reproducible, run
 
 training = import_module("roundoff.training.loop")  # `roundoff.training.loop` is the function
@@ -44,22 +45,22 @@ def scan_by_hand(small, **options) -> LayerScan:
 
 def test_multipliers_are_those_of_a_scan_of_the_tasks_training_texts(small):
     session = prepare(TARGETED, small, 0)
-    assert session.multipliers(1) == session.multipliers(2) == scan_by_hand(small).multipliers("targeted")
-    assert sorted(session.multipliers(1).values()) == [0, 0, 0, 0, 0, 1]
+    assert session.aqn.at(1).multipliers == session.aqn.at(2).multipliers == scan_by_hand(small).multipliers("targeted")
+    assert sorted(session.aqn.at(1).multipliers.values()) == [0, 0, 0, 0, 0, 1]
 
 
 def test_metric_and_direction_are_the_experiments(small):
     classic = {"format": "mxfp4", "tokens": TOKENS, "metric": "relative_error", "direction": "robust"}
     session = prepare(changed("quickstart-noise-aqn", aqn={"layers": "targeted"}, srdd=classic), small, 0)
     expected = scan_by_hand(small, rank_by="relative_error").multipliers("targeted", direction="robust")
-    assert session.multipliers(1) == expected
+    assert session.aqn.at(1).multipliers == expected
 
 
 def test_zone_moves_at_half_of_the_run(small):
     zone = changed("quickstart-noise-aqn", aqn={"layers": "zone"}, srdd={"tokens": TOKENS})
     session = prepare(zone, small, 0)
-    session.sigmas = [0.01] * 4
-    zones = [{layer for layer, factor in session.multipliers(step).items() if factor} for step in (1, 2, 3, 4)]
+    plan = aqn_plan(zone, 4, 4, session.scan)
+    zones = [{layer for layer, factor in plan.at(step).multipliers.items() if factor} for step in (1, 2, 3, 4)]
     assert zones[0] == zones[1]
     assert zones[2] == zones[3]
     assert zones[0] | zones[2] == set(range(6))
@@ -68,7 +69,7 @@ def test_zone_moves_at_half_of_the_run(small):
 
 def test_rollouts_are_noisy_in_the_targeted_layer_alone(small, monkeypatch):
     session = prepare(TARGETED, small, 0)
-    session.sigmas = [0.05, 0.05]
+    session.aqn = replace(session.aqn, curve=(0.05, 0.05))
     before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
     perturbed = set()
 
@@ -78,8 +79,8 @@ def test_rollouts_are_noisy_in_the_targeted_layer_alone(small, monkeypatch):
 
     real = training.sample
     monkeypatch.setattr(training, "sample", watched)
-    training._sample_batch(session, 1)
-    (target,) = [layer for layer, factor in session.multipliers(1).items() if factor]
+    training.sample_batch(session, 1)
+    (target,) = [layer for layer, factor in session.aqn.at(1).multipliers.items() if factor]
     assert {name.split(".")[2] for name in perturbed - {"model.norm.weight"}} == {str(target)}
     assert "model.norm.weight" in perturbed  # outside of the layers: multiplier 1
 
@@ -121,7 +122,7 @@ def test_the_most_sensitive_layers_are_kept_in_high_precision(tmp_path, small):
     expected = session.scan.most_sensitive(2)
     quantized = {e.name.split(".")[2] for e in session.policy.installed.entries if e.weight}
     assert quantized == {str(layer) for layer in range(6) if layer not in expected}
-    assert session.multipliers(1) is None
+    assert session.aqn.at(1).multipliers is None
     finished = run(tmp_path, KEPT, small)
     assert LayerScan.from_json(finished.scan).most_sensitive(2) == expected
     assert score_subject(open_subject(str(finished.path))).agrees

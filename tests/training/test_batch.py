@@ -2,13 +2,14 @@
 
 import importlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from roundoff.config import Experiment, validate
 from roundoff.experiments import load_experiment
-from roundoff.training.loop import _sample_batch
+from roundoff.training.loop import sample_batch
 from roundoff.training.preparation import prepare
 from tests.training.test_loop import SameReward
 
@@ -20,8 +21,8 @@ def test_oversampling_draws_more_prompts_at_a_time_and_trains_on_one_batch(small
     wide = small.model_copy(update={"task": small.task.model_copy(update={"settings": settings})})
     dapo = load_experiment("E8a")
     session = prepare(dapo, wide, 0)
-    assert len(session.sigmas) == 64 // (8 * 2)
-    batch = _sample_batch(session, 1)
+    assert session.total_steps == 64 // (8 * 2)
+    batch = sample_batch(session, 1)
     assert batch.prompts % 16 == 0
     assert len(batch.advantages) <= 8 * dapo.algorithm.group_size
     assert (batch.advantages.view(-1, dapo.algorithm.group_size) != 0).any(1).all()  # groups of equal reward are out
@@ -29,12 +30,12 @@ def test_oversampling_draws_more_prompts_at_a_time_and_trains_on_one_batch(small
 
 def test_aqn_leaves_the_weights_as_they_were(small):
     session = prepare(load_experiment("quickstart-noise-aqn"), small, 0)
-    session.sigmas = [0.05, 0.05]
+    session.aqn = replace(session.aqn, curve=(0.05, 0.05))
     before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
-    noisy = _sample_batch(session, 1)
+    noisy = sample_batch(session, 1)
     assert all(torch.equal(p, before[n]) for n, p in session.model.named_parameters())
-    session.sigmas = [0.0, 0.0]
-    assert _sample_batch(session, 1).rollouts.texts != noisy.rollouts.texts
+    session.aqn = replace(session.aqn, curve=(0.0, 0.0))
+    assert sample_batch(session, 1).rollouts.texts != noisy.rollouts.texts
 
 
 def test_rollouts_whose_output_is_not_finite_are_counted_and_the_run_goes_on(small, monkeypatch):
@@ -90,7 +91,7 @@ def rollouts_of(small, monkeypatch, *, rewards: list[float], nonfinite: list[int
     earned = iter(rewards * 100)
     session.task = SameReward(session.task, 0.0)
     monkeypatch.setattr(session.task, "reward", lambda problem, response: next(earned))
-    return _sample_batch(session, 1)
+    return sample_batch(session, 1)
 
 
 def test_a_rollout_that_was_not_computed_is_no_part_of_its_group(small, monkeypatch):
@@ -125,4 +126,4 @@ def test_rollouts_without_a_text_are_counted(small, monkeypatch):
         return found
 
     monkeypatch.setattr(training, "sample", silent)
-    assert _sample_batch(session, 1).empty == 0.25
+    assert sample_batch(session, 1).empty == 0.25

@@ -212,7 +212,7 @@ def test_a_run_that_recovers_from_such_a_step_goes_on(tmp_path, small, monkeypat
 
 def test_a_run_in_which_every_reward_is_equal_says_that_nothing_was_trained(tmp_path, small, monkeypatch):
     real = make_task(small)
-    monkeypatch.setattr("roundoff.training.preparation.make_task", lambda profile: SameReward(real, 1.0))
+    monkeypatch.setattr("roundoff.training.checks.make_task", lambda profile: SameReward(real, 1.0))
     request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="jsonl")
     said = "nothing was trained in 2 steps: the rewards within each group were equal"
     assert execute(request, lambda: False) == ("complete", said)
@@ -226,7 +226,7 @@ def test_a_run_in_which_every_reward_is_equal_says_that_nothing_was_trained(tmp_
 @pytest.mark.parametrize("reward", [RuntimeError("no"), math.nan])
 def test_a_reward_that_always_fails_stops_the_run_before_its_first_step(tmp_path, small, monkeypatch, reward):
     real = make_task(small)
-    monkeypatch.setattr("roundoff.training.preparation.make_task", lambda profile: SameReward(real, reward))
+    monkeypatch.setattr("roundoff.training.checks.make_task", lambda profile: SameReward(real, reward))
     with pytest.raises(FailedRewardsError, match="the reward failed for every one of 32 responses"):
         run(tmp_path, load_experiment("quickstart-clean"), small)
     assert read_run(next(tmp_path.rglob("seed-0"))).metrics == ()
@@ -240,7 +240,7 @@ def test_a_reward_that_fails_on_every_rollout_stops_the_run(tmp_path, small, mon
         def reward(self, problem, response):
             return math.nan if problem.id in training_ids else 1.0
 
-    monkeypatch.setattr("roundoff.training.preparation.make_task", lambda profile: TestOnly(real, 1.0))
+    monkeypatch.setattr("roundoff.training.checks.make_task", lambda profile: TestOnly(real, 1.0))
     with (
         pytest.warns(UserWarning, match="the rewards of 64 rollouts failed"),
         pytest.raises(FailedRewardsError, match="failed for every rollout of 2 steps in a row"),

@@ -15,7 +15,7 @@ def test_ratio_one_makes_each_minibatch_a_batch_of_its_own(small):
     inside, before = session.profile.training, small.training
     assert (inside.prompts_per_step, inside.minibatches) == (4, 1)
     assert (before.prompts_per_step, before.minibatches) == (8, 2)
-    assert len(session.sigmas) * inside.minibatches == len(replayed.sigmas) * before.minibatches  # optimizer steps
+    assert session.total_steps * inside.minibatches == replayed.total_steps * before.minibatches  # optimizer steps
     assert inside.evaluate_every * inside.prompts_per_step == before.evaluate_every * before.prompts_per_step
 
 
@@ -54,7 +54,7 @@ def test_a_task_without_problems_is_refused(small, monkeypatch, part, message):
     task = prepare(load_experiment("quickstart-clean"), small, 0).task
     empty = SameReward(task, 1.0)
     setattr(empty, part, list)
-    monkeypatch.setattr("roundoff.training.preparation.make_task", lambda profile: empty)
+    monkeypatch.setattr("roundoff.training.checks.make_task", lambda profile: empty)
     with pytest.raises(ConfigError, match=message):
         prepare(load_experiment("quickstart-clean"), small, 0)
 

@@ -14,10 +14,10 @@ from roundoff.experiments import load_experiment
 from roundoff.models.load import TINY_DIRECTORY
 from roundoff.runs.checkpoint import Checkpoint, DamagedCheckpointError, load_checkpoint
 from roundoff.runs.record import read_run
-from roundoff.training.loop import _sample_batch, take_step
+from roundoff.training.loop import sample_batch, take_step
 from roundoff.training.policy import put_weights
 from roundoff.training.preparation import prepare
-from roundoff.training.update import _before_update, _minibatches
+from roundoff.training.update import before_update, split_into_minibatches
 from tests.launch.test_survival import left
 from tests.training.test_loop import run, with_algorithm, with_training
 
@@ -45,11 +45,11 @@ def test_the_reference_is_the_base_and_no_second_model(small):
     lora, full = prepare(with_lora(), profile, 0), prepare(NOISE, profile, 0)
     assert lora.reference is None
     assert full.reference is not None
-    part = _minibatches(full, _sample_batch(full, 1))[0][0]
+    part = split_into_minibatches(full, sample_batch(full, 1))[0]
     for step in (1, 2):
         take_step(lora, step, None)  # the policy leaves its reference
-    expected = _before_update(full, 3, part, first=False)
-    found = _before_update(lora, 3, part, first=False)
+    expected = before_update(full, 3, part, first=False)
+    found = before_update(lora, 3, part, first=False)
     assert torch.equal(found.reference, expected.reference)  # same noise keys, same quantized weights
     assert not torch.equal(found.old, expected.old)
     assert torch.equal(expected.old, expected.reference)  # the full model has not been trained
@@ -57,8 +57,8 @@ def test_the_reference_is_the_base_and_no_second_model(small):
 
 def test_without_a_kl_penalty_there_is_no_reference_pass(small):
     session = prepare(with_algorithm(with_lora(), kl_coefficient=0.0), small, 0)
-    part = _minibatches(session, _sample_batch(session, 1))[0][0]
-    assert _before_update(session, 1, part, first=True).reference is None
+    part = split_into_minibatches(session, sample_batch(session, 1))[0]
+    assert before_update(session, 1, part, first=True).reference is None
 
 
 @pytest.mark.parametrize("ratio", ["replayed", "recomputed"])

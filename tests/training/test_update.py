@@ -6,14 +6,15 @@ import torch
 from roundoff.config import Profile
 from roundoff.experiments import load_experiment
 from roundoff.sampling.diagnosis import nonfinite_parameters
-from roundoff.training.loop import _sample_batch
+from roundoff.training.loop import sample_batch
 from roundoff.training.preparation import prepare
 from roundoff.training.update import (
+    Minibatch,
     NonFiniteLossError,
-    _before_update,
-    _logprobs,
-    _minibatch_loss,
-    _minibatches,
+    before_update,
+    keyed_logprobs,
+    minibatch_loss,
+    split_into_minibatches,
     update,
 )
 from tests.training.test_loop import with_algorithm, with_training
@@ -23,33 +24,33 @@ from tests.training.test_loop import with_algorithm, with_training
 def noisy(small):
     """A session on noisy hardware and the minibatches of its first step."""
     session = prepare(load_experiment("quickstart-noise"), small, 0)
-    return session, _minibatches(session, _sample_batch(session, 1))
+    return session, split_into_minibatches(session, sample_batch(session, 1))
 
 
 def test_replayed_log_probabilities_are_the_same_bits(noisy):
     session, parts = noisy
     key = session.key.fold("update", 1)
-    for part, _, _ in parts:
+    for part in (minibatch.rollouts for minibatch in parts):
         with torch.no_grad():
-            old, _ = _logprobs(session, session.model, part, key)
-        new, _ = _logprobs(session, session.model, part, key)  # with gradients: another path through every layer
+            old, _ = keyed_logprobs(session, session.model, part, key)
+        new, _ = keyed_logprobs(session, session.model, part, key)  # with gradients: another path through every layer
         assert torch.equal(old, new.detach())
 
 
 def test_the_shortcut_for_the_first_minibatch_changes_nothing(noisy):
     session, parts = noisy
-    assert _before_update(session, 1, parts[0][0], first=True).old is None
-    explicit = _before_update(session, 1, parts[0][0], first=False).old
-    new, _ = _logprobs(session, session.model, parts[0][0], session.key.fold("update", 1))
+    assert before_update(session, 1, parts[0], first=True).old is None
+    explicit = before_update(session, 1, parts[0], first=False).old
+    new, _ = keyed_logprobs(session, session.model, parts[0].rollouts, session.key.fold("update", 1))
     assert torch.equal(explicit, new.detach())
 
 
 def test_recomputed_log_probabilities_meet_another_draw(noisy):
     session, parts = noisy
     session.experiment = with_algorithm(session.experiment, ratio="recomputed")
-    old = _before_update(session, 1, parts[0][0], first=True).old
-    new, _ = _logprobs(session, session.model, parts[0][0], session.key.fold("update", 1))
-    mask = parts[0][0].response_mask
+    old = before_update(session, 1, parts[0], first=True).old
+    new, _ = keyed_logprobs(session, session.model, parts[0].rollouts, session.key.fold("update", 1))
+    mask = parts[0].rollouts.response_mask
     assert ((old - new.detach()).abs()[mask] > 1e-3).float().mean() > 0.5
 
 
@@ -63,14 +64,13 @@ def test_micro_batches_do_not_change_the_update(small):
 
 def clean_update(profile: Profile, micro_batch: int) -> dict[str, torch.Tensor]:
     session = prepare(load_experiment("quickstart-clean"), with_training(profile, micro_batch=micro_batch), 0)
-    parts = _minibatches(session, _sample_batch(session, 1))
-    before = _before_update(session, 1, parts[0][0], first=True)
-    _minibatch_loss(session, 1, *parts[0], before)
+    parts = split_into_minibatches(session, sample_batch(session, 1))
+    minibatch_loss(session, 1, before_update(session, 1, parts[0], first=True))
     return {n: p.grad.clone() for n, p in session.model.named_parameters()}
 
 
 def gradients(session, minibatch):
-    _minibatch_loss(session, 1, *minibatch, _before_update(session, 1, minibatch[0], first=True))
+    minibatch_loss(session, 1, before_update(session, 1, minibatch, first=True))
     session.optimizer.collect()
     found = {n: p.grad.clone() for n, p in session.model.named_parameters()}
     for parameter in session.model.parameters():
@@ -82,14 +82,14 @@ def gradients(session, minibatch):
 def test_rollouts_without_advantage_are_passed_over_only_where_they_have_no_gradient(small, kl):
     experiment = with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=kl)
     session = prepare(experiment, with_training(small, minibatches=1), 0)
-    batch = _sample_batch(session, 1)
+    batch = sample_batch(session, 1)
     count, useful = len(batch.advantages), int((batch.advantages != 0).sum())
     assert 0 < useful < count
-    ((part, advantages, normalizer),) = _minibatches(session, batch)
-    assert len(part) == (count if kl else useful)
-    assert normalizer == batch.rollouts.response_mask.sum()  # all count
-    expected = gradients(session, (batch.rollouts, batch.advantages, normalizer))
-    for name, gradient in gradients(session, (part, advantages, normalizer)).items():
+    (minibatch,) = split_into_minibatches(session, batch)
+    assert len(minibatch.rollouts) == (count if kl else useful)
+    assert minibatch.normalizer == batch.rollouts.response_mask.sum()  # all count
+    expected = gradients(session, Minibatch(batch.rollouts, batch.advantages, minibatch.normalizer))
+    for name, gradient in gradients(session, minibatch).items():
         # Sums of some hundred float32 terms in another order, relative to the largest element.
         size = float(expected[name].abs().max())
         torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-5 * size)
@@ -97,17 +97,17 @@ def test_rollouts_without_advantage_are_passed_over_only_where_they_have_no_grad
 
 def test_a_minibatch_in_which_nothing_teaches_moves_the_optimizer_on(small):
     session = prepare(with_algorithm(load_experiment("quickstart-clean"), kl_coefficient=0.0), small, 0)
-    batch = _sample_batch(session, 1)
+    batch = sample_batch(session, 1)
     half = len(batch.advantages) // 2
     batch.advantages[:half], batch.advantages[half:] = 0.0, 1.0
-    parts = _minibatches(session, batch)
-    assert [int((advantages != 0).sum() > 0) for _, advantages, _ in parts] == [0, 1]
-    assert len(parts[0][0]) == session.algorithm.group_size
+    parts = split_into_minibatches(session, batch)
+    assert [int((part.advantages != 0).sum() > 0) for part in parts] == [0, 1]
+    assert len(parts[0].rollouts) == session.algorithm.group_size
 
 
 def step_of(session):
     session.optimizer.param_groups[0]["lr"] = 1e-4
-    return update(session, 1, _sample_batch(session, 1))
+    return update(session, 1, sample_batch(session, 1))
 
 
 def test_a_weight_that_the_optimizer_step_makes_nan_stops_the_run(small, monkeypatch):

@@ -25,8 +25,8 @@ from roundoff.runs.outcomes import Evaluation
 from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 from roundoff.tasks import make_task
+from roundoff.training.checks import check_prompts, check_room
 from roundoff.training.policy import load_policy, put_weights
-from roundoff.training.preparation import check_prompts, check_room
 
 __all__ = ["Result", "describe", "load_hardware", "open_subject", "save", "score_subject"]
 
@@ -78,8 +78,8 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
         put_weights(policy, subject.checkpoint)
     if subject.adapter is not None:
         load_adapters(policy.model, subject.adapter)
-    check_prompts(policy.loaded, task.test())
-    check_room(policy.loaded, task.test(), profile.training)
+    _, lengths = check_prompts(policy.loaded, task.test())
+    check_room(policy.loaded, lengths, profile.training)
     key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
     evaluation = evaluate(
         policy.model,

@@ -81,9 +81,8 @@ def _multipliers(session: Session) -> Iterator[str]:
         return
     yield f"# srdd: {scan.tokens} tokens, ranked by {scan.rank_by}: {', '.join(map(str, scan.ranking()))}"
     yield from (f"warning: {line}" for line in scan.warnings())
-    steps = range(1, len(session.sigmas) + 1)
     begin = 1
-    for factors, group in groupby(steps, key=session.multipliers):
+    for factors, group in groupby(session.aqn.multipliers):
         count = len(list(group))
         if factors is not None:
             yield f"# aqn: factor on sigma by layer, steps {begin} to {begin + count - 1}"

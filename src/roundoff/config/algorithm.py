@@ -19,6 +19,7 @@ from roundoff.config.base import (
     Whole,
     rule,
 )
+from roundoff.config.ratio import RATIOS, RatioRule
 
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
     "GRPO": {"name": "GRPO", "group_size": 5, "kl_coefficient": 0.001},
@@ -57,7 +58,7 @@ class Algorithm(Settings):
     overlong_factor: NonNegative = 0.5
     """Penalty at the response limit (reward units)."""
     ratio: Literal["replayed", "recomputed", "rollout", "one"] = "replayed"
-    """Which pair of log-probabilities the importance ratio compares (design section 6)."""
+    """Which pair of log-probabilities the importance ratio compares (`roundoff.config.ratio`)."""
     tis_cap: Positive = 2.0
     """Largest truncated importance weight with ratio = 'rollout'."""
     temperature: Annotated[
@@ -82,6 +83,11 @@ class Algorithm(Settings):
                 f"oversampling = {self.oversampling} draws prompts that nothing uses without dynamic sampling: "
                 "set dynamic_sampling = true, or oversampling = 1"
             )
-        if self.ratio == "one" and self.optimizer_epochs > 1:
+        if not self.ratio_rule.compares and self.optimizer_epochs > 1:
             raise ValueError("ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1")
         return self
+
+    @property
+    def ratio_rule(self) -> RatioRule:
+        """What `ratio` asks of a training step."""
+        return RATIOS[self.ratio]

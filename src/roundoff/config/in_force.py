@@ -19,11 +19,11 @@ def training_in_force(algorithm: Algorithm, training: Training) -> Training:
         ConfigError: if the minibatches are not of one size.
     """
     parts = training.minibatches
-    if algorithm.ratio != "one" or parts == 1:
+    if not algorithm.ratio_rule.splits_batches or parts == 1:
         return training
     if training.prompts_per_step % parts:
         raise ConfigError(
-            f"algorithm.ratio = 'one' samples each minibatch apart, so profile.training.prompts_per_step "
+            f"algorithm.ratio = {algorithm.ratio!r} samples each minibatch apart, so profile.training.prompts_per_step "
             f"({training.prompts_per_step}) must be a multiple of minibatches ({parts})"
         )
     longer = {name: getattr(training, name) * parts for name in ("evaluate_every", "checkpoint_every", "warmup_steps")}

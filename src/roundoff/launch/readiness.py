@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def obstacles(requests: Sequence[RunRequest]) -> list[str]:
     """For each request, why it cannot begin; an empty text where nothing is in its way."""
-    from roundoff.training.preparation import check_settings
+    from roundoff.training.checks import check_settings
 
     known: dict[tuple[str, str, bool], str] = {}  # seeds of one experiment have the same
     found = []

@@ -118,8 +118,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked]) -> list[l
     return found
 
 
-def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
-    """Check, before anything is computed, that the model reads all of what it is asked.
+def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> list[list[int]]:
+    """Check, before anything is computed, that the model reads all of what it is asked; the token ids of each.
 
     Raises:
         ModelError: if a character or a part would be lost, a token has no embedding, a prompt begins with two BOS
@@ -140,6 +140,7 @@ def check_asked(loaded: LoadedModel, asked: Sequence[Asked]) -> None:
                 check_open(tokenizer, ids, ends, f"the prompt {shown[-80:]!r}", "change the task's prompt or template")
     except ModelError as error:
         raise ModelError(where + str(error)) from None
+    return encoded
 
 
 def _check_asked_whole(tokenizer: PreTrainedTokenizerBase, problem: Problem, shown: str) -> None:

@@ -242,12 +242,14 @@ class CostModel:
             work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
         )
         passes = algorithm.optimizer_epochs
-        replayed = 1 - 1 / training.minibatches if passes == 1 else 1.0
-        old = {"one": 0.0, "replayed": replayed}.get(algorithm.ratio, 1.0)
+        needed = [
+            algorithm.ratio_rule.needs_old_pass(first_minibatch=i == 0, optimizer_epochs=passes)
+            for i in range(training.minibatches)
+        ]
         moved = passes * training.minibatches * self._trained(experiment) * 4  # bytes, over all optimizer steps
         parts = {
             "update": update * passes,
-            "old log-probabilities": forward() * old,
+            "old log-probabilities": forward() * sum(needed) / len(needed),
             "reference": forward() if algorithm.kl_coefficient else 0.0,
             "optimizer": moved * OPTIMIZER_PASSES / self.machine.bandwidth,
         }

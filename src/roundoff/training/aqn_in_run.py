@@ -1,4 +1,4 @@
-"""A run's remedies at work: AQN in the rollouts of each step, and what is measured of it before the first.
+"""What is measured of AQN before the first step of a run, and what it warns of.
 
 The layers that AQN spares or stresses are those of the session's SRDD scan, if `aqn.layers` refers to one.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import warnings
 from bisect import bisect_left
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 
-from roundoff.aqn.noise import aqn_noise, aqn_targets
+from roundoff.aqn.noise import aqn_targets
 from roundoff.aqn.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
 from roundoff.errors import RoundoffWarning
 from roundoff.models.calibration import calibration_texts
@@ -21,68 +20,57 @@ from roundoff.runs.record import Status
 from roundoff.training.session import Session
 
 
-def aqn_of_step(session: Session, step: int) -> AbstractContextManager[None]:
-    """AQN in force on the model inside, as a step (numbered from 1) wants it; nothing at silent steps."""
-    aqn, sigma = session.experiment.aqn, session.sigmas[step - 1]
-    if aqn is None or not sigma:
-        return nullcontext()
-    return aqn_noise(session.model, sigma, session.multipliers(step), session.key.fold("aqn", step), aqn)
-
-
-def layer_sigmas(session: Session, step: int) -> dict[str, list[float]]:
-    """What to log: AQN's true sigma of each decoder layer, where they differ (all else has the step's sigma)."""
-    multipliers = session.multipliers(step)
-    if multipliers is None:
-        return {}
-    return {"sigma_layers": [session.sigmas[step - 1] * factor for _, factor in sorted(multipliers.items())]}
-
-
 def measure_aqn(session: Session) -> Preflight | None:
     """What AQN does to the model before the first step, at the largest sigma of the run; None without AQN."""
-    if session.experiment.aqn is None:
+    plan = session.aqn
+    if plan.settings is None:
         return None
-    sigma = max(session.sigmas)
+    sigma, step = list(plan.first_steps().items())[-1]
     return preflight(
         session.policy.loaded,
         calibration_texts(session.task),
-        session.experiment.aqn,
+        plan.settings,
         sigma,
-        session.multipliers(session.sigmas.index(sigma) + 1),
+        plan.at(step).multipliers,
         session.key.fold("aqn"),
     )
 
 
 def rounding_warnings(session: Session) -> tuple[str, ...]:
-    """A line where AQN's smaller sigmas do next to nothing, as the model's dtype rounds their noise away."""
-    aqn = session.experiment.aqn
-    noisy = sorted({sigma for sigma in session.sigmas if sigma})
-    if aqn is None or all(target.weight.dtype == torch.float32 for target in aqn_targets(session.model, aqn)):
+    """A line where AQN's smaller sigmas do next to nothing, because the model's dtype rounds their noise away."""
+    plan, settings = session.aqn, session.aqn.settings
+    if settings is None:
         return ()
+    if all(target.weight.dtype == torch.float32 for target in aqn_targets(session.model, settings)):
+        return ()
+    sigmas = list(plan.first_steps().items())  # ascending
 
-    def is_lost(sigma: float) -> bool:
-        factors = session.multipliers(session.sigmas.index(sigma) + 1)
-        return rounded_away(session.model, sigma, factors, session.key.fold("aqn", "rounding"), aqn) > ROUNDED_AWAY
+    def is_lost(item: tuple[float, int]) -> bool:
+        sigma, step = item
+        key = session.key.fold("aqn", "rounding")
+        return rounded_away(session.model, sigma, plan.at(step).multipliers, key, settings) > ROUNDED_AWAY
 
-    lost = bisect_left(noisy, True, key=lambda sigma: not is_lost(sigma))
+    lost = bisect_left(sigmas, True, key=lambda item: not is_lost(item))
     if not lost:
         return ()
-    steps = sum(0 < sigma <= noisy[lost - 1] for sigma in session.sigmas)
+    highest = sigmas[lost - 1][0]
+    steps = sum(0 < sigma <= highest for sigma in plan.curve)
     return (
-        f"AQN at sigma {noisy[lost - 1]:g} and below ({steps} of {sum(map(bool, session.sigmas))} noisy steps) leaves "
+        f"AQN at sigma {highest:g} and below ({steps} of {sum(map(bool, plan.curve))} noisy steps) leaves "
         f"more than half of the weights as they are: {session.profile.dtype} rounds the noise away; raise "
         "aqn.sigma_end, or set profile.dtype = 'float32'",
     )
 
 
 def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
-    """Keep the scan and AQN's pre-flight in the run's directory, and warn of what they show."""
-    said: tuple[str, ...] = ()
+    """Keep the scan and AQN's pre-flight in the run's directory, and warn of what they show; before the first step."""
+    notes: tuple[str, ...] = ()
     if session.scan is not None:
         run_dir.write_scan(session.scan.to_json())
-        said += session.scan.warnings()
+        notes += session.scan.warnings()
     if (measured := measure_aqn(session)) is not None:
         run_dir.write_preflight(measured.to_json())
-        said += (*measured.warnings(), *rounding_warnings(session))
-    for line in said:
-        warnings.warn(line, RoundoffWarning, stacklevel=5)
-    return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *said)))))
+        notes += (*measured.warnings(), *rounding_warnings(session))
+    for line in notes:
+        warnings.warn(line, RoundoffWarning, stacklevel=2)
+    return run_dir.set_status(replace(status, warnings=tuple(dict.fromkeys((*status.warnings, *notes)))))

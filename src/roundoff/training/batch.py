@@ -168,11 +168,3 @@ def _empty(rollouts: Rollouts) -> int:
     flags = zip(rollouts.texts, rollouts.nonfinite.tolist(), rollouts.truncated.tolist(), strict=True)
     flaws = [flaw_of(text, nonfinite=bad, reward_error=False, truncated=cut) for text, bad, cut in flags]
     return flaws.count("empty")
-
-
-def share_of(ranks: Ranks, part: Rollouts, advantages: Tensor) -> tuple[Rollouts, Tensor]:
-    """A rank's rollouts of a minibatch, and their advantages, at the width of the whole minibatch."""
-    if ranks.count == 1:
-        return part, advantages
-    rows = torch.arange(len(part))[ranks.share(len(part))]
-    return part.select(rows, trim=False), advantages[rows]

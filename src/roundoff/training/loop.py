@@ -34,11 +34,12 @@ from roundoff.sampling.sampler import sample
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker
-from roundoff.training.aqn_in_run import aqn_of_step, layer_sigmas, measure_before
+from roundoff.training.aqn_in_run import measure_before
 from roundoff.training.batch import Batch, collect
 from roundoff.training.preparation import prepare
 from roundoff.training.run_log import Metrics, RunLog
-from roundoff.training.session import Session, restore
+from roundoff.training.saving import restore
+from roundoff.training.session import Session
 from roundoff.training.update import NonFiniteLossError, update
 
 FRUITLESS_STEPS = 3
@@ -83,8 +84,7 @@ def train(
     scan = None if kept is None else LayerScan.from_json(kept)
     try:
         with own_defaults():
-            session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan))
-            session.ranks = ranks
+            session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan, ranks=ranks))
             ranks.agree("the weights of the model", session.policy.base)
             return _train(session, run_dir, open_tracker, provenance, should_stop)
     except OSError as error:
@@ -103,12 +103,12 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> Evaluation | None:
     """`train` with everything in memory."""
-    total = len(session.sigmas)
+    total = session.total_steps
     checkpoint = run_dir.load_checkpoint()
     start = restore(session, checkpoint) if checkpoint else 0
     lost = [f"passed over a damaged checkpoint: {s}; went on from step {start}" for s in _skipped(checkpoint)]
     for line in lost:
-        warnings.warn(line, RoundoffWarning, stacklevel=3)
+        warnings.warn(line, RoundoffWarning, stacklevel=2)
     kept = start if checkpoint else -1
     run_dir.rewind(kept)
     status = run_dir.start(provenance, total, lost)
@@ -158,12 +158,14 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
     """One step of the loop (numbered from 1): sample, reward, update; returns what to log."""
     training = session.profile.training
     began = time.perf_counter()
-    batch = _sample_batch(session, step)
+    batch = sample_batch(session, step)
     session.position += batch.prompts
     sampled = time.perf_counter()
+    aqn = session.aqn.at(step)
+    sigma_layers = aqn.by_layer()
     metrics: Metrics = {
         "step": step,
-        "epoch": (step - 1) * session.experiment.epochs // len(session.sigmas),
+        "epoch": (step - 1) * session.experiment.epochs // session.total_steps,
         "reward": batch.reward,
         "accuracy": batch.accuracy,
         "mixed_groups": batch.mixed_groups,
@@ -173,8 +175,8 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
         "empty": batch.empty,
         "reward_errors": batch.reward_errors,
         "nonfinite": batch.nonfinite,
-        "sigma": session.sigmas[step - 1],
-        **layer_sigmas(session, step),
+        "sigma": aqn.sigma,
+        **({} if sigma_layers is None else {"sigma_layers": sigma_layers}),
         "learning_rate": session.learning_rate * min(1.0, step / max(1, training.warmup_steps)),
         "trained": batch.teaches,
     }
@@ -203,11 +205,11 @@ def _check_usable(session: Session, step: int, batch: Batch) -> None:
     """
     failed = batch.sampled in (batch.nonfinite, batch.reward_errors)
     session.fruitless_steps = session.fruitless_steps + 1 if failed else 0
-    if not failed or session.fruitless_steps < min(FRUITLESS_STEPS, len(session.sigmas)):
+    if not failed or session.fruitless_steps < min(FRUITLESS_STEPS, session.total_steps):
         return
     steps = f"{session.fruitless_steps} step{'s' if session.fruitless_steps > 1 else ''} in a row"
     if batch.nonfinite == batch.sampled:
-        with aqn_of_step(session, step):
+        with session.aqn.in_force(session.model, step, session.key):
             where = first_nonfinite(session.model, batch.rollouts)
         raise NonFiniteOutputError(
             f"no rollout of {steps} could be computed: the logits were not finite, first in {where}. Nothing can be "
@@ -220,7 +222,8 @@ def _check_usable(session: Session, step: int, batch: Batch) -> None:
     )
 
 
-def _sample_batch(session: Session, step: int) -> Batch:
+def sample_batch(session: Session, step: int) -> Batch:
+    """The batch of a step (numbered from 1), sampled with AQN in force."""
     training, algorithm = session.profile.training, session.algorithm
 
     def sampler(prompts: Sequence[Problem], first_id: int) -> Rollouts:
@@ -238,5 +241,5 @@ def _sample_batch(session: Session, step: int) -> Batch:
             rollout_ids=ids,
         )
 
-    with aqn_of_step(session, step):
+    with session.aqn.in_force(session.model, step, session.key):
         return collect(session.stream, session.position, sampler, session.task, algorithm, training, session.ranks)

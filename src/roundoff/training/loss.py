@@ -102,7 +102,7 @@ def policy_loss(
     mask = mask.bool()
     advantages = advantages.reshape(-1, 1).to(torch.float32)
     logprobs = torch.where(mask, logprobs, 0.0).to(torch.float32)  # masked before any arithmetic: NaN*0 is NaN
-    if algorithm.ratio == "one" or old_logprobs is None:
+    if old_logprobs is None or not algorithm.ratio_rule.compares:
         old = logprobs.detach()
     else:
         old = torch.where(mask, old_logprobs.detach(), 0.0).to(torch.float32)
@@ -269,7 +269,7 @@ def _check(
             raise ValueError(f"{name} must have the shape of logprobs, {list(shape)}, but is {list(tensor.shape)}")
     if advantages.shape not in ((shape[0],), (shape[0], 1)):
         raise ValueError(f"advantages must be [{shape[0]}] or [{shape[0]}, 1], but is {list(advantages.shape)}")
-    if old_logprobs is None and algorithm.ratio != "one":
+    if old_logprobs is None and algorithm.ratio_rule.compares:
         raise ValueError(
             f"old_logprobs must be given with algorithm.ratio = {algorithm.ratio!r}; only 'one' needs none"
         )
@@ -282,5 +282,5 @@ def _check(
         raise ValueError(
             f"entropies must be given with algorithm.entropy_coefficient = {algorithm.entropy_coefficient}"
         )
-    if (weights is None) == (algorithm.ratio == "rollout"):
+    if (weights is None) == algorithm.ratio_rule.corrects_rollouts:
         raise ValueError("weights must be given with algorithm.ratio = 'rollout' and only then (truncated_weights)")

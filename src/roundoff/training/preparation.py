@@ -1,150 +1,91 @@
-"""What must hold before a run's first step: enough problems, prompts that the model can read, a device that is there.
-
-All of it is checked before hardware is installed or anything is computed.
-"""
+"""A session made ready: checks first, then the model is loaded, scanned where needed, and put on its hardware."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-
-from roundoff.aqn.noise import check_multipliers
+from roundoff.aqn.plan import AqnPlan
 from roundoff.aqn.schedule import sigma_curve
-from roundoff.config import (
-    Algorithm,
-    ConfigError,
-    Experiment,
-    Profile,
-    Training,
-    learning_rate,
-    steps_per_epoch,
-    training_in_force,
-)
-from roundoff.models.device import resolve_device
+from roundoff.config import Experiment, Profile, learning_rate, steps_per_epoch, training_in_force
 from roundoff.models.gradient_checkpointing import check_layers
-from roundoff.models.load import LoadedModel, check_model
-from roundoff.models.prompts import check_asked, encode, text
 from roundoff.numerics.rng import Key
+from roundoff.parallel.ranks import ALONE, Ranks
 from roundoff.runs.checkpoint import run_origin
-from roundoff.sampling.sampler import check_sampling
-from roundoff.srdd import LayerScan, experiment_scan
-from roundoff.tasks import Problem, Task, make_task
+from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers
 from roundoff.training.batch import PromptStream
+from roundoff.training.checks import check_enough, check_prompts, check_room, check_settings, within_length
 from roundoff.training.optimizer import MasterAdamW
 from roundoff.training.policy import install_plain, load_plain, make_policy
 from roundoff.training.session import Session
 
 
-def check_settings(experiment: Experiment, profile: Profile) -> Task:
-    """Check everything that can be checked without weights, which is the same for every seed; returns the task.
-
-    Raises:
-        ConfigError: naming the setting that cannot be used.
-        ModelError: if the profile's model is not there.
-    """
-    given, algorithm = profile.training, experiment.algorithm
-    if given.minibatches > given.prompts_per_step:
-        raise ConfigError(
-            f"profile.training.minibatches must be at most prompts_per_step ({given.prompts_per_step}), "
-            f"but is {given.minibatches}"
-        )
-    training = training_in_force(algorithm, given)
-    task = make_task(profile)
-    check_enough(len(task.train()), "the task has only {} training problems", algorithm, training)
-    if not task.test():
-        raise ConfigError(f"task {task.name!r} has no test problems")
-    resolve_device(profile.device)
-    check_model(profile.model, allow_download=profile.allow_download)
-    return task
-
-
-def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> str:
-    """Check that the model can be asked every problem; returns SHA-256 over them as they are asked, and their answers.
-
-    Raises:
-        ModelError: if the tokenizer would lose a part of a problem, or the chat template refuses one (`check_asked`).
-    """
-    asked = [text(loaded.tokenizer, problem) for problem in problems]
-    check_asked(loaded, problems)
-    lines = (f"{problem.id}\x1f{shown}\x1f{problem.answer}\n" for problem, shown in zip(problems, asked, strict=True))
-    return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def check_room(
-    loaded: LoadedModel, problems: Sequence[Problem], training: Training, lengths: Sequence[int] = ()
-) -> None:
-    """Check that the model can be sampled, and has positions for every problem's prompt (and those of `lengths`).
-
-    Raises:
-        ConfigError: naming what does not fit.
-    """
-    asked = [len(ids) for ids in encode(loaded.tokenizer, problems)]
-    check_sampling(loaded.model, loaded.tokenizer, [*asked, *lengths], training.max_new_tokens)
-
-
-def within_length(
-    problems: Sequence[Problem], loaded: LoadedModel, profile: Profile
-) -> tuple[list[Problem], list[int]]:
-    """Training problems whose prompt fits, and its tokens; with `long_prompts = "error"` one that does not raises."""
-    limit = profile.training.max_prompt_tokens
-    lengths = [len(ids) for ids in encode(loaded.tokenizer, problems)]
-    kept = [i for i, length in enumerate(lengths) if length <= limit]
-    if len(kept) < len(lengths) and profile.training.long_prompts == "error":
-        longest = max(lengths)
-        raise ConfigError(
-            f"profile.training.max_prompt_tokens is {limit}, but {len(lengths) - len(kept)} training prompts are "
-            f"longer (up to {longest} tokens): raise it, or set long_prompts = 'filter'"
-        )
-    return [problems[i] for i in kept], [lengths[i] for i in kept]
-
-
-def check_enough(count: int, said: str, algorithm: Algorithm, training: Training) -> None:
-    """Raise where the problems do not fill one batch; `said` tells how many there are."""
-    if count < training.prompts_per_step * algorithm.oversampling:
-        factor = f" with algorithm.oversampling = {algorithm.oversampling}" if algorithm.oversampling > 1 else ""
-        raise ConfigError(
-            f"profile.training.prompts_per_step is {training.prompts_per_step}{factor}, but {said.format(count)}"
-        )
-
-
-def prepare(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Session:
+def prepare(
+    experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None, ranks: Ranks = ALONE
+) -> Session:
     """Check everything that can be checked, then load the model, scan it where needed, and install the hardware.
 
-    `scan` is the one that the run already rests on, if any.
+    Args:
+        experiment: what is run.
+        profile: how big.
+        seed: of every random number of the run.
+        scan: the SRDD scan that the run already rests on, if any; None scans where a setting asks for it.
+        ranks: the processes that make the run together.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
+        ModelError: if the model cannot be loaded, or cannot be asked the task's problems.
     """
     task = check_settings(experiment, profile)
-    given, algorithm = profile.training, experiment.algorithm
-    training, origin = training_in_force(algorithm, given), run_origin(experiment, profile, seed)
+    algorithm, origin = experiment.algorithm, run_origin(experiment, profile, seed)
+    written, training = profile.training, training_in_force(algorithm, profile.training)
     profile = profile.model_copy(update={"training": training})
-    offered = task.train()
     key = Key.from_seed(seed)
     loaded = load_plain(profile)
-    asked = check_prompts(loaded, (*offered, *task.test()))
-    problems, lengths = within_length(offered, loaded, profile)
+    train_problems, test_problems = task.train(), task.test()
+    digest, lengths = check_prompts(loaded, (*train_problems, *test_problems))
+    kept = within_length(lengths[: len(train_problems)], training)
+    problems = [train_problems[i] for i in kept]
     check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
-    check_room(loaded, task.test(), training, lengths)
+    check_room(loaded, [*lengths[len(train_problems) :], *(lengths[i] for i in kept)], training)
     if scan is None and experiment.needs_scan:
         scan = experiment_scan(experiment, loaded, task, seed)
     policy = make_policy(experiment, loaded, seed, scan)
     if training.gradient_checkpointing:
         check_layers(policy.model)
-    per_epoch = steps_per_epoch(len(problems), algorithm, given)
-    total = experiment.epochs * per_epoch
-    sigmas = sigma_curve(total, per_epoch, experiment.aqn) if experiment.aqn else [0.0] * total
+    steps = steps_per_epoch(len(problems), algorithm, written)
+    plan = aqn_plan(experiment, experiment.epochs * steps, steps, scan)
     reference = None
     if algorithm.kl_coefficient > 0 and policy.adapters is None:
         reference = load_plain(profile).model
         install_plain(experiment, reference, seed, scan)
         reference.requires_grad_(False)
-    optimizer = MasterAdamW(policy.trainable, learning_rate(experiment, profile), training)
-    stream = PromptStream(problems, key.fold("data"))
-    session = Session(
-        experiment, profile, key, policy, reference, task, stream, optimizer, sigmas, scan, asked, origin=origin
+    plan.check(policy.model)
+    return Session(
+        experiment,
+        profile,
+        key,
+        policy,
+        reference,
+        task,
+        PromptStream(problems, key.fold("data")),
+        MasterAdamW(policy.trainable, learning_rate(experiment, profile), training),
+        total_steps=experiment.epochs * steps,
+        aqn=plan,
+        scan=scan,
+        problems=digest,
+        origin=origin,
+        ranks=ranks,
     )
-    if experiment.aqn is not None:
-        for step in (1, total):
-            check_multipliers(session.model, experiment.aqn, session.multipliers(step))
-    return session
+
+
+def aqn_plan(experiment: Experiment, total_steps: int, steps_per_epoch: int, scan: LayerScan | None) -> AqnPlan:
+    """AQN's sigma and multipliers at each step of a run.
+
+    Raises:
+        ConfigError: if sigma is 0 throughout, or the scan does not allow the mode that `aqn.layers` names.
+    """
+    if experiment.aqn is None:
+        return AqnPlan.silent(total_steps)
+    return AqnPlan(
+        experiment.aqn,
+        tuple(sigma_curve(total_steps, steps_per_epoch, experiment.aqn)),
+        tuple(layer_multipliers(experiment, scan, step / total_steps) for step in range(total_steps)),
+    )

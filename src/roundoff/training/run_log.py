@@ -17,7 +17,8 @@ from roundoff.runs.directory import RunDirectory
 from roundoff.runs.outcomes import Evaluation
 from roundoff.runs.record import State, Status
 from roundoff.trackers import Tracker, scalars
-from roundoff.training.session import Session, save
+from roundoff.training.saving import save
+from roundoff.training.session import Session
 
 Metrics = dict[str, Any]
 
@@ -53,7 +54,7 @@ class RunLog:
     def record(self, step: int, metrics: Metrics) -> Evaluation | None:
         """Evaluate if due (always at step 0 and the last), then log the step."""
         evaluation = None
-        if step in (0, len(self.session.sigmas)) or step % self.session.profile.training.evaluate_every == 0:
+        if step in (0, self.session.total_steps) or step % self.session.profile.training.evaluate_every == 0:
             began = time.perf_counter()
             evaluation = self.score(step)
             metrics |= evaluation.numbers()
@@ -80,7 +81,7 @@ class RunLog:
             if kind not in self._said:
                 self._said.add(kind)
                 line = f"step {step}: {text}"
-                warnings.warn(line, RoundoffWarning, stacklevel=4)
+                warnings.warn(line, RoundoffWarning, stacklevel=2)
                 self.status = replace(self.status, warnings=tuple(dict.fromkeys((*self.status.warnings, line))))
 
 

@@ -1,4 +1,7 @@
-"""What one run holds in memory: checked settings, model with its hardware, task, optimizer; saved and restored."""
+"""What one run holds in memory: checked settings, the model on its hardware, the task, the optimizer.
+
+`preparation` makes a session, `checks` holds what must be true before, and `saving` writes it to a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roundoff.config import Algorithm, ConfigError, Experiment, Profile, learning_rate
+from roundoff.aqn.plan import AqnPlan
+from roundoff.config import Algorithm, Experiment, Profile, learning_rate
 from roundoff.numerics.rng import Key
 from roundoff.parallel.ranks import ALONE, Ranks
-from roundoff.runs.checkpoint import Checkpoint, check_origin
-from roundoff.runs.directory import RunDirectory
-from roundoff.srdd import LayerScan, layer_multipliers
+from roundoff.srdd import LayerScan
 from roundoff.tasks import Task
 from roundoff.training.batch import PromptStream
 from roundoff.training.optimizer import MasterAdamW
-from roundoff.training.policy import (
-    Policy,
-    check_base,
-    put_weights,
-)
+from roundoff.training.policy import Policy
 
 
 @dataclass
 class Session:
-    """Everything that one run holds in memory."""
+    """Everything that one run holds in memory; only `position` and `fruitless_steps` change from step to step."""
 
     experiment: Experiment
     profile: Profile
@@ -39,20 +37,20 @@ class Session:
     task: Task
     stream: PromptStream
     optimizer: MasterAdamW
-    sigmas: list[float]
-    """AQN's sigma of each step (zero throughout without AQN)."""
+    total_steps: int
+    aqn: AqnPlan
     scan: LayerScan | None = None
     """The SRDD scan, where a setting refers to one."""
     problems: str = ""
-    """SHA-256 over the task's problems as they are asked, and their answers."""
-    position: int = 0
-    """Prompts drawn from the stream so far."""
+    """SHA-256 over the task's problems as the model reads them, and over their answers."""
     origin: dict[str, Any] = field(default_factory=dict)
-    """What a checkpoint records of this run (`checkpoint.run_origin`)."""
-    fruitless_steps: int = 0
-    """Steps in a row, up to the last one, without a rollout that could be trained on."""
+    """What a checkpoint records of this run (`roundoff.runs.checkpoint.run_origin`)."""
     ranks: Ranks = ALONE
     """The processes that make this run together."""
+    position: int = 0
+    """Prompts drawn from the stream so far."""
+    fruitless_steps: int = 0
+    """Steps in a row, up to the last one, without a rollout that could be trained on."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -61,27 +59,23 @@ class Session:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model."""
+        """The tokenizer of the model."""
         return self.policy.loaded.tokenizer
 
     @property
     def algorithm(self) -> Algorithm:
-        """The objective."""
+        """The objective's settings."""
         return self.experiment.algorithm
 
     @property
     def learning_rate(self) -> float:
-        """Of this run after warm-up: adapters have their own."""
+        """The learning rate after warm-up; adapters have one of their own."""
         return learning_rate(self.experiment, self.profile)
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters that the optimizer moves, by name."""
+        """The parameters that the optimizer moves, by name."""
         return self.policy.trainable
-
-    def multipliers(self, step: int) -> dict[int, float] | None:
-        """Factors on AQN's sigma by decoder layer at a step (numbered from 1); None where every layer has the same."""
-        return layer_multipliers(self.experiment, self.scan, (step - 1) / len(self.sigmas))
 
     @contextmanager
     def reference_policy(self) -> Iterator[PreTrainedModel | None]:
@@ -93,38 +87,3 @@ class Session:
                 yield self.model
         else:
             yield self.reference
-
-
-def save(session: Session, run_dir: RunDirectory, step: int) -> None:
-    """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
-    trained = session.trainable
-    tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": session.optimizer.tensors()}
-    state: dict[str, Any] = {"position": session.position, "base": session.policy.base, "problems": session.problems}
-    state["run"] = session.origin
-    run_dir.save_checkpoint(step, tensors, state, keep=session.profile.training.keep_checkpoints)
-
-
-def restore(session: Session, checkpoint: Checkpoint) -> int:
-    """Put a checkpoint's content in place, bit for bit; returns its step.
-
-    Raises:
-        ConfigError: if the profile's model or the task's problems have changed since the run began, or another run
-            wrote the checkpoint.
-        DamagedCheckpointError: if the checkpoint holds the weights of another model.
-    """
-    check_origin(checkpoint, session.origin, session.experiment.id)
-    check_base(session.policy, checkpoint)
-    if checkpoint.step > len(session.sigmas):
-        raise ConfigError(
-            f"there is a checkpoint of step {checkpoint.step}, but this run has {len(session.sigmas)} steps: another "
-            "run wrote it; remove it from this run's checkpoints/"
-        )
-    if checkpoint.state.get("problems", session.problems) != session.problems:
-        raise ConfigError(
-            f"the problems of task {session.task.name!r}, or how they are asked, have changed since this run began: "
-            "bring the old data back to go on, or move the run's directory away to begin again"
-        )
-    put_weights(session.policy, checkpoint)
-    session.optimizer.put(checkpoint.tensors["optimizer"])
-    session.position = checkpoint.state["position"]
-    return checkpoint.step

@@ -53,8 +53,8 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
     Raises:
         ConfigError: if the experiment has a setting that cannot be carried out under verl.
     """
-    ratio = experiment.algorithm.ratio
-    if ratio == "one":
+    ratio = experiment.algorithm.ratio_rule
+    if ratio.splits_batches:
         raise ConfigError("algorithm.ratio = 'one' is not available under verl: use 'replayed', which gives 1 as well")
     if experiment.lora is not None and experiment.lora.dropout:
         raise ConfigError("lora.dropout is not available under verl's FSDP engine: set it to 0")
@@ -70,7 +70,7 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
             hardware=hardware,
             aqn=experiment.aqn,
             multipliers=multipliers,
-            ratio="replayed" if ratio == "replayed" else "recomputed",
+            ratio="replayed" if ratio.replays_noise else "recomputed",
             oversampling=experiment.algorithm.oversampling,
             seed=seed,
         )
@@ -215,7 +215,7 @@ def _algorithm(experiment: Experiment, profile: Profile) -> Iterator[str]:
     yield "algorithm.use_kl_in_reward=False"
     yield f"algorithm.filter_groups.enable={algorithm.dynamic_sampling}"
     yield "algorithm.filter_groups.metric=reward"
-    if algorithm.ratio == "rollout":
+    if algorithm.ratio_rule.corrects_rollouts:
         yield "algorithm.rollout_correction.rollout_is=token"
         yield f"algorithm.rollout_correction.rollout_is_threshold={number(algorithm.tis_cap)}"
     reward = "reward.custom_reward_function"
