@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roundoff.report.arms import Arm
+from roundoff.runs.metrics import METRICS
 
-DIAGNOSTICS = {
-    "ratio_std": "Importance ratio: standard deviation",
-    "ratio_ess": "Importance ratio: effective sample size (share of tokens)",
-    "clip_fraction": "Tokens clipped (share)",
-    "kl": "KL to the reference (nats per token)",
-    "entropy": "Entropy (nats per token)",
-    "grad_norm": "Gradient norm",
-    "reward": "Mean reward of rollouts",
-    "response_tokens": "Response length (tokens)",
-    "truncated": "Responses cut at the limit (share)",
-}
-"""Keys of metrics.jsonl drawn as diagnostics, with their titles and units."""
+DRAWN = (
+    "ratio_std",
+    "ratio_ess",
+    "clip_fraction",
+    "kl",
+    "entropy",
+    "grad_norm",
+    "reward",
+    "response_tokens",
+    "truncated",
+)
+DIAGNOSTICS = {name: METRICS[name].label for name in DRAWN}
+"""Metrics that are drawn as diagnostics, with their titles and units."""
 MOST_POINTS = 120
 """Points a drawn curve has at most: more steps are averaged in equal bins."""
 

@@ -43,6 +43,7 @@ from roundoff.runs.checkpoint import (
 )
 from roundoff.runs.files import write_atomic, write_directory
 from roundoff.runs.health import Health, health_of
+from roundoff.runs.metrics import check_row
 from roundoff.runs.outcomes import (
     Evaluation,
     evaluation_file,
@@ -198,7 +199,12 @@ class RunDirectory:
         return read_scan(self.path)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one step's line to `metrics.jsonl`; a number that is not finite is null there."""
+        """Add one step's line to `metrics.jsonl`; a number that is not finite is null there.
+
+        Raises:
+            ValueError: if the row has a name that `roundoff.runs.metrics` does not define.
+        """
+        check_row(row)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(dumps(row) + "\n")
 

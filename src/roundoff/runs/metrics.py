@@ -1,0 +1,103 @@
+"""The one definition of a row of `metrics.jsonl`: every name that a step may log, with title, unit and meaning.
+
+A row is a JSON object. The loop writes it, `RunDirectory.append_metrics` refuses a name that is not defined here, and
+trackers, reports and plots take their titles and units from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from roundoff.runs.health import FLAWS
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One entry of a row."""
+
+    title: str
+    unit: str
+    """Empty for a count, a name or a number without a unit."""
+    meaning: str
+
+    @property
+    def label(self) -> str:
+        """Title and unit, for the axis of a plot."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+_FLAW = {
+    "nonfinite": "were not computed, because the logits were not finite",
+    "reward_error": "have no reward, because the task's reward failed",
+    "truncated": "were cut at the length limit",
+    "empty": "ended without a text",
+}
+
+
+def _scores() -> dict[str, Metric]:
+    """What an evaluation adds to the row of its step."""
+    sides = {"deployed": "with the hardware on", "clean": "with the hardware off"}
+    scores = {
+        side: Metric(f"Accuracy {where}", "fraction", f"Share of the test problems that are solved {where}")
+        for side, where in sides.items()
+    }
+    flaws = {
+        f"{side}_{flaw}": Metric(f"Responses {where}: {flaw}", "share", f"Responses {where} that {_FLAW[flaw]}")
+        for side, where in sides.items()
+        for flaw in FLAWS
+        if flaw
+    }
+    return {**scores, **flaws, "problems": Metric("Problems scored", "", "Number of test problems of the evaluation")}
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        "step": Metric("Step", "", "Number of the training step; 0 is the model before training"),
+        "epoch": Metric("Epoch", "", "Epoch that the step belongs to, from 0"),
+        "reward": Metric("Mean reward of rollouts", "", "Mean over all rollouts sampled, penalties included"),
+        "accuracy": Metric("Accuracy of rollouts", "fraction", "Mean of the task's own reward over all rollouts"),
+        "mixed_groups": Metric("Groups of unequal reward", "share", "Groups sampled that hold two different rewards"),
+        "prompts": Metric("Prompts sampled", "", "Number of prompts that were sampled in the step"),
+        "response_tokens": Metric("Response length", "tokens", "Mean length over all rollouts sampled"),
+        "truncated": Metric("Responses cut at the limit", "share", "Rollouts that were cut at `max_new_tokens`"),
+        "empty": Metric("Responses without a text", "share", "Rollouts that ended without a text"),
+        "reward_errors": Metric("Failed rewards", "", "Number of rollouts whose reward raised or was not finite"),
+        "nonfinite": Metric("Rollouts not computed", "", "Number of rollouts that ended at logits that are not finite"),
+        "sigma": Metric("Sigma of AQN", "", "Standard deviation of AQN's noise in the rollouts; 0 at silent steps"),
+        "sigma_layers": Metric("Sigma of AQN by decoder layer", "", "A list, where the layers differ"),
+        "learning_rate": Metric("Learning rate", "", "Learning rate of the step, with warm-up"),
+        "trained": Metric("Trained", "", "Whether any rollout had an advantage, so that the weights moved"),
+        "loss": Metric("Loss", "", "Mean over the optimizer steps"),
+        "kl": Metric("KL to the reference", "nats per token", "Estimate, aggregated as the loss, without coefficient"),
+        "entropy": Metric("Entropy", "nats per token", "Mean entropy of the policy over the response tokens"),
+        "clip_fraction": Metric("Tokens clipped", "share", "Tokens whose gradient the clip range cuts"),
+        "ratio_mean": Metric("Importance ratio: mean", "", "Mean importance weight of the first minibatch's tokens"),
+        "ratio_std": Metric("Importance ratio: standard deviation", "", "Their standard deviation"),
+        "ratio_ess": Metric(
+            "Importance ratio: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
+        ),
+        "grad_norm": Metric("Gradient norm", "", "Norm of the gradient before clipping, mean over the optimizer steps"),
+        **_scores(),
+        "seconds_rollout": Metric("Time of sampling", "s", "Wall time of sampling and rewards"),
+        "seconds_update": Metric("Time of the update", "s", "Wall time of old log-probabilities and optimizer steps"),
+        "seconds_evaluate": Metric("Time of the evaluation", "s", "Wall time of the evaluation after the step"),
+        "seconds": Metric("Time of the step", "s", "Wall time since the row before"),
+        "time": Metric("Time of day", "", "UTC, ISO 8601"),
+    }
+)
+"""Every name that a row may have, in the order in which a step writes them."""
+
+
+def check_row(row: Mapping[str, object]) -> None:
+    """Refuse a row with a name that is not in `METRICS`, so that no reader meets what nothing defines.
+
+    Raises:
+        ValueError: naming what is unknown.
+    """
+    unknown = [name for name in row if name not in METRICS]
+    if unknown:
+        raise ValueError(
+            f"a row of metrics.jsonl has no entry {', '.join(unknown)}: define it in roundoff.runs.metrics"
+        )
