@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -15,6 +16,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Shapes in signatures are not checked: for tests of what the code itself says of a wrong shape."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

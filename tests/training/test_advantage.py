@@ -44,7 +44,7 @@ def test_a_reward_that_is_not_finite_is_named(function, bad):
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 2, 2)])
-def test_a_group_of_one_is_refused(shape):
+def test_a_group_of_one_is_refused(unchecked_shapes, shape):
     with pytest.raises(ValueError, match="at least 2 rollouts in a group"):
         group_advantages(torch.zeros(shape), GRPO)
 

@@ -212,7 +212,7 @@ def test_a_column_of_advantages_is_the_same_as_a_row():
         ({"logprobs": torch.zeros(3)}, "logprobs must be"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(change, message):
+def test_arguments_that_do_not_fit_are_refused(unchecked_shapes, change, message):
     new, old, advantages, mask = batch()
     arguments = {
         "logprobs": new,

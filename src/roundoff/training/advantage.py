@@ -14,6 +14,7 @@ to it, 1e-6 and 1e-4; here it is verl's. The paper does not say which standard d
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from roundoff.config import Algorithm
@@ -22,7 +23,7 @@ STD_EPSILON = 1e-6
 """Added to the standard deviation of a group (reward units; verl's default, trl 1.16 adds 1e-4)."""
 
 
-def group_advantages(rewards: Tensor, algorithm: Algorithm) -> Tensor:
+def group_advantages(rewards: Shaped[Tensor, "prompts group"], algorithm: Algorithm) -> Float[Tensor, "prompts group"]:
     """Advantages [P, G] of rewards [P, G]; exactly 0 throughout a group of equal rewards.
 
     Raises:
@@ -36,7 +37,7 @@ def group_advantages(rewards: Tensor, algorithm: Algorithm) -> Tensor:
     return torch.where(mixed_groups(rewards)[:, None], centred, 0.0)
 
 
-def mixed_groups(rewards: Tensor) -> Tensor:
+def mixed_groups(rewards: Shaped[Tensor, "prompts group"]) -> Bool[Tensor, " prompts"]:
     """Whether each group [P] of rewards [P, G] holds two different rewards, without which it teaches nothing.
 
     Dynamic sampling keeps these groups alone. Rewards are taken with their penalties; DAPO (arXiv:2503.14476, equation
@@ -49,7 +50,9 @@ def mixed_groups(rewards: Tensor) -> Tensor:
     return rewards.amax(dim=1) > rewards.amin(dim=1)
 
 
-def overlong_penalty(lengths: Tensor, max_new_tokens: int, algorithm: Algorithm) -> Tensor:
+def overlong_penalty(
+    lengths: Shaped[Tensor, "*shape"], max_new_tokens: int, algorithm: Algorithm
+) -> Float[Tensor, "*shape"]:
     """Amount to add to the reward of responses of `lengths` tokens, same shape, float32 in [-factor, 0].
 
     Soft overlong punishment (DAPO, arXiv:2503.14476, equation 13) with `buffer = overlong_buffer * max_new_tokens`:

@@ -1,6 +1,6 @@
 """The policy loss: one function for GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476), which differ in settings only.
 
-Axes: N rollouts, T response tokens. For each response token, with advantage A of its rollout:
+Axes: `rollouts` (N), `tokens` (T, response tokens). For each response token, with advantage A of its rollout:
 
     ratio  r = exp(logprob - old_logprob)                                     held at 1 with `ratio = "one"`
     policy l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A) * weight     DAPO equation 8; weight is 1 by default
@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from roundoff.config import Algorithm
@@ -36,23 +37,23 @@ LOW_VAR_KL_LIMIT = 10.0
 class LossOutput:
     """The loss of one batch and what to log about it; every field but `loss` is detached, all are scalars []."""
 
-    loss: Tensor
+    loss: Shaped[Tensor, ""]
     """Differentiable; the sum over the micro-batches of a minibatch if they share a normalizer."""
-    policy_loss: Tensor
+    policy_loss: Shaped[Tensor, ""]
     """The part of `loss` that the advantages make (adds up over micro-batches)."""
-    kl: Tensor
+    kl: Shaped[Tensor, ""]
     """KL estimate to the reference, aggregated as the loss, without coefficient (nats; adds up over micro-batches)."""
-    clip_low_fraction: Tensor
+    clip_low_fraction: Shaped[Tensor, ""]
     """Share of tokens whose gradient the lower clip cuts: ratio under `1 - clip_low`, negative advantage."""
-    clip_high_fraction: Tensor
+    clip_high_fraction: Shaped[Tensor, ""]
     """Share of tokens whose gradient the upper clip cuts: ratio above `1 + clip_high`, positive advantage."""
-    ratio_mean: Tensor
+    ratio_mean: Shaped[Tensor, ""]
     """Mean over tokens of the importance weight: ratio times `weights`."""
-    ratio_std: Tensor
+    ratio_std: Shaped[Tensor, ""]
     """Standard deviation over tokens of the importance weight (population)."""
-    ratio_ess: Tensor
+    ratio_ess: Shaped[Tensor, ""]
     """Effective sample size `(sum w)**2 / (n * sum w**2)` of the importance weights (fraction; 1 if all are equal)."""
-    tokens: Tensor
+    tokens: Shaped[Tensor, ""]
     """Number of response tokens seen."""
 
     def metrics(self) -> dict[str, float]:
@@ -66,16 +67,16 @@ class LossOutput:
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
+    logprobs: Float[Tensor, "rollouts tokens"],
+    old_logprobs: Float[Tensor, "rollouts tokens"] | None,
+    ref_logprobs: Float[Tensor, "rollouts tokens"] | None,
+    advantages: Float[Tensor, " rollouts"] | Float[Tensor, "rollouts 1"],
+    mask: Shaped[Tensor, "rollouts tokens"],
     algorithm: Algorithm,
     *,
-    normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
-    entropies: Tensor | None = None,
+    normalizer: float | Float[Tensor, ""] | None = None,
+    weights: Float[Tensor, "rollouts tokens"] | None = None,
+    entropies: Float[Tensor, "rollouts tokens"] | None = None,
 ) -> LossOutput:
     """Loss of rollouts under new, old and reference log-probabilities [N, T] with advantages [N] or [N, 1].
 
@@ -137,7 +138,9 @@ def policy_loss(
         )
 
 
-def loss_normalizer(mask: Tensor, algorithm: Algorithm, max_new_tokens: int) -> Tensor:
+def loss_normalizer(
+    mask: Shaped[Tensor, "rollouts tokens"], algorithm: Algorithm, max_new_tokens: int
+) -> Float[Tensor, ""]:
     """What `policy_loss` divides by for the minibatch whose mask [N, T] this is; a scalar [] of at least 1.
 
     `token-mean`: its response tokens. `sequence-mean`: its rollouts that have any. `dr_grpo`: those rollouts times
@@ -149,7 +152,12 @@ def loss_normalizer(mask: Tensor, algorithm: Algorithm, max_new_tokens: int) -> 
     return sequences * max_new_tokens if algorithm.aggregation == "dr_grpo" else sequences
 
 
-def truncated_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, algorithm: Algorithm) -> Tensor:
+def truncated_weights(
+    old_logprobs: Float[Tensor, "rollouts tokens"],
+    rollout_logprobs: Float[Tensor, "rollouts tokens"],
+    mask: Shaped[Tensor, "rollouts tokens"],
+    algorithm: Algorithm,
+) -> Float[Tensor, "rollouts tokens"]:
     """Truncated importance weights `min(exp(old - rollout), tis_cap)` [N, T], 0 outside the mask, without gradient.
 
     They correct the difference between the policy that sampled (a rollout under its own noise, with AQN) and the policy
@@ -161,7 +169,9 @@ def truncated_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tens
     return difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=algorithm.tis_cap) * mask
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, algorithm: Algorithm) -> Tensor:
+def kl_estimate(
+    logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"], algorithm: Algorithm
+) -> Float[Tensor, "*shape"]:
     """Estimate of KL(policy || reference) for each token, same shape, differentiable in `logprobs` (nats).
 
     With `d = ref_logprobs - logprobs`: `k1` is -d (unbiased, may be negative), `k2` is d**2/2, `low_var_kl` is
