@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "roundoff"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+FOLDERS = ("src/", "tests/", "docs/", "examples/", "benchmarks/")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 BACKTICKS = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)+/?|[\w.-]+/|[\w-]+\.(py|md|cff)|pyproject\.toml|Makefile")
@@ -68,6 +69,12 @@ def test_paths_are_told_from_other_words():
     text = "`src/roundoff/cli.py`, `tests/golden/`, `.ci/run`, `<family>/<id>.toml`, `make test`, `log`, `setup.py`, `1 / n`"
     assert paths(text) == ["src/roundoff/cli.py", "tests/golden/", ".ci/run", "setup.py"]
     assert [name for name in paths(text) if not exists(name)] == ["setup.py"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_repository_that_a_page_names_exists(page: Path):
+    named = [name for name in paths(page.read_text("utf-8")) if name.startswith(FOLDERS)]
+    assert [name for name in named if not exists(name)] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
