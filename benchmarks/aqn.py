@@ -9,7 +9,7 @@ import torch
 
 from roundoff.config import Experiment, validate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.training.aqn_in_run import measure_aqn
+from roundoff.training.before_first_step import measure_aqn
 from roundoff.training.loop import take_step
 from roundoff.training.preparation import prepare
 

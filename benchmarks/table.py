@@ -22,7 +22,7 @@ from roundoff.report.assemble import Report, Row, build_report
 from roundoff.runs.files import write_atomic
 from roundoff.runs.record import Run, find_runs
 from roundoff.srdd import METRICS, LayerScan, rank_correlation
-from roundoff.training.aqn_in_run import measure_aqn
+from roundoff.training.before_first_step import measure_aqn
 from roundoff.training.preparation import prepare
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"

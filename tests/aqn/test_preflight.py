@@ -13,7 +13,7 @@ from roundoff.experiments import load_experiment
 from roundoff.hardware import install
 from roundoff.models.load import LoadedModel, load_model
 from roundoff.numerics.rng import Key
-from roundoff.training.aqn_in_run import rounding_warnings
+from roundoff.training.before_first_step import rounding_warnings
 from roundoff.training.preparation import prepare
 from tests.families import build, every_family
 from tests.training.test_loop import reproducible, run
@@ -121,7 +121,7 @@ def test_a_run_keeps_it_and_warns_and_a_resumed_one_does_not_measure_again(tmp_p
     with pytest.warns(UserWarning, match="drowns"):
         stopped = run(tmp_path / "parts", loud, small, stop_after=1)
     assert run(tmp_path / "plain", load_experiment("quickstart-clean"), small).preflight is None
-    monkeypatch.setattr(import_module("roundoff.training.aqn_in_run"), "measure_aqn", None)
+    monkeypatch.setattr(import_module("roundoff.training.before_first_step"), "measure_aqn", None)
     resumed = run(tmp_path / "parts", loud, small)
     assert resumed.preflight == stopped.preflight == whole.preflight
     assert resumed.status.warnings == whole.status.warnings

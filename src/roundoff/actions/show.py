@@ -60,7 +60,7 @@ def model(experiment: Experiment, profile: Profile) -> str:
     Raises:
         ConfigError: naming the setting that cannot be used.
     """
-    from roundoff.training.aqn_in_run import measure_aqn, rounding_warnings
+    from roundoff.training.before_first_step import measure_aqn, rounding_warnings
     from roundoff.training.preparation import prepare
 
     session = prepare(experiment, profile, seed=0)

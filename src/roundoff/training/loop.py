@@ -34,8 +34,8 @@ from roundoff.sampling.sampler import sample
 from roundoff.srdd import LayerScan
 from roundoff.tasks import Problem
 from roundoff.trackers import Ended, Tracker
-from roundoff.training.aqn_in_run import measure_before
 from roundoff.training.batch import Batch, collect
+from roundoff.training.before_first_step import measure_before
 from roundoff.training.preparation import prepare
 from roundoff.training.run_log import Metrics, RunLog
 from roundoff.training.saving import restore
