@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with the extra that installs them where they are not."""
+"""Optional packages: each is imported where it is used, and the error for a missing one names the extra to install."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from roundoff.config import ConfigError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """The optional module of this name.
+    """Import an optional module.
 
     Raises:
         ConfigError: if its package is not installed; the message says how to install it.

@@ -1,8 +1,8 @@
-"""Files and directories written whole or not at all, and checkpoints made of them.
+"""Checkpoints: how they are written, verified and read.
 
-A checkpoint is a directory `step-<n>/` of safetensors files and a `state.json` that holds the SHA-256 of each and
-of itself. It is written beside its place, flushed to disk, and renamed; one that a kill or the disk has damaged is
-passed over.
+A checkpoint is a directory `step-<n>/` of safetensors files and a `state.json` that holds the SHA-256 of each file and
+of itself. It is written under another name, flushed to disk, and renamed. A checkpoint that a kill or the disk has
+damaged is passed over.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class DamagedCheckpointError(RoundoffError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint read back whole."""
+    """A checkpoint in memory."""
 
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
-    """File stem (`model`, `optimizer`) to its tensors."""
+    """The tensors of each file, by its stem (`model`, `optimizer`)."""
     state: dict[str, Any]
     skipped: tuple[str, ...]
-    """Later checkpoints that could not be used, each with the reason."""
+    """The reason for each later checkpoint that could not be used."""
 
 
 def save_checkpoint(
@@ -58,7 +58,7 @@ def save_checkpoint(
         content = {"step": step, "checksums": sums, **state}
         write_atomic(partial / "state.json", json.dumps({**content, "sha256": _digest(content)}))
 
-    for leaving in directory.glob(".step-*.partial"):  # of a process that was killed
+    for leaving in directory.glob(".step-*.partial"):  # left by a process that was killed
         shutil.rmtree(leaving)
     write_directory(checkpoint_path(directory, step), fill)
     for old in _checkpoints(directory)[:-keep]:
@@ -66,12 +66,12 @@ def save_checkpoint(
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The directory of the checkpoint of a step."""
     return directory / f"step-{step:06d}"
 
 
 def remove_later(directory: Path, step: int) -> None:
-    """Remove checkpoints of later steps than `step`: they could not be used, and those steps are taken again."""
+    """Remove the checkpoints after `step`, which could not be used; their steps are taken again."""
     for path in _checkpoints(directory):
         if path > checkpoint_path(directory, step):
             shutil.rmtree(path)
@@ -117,15 +117,15 @@ def load_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
 
 
 def run_origin(experiment: Experiment, profile: Profile, seed: int) -> dict[str, Any]:
-    """What a checkpoint records of the run that wrote it, to be compared by `check_origin`; it holds no names."""
-    one_epoch = experiment.model_copy(update={"epochs": 1})  # a longer run goes on from the checkpoint of a shorter one
+    """What a checkpoint records of the run that wrote it, without any name, for `check_origin` to compare."""
+    one_epoch = experiment.model_copy(update={"epochs": 1})  # a longer run may continue the checkpoint of a shorter one
     return {"seed": seed, "settings": result_hash(one_epoch, profile), "epochs": experiment.epochs}
 
 
 def check_origin(checkpoint: Checkpoint, expected: Mapping[str, Any], experiment: str) -> None:
     """Check that a checkpoint was written by the run with this origin, or by the run that it extends.
 
-    Runs of equal settings and seed are one run. Checkpoints of versions that recorded no origin are taken as they are.
+    Runs with equal settings and seed count as one run. A checkpoint of a version that recorded no origin is accepted.
 
     Args:
         checkpoint: what was read.

@@ -1,4 +1,4 @@
-"""Time at work on a run, which may be made in several sessions."""
+"""The time spent on a run, which may take several sessions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """Seconds at work: since the last lap, and over all sessions of the run."""
+    """Seconds since the last lap, and over all sessions of a run."""
 
     def __init__(self, before: float) -> None:
         self._before = before
@@ -19,5 +19,5 @@ class Clock:
         return passed
 
     def total(self) -> float:
-        """Seconds of this session and those before it."""
+        """Seconds of this session and of those before it."""
         return self._before + time.perf_counter() - self._began

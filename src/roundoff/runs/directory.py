@@ -1,17 +1,17 @@
-"""Run directories: the only writer of what a run leaves behind (`roundoff.runs.record` reads it).
+"""Run directories: this module alone writes what a run leaves behind, and `roundoff.runs.record` reads it.
 
     runs/<experiment>/<profile>-<hash8>/seed-<n>/
-        experiment.toml         resolved settings of the experiment and the profile
+        experiment.toml         the resolved settings of the experiment and the profile
         provenance.json         versions, device, commit, command
-        metrics.jsonl           one line a step; all but `time` and `seconds*` is reproducible to the bit
-        scan.json               the SRDD scan, where a setting refers to one
-        preflight.json          with AQN: what its largest sigma does to the model before training
-        evaluations/step-*.jsonl   one line a problem
-        checkpoints/step-*/     safetensors and state.json with the checksum of each file
+        metrics.jsonl           one line for each step (`roundoff.runs.metrics`)
+        scan.json               the SRDD scan, if a setting refers to one
+        preflight.json          with AQN: what its largest sigma does before training
+        evaluations/step-*.jsonl   one line for each problem
+        checkpoints/step-*/     safetensors files, and state.json with their checksums
         adapter/                LoRA adapters after the last step, as PEFT saves them
         diagnostics/            what explains a failure, one JSON file each
         tensorboard/            written by the tracker
-        status.json             running | complete | failed | interrupted, last step, reason, what was trained
+        status.json             state, last step, reason, number of trained steps
 
 Every file but the append-only `metrics.jsonl` is written whole or not at all (temporary file, fsync, rename). One
 process holds the lock; a directory is never overwritten. Importing this module does not import torch.
@@ -65,20 +65,20 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST_NAME = 240
-"""Bytes of a directory's name; file systems take 255, of which a profile's has nine for the hash."""
+"""Longest name of an experiment or a profile (bytes): file systems take 255, and the hash of a profile takes nine."""
 LOCK_WAIT_S = 1.0
-"""Seconds to wait for a lock: a reader may hold it for an instant to see whether the run is alive."""
+"""How long to wait for a lock (s): a reader may hold it for an instant to see whether the run is alive."""
 
 
 class RunLockedError(RoundoffError, RuntimeError):
-    """Another process is at work in this run directory."""
+    """Another process is using this run directory."""
 
 
 def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) -> Path:
-    """Directory of one run; the hash separates settings that give different results.
+    """The directory of one run; its hash separates settings that give different results.
 
     Raises:
-        ConfigError: if the name of the experiment or the profile can be no name of a directory.
+        ConfigError: if the name of the experiment or the profile cannot name a directory.
     """
     for what, name in (("the id of an experiment", experiment.id), ("the name of a profile", profile.name)):
         if not name or name in (".", "..") or "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
@@ -89,7 +89,7 @@ def run_path(root: Path, experiment: Experiment, profile: Profile, seed: int) ->
 
 
 def checkpoint_checksums(run: Run) -> dict[str, str]:
-    """Checksum of each file of a complete run's last checkpoint.
+    """The checksum of each file in the last checkpoint of a complete run.
 
     Raises:
         DamagedCheckpointError: if the checkpoint cannot be used.
@@ -99,7 +99,7 @@ def checkpoint_checksums(run: Run) -> dict[str, str]:
 
 
 class RunDirectory:
-    """One run's directory, held by this process from `__enter__` to `__exit__`."""
+    """The directory of one run, which this process holds from `__enter__` to `__exit__`."""
 
     def __init__(self, root: Path, experiment: Experiment, profile: Profile, seed: int) -> None:
         self.path = run_path(root, experiment, profile, seed)
@@ -121,11 +121,11 @@ class RunDirectory:
 
     @property
     def status(self) -> Status | None:
-        """Last status written, or None for a run that never began."""
+        """The last status written, or None for a run that never began."""
         return read_status(self.path) if (self.path / "status.json").exists() else None
 
     def start(self, provenance: Mapping[str, Any], total_steps: int, warnings: Sequence[str] = ()) -> Status:
-        """Record settings and provenance of a new run, or take up an old one; the run is now `running`."""
+        """Record settings and provenance of a new run, or resume an old one; its state is `running` from now on."""
         before = self.status
         if before is None:
             self._describe(provenance)
@@ -138,7 +138,7 @@ class RunDirectory:
         write_atomic(self.path / "provenance.json", json.dumps(provenance, indent=2) + "\n")
 
     def take_over(self, parent: Run, provenance: Mapping[str, Any], total_steps: int) -> None:
-        """Begin where the complete run `parent` ended, with copies of what it left; the parent is only read.
+        """Begin where the complete run `parent` ended, with copies of its files; the parent itself is only read.
 
         Raises:
             DamagedCheckpointError: if the parent's last checkpoint cannot be used.
@@ -164,18 +164,18 @@ class RunDirectory:
         self.set_status(Status("interrupted", last, total_steps, reason, parent.status.seconds))
 
     def set_status(self, status: Status) -> Status:
-        """Write `status`, stamped with the time; of a complete run it also says whether anything was trained."""
+        """Write `status` with the time; the status of a complete run also says whether anything was trained."""
         if status.state == "complete":
             health = self.health()
-            said = tuple(dict.fromkeys((*status.warnings, *health.failures())))
+            notes = tuple(dict.fromkeys((*status.warnings, *health.failures())))
             trained = health.trained if health.steps else None
-            status = replace(status, trained_steps=trained, untrained=health.untrained, warnings=said)
+            status = replace(status, trained_steps=trained, untrained=health.untrained, warnings=notes)
         status = replace(status, updated=datetime.now(UTC).isoformat(timespec="seconds"))
         write_atomic(self.path / "status.json", json.dumps(asdict(status), indent=2) + "\n")
         return status
 
     def health(self) -> Health:
-        """What became of the rollouts and steps so far.
+        """Counts of the rollouts and steps so far.
 
         Raises:
             DamagedRunError: if the metrics are malformed.
@@ -183,15 +183,15 @@ class RunDirectory:
         return health_of(read_metrics(self.path), self.experiment.algorithm.group_size)
 
     def write_scan(self, content: Mapping[str, Any]) -> None:
-        """Keep the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""
+        """Write the SRDD scan that the run rests on; a resumed run reads it instead of scanning again."""
         write_atomic(self.path / "scan.json", json.dumps(content, indent=1) + "\n")
 
     def write_preflight(self, content: Mapping[str, Any]) -> None:
-        """Keep what was measured of AQN before the first step."""
+        """Write what was measured of AQN before the first step."""
         write_atomic(self.path / "preflight.json", dumps(content, indent=1) + "\n")
 
     def scan(self) -> dict[str, Any] | None:
-        """The SRDD scan that this run rests on, as plain data; None before it was made.
+        """The SRDD scan that this run rests on, as plain data, or None before it was written.
 
         Raises:
             DamagedRunError: if the file is malformed.
@@ -209,7 +209,7 @@ class RunDirectory:
             file.write(dumps(row) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop metrics, evaluations and damaged checkpoints later than `step`: those steps are taken again."""
+        """Remove metrics, evaluations and damaged checkpoints after `step`, whose steps are taken again."""
         rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         write_atomic(self.path / "metrics.jsonl", "".join(dumps(row) + "\n" for row in rows))
         for file in evaluation_files(self.path):
@@ -239,11 +239,11 @@ class RunDirectory:
         return load_latest(self.path / "checkpoints")
 
     def save_adapter(self, write: Callable[[Path], None]) -> None:
-        """Save what `write` puts into the directory it is given as `adapter/`, whole or not at all."""
+        """Save as `adapter/` the files that `write` puts into the directory it receives, whole or not at all."""
         write_directory(self.path / "adapter", write)
 
     def evaluation(self, step: int) -> Evaluation:
-        """Outcomes after `step`.
+        """The outcomes of the evaluation after `step`.
 
         Raises:
             DamagedRunError: if the file is missing or malformed.
@@ -251,7 +251,7 @@ class RunDirectory:
         return read_evaluation(self.path, step)
 
     def save_diagnostics(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Keep what explains a failure in `diagnostics/<name>.json`."""
+        """Write what explains a failure to `diagnostics/<name>.json`; returns the path."""
         path = self.path / "diagnostics" / f"{name}.json"
         write_atomic(path, dumps(content))
         return path

@@ -32,10 +32,10 @@ def write_atomic(path: Path, content: str) -> None:
 
 
 def write_directory(path: Path, fill: Callable[[Path], object]) -> None:
-    """Write a directory whole or not at all: `fill` is given an empty one, which then takes its place.
+    """Write a directory whole or not at all: `fill` writes into an empty directory, which is then renamed to `path`.
 
     Raises:
-        OSError: if the disk is full, whichever way the writer of a file inside says so.
+        OSError: if the disk is full, also where the library that writes a file has an error of its own for it.
     """
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -48,7 +48,7 @@ def write_directory(path: Path, fill: Callable[[Path], object]) -> None:
         if path.exists():
             shutil.rmtree(path)
         partial.replace(path)
-    except Exception as error:  # safetensors has an error of its own for what the system said
+    except Exception as error:  # safetensors wraps the error of the system
         number = re.search(r"\(os error (\d+)\)", str(error))
         if isinstance(error, OSError) or number is None:
             raise

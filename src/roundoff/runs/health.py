@@ -1,13 +1,15 @@
-"""What of a run or of a test set was no normal answer, counted and put into words; plain data, no torch.
+"""Counts of the responses that are no normal answer, in a run or on a test set, and sentences about them.
 
-A response may come to nothing in four ways, and in the first that holds it is counted (its **flaw**):
+A response has a **flaw** in four cases, and counts under the first that applies:
 
 | flaw | what happened |
 |---|---|
-| `nonfinite` | the logits were NaN or infinite, so that it could not be computed to its end; it solves nothing |
+| `nonfinite` | the logits were NaN or infinite, so the response could not be computed to its end; it solves nothing |
 | `reward_error` | the task's reward raised an error or gave no finite number; the reward counts as 0 |
-| `truncated` | no end token within the length limit; the reward is that of the text so far |
+| `truncated` | it reached the length limit without an end token; the reward is that of the text so far |
 | `empty` | it ended at once, without a text |
+
+This module does not import torch.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from roundoff.errors import RoundoffError
 Flaw = Literal["", "nonfinite", "reward_error", "truncated", "empty"]
 FLAWS: tuple[str, ...] = get_args(Flaw)
 UNTRAINED = "nothing was trained"
-"""Beginning of the reason why a run that reached its end is none that trained."""
+"""The words with which the reason begins why a run that reached its end trained nothing."""
 NOTED_SHARE = 0.5
-"""Share of untrained steps, or of responses without an end or a text, from which on that is noted (fraction)."""
+"""From this share on, untrained steps and responses without an end or a text are noted (fraction)."""
 
 
 class NonFiniteOutputError(RoundoffError, ArithmeticError):
@@ -36,7 +38,7 @@ class FailedRewardsError(RoundoffError, RuntimeError):
 
 
 def flaw_of(text: str, *, nonfinite: bool, reward_error: bool, truncated: bool) -> Flaw:
-    """The flaw of one response; empty where there is none."""
+    """The flaw of one response, or an empty text."""
     if nonfinite:
         return "nonfinite"
     if reward_error:
@@ -48,7 +50,7 @@ def flaw_of(text: str, *, nonfinite: bool, reward_error: bool, truncated: bool) 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How many responses of a set had which flaw; each counts in one field."""
+    """The number of responses with each flaw; a response counts in one field at most."""
 
     responses: int
     nonfinite: int = 0
@@ -58,16 +60,16 @@ class Tally:
 
     @classmethod
     def of(cls, flaws: Iterable[str]) -> Tally:
-        """The tally of the flaws of all responses."""
+        """The tally of responses, given the flaw of each."""
         counts = Counter(flaws)
         return cls(sum(counts.values()), *(counts[name] for name in FLAWS[1:]))
 
     def shares(self) -> dict[str, float]:
-        """Fraction of the responses by flaw."""
+        """The fraction of the responses that has each flaw."""
         return {name: getattr(self, name) / max(1, self.responses) for name in FLAWS[1:]}
 
     def failures(self) -> tuple[str, ...]:
-        """What the simulation or the task could not do, a sentence each; empty where everything was computed."""
+        """A sentence for everything that the simulation or the task could not compute; empty where all was computed."""
         of = f"of {self.responses:,}"
         said = []
         if self.nonfinite:
@@ -78,7 +80,7 @@ class Tally:
         return tuple(said)
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the score must know, a sentence each: failures, and other flaws of half the responses."""
+        """A sentence for everything a reader of the score must know: failures, and flaws of half the responses."""
         limit = NOTED_SHARE * self.responses
         cut, empty = (f"{n:,} of {self.responses:,} responses" for n in (self.truncated, self.empty))
         said = [f"{cut} reached the length limit without an end"] if self.truncated >= limit > 0 else []
@@ -86,7 +88,7 @@ class Tally:
         return (*self.failures(), *said)
 
     def words(self) -> tuple[str, ...]:
-        """Every flaw that occurred, a sentence each."""
+        """A sentence for every flaw that occurred."""
         of = f"of {self.responses:,} responses"
         cut = (f"{self.truncated:,} {of} reached the length limit without an end",) if self.truncated else ()
         empty = (f"{self.empty:,} {of} had no text",) if self.empty else ()
@@ -95,18 +97,18 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What became of the rollouts and steps of a run, from the rows of its metrics."""
+    """Counts of the rollouts and steps of a run, taken from the rows of its metrics."""
 
     steps: int
-    """Steps taken that say whether they trained."""
+    """Number of steps whose row says whether they trained."""
     trained: int
-    """Steps with an update."""
+    """Number of steps with an update."""
     rollouts: int
-    """Rollouts sampled."""
+    """Number of rollouts sampled."""
     nonfinite: int
-    """Rollouts that could not be computed."""
+    """Number of rollouts that could not be computed."""
     reward_errors: int
-    """Rollouts whose reward failed."""
+    """Number of rollouts whose reward failed."""
     truncated: float
     """Share of rollouts cut at the length limit or not computed (fraction)."""
     empty: float
@@ -114,7 +116,7 @@ class Health:
 
     @property
     def untrained(self) -> str:
-        """Why nothing was trained, although steps were taken; empty where something was, or no step says."""
+        """Why nothing was trained although steps were taken; empty where something was, or where no row says."""
         if self.trained or not self.steps:
             return ""
         if self.nonfinite == self.rollouts:
@@ -130,7 +132,7 @@ class Health:
         return f"{UNTRAINED} in {self.steps:,} step{'s' if self.steps > 1 else ''}: {why}{parts}"
 
     def failures(self) -> tuple[str, ...]:
-        """What could not be computed, a sentence each."""
+        """A sentence for everything that could not be computed."""
         said = []
         if self.nonfinite:
             said.append(
@@ -142,7 +144,7 @@ class Health:
         return tuple(said)
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the run's score must know of its training, a sentence each; empty for an ordinary run."""
+        """A sentence for everything in the training that a reader of the score must know; empty for an ordinary run."""
         if self.untrained:
             return (self.untrained,)
         said = list(self.failures())
@@ -154,7 +156,7 @@ class Health:
 
 
 def health_of(metrics: Sequence[Mapping[str, Any]], group_size: int) -> Health:
-    """The health of a run whose groups hold `group_size` rollouts; rows without counts (of older versions) pass."""
+    """The health of a run whose groups hold `group_size` rollouts; rows without counts (of older versions) are skipped."""
     rows = [row for row in metrics if row["step"] > 0 and row.get("prompts")]
     sizes = [int(row["prompts"]) * group_size for row in rows]
     said = [bool(row["trained"]) for row in rows if row.get("trained") is not None]

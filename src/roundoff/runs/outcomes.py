@@ -1,4 +1,4 @@
-"""What became of each test problem: the outcomes of an evaluation, in memory and as lines of JSON."""
+"""The outcomes of an evaluation, one for each test problem, in memory and as lines of JSON."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ class DamagedRunError(RoundoffError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one test problem."""
+    """How one test problem was answered."""
 
     id: str
     prompt: str
     answer: str
     deployed: tuple[int, ...]
-    """1 where solved with the hardware on, one entry a noise draw."""
+    """1 where it was solved with the hardware on, 0 where not; one entry for each noise draw."""
     clean: int
-    """1 where solved with the hardware off."""
+    """1 if it was solved with the hardware off, 0 if not."""
     response: str
-    """Response with the hardware on, first draw."""
+    """The response with the hardware on, in the first draw."""
     clean_response: str
+    """The response with the hardware off."""
     truncated: bool = False
     """Whether that first response was cut at the length limit."""
     flaws: tuple[str, ...] = field(default=(), compare=False)
-    """What was wrong with the response of each draw (`roundoff.runs.health`), empty where nothing was. No entry at all
-    in files of version 0.1, which is why two outcomes are compared without it."""
+    """The flaw of the response in each draw (`roundoff.runs.health`), or an empty text. Files of version 0.1 have none,
+    which is why two outcomes are compared without it."""
     clean_flaw: str = field(default="", compare=False)
-    """The same of the response with the hardware off."""
+    """The flaw of the response with the hardware off, or an empty text."""
 
     def deployed_flaws(self) -> tuple[str, ...]:
-        """The flaw of each draw; in files of version 0.1 those of the first, as far as it can be told."""
+        """The flaw of each draw; from files of version 0.1, the flaw of the first draw as far as the file shows it."""
         if self.flaws:
             return self.flaws
         return ("truncated" if self.truncated else "" if self.response.strip() else "empty",)
@@ -52,7 +53,8 @@ class Evaluation:
     step: int
     outcomes: tuple[Outcome, ...]
     nonfinite_at: str = field(default="", compare=False)
-    """Where responses with the hardware on left the finite numbers; empty where none did. Not kept in the file."""
+    """The module at which responses with the hardware on became NaN or infinite; empty where none did. It is not kept
+    in the file."""
 
     @property
     def deployed(self) -> float:
@@ -75,24 +77,24 @@ class Evaluation:
         return Tally.of(outcome.clean_flaw for outcome in self.outcomes)
 
     def numbers(self) -> dict[str, float]:
-        """What a log holds of it: both scores, the share of responses with each flaw, the number of problems."""
+        """The numbers for the log: both scores, the share of responses with each flaw, and the number of problems."""
         tallies = {"deployed": self.deployed_tally.shares(), "clean": self.clean_tally.shares()}
         shares = {f"{side}_{name}": share for side, found in tallies.items() for name, share in found.items()}
         return {"deployed": self.deployed, "clean": self.clean, **shares, "problems": len(self.outcomes)}
 
 
 def evaluation_file(run: Path, step: int) -> Path:
-    """Where the run in directory `run` keeps the outcomes after `step`."""
+    """The file of the outcomes after `step`, of the run in directory `run`."""
     return run / "evaluations" / f"step-{step:06d}.jsonl"
 
 
 def evaluation_lines(evaluation: Evaluation) -> str:
-    """The outcomes as JSON, one a line."""
+    """The outcomes as JSON, one on each line."""
     return "".join(json.dumps(asdict(outcome)) + "\n" for outcome in evaluation.outcomes)
 
 
 def read_evaluation(run: Path, step: int, problems: int | None = None) -> Evaluation:
-    """Outcomes of the run in directory `run` after `step`; `problems` is how many there must be, where that is known.
+    """The outcomes after `step` of the run in directory `run`; there must be `problems` of them, where that is known.
 
     Raises:
         DamagedRunError: if the file is missing or malformed, or holds a problem twice or not all of them.
@@ -113,7 +115,7 @@ def read_evaluation(run: Path, step: int, problems: int | None = None) -> Evalua
 
 
 def _outcome(row: Mapping[str, Any]) -> Outcome:
-    """The outcome of a line, if its texts are texts and it was solved or not in every draw."""
+    """The outcome of one line; its types and values are checked."""
     outcome = Outcome(**{**row, "deployed": tuple(row["deployed"]), "flaws": tuple(row.get("flaws", ()))})
     texts = outcome.id, outcome.prompt, outcome.answer, outcome.response, outcome.clean_response
     if not all(isinstance(text, str) for text in texts):

@@ -1,4 +1,4 @@
-"""What a run must record so that another can repeat it: versions, machine, commit, command."""
+"""What a run records so that someone else can repeat it: versions, machine, commit and command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("roundoff", "torch", "transformers", "peft", "numpy", "tokenizers", 
 
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Versions, machine, commit of roundoff's source tree (None outside one), and the command (default: this one)."""
+    """Versions, machine, commit of roundoff's source tree (None outside of one) and command (by default this one)."""
     arguments = command or sys.argv
     name = Path(arguments[0]).name
     return {
@@ -36,7 +36,7 @@ def machine() -> dict[str, str]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package; None if it is not there."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -44,7 +44,7 @@ def package_version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """Model name of the processor; bits of a result can depend on its vector units."""
+    """The model name of the processor, since the bits of a result can depend on its vector units."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -54,7 +54,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, with `+changes` if files differ from it."""
+    """The commit of the source tree, with `+changes` if files differ from it."""
     tree = Path(roundoff.__file__).parents[2]
     if not (tree / ".git").exists():
         return None

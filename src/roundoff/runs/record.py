@@ -1,6 +1,6 @@
-"""What a run left behind, as values: its settings, status, metrics, evaluations and scan; only read, never written.
+"""A run directory read back as values: settings, status, metrics, evaluations and scan. Nothing is written here.
 
-`run_dir` writes these files and describes each.
+`roundoff.runs.directory` writes these files and describes each of them.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ class Status:
 
     state: State
     step: int
-    """Last step whose results are on disk (0: before training)."""
+    """The last step whose results are on disk; 0 is the model before training."""
     total_steps: int
     reason: str = ""
     seconds: float = 0.0
-    """Time at work so far (s), all sessions together."""
+    """Time spent on the run so far, over all sessions (s)."""
     updated: str = ""
-    """UTC time of the last change."""
+    """Time of the last change (UTC)."""
     warnings: tuple[str, ...] = ()
-    """What went wrong and was survived, such as a damaged checkpoint."""
+    """Problems that the run survived, such as a damaged checkpoint."""
     trained_steps: int | None = None
-    """Steps that trained anything; None before the end, and where the metrics do not say."""
+    """Number of steps that trained anything; None before the end, and where the metrics do not say."""
     untrained: str = ""
-    """Why a run that reached its end is none that trained; empty where it is."""
+    """Why a run that reached its end trained nothing; empty where it trained something."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as the report sees it; evaluations are read when asked for."""
+    """A run as the report sees it. Evaluations are read when they are asked for, everything else at once."""
 
     path: Path
     experiment: Experiment
@@ -60,7 +60,7 @@ class Run:
         return tuple(step_of(file) for file in evaluation_files(self.path))
 
     def evaluation(self, step: int) -> Evaluation:
-        """Outcomes after `step`.
+        """The outcomes of the evaluation after `step`.
 
         Raises:
             DamagedRunError: if the file is missing or malformed, does not hold every problem that was scored once, or
@@ -69,7 +69,7 @@ class Run:
         row = next((row for row in self.metrics if row["step"] == step), {})
         found = read_evaluation(self.path, step, row.get("problems"))
         first = next(iter(self.evaluated_steps), step)
-        if first != step and _asked(read_evaluation(self.path, first)) != _asked(found):
+        if first != step and _problems(read_evaluation(self.path, first)) != _problems(found):
             raise DamagedRunError(f"{evaluation_file(self.path, step)} holds other problems than that of step {first}")
         return found
 
@@ -124,15 +124,19 @@ def read_run(path: Path) -> Run:
 
 
 def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run below `roots`, each once, and a line for each directory that looks like a run but cannot be read."""
+    """Find every run below `roots`.
+
+    Returns:
+        The runs, each of them once, and a line for each directory that looks like a run but cannot be read.
+    """
     runs: list[Run] = []
     skipped: list[str] = []
     seen: set[Path] = set()
     for root in roots:
         for path in sorted({*root.glob("**/seed-*"), *([root] if root.name.startswith("seed-") else [])}):
             if not path.is_dir() or {file.name for file in path.iterdir()} <= {".lock"}:
-                continue  # a file of such a name, or a run that was refused before it began
-            if path.resolve() in seen:  # roots may lie within each other
+                continue  # a file of that name, or a run that was refused before it began
+            if path.resolve() in seen:  # one root may lie within another
                 continue
             seen.add(path.resolve())
             try:
@@ -143,10 +147,10 @@ def find_runs(roots: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of `metrics.jsonl`; a last line cut short by a kill is left out.
+    """The rows of `metrics.jsonl`. A last line that a kill cut short is left out.
 
     Raises:
-        DamagedRunError: if a line is no row of a step and its numbers.
+        DamagedRunError: if a line is not a row of numbers with a step.
     """
     file = path / "metrics.jsonl"
     lines = _parsed(file, lambda text: text.splitlines(keepends=True)) if file.exists() else []
@@ -177,7 +181,7 @@ def read_scan(path: Path) -> dict[str, Any] | None:
 
 
 def _measured(file: Path) -> dict[str, Any] | None:
-    """The object in a file that not every run has."""
+    """The JSON object in a file, or None where the run has no such file."""
     if not file.exists():
         return None
     content: dict[str, Any] = _parsed(file, _object)
@@ -185,10 +189,10 @@ def _measured(file: Path) -> dict[str, Any] | None:
 
 
 def read_status(path: Path) -> Status:
-    """The status as written, whether or not the process that wrote it still lives.
+    """The status as it was written, whether or not the process that wrote it is still alive.
 
     Raises:
-        DamagedRunError: if there is none, or it is malformed.
+        DamagedRunError: if the file is missing or malformed.
     """
     file = path / "status.json"
     content = _parsed(file, _object)
@@ -231,7 +235,7 @@ def _is_held(path: Path) -> bool:
 
 
 def _is_held_by_another_user(lock: Path) -> bool:
-    """Whether a lock that may only be read is held: asked for a share of it, which its holder excludes."""
+    """Whether a lock that this user may only read is held; a shared lock on it fails while its holder has it."""
     try:
         import fcntl
 
@@ -239,13 +243,13 @@ def _is_held_by_another_user(lock: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):  # no such locks here, or no lock at all (a copy without it)
+    except (ImportError, OSError):  # the system has no such locks, or the directory is a copy without one
         return False
     return False
 
 
-def _asked(evaluation: Evaluation) -> set[tuple[str, str, str]]:
-    """The problems of an evaluation, as they were asked."""
+def _problems(evaluation: Evaluation) -> set[tuple[str, str, str]]:
+    """The problems of an evaluation, each with its prompt and answer."""
     return {(outcome.id, outcome.prompt, outcome.answer) for outcome in evaluation.outcomes}
 
 

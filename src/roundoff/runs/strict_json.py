@@ -1,4 +1,4 @@
-"""JSON that every reader takes: a number that is not finite is written as null, for JSON has no other word for it."""
+"""JSON that every reader accepts: a number that is not finite is written as null, since JSON has no such number."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 def dumps(value: Any, *, indent: int | None = None) -> str:
-    """The value as JSON; NaN and infinities are null.
+    """The value as JSON, with null for NaN and infinities.
 
-    Python's own `json.dumps` writes `NaN`, which is no JSON: other programs refuse the whole file.
+    Python's own `json.dumps` writes `NaN`, which is not JSON: other programs refuse the whole file.
     """
     return json.dumps(finite_or_null(value), indent=indent, allow_nan=False)
 
 
 def finite_or_null(value: Any) -> Any:
-    """The same data with None for every float that is not finite."""
+    """The same data, with None for every float that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

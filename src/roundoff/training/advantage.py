@@ -1,6 +1,6 @@
 """Advantages of rollouts from the rewards of their group, and the length penalty of DAPO.
 
-Axes: P prompts, G rollouts of each prompt (a group). Rewards are [P, G].
+Axes: P `prompts`, G rollouts of each prompt (its `group`).
 
 An advantage is the reward minus the mean of its group (GRPO, arXiv:2402.03300, section 4.1.2), by default divided by
 the standard deviation of the group. Worked group, rewards 1, 0, 0, 0: mean 0.25, standard deviation
@@ -20,11 +20,11 @@ from torch import Tensor
 from roundoff.config import Algorithm
 
 STD_EPSILON = 1e-6
-"""Added to the standard deviation of a group (reward units; verl's default, trl 1.16 adds 1e-4)."""
+"""Added to the standard deviation of a group (reward units). It is verl's default; trl 1.16 adds 1e-4."""
 
 
 def group_advantages(rewards: Shaped[Tensor, "prompts group"], algorithm: Algorithm) -> Float[Tensor, "prompts group"]:
-    """Advantages [P, G] of rewards [P, G]; exactly 0 throughout a group of equal rewards.
+    """Advantages of rewards; they are exactly 0 throughout a group of equal rewards.
 
     Raises:
         ValueError: if `rewards` is not [P, G] with G of at least 2, or holds a value that is not finite.
@@ -38,7 +38,7 @@ def group_advantages(rewards: Shaped[Tensor, "prompts group"], algorithm: Algori
 
 
 def mixed_groups(rewards: Shaped[Tensor, "prompts group"]) -> Bool[Tensor, " prompts"]:
-    """Whether each group [P] of rewards [P, G] holds two different rewards, without which it teaches nothing.
+    """Whether each group holds two different rewards, without which it teaches nothing.
 
     Dynamic sampling keeps these groups alone. Rewards are taken with their penalties; DAPO (arXiv:2503.14476, equation
     11) keeps the groups in which some responses are right and some are not.
@@ -53,7 +53,7 @@ def mixed_groups(rewards: Shaped[Tensor, "prompts group"]) -> Bool[Tensor, " pro
 def overlong_penalty(
     lengths: Shaped[Tensor, "*shape"], max_new_tokens: int, algorithm: Algorithm
 ) -> Float[Tensor, "*shape"]:
-    """Amount to add to the reward of responses of `lengths` tokens, same shape, float32 in [-factor, 0].
+    """The amount to add to the reward of responses of `lengths` tokens: float32 in [-factor, 0].
 
     Soft overlong punishment (DAPO, arXiv:2503.14476, equation 13) with `buffer = overlong_buffer * max_new_tokens`:
     0 up to `max_new_tokens - buffer` tokens, then falling in a straight line to `-overlong_factor` at `max_new_tokens`.

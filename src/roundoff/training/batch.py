@@ -1,9 +1,9 @@
-"""One training batch: prompts drawn, rollouts sampled and rewarded, groups chosen.
+"""One training batch: prompts are drawn, rollouts sampled and rewarded, and groups chosen.
 
-Axes: P prompts, G rollouts of each (a group), N = P*G rollouts.
+Axes: P `prompts`, G rollouts of each (its `group`), N = P*G `rollouts`.
 
-A rollout that could not be computed (`nonfinite`) earns nothing and is no part of its group: the advantages of the
-others are those of a group without it. Otherwise they would be pushed up for having been computed at all.
+A rollout that could not be computed (`nonfinite`) has reward 0 and does not belong to its group: the advantages of the
+others are those of a group without it. Otherwise they would rise merely because they were computed at all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from roundoff.config import Algorithm, Training
@@ -25,18 +26,18 @@ from roundoff.tasks.score import score_responses
 from roundoff.training.advantage import group_advantages, mixed_groups, overlong_penalty
 
 Sampler = Callable[[Sequence[Problem], int], Rollouts]
-"""Samples the rollouts of problems; the second argument is the id of the first rollout within the step."""
+"""A function that samples the rollouts of problems, given the id of the first rollout within the step."""
 
 
 @dataclass(frozen=True)
 class PromptStream:
-    """Training problems in an endless order: a new permutation of all of them each pass, fixed by the key."""
+    """Training problems in an endless order: each pass is a new permutation of all of them, which the key decides."""
 
     problems: Sequence[Problem]
     key: Key
 
     def take(self, start: int, count: int) -> list[Problem]:
-        """`count` problems from position `start` of the stream."""
+        """Take `count` problems from position `start` of the stream on."""
         size = len(self.problems)
         found: list[Problem] = []
         while len(found) < count:
@@ -48,21 +49,21 @@ class PromptStream:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rollouts to train on, and what was seen on the way."""
+    """Rollouts to train on, and statistics of all rollouts that were sampled."""
 
     rollouts: Rollouts
-    advantages: Tensor
-    """[N], zero for a group of equal rewards; on the device of the rollouts."""
+    advantages: Float[Tensor, " rollouts"]
+    """Zero for a group of equal rewards; on the device of the rollouts."""
     reward: float
-    """Mean over all rollouts sampled, penalties included (reward units)."""
+    """Mean reward over all rollouts sampled, penalties included (reward units)."""
     accuracy: float
     """Mean of the task's own reward over all rollouts sampled (fraction)."""
     mixed_groups: float
-    """Share of the groups sampled whose rewards differ (fraction)."""
+    """Share of the groups sampled that hold two different rewards (fraction)."""
     prompts: int
-    """Prompts sampled."""
+    """Number of prompts sampled."""
     reward_errors: int
-    """Rollouts whose reward raised or was not finite."""
+    """Number of rollouts whose reward raised or was not finite."""
     response_tokens: float
     """Mean length of a response, over all rollouts sampled (tokens)."""
     truncated: float
@@ -70,9 +71,9 @@ class Batch:
     empty: float
     """Share of the rollouts sampled that ended without a text (fraction)."""
     sampled: int
-    """Rollouts sampled."""
+    """Number of rollouts sampled."""
     nonfinite: int
-    """Rollouts sampled that ended because the model's output was not finite; none of them is trained on."""
+    """Number of rollouts that ended because the logits were not finite; none of them is trained on."""
 
     @property
     def teaches(self) -> bool:
@@ -89,13 +90,12 @@ def collect(
     training: Training,
     ranks: Ranks,
 ) -> Batch:
-    """A batch of `prompts_per_step` groups from `position` of the stream on.
+    """Collect a batch of `prompts_per_step` groups from `position` of the stream on.
 
-    With dynamic sampling, `oversampling` times as many prompts are drawn at a time, groups of equal reward are dropped
-    and more prompts are drawn until the batch is full or
-    `max_sampling_batches` have been drawn; then it goes on with what there is (arXiv:2503.14476, section 3.2). A batch
-    without one usable group is returned as it is, and teaches nothing. Every rank samples and rewards its share of the
-    prompts; all of them return the whole batch.
+    With dynamic sampling, `oversampling` times as many prompts are drawn at a time, and groups of equal reward are
+    dropped. More prompts are drawn until the batch is full or `max_sampling_batches` have been drawn; after that the
+    batch holds the groups there are (arXiv:2503.14476, section 3.2). A batch without a usable group is returned as it
+    is, and teaches nothing. Every rank samples and rewards its share of the prompts, and returns the whole batch.
     """
     G, wanted = algorithm.group_size, training.prompts_per_step
     drawn = wanted * algorithm.oversampling
@@ -164,7 +164,7 @@ def _advantages(rewards: Tensor, finite: Tensor, algorithm: Algorithm) -> Tensor
 
 
 def _empty(rollouts: Rollouts) -> int:
-    """Rollouts that ended without a text."""
+    """The number of rollouts that ended without a text."""
     flags = zip(rollouts.texts, rollouts.nonfinite.tolist(), rollouts.truncated.tolist(), strict=True)
     flaws = [flaw_of(text, nonfinite=bad, reward_error=False, truncated=cut) for text, bad, cut in flags]
     return flaws.count("empty")

@@ -17,19 +17,19 @@ from roundoff.tasks import Problem, Task, make_task
 
 
 def check_settings(experiment: Experiment, profile: Profile) -> Task:
-    """Check everything that can be checked without weights, which is the same for every seed; returns the task.
+    """Check everything that can be checked without weights, and is the same for every seed. Returns the task.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
         ModelError: if the profile's model is not there.
     """
-    given, algorithm = profile.training, experiment.algorithm
-    if given.minibatches > given.prompts_per_step:
+    written, algorithm = profile.training, experiment.algorithm
+    if written.minibatches > written.prompts_per_step:
         raise ConfigError(
-            f"profile.training.minibatches must be at most prompts_per_step ({given.prompts_per_step}), "
-            f"but is {given.minibatches}"
+            f"profile.training.minibatches must be at most prompts_per_step ({written.prompts_per_step}), "
+            f"but is {written.minibatches}"
         )
-    training = training_in_force(algorithm, given)
+    training = training_in_force(algorithm, written)
     task = make_task(profile)
     check_enough(len(task.train()), "the task has only {} training problems", algorithm, training)
     if not task.test():
@@ -80,10 +80,14 @@ def within_length(lengths: Sequence[int], training: Training) -> list[int]:
     return kept
 
 
-def check_enough(count: int, said: str, algorithm: Algorithm, training: Training) -> None:
-    """Raise where the problems do not fill one batch; `said` tells how many there are."""
+def check_enough(count: int, sentence: str, algorithm: Algorithm, training: Training) -> None:
+    """Check that `count` problems fill one batch; `sentence` says how many there are.
+
+    Raises:
+        ConfigError: if they do not.
+    """
     if count < training.prompts_per_step * algorithm.oversampling:
         factor = f" with algorithm.oversampling = {algorithm.oversampling}" if algorithm.oversampling > 1 else ""
         raise ConfigError(
-            f"profile.training.prompts_per_step is {training.prompts_per_step}{factor}, but {said.format(count)}"
+            f"profile.training.prompts_per_step is {training.prompts_per_step}{factor}, but {sentence.format(count)}"
         )

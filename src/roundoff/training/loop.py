@@ -2,7 +2,7 @@
 
 One step: draw prompts; sample a group of rollouts of each with the hardware on and AQN in force; reward them; compute
 log-probabilities before the update (hardware on, no AQN); take one optimizer step for each minibatch; evaluate and save
-when due. The test set is scored before the first step and after the last one, whatever the settings.
+when either is due. The test set is scored before the first step and after the last one, whatever the settings.
 
 Where the loop departs from the papers: old log-probabilities are by default evaluated under the noise draws of the
 pass they are compared with (`ratio = "replayed"`); a batch with no usable group trains nothing and the run goes on.
@@ -43,7 +43,7 @@ from roundoff.training.session import Session
 from roundoff.training.update import NonFiniteLossError, update
 
 FRUITLESS_STEPS = 3
-"""Steps in a row without one rollout to train on after which a run is stopped; all of them in a shorter run."""
+"""A run stops after so many steps in a row without a rollout to train on, or after all its steps if it has fewer."""
 
 
 def train(
@@ -57,17 +57,20 @@ def train(
     should_stop: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
 ) -> Evaluation | None:
-    """Evaluation after the last step, or None if the run was told to stop before it; then it can be resumed.
+    """Make a run, or resume it; the only training loop.
 
     Args:
         experiment: what is run.
-        profile: how big.
-        seed: of every random number of the run.
-        run_dir: entered directory of this run; a run found in it is resumed, a complete one is returned as it is.
-        open_tracker: makes the tracker, given the last step that is not logged again (-1: none).
+        profile: how big it is.
+        seed: the seed of every random number of the run.
+        run_dir: the entered directory of this run. A run in it is resumed, and a complete one is returned as it is.
+        open_tracker: opens the tracker, given the last step that is not logged again (-1 if there is none).
         provenance: what `provenance.json` records.
-        should_stop: asked after each step; True, on any rank, saves and leaves.
-        ranks: the processes that make this run together; `run_dir` then writes on the first alone.
+        should_stop: called after each step; where it returns True on any rank, the run is saved and left.
+        ranks: the processes that make this run together; `run_dir` then writes on the first one alone.
+
+    Returns:
+        The evaluation after the last step, or None if the run was stopped before it and can be resumed.
 
     Raises:
         ConfigError: if the settings do not fit together, before anything is written.
@@ -80,8 +83,8 @@ def train(
     """
     refuse_autocast("training", torch.device(resolve_device(profile.device)))
     torch.set_num_threads(profile.threads)
-    kept = run_dir.scan()
-    scan = None if kept is None else LayerScan.from_json(kept)
+    stored = run_dir.scan()
+    scan = None if stored is None else LayerScan.from_json(stored)
     try:
         with own_defaults():
             session = ranks.everywhere(lambda: prepare(experiment, profile, seed, scan=scan, ranks=ranks))
@@ -102,7 +105,7 @@ def _train(
     provenance: Metrics,
     should_stop: Callable[[], bool],
 ) -> Evaluation | None:
-    """`train` with everything in memory."""
+    """The steps of `train` once the session is ready."""
     total = session.total_steps
     checkpoint = run_dir.load_checkpoint()
     start = restore(session, checkpoint) if checkpoint else 0
@@ -130,7 +133,7 @@ def _train(
                 log.end("interrupted", step, "stopped on request")
                 ended = "interrupted"
                 return None
-        if start == total:  # stopped between its last checkpoint and its end, or its last score was lost
+        if start == total:  # it was stopped after its last checkpoint, or its last evaluation was lost
             try:
                 evaluation = run_dir.evaluation(total)
             except DamagedRunError:
@@ -155,7 +158,7 @@ def _skipped(checkpoint: Checkpoint | None) -> tuple[str, ...]:
 
 
 def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
-    """One step of the loop (numbered from 1): sample, reward, update; returns what to log."""
+    """Take one step of the loop (numbered from 1): sample, reward, update. Returns the row to log."""
     training = session.profile.training
     began = time.perf_counter()
     batch = sample_batch(session, step)
@@ -197,7 +200,7 @@ def take_step(session: Session, step: int, run_dir: RunDirectory) -> Metrics:
 
 
 def _check_usable(session: Session, step: int, batch: Batch) -> None:
-    """Stop a run whose steps, one after the other, give no rollout that could be trained on.
+    """Stop a run that has gone `FRUITLESS_STEPS` in a row without a rollout that it could train on.
 
     Raises:
         NonFiniteOutputError: if no rollout could be computed; the message names the first module.
@@ -223,7 +226,7 @@ def _check_usable(session: Session, step: int, batch: Batch) -> None:
 
 
 def sample_batch(session: Session, step: int) -> Batch:
-    """The batch of a step (numbered from 1), sampled with AQN in force."""
+    """Sample the batch of a step (numbered from 1) with AQN in force."""
     training, algorithm = session.profile.training, session.algorithm
 
     def sampler(prompts: Sequence[Problem], first_id: int) -> Rollouts:

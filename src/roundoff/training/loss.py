@@ -1,4 +1,4 @@
-"""The policy loss: one function for GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476), which differ in settings only.
+"""The policy loss: one function for GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476), which differ only in settings.
 
 Axes: `rollouts` (N), `tokens` (T, response tokens). For each response token, with advantage A of its rollout:
 
@@ -35,12 +35,12 @@ LOW_VAR_KL_LIMIT = 10.0
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """The loss of one batch and what to log about it; every field but `loss` is detached, all are scalars []."""
+    """The loss of one batch and its metrics. All fields are scalars, and all but `loss` are detached."""
 
     loss: Shaped[Tensor, ""]
     """Differentiable; the sum over the micro-batches of a minibatch if they share a normalizer."""
     policy_loss: Shaped[Tensor, ""]
-    """The part of `loss` that the advantages make (adds up over micro-batches)."""
+    """The part of `loss` that comes from the advantages (adds up over micro-batches)."""
     kl: Shaped[Tensor, ""]
     """KL estimate to the reference, aggregated as the loss, without coefficient (nats; adds up over micro-batches)."""
     clip_low_fraction: Shaped[Tensor, ""]
@@ -54,7 +54,7 @@ class LossOutput:
     ratio_ess: Shaped[Tensor, ""]
     """Effective sample size `(sum w)**2 / (n * sum w**2)` of the importance weights (fraction; 1 if all are equal)."""
     tokens: Shaped[Tensor, ""]
-    """Number of response tokens seen."""
+    """Number of response tokens."""
 
     def metrics(self) -> dict[str, float]:
         """Every field as a float, for a log."""
@@ -62,7 +62,7 @@ class LossOutput:
 
     @classmethod
     def nothing(cls) -> LossOutput:
-        """The output of no rollouts; beside others it changes nothing in `combine`."""
+        """The output for no rollouts, which changes nothing in `combine`."""
         return cls(*[torch.zeros((), dtype=torch.float32)] * len(cls.__slots__))
 
 
@@ -78,23 +78,24 @@ def policy_loss(
     weights: Float[Tensor, "rollouts tokens"] | None = None,
     entropies: Float[Tensor, "rollouts tokens"] | None = None,
 ) -> LossOutput:
-    """Loss of rollouts under new, old and reference log-probabilities [N, T] with advantages [N] or [N, 1].
+    """The loss of rollouts under new, old and reference log-probabilities.
 
     Args:
-        logprobs: of the policy being trained; the gradient flows here.
-        old_logprobs: of the policy before this batch's first update. None only with `ratio = "one"`, which ignores it.
+        logprobs: log-probabilities under the policy being trained; the gradient flows here.
+        old_logprobs: those under the policy before this batch's first update. None only with `ratio = "one"`.
             `replayed`: under the noise keys of `logprobs`; `recomputed` and `rollout`: under a draw of their own.
-        ref_logprobs: of the reference policy; with `kl_coefficient` 0 only measured. None: no KL, an error above 0.
+        ref_logprobs: those under the reference policy. With `kl_coefficient` 0 the KL is only measured; above 0 they
+            are required.
         advantages: one number for each rollout.
-        mask: [N, T] bool, True on response tokens. What stands elsewhere, NaN included, has no influence.
+        mask: non-zero on response tokens. Values elsewhere, NaN included, have no influence.
         algorithm: clip range, aggregation, KL and ratio.
-        normalizer: what the sum is divided by, from `loss_normalizer` on the *whole* minibatch. With it the losses of
-            the micro-batches add up to the loss of the minibatch, and so do their gradients; means of micro-batches
-            would not, as each holds another number of tokens. With data parallelism that averages gradients, pass
-            `loss_normalizer(...)` summed over the ranks and divided by their number. None: these rollouts are all, and
-            `dr_grpo` takes T as its constant length.
-        weights: [N, T] factors of the policy term without gradient: `truncated_weights` with `ratio = "rollout"`.
-        entropies: [N, T] of the policy being trained, differentiable (nats); needed with an `entropy_coefficient`.
+        normalizer: the divisor of the sum, which `loss_normalizer` computes from the *whole* minibatch. With it the
+            losses of micro-batches add up to the loss of the minibatch, and so do their gradients; means of
+            micro-batches would not, because each holds another number of tokens. With data parallelism that averages
+            gradients, pass `loss_normalizer(...)` summed over the ranks and divided by their number. None: these
+            rollouts are the whole minibatch, and `dr_grpo` takes T as its constant length.
+        weights: factors of the policy term, without gradient: `truncated_weights` with `ratio = "rollout"`.
+        entropies: entropies of the policy being trained, differentiable (nats); needed with an `entropy_coefficient`.
 
     Raises:
         ValueError: on shapes that do not fit, or log-probabilities that the settings need and were not given.
@@ -141,7 +142,7 @@ def policy_loss(
 def loss_normalizer(
     mask: Shaped[Tensor, "rollouts tokens"], algorithm: Algorithm, max_new_tokens: int
 ) -> Float[Tensor, ""]:
-    """What `policy_loss` divides by for the minibatch whose mask [N, T] this is; a scalar [] of at least 1.
+    """The divisor of `policy_loss` for the minibatch with this mask, at least 1.
 
     `token-mean`: its response tokens. `sequence-mean`: its rollouts that have any. `dr_grpo`: those rollouts times
     `max_new_tokens`, the limit of the run rather than the longest response here (arXiv:2503.20783, listing 1).
@@ -158,7 +159,7 @@ def truncated_weights(
     mask: Shaped[Tensor, "rollouts tokens"],
     algorithm: Algorithm,
 ) -> Float[Tensor, "rollouts tokens"]:
-    """Truncated importance weights `min(exp(old - rollout), tis_cap)` [N, T], 0 outside the mask, without gradient.
+    """Truncated importance weights `min(exp(old - rollout), tis_cap)`, 0 outside the mask, without gradient.
 
     They correct the difference between the policy that sampled (a rollout under its own noise, with AQN) and the policy
     before the update as the training pass computes it, while the clipped ratio stays new against old: "truncated
@@ -172,7 +173,7 @@ def truncated_weights(
 def kl_estimate(
     logprobs: Float[Tensor, "*shape"], ref_logprobs: Float[Tensor, "*shape"], algorithm: Algorithm
 ) -> Float[Tensor, "*shape"]:
-    """Estimate of KL(policy || reference) for each token, same shape, differentiable in `logprobs` (nats).
+    """An estimate of KL(policy || reference) for each token, differentiable in `logprobs` (nats).
 
     With `d = ref_logprobs - logprobs`: `k1` is -d (unbiased, may be negative), `k2` is d**2/2, `low_var_kl` is
     exp(d) - d - 1, called k3 (Schulman 2020, joschu.net/blog/kl-approx.html; GRPO equation 4), clamped as in verl.
@@ -193,12 +194,12 @@ def kl_estimate(
 
 
 def combine(outputs: Sequence[LossOutput]) -> LossOutput:
-    """The output of a minibatch from those of its micro-batches, which shared a normalizer; `loss` detached.
+    """Combine the outputs of micro-batches that shared a normalizer into that of their minibatch; `loss` is detached.
 
     Means, spread and effective sample size are those of all tokens together, not means of means.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if `outputs` is empty.
     """
     if not outputs:
         raise ValueError("outputs must hold the loss of at least one micro-batch, but is empty")

@@ -1,13 +1,13 @@
 """AdamW whose weights, gradients and moments are float32, whatever the model computes in.
 
-A bfloat16 weight has 8 significant bits: a step below about 1/500 of the weight rounds to nothing, so that at the
-learning rates of this field (1e-6 and less) a bfloat16 model under plain AdamW does not train at all, without a word.
-Hence each parameter of lower precision has a float32 **master weight**. After every backward pass its gradient is
-added to a float32 sum (micro-batches and ranks are added in float32, too); the optimizer moves the master, and the
-model gets the master rounded to nearest. Float32 parameters (LoRA adapters, over any base) are their own masters, and
-all of this is plain AdamW.
+A bfloat16 weight has 8 significant bits: a step below about 1/500 of the weight rounds to nothing. At the learning
+rates of this field (1e-6 and less) a bfloat16 model under plain AdamW therefore does not train at all, and no error
+says so. Hence each parameter of lower precision has a float32 **master weight**. After every backward pass its gradient
+is added to a float32 sum; micro-batches and ranks are added in float32, too. The optimizer moves the master, and the
+model receives the master rounded to nearest. A float32 parameter, such as a LoRA adapter over any base, is its own
+master, and for it this is plain AdamW.
 
-A checkpoint holds the masters and the moments, so that a resumed run goes on to the same bits.
+A checkpoint holds the masters and the moments, so that a resumed run continues to the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from roundoff.config import Training
 from roundoff.runs.checkpoint import DamagedCheckpointError
 
 MASTER = "master"
-"""Name under which a master weight is saved beside the moments of its parameter."""
+"""The name under which a master weight is saved, beside the moments of its parameter."""
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -43,7 +43,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the gradients of parameters in lower precision to those of their masters; after every backward pass."""
+        """Add the gradients of lower-precision parameters to those of their masters; call it after each backward pass."""
         for name, parameter in self.trained.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
@@ -56,7 +56,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Move the masters by their gradients, and the model with them."""
+        """Move the masters along their gradients, and round the masters into the model."""
         result = super().step(closure)
         for name, parameter in self.trained.items():
             if self.masters[name] is not parameter:
@@ -64,21 +64,21 @@ class MasterAdamW(torch.optim.AdamW):
         return result
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on besides the weights of the model, by `parameter/field`."""
-        found: dict[str, Tensor] = {}
+        """What the next step depends on besides the weights of the model, keyed by `parameter/field`."""
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             master = self.masters[name]
-            found |= {f"{name}/{field}": value for field, value in self.state[master].items()}
+            tensors |= {f"{name}/{field}": value for field, value in self.state[master].items()}
             if master is not parameter:
-                found[f"{name}/{MASTER}"] = master.detach()
-        return found
+                tensors[f"{name}/{MASTER}"] = master.detach()
+        return tensors
 
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put what `tensors` returned in place, bit for bit.
+        """Restore what `tensors` returned, bit for bit.
 
         Raises:
-            DamagedCheckpointError: if a master weight is missing; the rounded weight of the model is no substitute.
+            DamagedCheckpointError: if a master weight is missing, for which the rounded weight is no substitute.
         """
         for name, parameter in self.trained.items():
             if self.masters[name] is not parameter and f"{name}/{MASTER}" not in tensors:

@@ -1,4 +1,4 @@
-"""The policy of a run: a model on its hardware, with adapters where the run has any, and the weights it has learned."""
+"""The policy of a run: a model on its hardware, with its adapters if the run has any."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from roundoff.tasks import make_task
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A model as a run computes it: with its hardware, and its adapters over that."""
+    """A model as a run computes it, with the hardware and the adapters."""
 
     loaded: LoadedModel
     installed: InstalledHardware | None
     adapters: Adapters | None
     base: str
-    """SHA-256 of the weights that the model had when it was loaded."""
+    """SHA-256 of the weights as they were loaded."""
 
     @property
     def model(self) -> PreTrainedModel:
@@ -36,14 +36,14 @@ class Policy:
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters that the optimizer moves, by name."""
+        """The parameters that the optimizer moves, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: LayerScan | None = None) -> Policy:
-    """The model of a run before its first step: on its hardware, with fresh adapters where it has any.
+    """Load the model of a run as it is before the first step: on its hardware, with fresh adapters if it has any.
 
-    `scan` is the one that the run rests on; where the hardware needs one and none is given, it is made.
+    `scan` is the SRDD scan that the run rests on. If the hardware needs a scan and none is given, the model is scanned.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
@@ -55,7 +55,7 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: La
 
 
 def make_policy(experiment: Experiment, loaded: LoadedModel, seed: int, scan: LayerScan | None) -> Policy:
-    """A plain model made into the policy: on its hardware, with fresh adapters where the experiment has any."""
+    """Put a plain model on its hardware, with fresh adapters if the experiment has any."""
     installed = install_plain(experiment, loaded.model, seed, scan)
     base = weights_digest(loaded.model)
     lora = experiment.lora
@@ -64,7 +64,7 @@ def make_policy(experiment: Experiment, loaded: LoadedModel, seed: int, scan: La
 
 
 def load_plain(profile: Profile) -> LoadedModel:
-    """The profile's model, plain."""
+    """Load the profile's model without hardware or adapters."""
     return load_model(
         profile.model,
         dtype=getattr(torch, profile.dtype),
@@ -77,26 +77,26 @@ def load_plain(profile: Profile) -> LoadedModel:
 def install_plain(
     experiment: Experiment, model: PreTrainedModel, seed: int, scan: LayerScan | None
 ) -> InstalledHardware | None:
-    """Put the experiment's hardware on a plain model, if that changes anything."""
+    """Put the experiment's hardware on a plain model; None if the hardware changes nothing."""
     hardware = experiment.hardware if scan is None else resolve_keep(experiment.hardware, scan)
     return None if hardware.changes_nothing else install(model, hardware, seed=seed)
 
 
 def put_weights(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Put the weights that a checkpoint holds in place, bit for bit: all that a run trains.
+    """Restore the weights of a checkpoint, which are all that a run trains, bit for bit.
 
     Raises:
-        ConfigError: if they are adapters, and the base has changed since the run began.
-        DamagedCheckpointError: if they are those of another model.
+        ConfigError: if the run trains adapters, and their base has changed since it began.
+        DamagedCheckpointError: if they are the weights of another model.
     """
     if policy.adapters is not None:
         check_base(policy, checkpoint)
     weights = checkpoint.tensors["model"]
     trained = policy.trainable
     expected = {name: tuple(p.shape) for name, p in trained.items()}
-    found = {name: tuple(w.shape) for name, w in weights.items()}
-    if found != expected:
-        differing = sorted({name for name, _ in expected.items() ^ found.items()})
+    held = {name: tuple(w.shape) for name, w in weights.items()}
+    if held != expected:
+        differing = sorted({name for name, _ in expected.items() ^ held.items()})
         raise DamagedCheckpointError(f"a checkpoint holds the weights of another model: {', '.join(differing[:4])}")
     with torch.no_grad():
         for name, parameter in trained.items():

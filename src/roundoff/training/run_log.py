@@ -1,4 +1,4 @@
-"""What a run leaves behind step by step: scores, metrics, checkpoints, and a warning of what was not computed."""
+"""What a run writes step by step: scores, metrics, checkpoints, and warnings of what was not computed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Metrics = dict[str, Any]
 
 @dataclass
 class RunLog:
-    """The writer of one run at work: directory, tracker and status together."""
+    """Writes to the directory, the tracker and the status of a run in progress."""
 
     session: Session
     run_dir: RunDirectory
     tracker: Tracker
     status: Status
     clock: Clock
-    _said: set[str] = field(default_factory=set)
+    _warned: set[str] = field(default_factory=set)
 
     def score(self, step: int) -> Evaluation:
-        """Evaluate the model as it is after `step`, and keep every outcome."""
+        """Evaluate the model as it is after `step`, and write every outcome."""
         session, training = self.session, self.session.profile.training
         evaluation = evaluate(
             session.model,
@@ -52,7 +52,7 @@ class RunLog:
         return evaluation
 
     def record(self, step: int, metrics: Metrics) -> Evaluation | None:
-        """Evaluate if due (always at step 0 and the last), then log the step."""
+        """Evaluate if an evaluation is due (always at step 0 and the last step), then log the step."""
         evaluation = None
         if step in (0, self.session.total_steps) or step % self.session.profile.training.evaluate_every == 0:
             began = time.perf_counter()
@@ -66,27 +66,27 @@ class RunLog:
         return evaluation
 
     def save(self, step: int) -> None:
-        """Save a checkpoint, and how far the run has come."""
+        """Save a checkpoint and the progress of the run."""
         save(self.session, self.run_dir, step)
         if step:
             self.end("running", step)
 
     def end(self, state: State, step: int, reason: str = "") -> None:
-        """Write that the run is in `state` after `step`."""
+        """Write the state of the run after `step`."""
         self.run_dir.set_status(replace(self.status, state=state, step=step, reason=reason, seconds=self.clock.total()))
 
     def _warn(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> None:
-        """Warn of what was not computed, each kind of it once in a session; the status keeps it."""
+        """Warn of what was not computed, once a session for each kind; the status keeps the warning."""
         for kind, text in _troubles(metrics, evaluation):
-            if kind not in self._said:
-                self._said.add(kind)
+            if kind not in self._warned:
+                self._warned.add(kind)
                 line = f"step {step}: {text}"
                 warnings.warn(line, RoundoffWarning, stacklevel=2)
                 self.status = replace(self.status, warnings=tuple(dict.fromkeys((*self.status.warnings, line))))
 
 
 def _troubles(metrics: Metrics, evaluation: Evaluation | None) -> Iterator[tuple[str, str]]:
-    """Kind and text of everything in the row of a step that was not computed."""
+    """Yield the kind and the text of everything that a step could not compute."""
     if evaluation is not None:
         where = f" (not finite first in {evaluation.nonfinite_at})" if evaluation.nonfinite_at else ""
         for line in evaluation.deployed_tally.notes():

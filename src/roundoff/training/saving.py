@@ -12,7 +12,7 @@ from roundoff.training.session import Session
 
 
 def save(session: Session, run_dir: RunDirectory, step: int) -> None:
-    """Checkpoint everything that the next step depends on: weights, optimizer, place in the prompt stream."""
+    """Save a checkpoint of everything that the next step depends on: weights, optimizer, place in the prompt stream."""
     trained = session.trainable
     tensors = {"model": {name: p.detach() for name, p in trained.items()}, "optimizer": session.optimizer.tensors()}
     state: dict[str, Any] = {"position": session.position, "base": session.policy.base, "problems": session.problems}
@@ -21,7 +21,7 @@ def save(session: Session, run_dir: RunDirectory, step: int) -> None:
 
 
 def restore(session: Session, checkpoint: Checkpoint) -> int:
-    """Put a checkpoint's content in place, bit for bit; returns its step.
+    """Restore the content of a checkpoint, bit for bit. Returns its step.
 
     Raises:
         ConfigError: if the profile's model or the task's problems have changed since the run began, or another run

@@ -1,7 +1,7 @@
-"""What one batch does to the policy: a loss and an optimizer step for each minibatch.
+"""The update of the policy on one batch: a loss and an optimizer step for each minibatch.
 
-Log-probabilities before the update are computed first, with the hardware on and without AQN; under which draws is what
-`Algorithm.ratio` says.
+Log-probabilities before the update are computed first, with the hardware on and without AQN. `Algorithm.ratio` says
+under which draws of the noise.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Minibatch:
 
 
 def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
-    """Take the optimizer steps on one batch; returns what to log.
+    """Take the optimizer steps on one batch. Returns the metrics to log.
 
     Metrics are means over the optimizer steps, except those of the ratio, which are the first minibatch's.
 
@@ -101,7 +101,7 @@ def _optimizer_step(session: Session, output: LossOutput, before: Sequence[str])
 
 
 def _spoilt(session: Session, before: Sequence[str]) -> str:
-    """Which weights an optimizer step has made NaN or infinite, in words; those in `before` were so already."""
+    """A sentence about the weights that an optimizer step has made NaN or infinite; those in `before` already were."""
     bad = [name for name in nonfinite_parameters(session.trainable) if name not in before]
     if not bad:
         return ""
@@ -112,7 +112,7 @@ def _spoilt(session: Session, before: Sequence[str]) -> str:
 
 
 def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequence[str]) -> str:
-    """What was not finite, and the first of it in the order of the computation."""
+    """A sentence about what was not finite first, in the order of the computation."""
     said = f"loss {output.loss.item()}, gradient norm {norm.item()}"
     if spoilt := _spoilt(session, before):
         return f"{said}: {spoilt}"
@@ -161,7 +161,7 @@ def _share_of(ranks: Ranks, minibatch: Minibatch) -> Minibatch:
 
 
 def keyed_logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key: Key) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [n, t] of the responses, every matrix product and dropout mask drawn by `key`."""
+    """Log-probabilities and entropies [n, t] of the responses; `key` decides every draw of noise and dropout."""
     with dropout_on(model), checkpointed(model, session.profile.training.gradient_checkpointing):
         return token_logprobs(
             model,
@@ -175,7 +175,7 @@ def keyed_logprobs(session: Session, model: PreTrainedModel, part: Rollouts, key
 
 
 def before_update(session: Session, step: int, minibatch: Minibatch, *, first: bool) -> Minibatch:
-    """The minibatch with what the loss compares it with; under which noise is the whole point of `Algorithm.ratio`."""
+    """Add what the loss compares the rollouts with; under which noise is the whole point of `Algorithm.ratio`."""
     algorithm, rule, rollouts = session.algorithm, session.algorithm.ratio_rule, minibatch.rollouts
     if not len(rollouts):  # more ranks than rollouts
         return minibatch
