@@ -56,6 +56,15 @@ def test_every_path_in_backticks_exists(page: Path):
     assert [name for name in modules if not names_a_module(name)] == []
 
 
+def test_every_function_in_the_index_is_in_the_file_beside_it():
+    index = ARCHITECTURE.read_text("utf-8").partition("## Index")[2]
+    named = re.findall(r"`(src/[\w/.]+)` \(`(\w+)`\)", index)
+    assert len(named) >= 10
+    assert [
+        (file, name) for file, name in named if not re.search(rf"^(def )?{name}\b", (ROOT / file).read_text(), re.M)
+    ] == []
+
+
 def names_a_module(name: str) -> bool:
     """Whether a dotted name is that of a module, or of something in one."""
     path = SOURCE.joinpath(*name.split(".")[1:])

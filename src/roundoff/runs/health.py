@@ -156,7 +156,7 @@ class Health:
 
 
 def health_of(metrics: Sequence[Mapping[str, Any]], group_size: int) -> Health:
-    """The health of a run whose groups hold `group_size` rollouts; rows without counts (of older versions) are skipped."""
+    """The health of a run whose groups hold `group_size` rollouts; rows without counts are skipped."""
     rows = [row for row in metrics if row["step"] > 0 and row.get("prompts")]
     sizes = [int(row["prompts"]) * group_size for row in rows]
     said = [bool(row["trained"]) for row in rows if row.get("trained") is not None]

@@ -43,7 +43,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Add the gradients of lower-precision parameters to those of their masters; call it after each backward pass."""
+        """Add the gradients of lower-precision parameters to their masters, after each backward pass."""
         for name, parameter in self.trained.items():
             master = self.masters[name]
             if master is parameter or parameter.grad is None:
