@@ -11,6 +11,8 @@ import torch
 from roundoff.config import Experiment, Profile
 from roundoff.experiments import families, load_experiment
 from roundoff.launch.request import RunRequest, execute, job_of
+from roundoff.numerics.backend import computed_by
+from roundoff.report.sources import find_sources
 from roundoff.runs.directory import RunDirectory
 from roundoff.runs.health import FailedRewardsError, NonFiniteOutputError
 from roundoff.runs.record import read_run
@@ -82,6 +84,13 @@ def test_quickstart_runs_two_steps_and_evaluates_the_last(tmp_path, small, name)
 def test_plain_arithmetic_has_one_score(tmp_path, small):
     outcomes = run(tmp_path, load_experiment("quickstart-clean"), small).evaluation(2).outcomes
     assert all(o.deployed == (o.clean,) and o.response == o.clean_response for o in outcomes)
+
+
+def test_a_run_records_what_computed_it(tmp_path, small):
+    finished = run(tmp_path, load_experiment("quickstart-clean"), small)
+    assert finished.provenance["kernels"] == computed_by()
+    (source,) = find_sources([finished])
+    assert source.machine.endswith(f"kernels for {computed_by()}")
 
 
 def test_noisy_hardware_has_two_and_averages_its_draws(tmp_path, small):

@@ -1,10 +1,8 @@
 """Which path computes: the compiled kernels on a CPU, or plain torch. Both give the same bits.
 
-The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`), compiled at first use into the user's
-cache directory and loaded through ctypes. The file's name is a hash of source, compiler, flags and CPU, so that a
-changed source, another compiler or another machine sharing the directory never loads a stale library; the library is
-renamed into place, so that processes may build at the same time. Where no compiler is found, or the build fails, the
-torch path is used and one line says so.
+The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`). `roundoff.numerics.build` compiles it for
+each kind of processor, and this module loads the library of the widest vectors that the processor has, through ctypes.
+Where there is no library and no compiler, the torch path is used, and one line says so.
 """
 
 from __future__ import annotations
@@ -12,13 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,26 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from roundoff.errors import RoundoffError
+from roundoff.numerics.build import BuildError, library_for, targets_for
 
 Backend = Literal["auto", "compiled", "torch"]
-
-COMPILERS = ("c++", "g++", "clang++")
-# -ffp-contract=off: a fused multiply-add rounds differently from torch's separate operators. Never -ffast-math.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread", "-w")
-NATIVE = ("-march=native",)
-BUILD_TIMEOUT = 300  # seconds
 
 # A tensor below this number of elements is never shared between threads (kernels/roundoff.cpp: PER_THREAD).
 THREADED_ELEMENTS = 1 << 18
 
-_PRIVATE = "roundoff-"  # first part of the name of a private directory
-
+_LOG = logging.getLogger("roundoff")
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
-
-
-class BuildError(RoundoffError, RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +44,9 @@ class Kernels:
     fingerprint: Callable[..., None]
     fingerprints: Callable[..., None]
     path: Path
+    """The library."""
+    target: str
+    """The vectors that it was compiled for, such as `avx2` (`roundoff.numerics.build`)."""
 
 
 @contextlib.contextmanager
@@ -105,111 +89,38 @@ def _kernels() -> Kernels | None:
     try:
         return build()
     except BuildError as error:
-        logging.getLogger("roundoff").warning("roundoff: %s; using the slower pure-torch path", error)
+        _LOG.warning("roundoff: %s; using the slower pure-torch path", error)
         return None
 
 
 @functools.cache
 def build() -> Kernels:
-    """Compile (or find in the cache) and load the kernels.
+    """Load the kernels for this processor; they are compiled first if they are not there yet.
+
+    A target that the compiler does not know is passed over for the next narrower one.
 
     Raises:
-        BuildError: there is no compiler, or it fails, or there is nowhere to write.
+        BuildError: if there is no compiler, it fails, or there is nowhere to write.
     """
-    compiler = find_compiler(COMPILERS)
-    directory = cache_directory()
-    try:
-        return load(compile_kernels(directory, compiler))
-    finally:
-        if directory.name.startswith(_PRIVATE):  # nobody will find it again
-            shutil.rmtree(directory, ignore_errors=True)
+    candidates = targets_for(torch.backends.cpu.get_cpu_capability())
+    for target in candidates:
+        try:
+            with library_for(target, lambda line: _LOG.warning("roundoff: %s", line)) as library:
+                return load(library, target)
+        except BuildError:
+            if target == candidates[-1]:
+                raise
+    raise BuildError("this machine has no target")  # not reached: there is always one
 
 
-def find_compiler(names: tuple[str, ...]) -> str:
-    """Path of the first C++ compiler of these names."""
-    for name in names:
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)})")
+def computed_by() -> str:
+    """What computes on the CPU here: the target of the compiled kernels, or `torch`."""
+    kernels = None if _choice.get() == "torch" else _kernels()
+    return "torch" if kernels is None else kernels.target
 
 
-def cache_directory() -> Path:
-    """The user's cache directory (XDG Base Directory specification), or a private temporary one if read-only.
-
-    Raises:
-        BuildError: neither can be written to.
-    """
-    try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "roundoff"
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK | os.X_OK):
-            return directory
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home directory
-        pass
-    try:
-        return Path(tempfile.mkdtemp(prefix=_PRIVATE))
-    except OSError as error:
-        raise BuildError(f"there is no directory to compile the kernels in ({error})") from None
-
-
-def _sources() -> list[Path]:
-    folder = Path(__file__).parent / "kernels"
-    return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
-
-
-def _cpu() -> str:
-    """What -march=native sees of this CPU: its instruction set flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    # x86: model name and flags; ARM: Features and CPU part.
-    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="replace", timeout=BUILD_TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the C++ compiler {command[0]} did not run ({error})") from None
-
-
-def compile_kernels(directory: Path, compiler: str) -> Path:
-    """The shared library for this source, compiler and CPU in `directory`, compiled if it is not there yet."""
-    sources = _sources()
-    digest = hashlib.sha256()
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    version = _run([compiler, "--version"]).stdout
-    for part in (compiler, version, *FLAGS, *NATIVE, platform.machine(), _cpu()):
-        digest.update(part.encode() + b"\0")
-    library = directory / f"kernels-{digest.hexdigest()[:20]}.so"
-    if library.exists():
-        return library
-    source = next(path for path in sources if path.name == "roundoff.cpp")
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=directory)
-        os.close(handle)
-    except OSError as error:
-        raise BuildError(f"the kernels cannot be compiled into {directory} ({error})") from None
-    try:
-        for flags in ((*FLAGS, *NATIVE), FLAGS):
-            result = _run([compiler, *flags, "-o", temporary, str(source)])
-            if result.returncode == 0:
-                Path(temporary).replace(library)
-                return library
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    reason = next((line for line in result.stderr.splitlines() if "error" in line), f"status {result.returncode}")
-    raise BuildError(f"compiling the kernels with {compiler} failed ({reason.strip()})")
-
-
-def load(library: Path) -> Kernels:
-    """The functions of a compiled library."""
+def load(library: Path, target: str) -> Kernels:
+    """The functions of a library that was compiled for `target`."""
     try:
         handle = ctypes.CDLL(str(library))
     except OSError as error:
@@ -233,4 +144,4 @@ def load(library: Path) -> Kernels:
     fingerprints.argtypes = [pointer, long, long, long, pointer]
     for function in (quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints):
         function.restype = None
-    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, library)
+    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, library, target)

@@ -30,12 +30,13 @@ def _source(run: Run) -> Source:
     known = run.provenance
     machine, versions = known.get("machine"), known.get("versions")
     versions = dict(versions) if isinstance(versions, dict) else {}
+    parts = [str(v) for v in machine.values()] if isinstance(machine, dict) else [str(machine or "?")]
     if known.get("python"):
         versions = {"python": known["python"], **versions}
     return Source(
         command=str(known.get("command") or "not recorded"),
         commit=str(known.get("commit") or "not recorded"),
-        machine=", ".join(str(v) for v in machine.values()) if isinstance(machine, dict) else str(machine or "?"),
+        machine=", ".join([*parts, *([f"kernels for {known['kernels']}"] if known.get("kernels") else [])]),
         versions=", ".join(f"{name} {version}" for name, version in versions.items() if version) or "not recorded",
         runs=0,
     )

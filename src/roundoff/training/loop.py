@@ -20,6 +20,7 @@ import torch
 from roundoff.config import Experiment, Profile
 from roundoff.errors import RoundoffWarning
 from roundoff.models.device import resolve_device
+from roundoff.numerics.backend import computed_by
 from roundoff.numerics.torch_state import own_defaults, refuse_autocast
 from roundoff.parallel.ranks import ALONE, Ranks
 from roundoff.runs.checkpoint import Checkpoint
@@ -114,7 +115,7 @@ def _train(
         warnings.warn(line, RoundoffWarning, stacklevel=2)
     kept = start if checkpoint else -1
     run_dir.rewind(kept)
-    status = run_dir.start(provenance, total, lost)
+    status = run_dir.start({**provenance, "kernels": computed_by()}, total, lost)
     if not checkpoint:
         status = measure_before(session, run_dir, status)
     log = RunLog(session, run_dir, open_tracker(kept), status, Clock(status.seconds))
