@@ -35,7 +35,7 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         raise backend.BuildError("no C++ compiler found")
 
     monkeypatch.setattr(backend, "build", fail)
-    backend._kernels.cache_clear()
+    backend.available_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="roundoff"):
             first = quantize(torch.ones(4, 32), "mxfp4")
@@ -47,7 +47,7 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         with pytest.raises(backend.BuildError), backend.use_backend("compiled"):
             pass
     finally:
-        backend._kernels.cache_clear()
+        backend.available_kernels.cache_clear()
 
 
 def test_the_choice_is_restored_and_checked():
@@ -73,7 +73,7 @@ def test_the_library_is_built_once_and_named_after_what_it_depends_on(tmp_path, 
     first = backend.compile_kernels(cache, str(compiler))
     assert backend.compile_kernels(cache, str(compiler)) == first and first.read_text() == "built\n"
     assert (tmp_path / "runs").read_text() == "run\n"
-    monkeypatch.setattr(backend, "_cpu", lambda: "another machine that shares the home directory")
+    monkeypatch.setattr(backend, "cpu_description", lambda: "another machine that shares the home directory")
     assert backend.compile_kernels(cache, str(compiler)) != first
     monkeypatch.setattr(backend, "NATIVE", ())
     backend.compile_kernels(cache, str(compiler))
@@ -180,6 +180,6 @@ def test_generic_code_without_avx512_gives_the_same_bits(tmp_path, monkeypatch):
             yield matmul_noise(x.to(dtype), 0.05, Key(1), column_start=torch.arange(64))
 
     expected = list(work())
-    monkeypatch.setattr(backend, "_kernels", lambda: plain)
+    monkeypatch.setattr(backend, "available_kernels", lambda: plain)
     for a, b in zip(expected, work(), strict=True):
         assert torch.equal(a, b)

@@ -5,7 +5,7 @@ and, for an unknown key, the nearest known one. This package imports neither tor
 The declared experiments and the code that reads TOML files live in `roundoff.experiments`; the settings of a task
 belong to `roundoff.tasks`.
 
-Doors: everything that this module exports; `base.Count`, for the settings of tasks.
+Doors: everything that this module exports, and `base.Count`, which the settings of the verl plugin use.
 """
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm

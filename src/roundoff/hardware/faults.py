@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from roundoff.config import Fault
-from roundoff.numerics.noise import gaussian, matmul_noise
-from roundoff.numerics.rng import Key, uniform
+from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.rng import Key, normal, uniform
 
 RANDOM_KINDS = ("noise", "bitflip")
 
@@ -91,7 +91,7 @@ def _hit(share: float, y: Tensor, key: Key, rows: Tensor | None) -> Tensor | Non
         return None
     if share <= 0.0:
         return torch.zeros_like(y, dtype=torch.bool)
-    eps = gaussian(key.fold("hit"), y.shape, rows=rows, device=y.device)
+    eps = normal(key.fold("hit"), y.shape, rows=rows, device=y.device)
     return eps < NormalDist().inv_cdf(share)
 
 

@@ -1,10 +1,10 @@
-"""Which path computes: the compiled kernels on a CPU, or plain torch. Both give the same bits.
+"""The choice between two paths that give the same bits: compiled kernels on a CPU, or plain torch.
 
 The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`), compiled at first use into the user's
-cache directory and loaded through ctypes. The file's name is a hash of source, compiler, flags and CPU, so that a
-changed source, another compiler or another machine sharing the directory never loads a stale library; the library is
-renamed into place, so that processes may build at the same time. Where no compiler is found, or the build fails, the
-torch path is used and one line says so.
+cache directory and loaded through ctypes. The name of the library is a hash of source, compiler, flags and CPU, so a
+changed source, another compiler, or another machine that shares the directory never loads a stale library. The library
+is renamed into place, so several processes may build it at the same time. If there is no compiler, or the build fails,
+the torch path is used and one line of the log says so.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 Backend = Literal["auto", "compiled", "torch"]
@@ -36,21 +37,21 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "
 NATIVE = ("-march=native",)
 BUILD_TIMEOUT = 300  # seconds
 
-# A tensor below this number of elements is never shared between threads (kernels/roundoff.cpp: PER_THREAD).
 THREADED_ELEMENTS = 1 << 18
+"""Elements per thread below which another thread does not pay off (`PER_THREAD` in kernels/roundoff.cpp)."""
 
-_PRIVATE = "roundoff-"  # first part of the name of a private directory
+_PRIVATE = "roundoff-"  # prefix of the name of a private temporary directory
 
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
 
 
 class BuildError(RuntimeError):
-    """The kernels cannot be compiled or loaded here; the message is one line."""
+    """The kernels cannot be compiled or loaded on this machine; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The functions of the compiled library (signatures in kernels/roundoff.cpp)."""
+    """The functions of the compiled library; kernels/roundoff.cpp gives their signatures."""
 
     quantize: Callable[..., None]
     noise: Callable[..., None]
@@ -61,11 +62,20 @@ class Kernels:
     fingerprint: Callable[..., None]
     fingerprints: Callable[..., None]
     path: Path
+    """File of the library."""
 
 
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
-    """Inside, numerics on the CPU take this path: "compiled" (an error if it cannot be built), "torch", or "auto"."""
+    """Fix the path that numerics take on the CPU inside the block.
+
+    Args:
+        choice: "compiled", "torch", or "auto" (compiled if possible).
+
+    Raises:
+        ValueError: if there is no such path.
+        BuildError: if `choice` is "compiled" and the kernels cannot be built.
+    """
     if choice not in ("auto", "compiled", "torch"):
         raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
     if choice == "compiled":
@@ -77,15 +87,18 @@ def use_backend(choice: Backend) -> Iterator[None]:
         _choice.reset(token)
 
 
-def kernels_for(x: Tensor) -> Kernels | None:
-    """The compiled kernels for work on this tensor; None means: plain torch."""
+def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
+    """The compiled kernels for work on this tensor, or None if plain torch is to be used."""
     if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
         return None
-    return _kernels()
+    return available_kernels()
 
 
-def can_write(out: Tensor, x: Tensor) -> bool:
-    """Whether a kernel may write to `out` as it reads the contiguous `x`: `out` is `x`, or shares nothing with it."""
+def can_write(out: Shaped[Tensor, "*shape"], x: Shaped[Tensor, "*shape"]) -> bool:
+    """Whether a kernel may write to `out` while it reads the contiguous `x`.
+
+    It may if `out` is contiguous and either has the memory of `x` or does not overlap it.
+    """
     if not out.is_contiguous():
         return False
     shift = abs(out.data_ptr() - x.data_ptr())
@@ -93,13 +106,16 @@ def can_write(out: Tensor, x: Tensor) -> bool:
 
 
 def thread_count(elements: int) -> int:
-    """Threads for a work of this size: torch's setting, but one for small work. Results never depend on it."""
+    """Number of threads for this many elements: torch's setting, or one if the work is small.
+
+    Results never depend on it.
+    """
     return torch.get_num_threads() if elements >= 2 * THREADED_ELEMENTS else 1
 
 
 @functools.cache
-def _kernels() -> Kernels | None:
-    """The compiled kernels, or None after saying in one line why not."""
+def available_kernels() -> Kernels | None:
+    """The compiled kernels, or None if they cannot be built; the reason is logged once, in one line."""
     try:
         return build()
     except BuildError as error:
@@ -109,34 +125,38 @@ def _kernels() -> Kernels | None:
 
 @functools.cache
 def build() -> Kernels:
-    """Compile (or find in the cache) and load the kernels.
+    """Load the kernels, after compiling them if they are not in the cache.
 
     Raises:
-        BuildError: there is no compiler, or it fails, or there is nowhere to write.
+        BuildError: if there is no compiler, if it fails, or if there is no writable directory.
     """
     compiler = find_compiler(COMPILERS)
     directory = cache_directory()
     try:
         return load(compile_kernels(directory, compiler))
     finally:
-        if directory.name.startswith(_PRIVATE):  # nobody will find it again
+        if directory.name.startswith(_PRIVATE):  # no later process would find it
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def find_compiler(names: tuple[str, ...]) -> str:
-    """Path of the first C++ compiler of these names."""
+    """Path of the first of the named C++ compilers that is installed.
+
+    Raises:
+        BuildError: if none is.
+    """
     for name in names:
-        found = shutil.which(name)
-        if found is not None:
-            return found
+        path = shutil.which(name)
+        if path is not None:
+            return path
     raise BuildError(f"no C++ compiler found (looked for {', '.join(names)})")
 
 
 def cache_directory() -> Path:
-    """The user's cache directory (XDG Base Directory specification), or a private temporary one if read-only.
+    """The user's cache directory (XDG Base Directory specification), or a private temporary one if that is read-only.
 
     Raises:
-        BuildError: neither can be written to.
+        BuildError: if neither is writable.
     """
     try:
         directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "roundoff"
@@ -152,19 +172,20 @@ def cache_directory() -> Path:
 
 
 def _sources() -> list[Path]:
+    """The C++ files, in the order in which they enter the hash."""
     folder = Path(__file__).parent / "kernels"
     return sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _cpu() -> str:
-    """What -march=native sees of this CPU: its instruction set flags."""
+def cpu_description() -> str:
+    """What `-march=native` depends on: the model and the instruction set flags of this CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    # x86: model name and flags; ARM: Features and CPU part.
-    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+    # The first two on x86, the others on ARM.
+    fields = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(sorted({line for line in lines if line.startswith(fields)}))
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -177,13 +198,17 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def compile_kernels(directory: Path, compiler: str) -> Path:
-    """The shared library for this source, compiler and CPU in `directory`, compiled if it is not there yet."""
+    """Path of the library in `directory` for this source, compiler and CPU; it is compiled if it does not exist.
+
+    Raises:
+        BuildError: if the compiler fails, or `directory` is not writable.
+    """
     sources = _sources()
     digest = hashlib.sha256()
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     version = _run([compiler, "--version"]).stdout
-    for part in (compiler, version, *FLAGS, *NATIVE, platform.machine(), _cpu()):
+    for part in (compiler, version, *FLAGS, *NATIVE, platform.machine(), cpu_description()):
         digest.update(part.encode() + b"\0")
     library = directory / f"kernels-{digest.hexdigest()[:20]}.so"
     if library.exists():
@@ -207,7 +232,11 @@ def compile_kernels(directory: Path, compiler: str) -> Path:
 
 
 def load(library: Path) -> Kernels:
-    """The functions of a compiled library."""
+    """Load a compiled library.
+
+    Raises:
+        BuildError: if the system cannot load it.
+    """
     try:
         handle = ctypes.CDLL(str(library))
     except OSError as error:
