@@ -166,6 +166,7 @@ def test_backward_replays_the_draw_of_its_forward_pass_outside_of_the_block():
     assert torch.equal(inside, outside)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_rows_that_do_not_fit_the_tokens_are_an_error():
     model = One(normal(48, 64))
     install(model, noise(0.1), seed=0)

@@ -17,7 +17,7 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         raise backend.BuildError("no C++ compiler found")
 
     monkeypatch.setattr(backend, "build", fail)
-    backend._kernels.cache_clear()
+    backend.available_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, logger="roundoff"):
             first = quantize(torch.ones(4, 32), "mxfp4")
@@ -29,7 +29,7 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         with pytest.raises(backend.BuildError), backend.use_backend("compiled"):
             pass
     finally:
-        backend._kernels.cache_clear()
+        backend.available_kernels.cache_clear()
 
 
 def test_a_target_that_the_compiler_does_not_know_is_passed_over(monkeypatch):

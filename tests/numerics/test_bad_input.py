@@ -10,6 +10,8 @@ from roundoff.numerics.formats import E2M1, Format, get_format
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
 def backend(request):

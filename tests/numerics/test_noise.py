@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from roundoff.numerics.backend import use_backend
-from roundoff.numerics.noise import gaussian, matmul_noise
+from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key, normal, philox_bits, uniform
 
 KEY = Key.from_seed(7)
@@ -120,12 +120,14 @@ class TestReplay:
         rows = torch.arange(24).reshape(2, 3, 4)
         assert torch.equal(matmul_noise(y, 0.05, KEY, rows=rows), flat.reshape(y.shape))
 
-    def test_gaussian_is_the_eps(self, dtype):
+    def test_normal_is_rounded_to_the_dtype(self, dtype):
         rows = torch.tensor([9, 4])
-        assert torch.equal(gaussian(KEY, (2, 30), rows=rows, dtype=dtype), normal(KEY, (2, 30), rows=rows).to(dtype))
+        eps = normal(KEY, (2, 30), rows=rows, dtype=dtype)
+        assert eps.dtype is dtype and torch.equal(eps, normal(KEY, (2, 30), rows=rows).to(dtype))
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": torch.arange(3)}])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_noise_is_refused_before_anything_is_written(options):
     y = torch.ones(3, 8)
     for s in (-0.1, math.nan, math.inf, 1e39):

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from roundoff.config import AQN, ConfigError
 from roundoff.hardware.freshness import bit_sums
 from roundoff.hardware.inventory import layer_index, plain_name
-from roundoff.numerics.noise import gaussian
-from roundoff.numerics.rng import Key
+from roundoff.numerics.rng import Key, normal
 
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
 """Names of the norm whose output the MLP of a decoder layer reads; the first that a layer has is the one."""
@@ -241,7 +240,7 @@ def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) 
 def _perturb(target: AqnTarget, sigma: float, key: Key, aqn: AQN) -> None:
     """Noise on one weight, in place; computed in float32 and rounded once to the weight's dtype."""
     weight = target.weight
-    eps = gaussian(key, weight.shape, dtype=torch.float32, device=weight.device)
+    eps = normal(key, weight.shape, device=weight.device)
     value = weight.to(torch.float32)
     if aqn.noise == "absolute":
         value = value + sigma * eps

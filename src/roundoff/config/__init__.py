@@ -1,7 +1,11 @@
-"""Frozen settings of an experiment (*what* is run) and of a profile (*how big*), and their error messages.
+"""Frozen settings of an experiment (*what* is run) and of a profile (*how big* it is), and their error messages.
 
 Every setting is checked before any weight is loaded. An error names the full path of the setting, the rule, the value
 and, for an unknown key, the nearest known one. This package imports neither torch nor any other part of roundoff.
+The declared experiments and the code that reads TOML files live in `roundoff.experiments`; the settings of a task
+belong to `roundoff.tasks`.
+
+Doors: everything that this module exports, and `base.Count`, which the settings of the verl plugin use.
 """
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm

@@ -31,11 +31,11 @@ ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
         "overlong_buffer": 0.25,
     },
 }
-"""Defaults of the named algorithms; `[algorithm] name = "GRPO"` starts from them and any key may be set beside it."""
+"""Defaults of the named algorithms: `[algorithm] name = "GRPO"` starts from them, and every key can be overridden."""
 
 
 class Algorithm(Settings):
-    """Policy-gradient objective; GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476) are two values of it."""
+    """The policy-gradient objective; GRPO (arXiv:2402.03300) and DAPO (arXiv:2503.14476) are two instances of it."""
 
     name: str
     group_size: Annotated[int, rule(lambda v: v >= 2, "must be at least 2: one rollout has no group to compare with")]
@@ -43,33 +43,35 @@ class Algorithm(Settings):
     clip_high: NonNegative = 0.2
     aggregation: Literal["token-mean", "sequence-mean", "dr_grpo"] = "token-mean"
     normalize_std: bool = True
-    """Divide a group's centred rewards by their standard deviation."""
+    """Whether a group's centred rewards are divided by their standard deviation."""
     kl_coefficient: NonNegative = 0.0
     kl_estimator: Literal["low_var_kl", "k1", "k2"] = "low_var_kl"
     entropy_coefficient: NonNegative = 0.0
-    """Weight of the entropy bonus: the loss falls by this times the entropy of the policy's tokens."""
+    """Weight of the entropy bonus: the loss is lowered by this times the entropy of the policy's tokens."""
     dynamic_sampling: bool = False
-    """Drop groups of equal reward and draw more prompts until the batch is full."""
+    """Whether groups whose rewards are all equal are dropped and more prompts are drawn until the batch is full."""
     max_sampling_batches: Count = 5
+    """Most batches of prompts that dynamic sampling draws in one step."""
     oversampling: Count = 1
-    """Prompts drawn at a time for dynamic sampling (multiple of `prompts_per_step`); an epoch counts what is drawn."""
+    """Prompts that dynamic sampling draws at a time, as a multiple of `prompts_per_step`. An epoch counts every prompt
+    drawn, whether it is used or dropped."""
     overlong_buffer: Share = 0.0
-    """Last share of the response limit over which a length penalty rises linearly (fraction; 256 of 1,024 is 0.25)."""
+    """Final share of the response limit over which a length penalty rises linearly (fraction; 256 of 1,024 is 0.25)."""
     overlong_factor: NonNegative = 0.5
-    """Penalty at the response limit (reward units)."""
+    """Length penalty at the response limit (reward units)."""
     ratio: Literal["replayed", "recomputed", "rollout", "one"] = "replayed"
     """Which pair of log-probabilities the importance ratio compares (`roundoff.config.ratio`)."""
     tis_cap: Positive = 2.0
-    """Largest truncated importance weight with ratio = 'rollout'."""
+    """Upper bound of the truncated importance weight with `ratio = "rollout"`."""
     temperature: Annotated[
         float,
         rule(lambda v: LEAST_TEMPERATURE <= v <= MOST_TEMPERATURE, "must be between 0.001 and 1,000,000"),
     ] = 1.0
     top_p: Annotated[float, rule(lambda v: 0 < v <= 1, "must be in (0, 1]")] = 1.0
     top_k: Whole = 0
-    """0 keeps the whole vocabulary."""
+    """Number of most likely tokens to sample from; 0 keeps the whole vocabulary."""
     optimizer_epochs: Count = 1
-    """Passes over one batch of rollouts."""
+    """Passes of the optimizer over one batch of rollouts."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""What every settings model has: frozen fields, the rules of its numbers, and error messages that name the setting."""
+"""What all settings models share: frozen fields, rules for numbers, and error messages that name the setting."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from roundoff.errors import RoundoffError
 
 
 class ConfigError(RoundoffError, ValueError):
-    """A setting that cannot be used; the message names it in full and says what to do."""
+    """A setting cannot be used; the message names its full path and says what to write instead."""
 
 
 class Settings(BaseModel):
-    """Base of every settings model: frozen, and no key that it does not know."""
+    """Base class of every settings model: instances are frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
-    """A validator that refuses what does not hold, with `text` as the rule."""
+    """A validator that rejects values for which `holds` is false; `text` states the rule in the error message."""
 
     def check(value: Any) -> Any:
         if not holds(value):
@@ -34,51 +34,59 @@ def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
 
 Fraction = Annotated[float, rule(lambda v: 0 <= v < 1, "must be in [0, 1) (5 % is 0.05)")]
 Share = Annotated[float, rule(lambda v: 0 <= v <= 1, "must be in [0, 1]")]
-LEAST, MOST = 2.0**-126, 2.0**127
-"""Sizes that float32 holds as normal numbers; what a setting multiplies is computed in float32."""
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**127
+"""Bounds of the settings that multiply float32 tensors: float32 represents these magnitudes as normal numbers."""
 NonNegative = Annotated[
-    float, rule(lambda v: v == 0 or LEAST <= v <= MOST, "must be 0 or more, and a normal number in float32")
+    float,
+    rule(
+        lambda v: v == 0 or SMALLEST_FLOAT32 <= v <= LARGEST_FLOAT32,
+        "must be 0 or more, and a normal number in float32",
+    ),
 ]
-Positive = Annotated[float, rule(lambda v: LEAST <= v <= MOST, "must be above 0, and a normal number in float32")]
+Positive = Annotated[
+    float, rule(lambda v: SMALLEST_FLOAT32 <= v <= LARGEST_FLOAT32, "must be above 0, and a normal number in float32")
+]
 Count = Annotated[int, rule(lambda v: v >= 1, "must be a whole number of at least 1")]
 Whole = Annotated[int, rule(lambda v: v >= 0, "must be a whole number of at least 0")]
 
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-3, 1e6
-"""Sampling temperatures between which float32 logits (up to 1e35) can be divided without overflow."""
+"""Bounds of a sampling temperature: between them, division of float32 logits (up to 1e35) cannot overflow."""
 TEMPERATURE_RULE = "0 (greedy) or between 0.001 and 1,000,000"
 
 
 def is_temperature(value: float) -> bool:
-    """Whether logits can be divided by a temperature, or it is 0: take the most likely token."""
+    """Whether a temperature is 0 (take the most likely token) or can safely divide logits."""
     return value == 0 or LEAST_TEMPERATURE <= value <= MOST_TEMPERATURE
 
 
 def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...]) -> str:
-    """A clause `; did you mean 'x'?` for the nearest of `known`, or the empty string."""
+    """The clause `; did you mean 'x'?` with the nearest of the `known` names, or an empty string if none is near."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-CLEARLY_MEANT = 0.8
-"""Likeness (0 to 1) from which a name in another table is suggested."""
+CLEARLY_SIMILAR = 0.8
+"""Similarity (0 to 1) from which a name in another table is suggested."""
 Model = TypeVar("Model", bound=Settings)
-
-
 Trees = Mapping[str, type[Settings]]
-"""Settings models by the path before their fields (such as `profile.`), among which an unknown key is looked for."""
+"""Settings models in which an unknown key is looked up, by the prefix of their fields' paths (such as `profile.`)."""
 
 
 def validate(
     model: type[Model], data: Mapping[str, Any], *, source: str, within: str = "", trees: Trees | None = None
 ) -> Model:
-    """The settings in `data` as a `model`.
+    """Build a `model` from the settings in `data`.
 
-    `within` stands before every path in a message, and `trees` are what else the user could have meant (default: the
-    model itself).
+    Args:
+        model: the settings model.
+        data: the settings, nested as in a TOML file.
+        source: where they come from, such as a file name; it begins every line of the error.
+        within: prefix of every path in the error, such as `profile.`.
+        trees: models whose keys are suggested for an unknown key (default: `model` alone).
 
     Raises:
-        ConfigError: with one line per offending setting: path, rule, value, and the nearest key if it is unknown.
+        ConfigError: with one line per wrong setting: path, rule, value, and the nearest key if it is unknown.
     """
     try:
         return model.model_validate(dict(data))
@@ -95,13 +103,13 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         known = tuple(_fields_at(model, parents))
-        meant = _meant(str(key), known, trees)
-        return f"{path} is not a setting{meant or ' (known here: ' + ', '.join(known) + ')'}"
+        suggestion = _suggestion(str(key), known, trees)
+        return f"{path} is not a setting{suggestion or ' (known here: ' + ', '.join(known) + ')'}"
     if item["type"] == "missing":
         return f"{path} is missing: it must be set"
     if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
         text = str(item["input"]).lower() if isinstance(item["input"], bool) else str(item["input"])
-        return f'{path} must be text, and {text} is that only in quotation marks: "{text}"'
+        return f'{path} must be text, but is {text}: put it in quotation marks ("{text}")'
     rule = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], Mapping | BaseModel):
         return f"{path} {rule}" if path else rule
@@ -109,24 +117,24 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
     return f"{path} {rule if rule.startswith('must') else 'is wrong: ' + rule}, but is {item['input']!r}"
 
 
-def _meant(key: str, here: tuple[str, ...], trees: Trees) -> str:
-    """A clause with the setting that was meant: the nearest name in the same table, or a nearer one in another."""
+def _suggestion(key: str, here: tuple[str, ...], trees: Trees) -> str:
+    """A clause that suggests the nearest name in the same table, or a nearer one in another table."""
     elsewhere: dict[str, list[str]] = {}
     for prefix, model in trees.items():
         for path in _paths(model, prefix):
             elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
 
-    def likeness(names: Iterable[str]) -> float:
+    def similarity(names: Iterable[str]) -> float:
         return max((difflib.SequenceMatcher(None, key, name).ratio() for name in names), default=0.0)
 
-    closest = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=CLEARLY_MEANT)
-    if closest and likeness(closest) > likeness(here):
+    closest = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=CLEARLY_SIMILAR)
+    if closest and similarity(closest) > similarity(here):
         return f"; did you mean {' or '.join(map(repr, elsewhere[closest[0]]))}?"
     return nearest(key, here)
 
 
 def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    """Full paths of all settings of a model and of the tables inside it."""
+    """Full paths of all settings of a model, including those of nested tables."""
     for name, field in model.model_fields.items():
         yield prefix + name
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
@@ -135,6 +143,7 @@ def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _fields_at(model: type[BaseModel], path: list[str | int]) -> Iterator[str]:
+    """Names of the settings in the table at `path` inside a model."""
     here: type[BaseModel] = model
     for part in path:
         field = here.model_fields.get(str(part))

@@ -1,4 +1,4 @@
-"""One row of the table, and the hash that separates runs whose results can differ."""
+"""One declared experiment, and the hash that distinguishes runs whose results can differ."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from roundoff.config.remedies import AQN, SRDD, LoRA
 
 
 class Experiment(Settings):
-    """One row of the table: what is trained, on which hardware, with which remedy."""
+    """One row of the table of experiments: the objective, the hardware and the remedies, without the scale."""
 
     id: str
     title: str = ""
     family: str = ""
     baseline: str | None = None
-    """Id of the experiment that a benefit is measured against."""
+    """Id of the experiment that this one is compared against."""
     algorithm: Algorithm
     epochs: Count = 1
     hardware: Hardware = Hardware()
     aqn: AQN | None = None
     srdd: SRDD | None = None
-    """The scan of an experiment that needs one; None: its defaults."""
+    """Settings of the scan, for an experiment that needs one; None means the defaults of `SRDD`."""
     lora: LoRA | None = None
 
     @model_validator(mode="after")
@@ -42,26 +42,26 @@ class Experiment(Settings):
         if self.srdd is not None and not self.needs_scan:
             raise ValueError(
                 "has a table [srdd] that nothing uses: set aqn.layers to a mode of the scan, or "
-                "hardware.precision.keep = 'srdd:k', or leave the table away"
+                "hardware.precision.keep = 'srdd:k', or remove the table"
             )
         return self
 
     @property
     def needs_scan(self) -> bool:
-        """Whether a setting refers to the layers that the SRDD scan finds."""
-        aimed = self.aqn is not None and self.aqn.layers != "all"
-        return aimed or isinstance(self.hardware.precision.keep, str)
+        """Whether a setting depends on the result of the SRDD scan."""
+        scales_layers = self.aqn is not None and self.aqn.layers != "all"
+        return scales_layers or isinstance(self.hardware.precision.keep, str)
 
 
 NAMES_ONLY = {"experiment": {"id", "title", "family", "baseline"}, "profile": {"name", "title"}}
-"""Fields that name a run without changing its result."""
+"""Fields that only name a run: they do not change its result."""
 
 
 def result_hash(experiment: Experiment, profile: Profile) -> str:
-    """Eight hex digits over every setting that changes a result, and over no name."""
+    """Hash (eight hexadecimal digits) of every setting that can change a result; names do not enter it."""
     content = {
         "experiment": experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]),
         "profile": profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device", "allow_download"}),
     }
-    content["profile"]["task"].pop("directory", None)  # where a file lies changes no result
+    content["profile"]["task"].pop("directory", None)  # the location of a file does not change a result
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

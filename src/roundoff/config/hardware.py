@@ -17,7 +17,7 @@ FORMAT_NAMES = (
     *("nvfp4", "nvfp4_block", "fp8_e4m3", "fp8_e4m3_row", "int8", "int8:full", "int4", "int4:full"),
     *("bf16", "fp16"),
 )
-"""Names of the entries of `numerics.FORMATS`, known here without importing torch (a test compares the two)."""
+"""Names of the formats in `numerics.formats.FORMATS`, repeated here to avoid importing torch (a test compares them)."""
 
 
 def _known_format(name: str) -> str:
@@ -43,11 +43,11 @@ class MatmulNoise(Settings):
     relative_std: Fraction = 0.0
     """`s`: standard deviation relative to each output element (fraction; 5 % is 0.05)."""
     forward: bool = True
-    """Perturb the product of the forward pass."""
+    """Whether the product of the forward pass is perturbed."""
     backward: bool = True
-    """Perturb the two products of the backward pass, `dX` and `dW`."""
+    """Whether the two products of the backward pass, `dX` and `dW`, are perturbed."""
     attention: bool = True
-    """Perturb attention's QK^T and PV too, not only Linear layers."""
+    """Whether attention's QK^T and PV are perturbed as well as the Linear layers."""
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
@@ -57,14 +57,15 @@ class MatmulNoise(Settings):
 
 
 class Precision(Settings):
-    """Number formats of the inputs of every Linear; None leaves them as they are."""
+    """Number formats of the weight and the input of every Linear; None leaves them unquantized."""
 
     weight: FormatName | None = None
-    """Format of `Linear.weight`, blocks along `in_features`."""
+    """Format of `Linear.weight`, with blocks along `in_features`."""
     activation: FormatName | None = None
-    """Format of the input of a Linear, blocks along its last axis."""
+    """Format of the input of a Linear, with blocks along its last axis."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
-    """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k most sensitive of a scan."""
+    """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k layers that the scan ranks as
+    most sensitive."""
 
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
@@ -74,28 +75,31 @@ class Precision(Settings):
 
 
 class Deadzone(Settings):
-    """Inputs of a Linear with `abs(x) < threshold * max(abs(x))` become zero."""
+    """Elements of a Linear's input with `abs(x) < threshold * max(abs(x))` become zero."""
 
     threshold: Annotated[float, rule(lambda v: 0 < v < 1, "must be in (0, 1)")]
+    """Threshold relative to the largest magnitude of the token (fraction)."""
     layers: tuple[Whole, ...]
-    """Decoder layers concerned."""
+    """Decoder layers that have the deadzone."""
 
 
 class Fault(Settings):
-    """One broken unit: what it does to the output of the Linear layers it computes."""
+    """One broken unit and its effect on the output of the Linear layers that it computes."""
 
     kind: Literal["deadzone", "saturation", "noise", "stuck", "bitflip", "gain"]
     layer: Whole
     """Decoder layer that the faulty unit computes."""
     module: str | None = None
-    """Name of one Linear within the layer such as `mlp.up_proj`; None: all of them."""
+    """Name of one Linear within the layer, such as `mlp.up_proj`; None means all of them."""
     amount: Positive
-    """Size: threshold or level relative to the token's max(abs(y)); relative standard deviation or gain error
-    (fraction); for `stuck` the constant itself, in units of y."""
+    """Size of the fault. `deadzone` and `saturation`: threshold relative to the token's max(abs(y)) (fraction);
+    `noise`: relative standard deviation (fraction); `gain`: relative error of the gain (fraction); `stuck`: the
+    constant output, in units of y; `bitflip` ignores it."""
     share: Share = 1.0
-    """Share of the elements concerned (for `stuck`: of the channels)."""
+    """Share affected: of the output channels for `deadzone`, `saturation`, `stuck` and `gain`, of the elements for
+    `noise` and `bitflip`."""
     bit: Annotated[int, rule(lambda v: 0 <= v < 32, "must be a bit of float32, 0 to 31")] = 22
-    """Bit that `bitflip` inverts, 0 being the lowest of the mantissa."""
+    """Bit of float32 that `bitflip` inverts, from 0 (lowest bit of the mantissa) to 31 (sign)."""
 
 
 class Hardware(Settings):
@@ -106,16 +110,17 @@ class Hardware(Settings):
     deadzone: Deadzone | None = None
     faults: tuple[Fault, ...] = ()
     exclude: tuple[str, ...] = ("embed_tokens", "lm_head")
-    """Names of modules left alone: a Linear is excluded if a part of its dotted name matches (shell pattern)."""
+    """Shell patterns of modules to leave in plain arithmetic, matched against each module's dotted name and against
+    each part of it."""
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether this is plain arithmetic, so that deployed and clean scores are one."""
+        """Whether this is plain arithmetic, so that deployed and clean scores are equal."""
         quantized = self.precision.weight or self.precision.activation
         return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
 
     @property
     def is_noisy(self) -> bool:
-        """Whether two evaluations of the same input differ (unless the draws are replayed)."""
+        """Whether the forward pass is random: two evaluations of one input differ unless they use the same key."""
         noise = self.matmul_noise
         return (noise.relative_std > 0 and noise.forward) or any(f.kind in ("noise", "bitflip") for f in self.faults)

@@ -1,4 +1,4 @@
-"""What helps a model through its hardware: AQN, the SRDD scan that aims it, and adapters."""
+"""Remedies for imperfect hardware: AQN, the SRDD scan that targets it, and adapters."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ class AQN(Settings):
     """Adaptive Quantization Noise: scheduled noise on RMSNorm weights, in rollouts only (arXiv:2510.11696)."""
 
     sigma_start: Positive
-    """Standard deviation at the first interval that has noise."""
+    """Standard deviation in the first interval that has noise."""
     sigma_end: Positive
-    """Standard deviation at the last interval."""
+    """Standard deviation in the last interval."""
     schedule: Literal["epoch", "global", "constant", "linear", "cosine"] = "epoch"
     stages: Count = 10
-    """`global`: intervals of the run, the first silent. `epoch`: noisy intervals of each epoch, after a silent one."""
+    """`global`: intervals of the whole run, of which the first has no noise. `epoch`: intervals of each epoch that have
+    noise; one interval without noise precedes them."""
     target: Literal["rmsnorm", "linear"] = "rmsnorm"
     noise: Literal["absolute", "relative"] = "absolute"
-    """`absolute`: `w + sigma*eps`, as published. `relative`: `w*(1 + sigma*eps)`, portable between models."""
+    """`absolute` is `w + sigma*eps`, as published; `relative` is `w*(1 + sigma*eps)`, whose sigma carries over between
+    models."""
     layers: Literal["all", "targeted", "variable", "proportional", "inverse", "ceiling", "zone"] = "all"
-    """Multipliers of sigma per decoder layer: none, or a mode of the SRDD scan."""
+    """Multiplier of sigma in each decoder layer: 1 (`all`), or a mode that derives it from the SRDD scan."""
 
     @model_validator(mode="after")
     def _noise_falls(self) -> Self:
@@ -38,7 +40,7 @@ class AQN(Settings):
 
 
 class SRDD(Settings):
-    """The scan that AQN's multipliers and `precision.keep = "srdd:k"` come from (docs/srdd.md)."""
+    """Settings of the scan behind AQN's multipliers and `precision.keep = "srdd:k"` (docs/srdd.md)."""
 
     metric: Literal[
         "gradient",
@@ -53,17 +55,19 @@ class SRDD(Settings):
     ] = "gradient"
     """Metric that ranks the layers; the published experiments used `relative_error`."""
     format: FormatName | None = None
-    """Scan with weights and activations in this format; None: on the experiment's own hardware."""
+    """Format of weights and activations during the scan; None scans on the experiment's own hardware."""
     direction: Literal["sensitive", "robust"] = "sensitive"
-    """End of the ranking that multipliers start at: the most or the least damaged layers."""
+    """End of the ranking from which multipliers are assigned: the most or the least damaged layers."""
     tokens: Count = 2048
-    """Calibration tokens, taken from the task's training problems."""
+    """Number of calibration tokens, taken from the task's training problems."""
 
 
 class LoRA(Settings):
-    """Low-rank adapters over the installed base; only they are trained, in high precision."""
+    """Low-rank adapters over the installed base; only they are trained, in high precision (arXiv:2106.09685)."""
 
     rank: Count = 32
     alpha: Positive = 16.0
+    """Scale of the adapters' output, which is multiplied by `alpha / rank`."""
     dropout: Fraction = 0.0
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the Linears that get adapters."""

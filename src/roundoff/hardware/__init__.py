@@ -1,8 +1,17 @@
-"""The perturbed model: `install`, `uninstall`, `hardware_off`, `noise_key`."""
+"""Simulated hardware on a model: what installs it, switches it, and computes each product on it.
 
+The arithmetic of one tensor (formats, noise, keys) lives in `roundoff.numerics`, loading a model and a pass through it
+in `roundoff.models`, and the scan for sensitive layers in `roundoff.srdd`.
+
+Doors: everything that this module exports; `inventory.plain_name`, `inventory.layer_index` and `inventory.exclusion`
+for names of modules; `linear.HardwareLinear` and `experts.PROJECTIONS` to recognize what is installed;
+`installed.required`, `attention` and `freshness.bit_sums`.
+"""
+
+from roundoff.hardware.contexts import hardware_off, noise_key
 from roundoff.hardware.draw import POSITIONS
 from roundoff.hardware.install import install, uninstall
-from roundoff.hardware.installed import InstalledHardware, hardware_off, installed, noise_key
+from roundoff.hardware.installed import InstalledHardware, installed
 from roundoff.hardware.inventory import Entry, Skipped
 
 __all__ = [

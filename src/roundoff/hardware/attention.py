@@ -4,11 +4,12 @@
     dP = noise(dO V^T)   dV = noise(P^T dO)   dQ = noise(dS K)   dK = noise(dS^T Q)
 
 Scores are perturbed before the mask is added, so that no infinity is multiplied. The query heads that share a key head
-(GQA) are one product, as on hardware that reads the cache once: `dK` and `dV` are perturbed after the sum over them.
-Row ids are `token row * heads + head`; the columns of scores are numbered by the logical position of the key, so that
-left padding and a growing cache see the draws of the unpadded pass. (A static cache, whose unused places lie after the
-query, shifts these columns by their number: noise as good, but not the one that a pass without cache replays.)
-Scores are held as a whole [B, H, Q, S], as in transformers' `eager`.
+(grouped-query attention) are one product, as on hardware that reads the cache once, so `dK` and `dV` are perturbed
+after the sum over these heads. Row ids are `token row * heads + head`. The columns of the scores are numbered by the
+logical position of the key, so that left padding and a growing cache give the draws of the unpadded pass. A static
+cache has unused places after the query, which shift these columns: the noise has the same distribution, but a pass
+without a cache does not replay it. The scores [rollouts, heads, queries, keys] are in memory as a whole, as in the
+`eager` attention of transformers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -29,22 +31,28 @@ from roundoff.numerics.rng import Key
 NAME = "roundoff"
 """Name of the attention function and of its mask in transformers' registries."""
 STATE = "hardware_attention_state"
+"""Attribute of an attention module that holds its `AttentionState`."""
 PRODUCTS = ("scores", "scores_dq", "scores_dk", "mix", "mix_dp", "mix_dv")
+"""Names of the products, which enter their keys: QK^T, dQ, dK, PV, dP and dV."""
 
 
 @dataclass(eq=False, slots=True)
 class AttentionState:
-    """What the hardware does to the products of one attention layer."""
+    """The noise on the products of one attention layer."""
 
     name: str
+    """Dotted name of the layer, without the parts that PEFT adds."""
     runtime: Runtime
+    """State that all layers of the model share."""
     forward_std: float
+    """Relative standard deviation on QK^T and PV (fraction)."""
     backward_std: float
+    """Relative standard deviation on the four products of the backward pass (fraction)."""
     _base: Key | None = field(default=None)
     _keys: dict[str, Key] = field(default_factory=dict)
 
     def key(self, base: Key, product: str) -> Key:
-        """Key of one product of this layer under a base key."""
+        """Key of one of the `PRODUCTS` of this layer, derived from a base key."""
         if self._base != base:
             self._keys = {name: base.fold(self.name, name) for name in PRODUCTS}
             self._base = base
@@ -60,7 +68,11 @@ class _Call:
     rows: AttentionRows | None
 
     def perturb(self, y: Tensor, std: float, product: str) -> Tensor:
-        """Noise on a product, in place; scores and dP by query and key position, dK and dV by key, others by query."""
+        """Add noise to a product, in place.
+
+        The rows of dK and dV are keys, those of the other products are queries. The columns of the scores and of dP
+        are keys, and are numbered by logical position.
+        """
         if not std:
             return y
         assert self.draw is not None
@@ -73,16 +85,16 @@ class _Call:
         return matmul_noise(y, std, key, rows=self.rows.query, column_start=start, out=y)
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
-        """noise(Q K^T), [B, K, R, S] for queries [B, K, R, D] and keys [B, K, S, D]."""
+        """noise(Q K^T), for queries [rollouts, key_heads, grouped_queries, head_size]."""
         return self.perturb(query.matmul(keys.transpose(2, 3)), self.state.forward_std, "scores")
 
     def mix(self, weights: Tensor, values: Tensor) -> Tensor:
-        """noise(P V), [B, K, R, D] for weights [B, K, R, S] and values [B, K, S, D]."""
+        """noise(P V), for attention weights [rollouts, key_heads, grouped_queries, keys]."""
         return self.perturb(weights.matmul(values), self.state.forward_std, "mix")
 
 
 class _Scores(torch.autograd.Function):
-    """noise(Q K^T) with noise on dQ and dK."""
+    """noise(Q K^T), whose backward pass adds noise to dQ and dK."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, keys: Tensor, call: _Call) -> Tensor:
@@ -102,7 +114,7 @@ class _Scores(torch.autograd.Function):
 
 
 class _Mix(torch.autograd.Function):
-    """noise(P V) with noise on dP and dV."""
+    """noise(P V), whose backward pass adds noise to dP and dV."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, values: Tensor, call: _Call) -> Tensor:
@@ -124,20 +136,37 @@ class _Mix(torch.autograd.Function):
 @outside_of_graphs
 def attention_forward(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
+    query: Float[Tensor, "rollouts heads queries head_size"],
+    key: Float[Tensor, "rollouts key_heads keys head_size"],
+    value: Float[Tensor, "rollouts key_heads keys value_size"],
+    attention_mask: Shaped[Tensor, " ..."] | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
     **other: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention [B, Q, H, D] and its weights [B, H, Q, S] for queries [B, H, Q, D], keys and values [B, K, S, D].
+) -> tuple[Float[Tensor, "rollouts queries heads value_size"], Float[Tensor, "rollouts heads queries keys"]]:
+    """Compute attention with noise; transformers calls this for every attention layer of an installed model.
+
+    Args:
+        module: the attention module, which holds an `AttentionState`.
+        query: queries after the position embedding.
+        key: keys after the position embedding; several query heads may share a key head.
+        value: values.
+        attention_mask: additive mask, or boolean mask that is true where a query sees a key; it broadcasts to
+            [rollouts, heads, queries, keys].
+        dropout: probability that an attention weight is dropped.
+        scaling: factor of the scores; default `head_size ** -0.5`.
+        is_causal: whether to mask later keys if there is no `attention_mask`; default: the module's attribute.
+        softcap: bound of the scores, as `tanh(scores / softcap) * softcap`.
+        other: further arguments of transformers, which have no effect here.
+
+    Returns:
+        The output, and the attention weights after dropout.
 
     Raises:
         NotImplementedError: for a model with attention sinks or a learned position bias.
+        RuntimeError: if no hardware is installed on the module.
     """
     for name in ("s_aux", "position_bias"):
         if other.get(name) is not None:
@@ -145,22 +174,21 @@ def attention_forward(
                 f"{type(module).__name__} uses {name}, which noisy attention does not support: "
                 "set hardware.matmul_noise.attention = false"
             )
-    found: AttentionState | None = getattr(module, STATE, None)
-    if found is None:
+    state: AttentionState | None = getattr(module, STATE, None)
+    if state is None:
         raise RuntimeError(
-            f"{type(module).__name__} computes attention as installed hardware does, but none is installed on it: its "
+            f"{type(module).__name__} is configured to compute attention on hardware, but none is installed on it: its "
             "config was copied from an installed model; install the hardware on this model, too"
         )
-    state = found
     batch, heads, queries, size = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    key_heads, keys = key.shape[1], key.shape[2]
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     call = _Call(state, None, None)
     if state.forward_std or (grad and state.backward_std):
         call.draw = state.runtime.current(state.name)
         call.rows = call.draw.attention_rows(state.name, query.shape, key.shape)
 
-    packed = query.reshape(batch, groups, heads // groups * queries, size)
+    packed = query.reshape(batch, key_heads, heads // key_heads * queries, size)
     noisy_grad = grad and bool(state.backward_std or state.forward_std)
     scores: Tensor = _Scores.apply(packed, key, call) if noisy_grad else call.scores(packed, key)  # type: ignore
     scores = scores.view(batch, heads, queries, keys) * (size**-0.5 if scaling is None else scaling)
@@ -170,13 +198,13 @@ def attention_forward(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if dropout:
         weights = F.dropout(weights, p=dropout, training=module.training)
-    flat = weights.view(batch, groups, -1, keys)
+    flat = weights.view(batch, key_heads, -1, keys)
     out: Tensor = _Mix.apply(flat, value, call) if noisy_grad else call.mix(flat, value)  # type: ignore
     return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores [B, H, Q, S] with what must not be seen far below zero; the mask is additive or boolean (true: seen)."""
+    """Scores [rollouts, heads, queries, keys] with the hidden keys far below zero."""
     queries, keys = scores.shape[-2:]
     if mask is None:
         if not is_causal or queries == 1:
@@ -188,7 +216,7 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def register() -> None:
-    """Make the attention function and its (additive) mask known to transformers; a second call changes nothing."""
+    """Register the attention function and its (additive) mask with transformers; idempotent."""
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
     from transformers.modeling_utils import AttentionInterface
 

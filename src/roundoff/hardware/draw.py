@@ -1,9 +1,9 @@
-"""What the products of one forward pass draw their noise from: a key, and the identity of every token.
+"""The source of the noise in one forward pass: a key, and the identity of every token.
 
 A draw is a function of (key, layer, product, row id, column). The row id of a token is
-`rollout_id * 2**20 + position`, with positions counted without padding, so that a token's noise depends neither on the
-batch it is computed in nor on its padding, and the training pass can replay the rollout's draws. Products without
-token rows (`dW`) fold a fingerprint of the batch's row ids into their key instead.
+`rollout_id * POSITIONS + position`, with positions counted without padding. A token's noise therefore depends neither
+on the batch that it is computed in nor on its padding, and the training pass can replay the draws of the rollout. A
+product without token rows (`dW`) folds a fingerprint of the batch's row ids into its key instead.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import threading
 import warnings
 import weakref
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from roundoff.errors import RoundoffWarning
@@ -23,7 +24,7 @@ from roundoff.hardware.freshness import Freshness
 from roundoff.numerics.rng import Key
 
 POSITIONS = 1 << 20
-"""Row ids of one rollout: `row = rollout_id * POSITIONS + position`."""
+"""Row ids reserved for each rollout, and so its longest sequence: `row = rollout_id * POSITIONS + position`."""
 
 _OTHER_THREAD = (
     "another thread is inside noise_key or hardware_off of the same model, which hold for all of its products: give "
@@ -33,22 +34,30 @@ _OTHER_THREAD = (
 
 @dataclass(frozen=True, slots=True)
 class AttentionRows:
-    """Row ids and first columns of the products of one attention layer; B batch, H heads, K key heads, Q, S tokens."""
+    """Row ids and first columns of the products of one attention layer.
 
-    query: Tensor
-    """[B, K, H/K * Q]: identity of each (query token, head)."""
-    column_start: Tensor
-    """[B, K, H/K * Q]: logical position of the first key, so that left padding does not shift the draws."""
-    key: Tensor
-    """[B, K, S]: identity of each (key token, key head)."""
+    The query heads that share a key head lie one after the other on one axis, `grouped_queries`, of length
+    `heads / key_heads * queries`.
+    """
+
+    query: Int[Tensor, "rollouts key_heads grouped_queries"]
+    """Identity of each pair of query token and head."""
+    column_start: Int[Tensor, "rollouts key_heads grouped_queries"]
+    """Logical position of the first key, so that left padding does not shift the draws."""
+    key: Int[Tensor, "rollouts key_heads keys"]
+    """Identity of each pair of key token and key head."""
 
 
 class Draw:
-    """Key and row ids [B, T] of one forward pass; rows may be None (then row ids count within the batch)."""
+    """The key and the row ids of one forward pass; without row ids, each product counts its rows from 0.
 
-    __slots__ = ("_attention", "_drawn", "_fingerprint", "_tag", "_views", "key", "rows")
+    Raises:
+        ValueError: if the row ids are not int64 or do not have two axes.
+    """
 
-    def __init__(self, key: Key, rows: Tensor | None) -> None:
+    __slots__ = ("_attention", "_fingerprint", "_names", "_tag", "_views", "key", "rows")
+
+    def __init__(self, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
             raise ValueError(f"rows must be int64 of shape [B, T], but is {rows.dtype} of shape {tuple(rows.shape)}")
         self.key = key
@@ -57,42 +66,42 @@ class Draw:
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
         self._tag: Tensor | None = None
-        self._drawn: set[str] | None = set()
+        self._names: set[str] | None = set()  # of the modules that drew so far; None after the warning
 
     def note(self, name: str) -> None:
-        """Take down that a module draws from this; warn if one does so again, which adds one and the same noise twice.
+        """Record that a module draws from this; warn if it did before, because both products get the same noise.
 
-        A backward pass (gradient checkpointing) rightly meets the noise of its forward pass.
+        A recomputation in the backward pass (gradient checkpointing) does not count: it should repeat the noise.
         """
-        if self._drawn is None or torch._C._current_graph_task_id() != -1:
+        if self._names is None or torch._C._current_graph_task_id() != -1:
             return
-        if name not in self._drawn:
-            self._drawn.add(name)
+        if name not in self._names:
+            self._names.add(name)
             return
-        self._drawn = None  # once is enough
+        self._names = None  # warn only once
         warnings.warn(
-            f"{name} is computed a second time inside of one noise_key block and meets the same noise as the first: "
-            "one block is for one forward pass, and a module that a model calls twice in a pass should be two modules",
+            f"{name} is computed a second time inside one noise_key block and draws the same noise as the first time: "
+            "use one block for each forward pass, and two modules where a model calls one module twice in a pass",
             RoundoffWarning,
             stacklevel=2,
         )
 
     @property
-    def tag(self) -> Tensor:
-        """The key, as a tensor that a product saves for its backward pass.
+    def tag(self) -> Int[Tensor, " 2"]:
+        """The key as a tensor, which a product saves for its backward pass.
 
-        Gradient checkpointing hands the backward pass what the second computation saved, so that this shows whether it
-        drew from the same key.
+        Under gradient checkpointing the backward pass sees the tensors that the recomputation saved, so the tag shows
+        whether the recomputation drew from the same key.
         """
         if self._tag is None:
             self._tag = torch.tensor([self.key.value >> 32, self.key.value & 0xFFFFFFFF])
         return self._tag
 
-    def check_tag(self, tag: Tensor, name: str) -> None:
-        """Check that what a backward pass was given was drawn from this key.
+    def check_tag(self, tag: Int[Tensor, " 2"], name: str) -> None:
+        """Check, in the backward pass, that the saved tensors were drawn from this key.
 
         Raises:
-            RuntimeError: if it was computed again (gradient checkpointing) inside another `noise_key`.
+            RuntimeError: if gradient checkpointing computed them again inside another `noise_key`.
         """
         if tag is not self._tag and tag.tolist() != self.tag.tolist():
             raise RuntimeError(
@@ -102,21 +111,24 @@ class Draw:
 
     @property
     def fingerprint(self) -> int:
-        """64 bits that identify the row ids of this pass, for products that have no token rows; 0 without rows."""
+        """64-bit hash of the row ids of this pass, for products that have no token rows; 0 without row ids."""
         if self._fingerprint is None:
             data = b"" if self.rows is None else self.rows.cpu().contiguous().numpy().tobytes()
             digest = hashlib.blake2b(data, digest_size=8).digest()
             self._fingerprint = int.from_bytes(digest, "little") if data else 0
         return self._fingerprint
 
-    def rows_of(self, leading: torch.Size, name: str, *, last: bool = False) -> Tensor | None:
-        """Row ids in the shape of a product's leading axes: [B, T] or any reshape of it, such as [B * T].
+    def rows_of(self, leading: torch.Size, name: str, *, last: bool = False) -> Int[Tensor, " ..."] | None:
+        """Row ids in the shape of a product's leading axes, or None if there are none.
 
-        With `last` a product over [B, t], t < T, belongs to the last t tokens: what `logits_to_keep=t` gives an output
-        embedding.
+        Args:
+            leading: shape of the product without its last axis: [rollouts, columns] or any reshape of it.
+            name: name of the module, for the error.
+            last: whether a product over fewer columns belongs to the last ones, as in an output embedding under
+                `logits_to_keep`.
 
         Raises:
-            ValueError: if the product does not see the B * T tokens of `noise_key`; guessing would be silently wrong.
+            ValueError: if the product does not see all the tokens of `noise_key`; a guess could be silently wrong.
         """
         if self.rows is None:
             return None
@@ -136,54 +148,63 @@ class Draw:
         return view
 
     def attention_rows(self, name: str, query: torch.Size, key: torch.Size) -> AttentionRows | None:
-        """Row ids of the products of an attention layer with queries [B, H, Q, D] and keys [B, K, S, D]."""
+        """Row ids of the products of one attention layer, or None if there are none.
+
+        Args:
+            name: name of the module, for the error.
+            query: shape [rollouts, heads, queries, head_size] of the queries.
+            key: shape [rollouts, key_heads, keys, head_size] of the keys.
+
+        Raises:
+            ValueError: if the queries are not the tokens of `noise_key`.
+        """
         if self.rows is None:
             return None
         batch, heads, queries, _ = query
-        groups, keys = key[1], key[2]
-        shape = (batch, heads, queries, groups, keys)
-        found = self._attention.get(shape)
-        if found is None:
+        key_heads, keys = key[1], key[2]
+        shape = (batch, heads, queries, key_heads, keys)
+        rows = self._attention.get(shape)
+        if rows is None:
             if self.rows.shape != (batch, queries):
                 raise ValueError(
                     f"{name} has queries of {batch} x {queries} tokens, but noise_key was given rows of shape "
                     f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass"
                 )
-            found = self._attention[shape] = _attention_rows(self.rows, heads, groups, keys)
-        return found
+            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys)
+        return rows
 
 
-def _attention_rows(rows: Tensor, heads: int, groups: int, keys: int) -> AttentionRows:
-    """See `AttentionRows`. The keys end with the last query's token, as they do in a growing or sliding cache."""
+def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int) -> AttentionRows:
+    """Row ids of attention; the last key belongs to the last query's token, as in a growing or sliding cache."""
     batch, queries = rows.shape
     columns = torch.arange(keys - queries, keys, device=rows.device)
-    start = rows % POSITIONS - columns  # [B, Q]: logical position of the first key
+    start = rows % POSITIONS - columns  # [rollouts, queries]: logical position of the first key
     if keys == queries:
         key_rows = rows
-    else:  # the last query is a real token under left padding
+    else:  # counted back from the last query, which left padding never replaces
         rollout = rows[:, -1:] - rows[:, -1:] % POSITIONS
         key_rows = rollout + start[:, -1:] + torch.arange(keys, device=rows.device)
     head_ids = torch.arange(heads, device=rows.device)[:, None]
-    shape = (batch, groups, heads // groups * queries)
+    shape = (batch, key_heads, heads // key_heads * queries)
     return AttentionRows(
         query=(rows[:, None] * heads + head_ids).reshape(shape),
         column_start=start[:, None].expand(batch, heads, queries).reshape(shape),
-        key=key_rows[:, None] * groups + torch.arange(groups, device=rows.device)[:, None],
+        key=key_rows[:, None] * key_heads + torch.arange(key_heads, device=rows.device)[:, None],
     )
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """An open `noise_key` or `hardware_off` block, and what it restores.
+    """An open `noise_key` or `hardware_off` block, and the state that it restores.
 
-    Blocks of generators that were left open are closed in any order. A block that is not the innermost of its kind
-    leaves what is in force as it is, and hands what it would restore to the one opened after it.
+    Blocks inside unfinished generators may be closed in any order. A block that is not the innermost of its kind
+    changes nothing when it closes: it passes the state that it would restore to the next block inside it.
     """
 
     kind: str
     """`noise_key` or `hardware_off`."""
     before: Any
-    """The draw, or whether the hardware was in force."""
+    """State before the block: the draw, or whether the hardware was on."""
 
 
 @dataclass(eq=False, slots=True)
@@ -191,54 +212,58 @@ class Runtime:
     """State that all layers of one installed model share while it runs."""
 
     seed_key: Key
+    """Key of the draws outside of `noise_key`."""
     on: bool = True
+    """Whether the hardware is on (outside of `hardware_off`)."""
     draw: Draw | None = None
+    """Draw of the innermost open `noise_key`."""
     replaying: bool = False
-    """Whether a layer is computed again under the call counters of the first time (gradient checkpointing)."""
+    """Whether a layer is being computed again with the call counters of its first computation (gradient
+    checkpointing)."""
     shared: tuple[object, int, str, Tensor] | None = None
-    """The last quantized activation (weak reference to x, its version, format, Q(x)): q, k and v see the same x."""
+    """The last quantized activation, as (weak reference to x, its version, format, Q(x)): the projections q, k and v
+    see the same x."""
     calls: dict[str, int] = field(default_factory=dict)
-    """Products drawn without `noise_key` so far, by module name."""
+    """Number of products drawn without `noise_key` so far, by module name."""
     owner: weakref.ref[Any] | None = None
-    """The `InstalledHardware` that this is the state of."""
+    """The `InstalledHardware` that this state belongs to."""
     thread: int | None = None
-    """The thread that opened `noise_key` or `hardware_off`; None outside of them."""
+    """The thread that opened `noise_key` or `hardware_off`; None if no block is open."""
     blocks: list[Block] = field(default_factory=list)
-    """The open ones, in the order in which they were entered."""
+    """The open blocks, in the order in which they were entered."""
     freshness: Freshness = field(default_factory=Freshness)
-    """What notices writes to weights that torch does not count."""
+    """Detector of writes to weights that torch does not count."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy (deepcopy, pickle) takes over: no activation, and nothing of a block that it will never leave."""
-        own: dict[str, Any] = dict.fromkeys(("shared", "draw", "owner", "thread")) | {
-            "freshness": Freshness(),
-            "blocks": [],
-        }
-        own["on"] = next((block.before for block in self.blocks if block.kind == "hardware_off"), self.on)
-        return {slot.name: getattr(self, slot.name) for slot in fields(self)} | own
+        """The state of a copy (deepcopy, pickle): without activations, and without blocks that it would never leave."""
+        state: dict[str, Any] = {slot.name: getattr(self, slot.name) for slot in fields(self)}
+        state |= dict.fromkeys(("shared", "draw", "owner", "thread"))
+        state |= {"freshness": Freshness(), "blocks": []}
+        state["on"] = next((block.before for block in self.blocks if block.kind == "hardware_off"), self.on)
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of the whole model has a runtime of its own; a copy of a part stays with the model it came from.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runtime:
+        """Copy the runtime with a copy of the whole model; the copy of a part keeps the runtime of its model.
 
-        PEFT copies single modules of an installed model and puts the copies in their place (`modules_to_save`):
-        `hardware_off` and `noise_key` of the model must reach those.
+        PEFT replaces single modules of an installed model with copies (`modules_to_save`), and `hardware_off` and
+        `noise_key` of the model must reach those.
         """
-        found = self.owner() if self.owner is not None else None
-        if found is not None and id(found.model) not in memo:
+        owner = self.owner() if self.owner is not None else None
+        if owner is not None and id(owner.model) not in memo:
             return self
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__({**self.__getstate__(), "calls": dict(self.calls)})
         return copied
 
     def enter(self, kind: str, before: Any) -> Block:
-        """Enter a block.
+        """Open a block; `before` is the state that it restores.
 
         Raises:
-            RuntimeError: if another thread is inside of one: its products would silently follow this one.
+            RuntimeError: if another thread is inside a block, because this one would silently change its products.
         """
         if self.thread not in (None, threading.get_ident()):
             raise RuntimeError(f"{kind} was entered while {_OTHER_THREAD}")
@@ -247,31 +272,31 @@ class Runtime:
         return self.blocks[-1]
 
     def leave(self, block: Block) -> bool:
-        """Leave a block; whether it was the innermost of its kind, so that what was before is to be restored."""
+        """Close a block; true if it was the innermost of its kind, so that the caller must restore `block.before`."""
         place = self.blocks.index(block)
         del self.blocks[place]
         if not self.blocks:
             self.thread = None
-        following = next((later for later in self.blocks[place:] if later.kind == block.kind), None)
-        if following is not None:
-            following.before = block.before
-        return following is None
+        inner = next((later for later in self.blocks[place:] if later.kind == block.kind), None)
+        if inner is not None:
+            inner.before = block.before
+        return inner is None
 
     def check_thread(self, name: str) -> None:
-        """Refuse a product of one thread under a block of another.
+        """Check, before a product, that no other thread has a block open; a backward pass may run in its own thread.
 
         Raises:
-            RuntimeError: if another thread is inside of a block; a backward pass may run in a thread of its own.
+            RuntimeError: if another thread has.
         """
         if self.thread not in (None, threading.get_ident()) and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(f"{name} was computed while {_OTHER_THREAD}")
 
     def current(self, name: str) -> Draw:
-        """The draw of `noise_key`, or outside of it the next one of this module's call counter.
+        """The draw for the next product of a module: that of `noise_key`, or outside of it the module's next own one.
 
         Raises:
-            RuntimeError: in a recomputation (gradient checkpointing) that would draw anew, or if another thread is
-                inside of a block of this model.
+            RuntimeError: if this is a recomputation (gradient checkpointing) that would draw different noise, or if
+                another thread is inside a block of this model.
             ConfigError: if the model's attention was switched to another function.
         """
         self.check_thread(name)

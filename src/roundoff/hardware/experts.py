@@ -1,11 +1,12 @@
-"""Mixture-of-experts layers whose expert weights are one [E, out, in] parameter each, on simulated hardware.
+"""Mixture-of-experts layers on simulated hardware, for experts whose weights are stacked into one parameter.
 
-`transformers` 5 stores experts like that and lets their computation be chosen by name. Each expert's two products
-(`gate_up_proj`, `down_proj`) are those of a Linear of its own: blocks along `in`, one tensor scale an expert, noise
-drawn under `name.<expert>.gate_up_proj` with the row ids of the tokens it was given, so that a token's noise does not
-depend on which others went to the same expert. The router stays in high precision and without noise.
+`transformers` 5 stacks the weights of all experts as [experts, out_features, in_features] and selects their computation
+by name. Each of an expert's two products (`gate_up_proj`, `down_proj`) is computed like a Linear of its own: it has
+blocks along `in_features` and a tensor scale per expert, and it draws its noise under the name
+`name.<expert>.gate_up_proj` with the row ids of the expert's tokens. A token's noise therefore does not depend on the
+other tokens that were routed to the same expert. The router stays in high precision and without noise.
 
-Left out (and then listed as skipped): experts with biases, without a gate, transposed, or spread over devices.
+Not supported, and then listed as skipped: experts with biases, without a gate, transposed, or spread over devices.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundoff.hardware.draw import Draw, Runtime
@@ -22,23 +24,27 @@ from roundoff.hardware.linear import LinearState
 NAME = "roundoff"
 """Name of the computation in transformers' registry."""
 STATE = "hardware_experts_state"
+"""Attribute of an experts module that holds its `ExpertsState`."""
 PROJECTIONS = ("gate_up_proj", "down_proj")
+"""Names of the stacked weights, in the order of computation."""
 
 
 @dataclass(eq=False, slots=True)
 class ExpertsState:
-    """What the hardware does to the experts of one layer: one state for each expert's projection."""
+    """The experts of one layer on hardware."""
 
     runtime: Runtime
+    """State that all layers of the model share."""
     linears: dict[str, list[LinearState]] = field(default_factory=dict)
+    """The state of each expert's product, by projection."""
 
     def states(self) -> list[LinearState]:
-        """All of them."""
+        """The states of all products."""
         return [state for states in self.linears.values() for state in states]
 
 
 def unsupported(module: nn.Module) -> str | None:
-    """Why the experts of a module cannot be computed here; None if they can."""
+    """The property of a module's experts that is not supported, in words; None if there is none."""
     for flag, text in (
         ("is_transposed", "transposed weights"),
         ("has_bias", "biases"),
@@ -57,8 +63,23 @@ def is_experts(module: nn.Module) -> bool:
 
 
 @outside_of_graphs
-def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Weighted sum [N, hidden] of each token's k experts, for tokens [N, hidden] and choices [N, k]."""
+def experts_forward(
+    module: nn.Module,
+    hidden: Float[Tensor, "tokens hidden"],
+    top_k_index: Int[Tensor, "tokens choices"],
+    top_k_weights: Float[Tensor, "tokens choices"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Compute the experts of one layer; transformers calls this for every experts module on hardware.
+
+    Args:
+        module: the experts module, which holds an `ExpertsState`.
+        hidden: hidden states of the tokens.
+        top_k_index: experts that the router chose for each token.
+        top_k_weights: weight of each choice.
+
+    Returns:
+        The weighted sum of the chosen experts' outputs.
+    """
     state: ExpertsState = getattr(module, STATE)
     draw = state.runtime.draw
     rows = None if draw is None else draw.rows_of(hidden.shape[:-1], state.linears[PROJECTIONS[0]][0].name)
@@ -76,12 +97,13 @@ def experts_forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_
 def _product(
     module: nn.Module, state: ExpertsState, projection: str, expert: int, x: Tensor, draw: Draw | None
 ) -> Tensor:
+    """One product of one expert, for its tokens `x` [tokens, in_features]."""
     weight: Tensor = getattr(module, projection)[expert]
     return state.linears[projection][expert].linear(x, weight, None, draw)
 
 
 def register() -> None:
-    """Make the computation known to transformers; a second call changes nothing."""
+    """Register the computation with transformers; idempotent."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -1,20 +1,20 @@
-"""Broken units: what a fault does to the output of a Linear, bias included.
+"""Broken units: the effect of a fault on the output of a Linear, bias included.
 
-`max(abs(y))` is that of the token (the last axis), so that a token's result does not depend on its batch.
+`max(abs(y))` is taken over the token (the last axis), so that a token's result does not depend on its batch.
 
-| kind | effect on the elements concerned |
+| kind | effect on the affected elements |
 |---|---|
-| deadzone | `abs(y) < amount * max(abs(y))` becomes 0 |
-| saturation | clamped to `+- amount * max(abs(y))` |
+| deadzone | elements with `abs(y) < amount * max(abs(y))` become 0 |
+| saturation | elements are clamped to `+- amount * max(abs(y))` |
 | gain | `y * (1 + amount)` |
 | stuck | the constant `amount`, in the units of y, whatever the input |
 | noise | `y + amount * abs(y) * eps`, eps ~ N(0, 1), drawn anew for every product |
-| bitflip | bit `bit` of the float32 representation inverted |
+| bitflip | bit `bit` of the float32 representation is inverted |
 
-The elements concerned are the same at every call for the systematic kinds (deadzone, saturation, gain, stuck): the
-output channels that a broken unit computes, `max(1, round(share * channels))` of them, drawn once from the seed of
-`install`. For the random kinds (noise, bitflip) each element is hit with probability `share`, drawn anew from the
-product's key and the token's row id. Gradients pass straight through.
+A systematic fault (deadzone, saturation, gain, stuck) affects the same elements at every call: those in the output
+channels that the broken unit computes, `max(1, round(share * channels))` of them, drawn once from the seed of
+`install`. A random fault (noise, bitflip) affects each element with probability `share`, drawn anew from the key of the
+product and the row id of the token. Gradients pass straight through.
 """
 
 from __future__ import annotations
@@ -24,37 +24,50 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from roundoff.config import Fault
-from roundoff.numerics.noise import gaussian, matmul_noise
-from roundoff.numerics.rng import Key, uniform
+from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.rng import Key, normal, uniform
 
 RANDOM_KINDS = ("noise", "bitflip")
 
 
 @dataclass(eq=False, slots=True)
 class InstalledFault:
-    """A fault on one Linear with its broken output channels [out] (None: all of them)."""
+    """A fault on one Linear."""
 
     fault: Fault
-    channels: Tensor | None
+    """Settings of the fault."""
+    channels: Bool[Tensor, " out_features"] | None
+    """The broken output channels of a systematic fault; None means all of them, or that the fault is random."""
 
-    def apply(self, y: Tensor, key: Key, rows: Tensor | None) -> Tensor:
-        """`y` [..., out] as the broken unit gives it; `rows` [...] identify the tokens."""
+    def apply(
+        self, y: Float[Tensor, "*tokens out_features"], key: Key, rows: Int[Tensor, "*tokens"] | None
+    ) -> Float[Tensor, "*tokens out_features"]:
+        """The output of the broken unit.
+
+        Args:
+            y: output of the intact unit.
+            key: key of the product's draws, for the random kinds.
+            rows: row ids of the tokens; None counts them from 0.
+        """
         broken = self._broken(y, key, rows)
         if self.fault.kind in RANDOM_KINDS:
-            concerned = _hit(self.fault.share, y, key, rows)
+            affected = _random_elements(self.fault.share, y, key, rows)
         else:
-            concerned = self._channels_on(y.device)
-        return broken if concerned is None else torch.where(concerned, broken, y)
+            affected = self._channels_on(y.device)
+        return broken if affected is None else torch.where(affected, broken, y)
 
     def _channels_on(self, device: torch.device) -> Tensor | None:
+        """The broken channels on the device of the output; the copy is kept for the next call."""
         if self.channels is not None and self.channels.device != device:
             self.channels = self.channels.to(device)
         return self.channels
 
     def _broken(self, y: Tensor, key: Key, rows: Tensor | None) -> Tensor:
+        """The output if all elements were affected."""
         amount = self.fault.amount
         match self.fault.kind:
             case "deadzone":
@@ -73,11 +86,11 @@ class InstalledFault:
                 return flip_bit(y, self.fault.bit)
 
 
-def flip_bit(y: Tensor, bit: int) -> Tensor:
-    """`y` with one bit of its float32 representation inverted (0: lowest of the mantissa, 31: sign); same dtype.
+def flip_bit(y: Float[Tensor, "*shape"], bit: int) -> Float[Tensor, "*shape"]:
+    """Invert one bit of the float32 representation of `y` (0: lowest of the mantissa, 31: sign); the dtype is kept.
 
     Raises:
-        ValueError: if the dtype has no such bit, so that rounding to it would undo the fault.
+        ValueError: if the dtype does not have this bit, because rounding to the dtype would undo the fault.
     """
     if bit < 16 and y.dtype is torch.bfloat16:
         raise ValueError(f"bitflip of bit {bit} on bfloat16 (autocast?), which has no bit below 16")
@@ -85,18 +98,18 @@ def flip_bit(y: Tensor, bit: int) -> Tensor:
     return (y.to(torch.float32).contiguous().view(torch.int32) ^ mask).view(torch.float32).to(y.dtype)
 
 
-def _hit(share: float, y: Tensor, key: Key, rows: Tensor | None) -> Tensor | None:
-    """Which elements a random fault hits, each with probability `share`; None: all of them."""
+def _random_elements(share: float, y: Tensor, key: Key, rows: Tensor | None) -> Tensor | None:
+    """Mask of the elements that a random fault affects, each with probability `share`; None means all of them."""
     if share >= 1.0:
         return None
     if share <= 0.0:
         return torch.zeros_like(y, dtype=torch.bool)
-    eps = gaussian(key.fold("hit"), y.shape, rows=rows, device=y.device)
+    eps = normal(key.fold("hit"), y.shape, rows=rows, device=y.device)
     return eps < NormalDist().inv_cdf(share)
 
 
 def install_fault(fault: Fault, channels: int, key: Key) -> InstalledFault:
-    """The fault on a Linear of so many output channels, with its broken channels drawn from the key."""
+    """Prepare a fault for a Linear with this many output channels; `key` draws which of them are broken."""
     if fault.share >= 1.0 or fault.kind in RANDOM_KINDS:
         return InstalledFault(fault, None)
     count = max(1, math.floor(fault.share * channels + 0.5))

@@ -1,15 +1,16 @@
-"""Whether the weights still are what `Q(W)` was computed of: a check of their memory, in every forward pass.
+"""Detection of stale `Q(W)`: every forward pass checks the memory of the weights that were quantized.
 
-torch counts writes in a tensor's version, but not all of them: a write through `weight.data` (trl's moving reference,
-PEFT's merge, `vector_to_parameters`, most libraries of averaged weights), through numpy or DLPack, and the steps of
-fused or compiled optimizers leave the version as it was. So a fingerprint of each weight's memory is kept with `Q(W)`.
+torch counts writes in a tensor's version, but not all of them. The version does not change for a write through
+`weight.data` (trl's moving reference model, PEFT's merge, `vector_to_parameters`, most libraries for weight averaging),
+through numpy or DLPack, or in a step of a fused or compiled optimizer. Therefore a fingerprint of each weight's memory
+is kept with `Q(W)`.
 
-When: before the first product of a pass on hardware with a weight format. A pass begins where a Linear is computed that
-has been computed since its last check. A pass of 2,048 tokens or more checks the weights of each decoder layer before
-it computes the layer, so that methods which change one layer after the other (calibration) are noticed; other writes in
-the middle of a pass are noticed by the next one.
+**When.** The check runs before the first product of a pass on hardware with a weight format. A new pass has begun if a
+Linear is computed for the second time since its last check. A pass of 2,048 tokens or more checks the weights of each
+decoder layer right before that layer, so that it notices methods that change one layer after the other (calibration).
+Other writes in the middle of a pass are noticed by the next pass.
 
-How much is read grows with the work that the pass does anyway, so that the check costs under 1 % of it:
+**How much.** The number of bytes read grows with the work that the pass does anyway, so the check costs less than 1 %:
 
 | tokens in the pass | lines of 64 bytes that are read of each weight |
 |---|---|
@@ -17,15 +18,16 @@ How much is read grows with the work that the pass does anyway, so that the chec
 | 1,024 to 2,047 | every 16th, and all of a weight of up to 64 KiB |
 | fewer | 8, evenly spread |
 
-Every 256th check reads all lines, so that no write stays unseen for longer.
+Every 256th check reads all lines, so that no write stays unnoticed for longer.
 
-What is missed: a write that leaves all lines read as they were. An optimizer, an average or a merge changes nearly
-every line. If it changes a share f of the elements of a weight with n elements of 4 bytes, the odds of not noticing are
-`(1 - f)^128` with 8 lines and `(1 - f)^(n / 16)` with every 16th line; with all lines they are those of a 64-bit hash.
+**What is missed.** A write goes unnoticed if it leaves every line that is read unchanged. An optimizer, an average or a
+merge changes nearly every line. If a write changes a share f of the elements of a weight with n elements of 4 bytes, it
+goes unnoticed with probability `(1 - f)^128` for 8 lines and `(1 - f)^(n / 16)` for every 16th line. For all lines it
+is the probability that two 64-bit hashes collide.
 
-Where the kernels are not available (no compiler, another device) passes of 2,048 tokens or more, and every 256th, are
-checked, by two sums of each weight's bits, in which a mere exchange of elements does not show. On an accelerator that
-takes one synchronization a layer.
+**Without the kernels** (no compiler, or another device), passes of 2,048 tokens or more, and every 256th check, compare
+two sums of each weight's bits, which may not notice that elements only changed places. On an accelerator this takes
+one synchronization per layer.
 """
 
 from __future__ import annotations
@@ -34,58 +36,72 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from roundoff.numerics.backend import Kernels, build, kernels_for
 
-if TYPE_CHECKING:
-    from roundoff.hardware.linear import LinearState
-
 ALL_FROM, SOME_FROM = 2048, 1024
-"""Tokens in a pass from which all lines, or every `SOME_STEP`-th, of each weight are read."""
+"""Number of tokens in a pass from which all lines, or every `SOME_STEP`-th line, of each weight are read."""
 ALL_EVERY = 256
-"""Every so many checks all lines are read, however few tokens the pass has."""
+"""Interval, in checks, at which all lines are read however few tokens the pass has."""
 SOME_STEP = 16
+"""Distance, in lines, between the lines that a medium pass reads."""
 FEW_LINES = 8
+"""Lines of each weight that a small pass reads."""
 _LEVELS = ((FEW_LINES, 0), (0, SOME_STEP), (0, 1))
-"""(lines, step) of the three amounts, as `ro_fingerprint` takes them."""
+"""The three amounts of reading, as the arguments (lines, step) of the kernel `ro_fingerprint`."""
+
+
+@runtime_checkable
+class HasQuantizedWeight(Protocol):
+    """The owner of a cached `Q(W)` (`linear.LinearState`)."""
+
+    def refresh(self) -> None:
+        """Discard `Q(W)`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """Memory of one weight: where it lies within a tensor that stays, and its fingerprints."""
+    """The memory of one weight: its place within a tensor, and its fingerprints."""
 
-    state: weakref.ref[LinearState]
+    state: weakref.ref[HasQuantizedWeight]
+    """The owner of the `Q(W)` that was computed from the weight."""
     tensor: weakref.ref[Tensor]
     """The weight, or the parameter that it is a part of (stacked experts)."""
     address: int
-    """Of the tensor, when it was fingerprinted."""
+    """Address of the tensor when it was fingerprinted."""
     offset: int
     """Bytes from the tensor's address to the weight's."""
     size: int
     """Bytes that the weight spans."""
     prints: tuple[int, ...]
-    """Fingerprints, one for each of `_LEVELS`; or the one that torch computes."""
+    """Fingerprints, one for each of `_LEVELS`; or the single one that torch computes."""
 
 
 @dataclass(eq=False, slots=True)
 class _Table:
-    """Some watched weights as the kernel takes them, and the fingerprints that they should have."""
+    """Some watched weights in the form that the kernel takes, and the fingerprints that they should have."""
 
     tensors: tuple[tuple[weakref.ref[Tensor], int], ...]
-    """Each weight's tensor and its address."""
+    """The tensor of each weight, and its address."""
     items: tuple[_Watched, ...]
+    """The weights."""
     starts: Any
+    """Array of their addresses."""
     sizes: Any
+    """Array of their sizes in bytes."""
     out: Any
+    """Array for the fingerprints that the kernel computes."""
     expected: tuple[bytes, ...]
-    """Of all of them, one for each of `_LEVELS`."""
+    """Fingerprints of all weights as bytes, one entry for each of `_LEVELS`."""
 
     @classmethod
     def of(cls, items: Sequence[_Watched]) -> _Table:
+        """The table of these weights."""
         count, numbers = len(items), ctypes.c_int64 * len(items)
         return cls(
             tuple((item.tensor, item.address) for item in items),
@@ -97,7 +113,7 @@ class _Table:
         )
 
     def changed(self, kernels: Kernels, level: int) -> list[_Watched]:
-        """Weights whose memory is no longer what it was; all of their tensors must be where they were."""
+        """The weights whose memory has changed; call this only while all of their tensors are at their addresses."""
         kernels.fingerprint(self.starts, self.sizes, len(self.items), *_LEVELS[level], self.out)
         if bytes(self.out) == self.expected[level]:
             return []
@@ -109,9 +125,11 @@ class Part:
     """The weights of one decoder layer whose `Q(W)` is cached."""
 
     checks: int = 0
-    """Checks so far: a state that was computed since the last one begins a new pass."""
+    """Number of checks so far; a Linear that was computed since the last one begins a new pass."""
     watched: dict[int, _Watched] = field(default_factory=dict)
+    """The weights, by the id of their owner."""
     table: _Table | None = None
+    """The table of `watched`, built at the next check if it is None."""
 
 
 @dataclass(eq=False, slots=True)
@@ -120,17 +138,17 @@ class Freshness:
 
     _parts: dict[str, Part] = field(default_factory=dict)
     _table: _Table | None = None
-    """Of every part."""
+    """The table of all parts, built at the next check of all if it is None."""
 
     def part(self, name: str) -> Part:
-        """The layer (or the Linear outside of the layers) of this name."""
+        """The part with this name (see `part_name`); it is created at the first call."""
         part = self._parts.get(name)
         if part is None:
             part = self._parts[name] = Part()
         return part
 
-    def record(self, part: Part, state: LinearState, weight: Tensor) -> None:
-        """Remember what `Q(W)` was computed of just now."""
+    def record(self, part: Part, state: HasQuantizedWeight, weight: Shaped[Tensor, " ..."]) -> None:
+        """Fingerprint the weight whose `Q(W)` was computed just now, and watch it from now on."""
         part.watched.pop(id(state), None)
         part.table = self._table = None
         tensor = weight if weight._base is None else weight._base
@@ -148,73 +166,75 @@ class Freshness:
             prints = tuple(out)
         item = _Watched(weakref.ref(state), weakref.ref(tensor), address, start - address, size, prints)
         if kernels is None:
-            item = replace(item, prints=tuple(bit_sums([_part(item, tensor)])))
+            item = replace(item, prints=tuple(bit_sums([_memory(item, tensor)])))
         part.watched[id(state)] = item
 
     def check(self, part: Part, tokens: int) -> None:
-        """Check one part before a pass of many tokens computes it, or every part in the beginning of a small pass."""
+        """Check one part, before a pass of many tokens computes it, or all parts, at the start of a small pass."""
         if tokens < ALL_FROM:
             self.check_all(tokens)
             return
         part.checks += 1
         if part.table is None:
-            part.table = self._tabled([part])
-        if not _compared(part.table, 2):
+            part.table = self._table_of([part])
+        if not _compare(part.table, 2):
             part.table = self._table = None
         _check_sums([part])
 
     def check_all(self, tokens: int) -> None:
-        """Check every part."""
-        turns = 0
+        """Check all parts, at the start of a pass of this many tokens."""
         for part in self._parts.values():
             part.checks += 1
-            turns = max(turns, part.checks)
-        all_of_it = tokens >= ALL_FROM or turns % ALL_EVERY == 0
+        all_lines = tokens >= ALL_FROM or self.checks % ALL_EVERY == 0
         if self._table is None:
-            self._table = self._tabled(list(self._parts.values()))
-        if not _compared(self._table, 2 if all_of_it else 1 if tokens >= SOME_FROM else 0):
+            self._table = self._table_of(list(self._parts.values()))
+        if not _compare(self._table, 2 if all_lines else 1 if tokens >= SOME_FROM else 0):
             self._table = None
             for part in self._parts.values():
                 part.table = None
-        if all_of_it:
+        if all_lines:
             _check_sums(list(self._parts.values()))
 
-    def _tabled(self, parts: Sequence[Part]) -> _Table:
-        """The weights of some parts; those whose tensor has gone, or has moved, are no longer watched."""
+    def _table_of(self, parts: Sequence[Part]) -> _Table:
+        """The table of some parts; weights whose tensor is gone or has moved are dropped from the watch."""
         for part in parts:
             for number, item in list(part.watched.items()):
-                if not _stays(item) or item.state() is None:
+                if not _is_in_place(item) or item.state() is None:
                     del part.watched[number]
         return _Table.of([i for part in parts for i in part.watched.values() if len(i.prints) == len(_LEVELS)])
 
     @property
     def checks(self) -> int:
-        """Checks so far of the part that was checked most often."""
+        """Number of checks so far, of the part that was checked most often."""
         return max((part.checks for part in self._parts.values()), default=0)
 
 
-def _compared(table: _Table, level: int) -> bool:
-    """Forget each cached `Q(W)` of a table whose weight was written to; whether the table can be used again."""
+def _compare(table: _Table, level: int) -> bool:
+    """Discard the `Q(W)` of every weight of a table that was written to.
+
+    Returns:
+        Whether the table can be used again: no weight is gone or has moved.
+    """
     if not table.items:
         return True
-    whole = table
+    readable = table
     for reference, address in table.tensors:
         tensor = reference()
         if tensor is None or tensor.data_ptr() != address:
-            whole = _Table.of([item for item in table.items if _stays(item)])
+            readable = _Table.of([item for item in table.items if _is_in_place(item)])
             break
-    if whole.items:  # the kernels made their fingerprints, whichever path computes now
-        for item in whole.changed(build(), level):
+    if readable.items:  # the kernels computed these fingerprints, so they are used under any choice of backend
+        for item in readable.changed(build(), level):
             state = item.state()
             if state is not None:
                 state.refresh()
-    return whole is table
+    return readable is table
 
 
-def _stays(item: _Watched) -> bool:
-    """Whether a weight lies where it lay; if not, its `Q(W)` is forgotten.
+def _is_in_place(item: _Watched) -> bool:
+    """Whether a weight still is at its address; if not, its `Q(W)` is discarded.
 
-    Memory that was freed may come back at the same address and with other numbers (FSDP).
+    Memory that is freed and allocated again at the same address may hold other numbers (FSDP).
     """
     state, tensor = item.state(), item.tensor()
     if tensor is not None and tensor.data_ptr() == item.address:
@@ -225,30 +245,30 @@ def _stays(item: _Watched) -> bool:
 
 
 def _check_sums(parts: Sequence[Part]) -> None:
-    """The same for weights that torch fingerprints."""
+    """Discard the `Q(W)` of every weight that torch fingerprints and that was written to."""
     items = [item for part in parts for item in part.watched.values() if len(item.prints) == 1]
-    items = [item for item in items if _stays(item)]
+    items = [item for item in items if _is_in_place(item)]
     tensors = [tensor for item in items if (tensor := item.tensor()) is not None]
-    for item, value in zip(items, bit_sums([_part(i, t) for i, t in zip(items, tensors, strict=True)]), strict=True):
+    for item, value in zip(items, bit_sums([_memory(i, t) for i, t in zip(items, tensors, strict=True)]), strict=True):
         state = item.state()
         if state is not None and item.prints[0] != value:
             state.refresh()
 
 
 def part_name(name: str) -> str:
-    """The dotted name of the decoder layer that a Linear lies in; its own outside of the layers."""
+    """The dotted name of the decoder layer that a Linear belongs to; its own name if it belongs to none."""
     parts = name.split(".")
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), name)
 
 
-def _part(item: _Watched, tensor: Tensor) -> Tensor:
-    """The memory of a weight within its tensor, [elements]."""
+def _memory(item: _Watched, tensor: Tensor) -> Tensor:
+    """The memory of a weight within its tensor, as a vector of its elements."""
     first, count = item.offset // tensor.element_size(), item.size // tensor.element_size()
     return tensor.detach().as_strided((count,), (1,), tensor.storage_offset() + first)
 
 
-def bit_sums(weights: Sequence[Tensor]) -> list[int]:
-    """A number for the bits of each weight: the sum of its words, and that of every third one."""
+def bit_sums(weights: Sequence[Shaped[Tensor, " ..."]]) -> list[int]:
+    """A fingerprint of the bits of each weight: three times the sum of its words, plus the sum of every third one."""
     if not weights:
         return []
     sums = []

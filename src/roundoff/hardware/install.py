@@ -1,4 +1,4 @@
-"""Putting a model on simulated hardware, and taking it off again."""
+"""Install simulated hardware on a model, and uninstall it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from roundoff.hardware.installed import (
     MARK,
     ConfigSwitch,
     InstalledHardware,
-    hardware_off,
     installed,
-    noise_key,
     nonfinite_weights,
     required,
 )
@@ -28,33 +26,39 @@ from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
 from roundoff.hardware.paths import check_paths, check_range
 from roundoff.numerics.rng import Key
 
-__all__ = ["InstalledHardware", "hardware_off", "install", "installed", "noise_key", "uninstall"]
-
 
 def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHardware:
-    """Put `model` on the hardware, in place, and say what was done to which module.
+    """Install hardware on a model, in place; call this once, before sampling and training.
 
-    The class of each Linear is swapped, so parameters, their names, the state dict, PEFT and optimizers go on as
-    before. `seed` fixes the draws outside of `noise_key` and the channels that faults break.
+    The class of each Linear is swapped. Parameters, their names, the state dict, PEFT and optimizers work as before.
+
+    Args:
+        model: the model; a PEFT wrapper is allowed.
+        hardware: the settings.
+        seed: seed of the draws outside of `noise_key`, and of the choice of the channels that faults break.
+
+    Returns:
+        A report of what was done to which module, which also holds the switch of the hardware.
 
     Raises:
-        ConfigError: if no module matches, if a setting names a layer or module that does not exist, if
-            `precision.keep` is not resolved yet, or if the model is installed already.
+        ConfigError: if the model already has hardware, if there is no module to compute, if a setting names a layer or
+            module that does not exist, if `precision.keep` is not yet resolved, or if the model would be computed
+            around the hardware.
     """
     if installed(model) is not None:
         raise ConfigError("hardware is installed on this model already: uninstall it before installing again")
-    found, skipped = find_linears(model, hardware)
+    matches, skipped = find_linears(model, hardware)
     attention_modules = _attention_modules(model, hardware)
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
     output = _output_embedding(model)
-    plans = {item.name: _plan(item, hardware, is_output=item.module is output) for item in found}
-    covered = [item for item in found if plans[item.name].does_something]
+    plans = {item.name: _plan(item, hardware, is_output=item.module is output) for item in matches}
+    covered = [item for item in matches if plans[item.name].does_something]
     if not covered and not hardware.changes_nothing:
         raise ConfigError(
             "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
             "keep fewer layers, or add noise"
         )
-    kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in found]
+    kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in matches]
     skipped += [skip for skip in kept if not plans[skip.name].does_something]
     check_paths(model, covered, hardware)
     check_range(covered, hardware.precision.weight)
@@ -82,26 +86,30 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take the hardware off: the model is the plain one again, with the weights it has now.
+    """Remove the hardware, in place: the model computes in plain arithmetic again, with its current weights.
 
     Raises:
         ConfigError: if no hardware is installed.
     """
-    found = required(model)
-    found.switch(False)
-    for module in found.covered():
+    hardware = required(model)
+    hardware.switch(False)
+    for module in hardware.covered():
         if isinstance(module, HardwareLinear):
             module.__class__ = _plain_class(type(module))
             del module.__dict__[LINEAR_STATE]
         else:
             del module.__dict__[experts.STATE]
-    for module in found.model.modules():
+    for module in hardware.model.modules():
         module.__dict__.pop(attention.STATE, None)
-    del found.model.__dict__[MARK]
+    del hardware.model.__dict__[MARK]
 
 
 def _plain_class(cls: Any) -> Any:
-    """The class of a Linear off the hardware: what others derived from it since (parametrizations, FSDP) stays."""
+    """The plain class for a Linear on hardware.
+
+    If something derived a class of its own after `install` (parametrizations, FSDP), the result is that class over
+    `nn.Linear`.
+    """
     if cls is HardwareLinear:
         return nn.Linear
     if not issubclass(cls, HardwareLinear):
@@ -115,18 +123,22 @@ class _Plan:
     """What the hardware will do to one Linear, or to the experts of one layer."""
 
     entry: Entry
+    """The line of the report."""
     faults: tuple[tuple[int, Fault], ...]
     """The faults of its unit, each with its index in the settings."""
     noise: MatmulNoise
+    """Settings of the noise on its products."""
     is_output: bool
+    """Whether this is the output embedding."""
 
     @property
     def does_something(self) -> bool:
+        """Whether any setting changes the module's arithmetic."""
         e = self.entry
         return bool(e.weight or e.activation or e.noise or e.deadzone or e.faults)
 
     def state(self, name: str, out_features: int, runtime: Runtime) -> LinearState:
-        """State of one weight matrix with so many output channels."""
+        """The state of one weight matrix with this many output channels."""
         key = runtime.seed_key.fold("fault", name)
         std = self.noise.relative_std
         return LinearState(
@@ -143,7 +155,11 @@ class _Plan:
 
 
 def _plan(item: Found, hardware: Hardware, *, is_output: bool) -> _Plan:
-    """What the settings say about one module."""
+    """Derive from the settings what happens to one module.
+
+    Raises:
+        ConfigError: if a fault would do nothing, or inverts a bit that bfloat16 does not have.
+    """
     precision, noise, zone = hardware.precision, hardware.matmul_noise, hardware.deadzone
     kept = item.layer is not None and item.layer in precision.keep
     weight, activation = (None, None) if kept else (precision.weight, precision.activation)
@@ -165,7 +181,7 @@ def _plan(item: Found, hardware: Hardware, *, is_output: bool) -> _Plan:
 
 
 def _attach(item: Found, plan: _Plan, runtime: Runtime) -> list[LinearState]:
-    """Put one module on the hardware; its states."""
+    """Put one module on the hardware and return its states."""
     module = item.module
     if isinstance(module, nn.Linear):
         state = plan.state(item.plain_name, module.out_features, runtime)
@@ -185,27 +201,27 @@ def _attention_modules(model: nn.Module, hardware: Hardware) -> list[tuple[str, 
     """Attention modules whose products get noise.
 
     Raises:
-        ConfigError: if attention noise is asked for and the model does not go through transformers' interface.
+        ConfigError: if the settings ask for noise on attention but the model bypasses transformers' interface.
     """
     noise = hardware.matmul_noise
     if not (noise.relative_std and noise.attention):
         return []
-    found = []
+    modules = []
     supported = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
     for name, module in model.named_modules():
         has_products = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
         if supported and has_products and "config" in module.__dict__:
-            found.append((name, module))
-    if not found:
+            modules.append((name, module))
+    if not modules:
         raise ConfigError(
             "hardware.matmul_noise.attention = true, but this model has no attention that goes through transformers' "
             "attention interface: set hardware.matmul_noise.attention = false"
         )
-    return found
+    return modules
 
 
 def _attach_attention(modules: list[tuple[str, nn.Module]], hardware: Hardware, runtime: Runtime) -> None:
-    """Give attention modules their state; excluded ones compute through the same function, without noise."""
+    """Give attention modules their state; excluded modules use the same function with zero noise."""
     noise = hardware.matmul_noise
     for name, module in modules:
         std = 0.0 if exclusion(plain_name(name), hardware.exclude) else noise.relative_std
@@ -217,23 +233,23 @@ def _attach_attention(modules: list[tuple[str, nn.Module]], hardware: Hardware, 
 def _switches(
     model: nn.Module, attention_modules: list[nn.Module], expert_modules: list[nn.Module]
 ) -> tuple[ConfigSwitch, ...]:
-    """Switches of the configs of these modules, after giving the model configs of its own.
+    """Give the model its own copies of the configs, and return the switches in those of these modules.
 
-    A config may be shared with another model, which must not be switched with this one. transformers chooses the
-    attention of all layers, and the mask for it, by one config, so that all layers switch together; it chooses the
-    computation of experts by the config of each layer's experts, so that those on hardware have a config of their own
+    The copies are needed because another model may share a config and must not be switched with this one. transformers
+    selects the attention of all layers, and its mask, by one config, so all layers switch together. It selects the
+    computation of experts by the config of each layer's experts module, so the modules on hardware get a config each
     and all others compute as before.
     """
     if not attention_modules and not expert_modules:
         return ()
-    copies: dict[int, Any] = {}  # memo of deepcopy: nested configs stay nested and shared ones shared
+    copies: dict[int, Any] = {}  # memo of deepcopy, so that nested configs stay nested and shared configs stay shared
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is not None and hasattr(config, "_attn_implementation"):
             module.__dict__["config"] = copy.deepcopy(config, copies)
     for module in expert_modules:
         module.__dict__["config"] = copy.copy(module.config)
-    found = []
+    switches = []
     for modules, attribute, name, register in (
         (attention_modules, "_attn_implementation", attention.NAME, attention.register),
         (expert_modules, "_experts_implementation", experts.NAME, experts.register),
@@ -241,12 +257,12 @@ def _switches(
         if modules:
             register()
         for config in {id(module.config): module.config for module in modules}.values():
-            found.append(ConfigSwitch(config, attribute, getattr(config, attribute), name))
-    return tuple(found)
+            switches.append(ConfigSwitch(config, attribute, getattr(config, attribute), name))
+    return tuple(switches)
 
 
 def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], runtime: Runtime) -> None:
-    """Let modules that share a switched attention config, and have no noise of their own, compute plain attention."""
+    """Give a state without noise to the other modules that share a switched attention config."""
     switched = {id(switch.config) for switch in switches if switch.attribute == "_attn_implementation"}
     for name, module in model.named_modules():
         if id(module.__dict__.get("config")) in switched and attention.STATE not in module.__dict__:
@@ -254,6 +270,6 @@ def _attach_bystanders(model: nn.Module, switches: tuple[ConfigSwitch, ...], run
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits; None where the model does not say."""
+    """The module that turns hidden states into logits; None if the model does not name it."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None

@@ -1,4 +1,4 @@
-"""What is installed on a model: the report, the switch, and the contexts that a model runs in."""
+"""Installed hardware: its report, its switch, and how to find it on a model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import experts
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Runtime
 from roundoff.hardware.inventory import Entry, Skipped, described, plain_name, where
 from roundoff.hardware.linear import LINEAR_STATE, LinearState
 from roundoff.hardware.paths import check_adapters
-from roundoff.numerics.rng import Key
 
 MARK = "hardware_installed"
 """Attribute of an installed model that holds its `InstalledHardware`."""
@@ -27,64 +26,75 @@ MARK = "hardware_installed"
 
 @dataclass(frozen=True, slots=True)
 class ConfigSwitch:
-    """An attribute of a model config that chooses between the plain and the installed computation."""
+    """An attribute of a model config that selects the plain or the installed computation."""
 
     config: Any
+    """The config."""
     attribute: str
+    """Name of the attribute."""
     original: str | None
+    """Its value while the hardware is off."""
     installed: str
+    """Its value while the hardware is on."""
 
 
 @dataclass(eq=False)
 class InstalledHardware:
-    """What was installed where; `install` returns it and the model carries it."""
+    """The hardware on a model; `install` returns it, and the model keeps it."""
 
     hardware: Hardware
+    """The settings."""
     seed: int
+    """Seed of the draws outside of `noise_key`, and of the channels that faults break."""
     entries: tuple[Entry, ...]
     """Modules that the hardware computes."""
     skipped: tuple[Skipped, ...]
     """Modules with weights that it does not compute, each with the reason."""
     nonfinite: tuple[str, ...]
-    """Weights that held NaN or Inf at install: every block with one becomes NaN."""
+    """Weights that held NaN or Inf at install; every block that contains one becomes NaN."""
     model: nn.Module = field(repr=False)
+    """The model."""
     runtime: Runtime = field(repr=False)
+    """State that all its layers share."""
     modules: tuple[nn.Module, ...] = field(repr=False)
     """The Linears and experts of `entries`."""
     states: tuple[LinearState, ...] = field(repr=False)
+    """Their states; experts have one for each expert and projection."""
     attention_modules: tuple[nn.Module, ...] = field(repr=False)
+    """Attention modules with noise."""
     switches: tuple[ConfigSwitch, ...] = field(repr=False)
+    """Switches in the model's configs."""
 
     def __post_init__(self) -> None:
         self.runtime.owner = weakref.ref(self)
         self._count_fused_steps()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy (deepcopy, pickle) watches optimizers for its own weights."""
+        """Restore a copy (deepcopy, pickle), which counts the optimizer steps on its own weights."""
         self.__dict__.update(state)
         self.__post_init__()
         self.switch(self.runtime.on)
 
     def covered(self) -> list[nn.Module]:
-        """The Linears and experts on this hardware now, with the copies that PEFT put in the place of some."""
+        """The Linears and experts on this hardware now, including copies with which PEFT replaced some."""
         return [module for module in self.model.modules() if states_of(module)]
 
     def current_states(self) -> list[LinearState]:
-        """The states of `covered`."""
+        """The states of the modules that `covered` returns."""
         return [state for module in self.covered() for state in states_of(module)]
 
     def _count_fused_steps(self) -> None:
-        """Count the writes of `fused=True` optimizers, which leave torch's version counters as they were.
+        """Register a hook that counts the writes of `fused=True` optimizers, which torch's versions do not count.
 
-        An optimizer hook; once this object is gone it does nothing. It is not taken away then, because objects may go
-        while an optimizer runs through its hooks, which torch does not allow to change meanwhile.
+        The hook does nothing once this object is gone. It is never removed: the object may be collected while an
+        optimizer runs its hooks, and torch does not allow the hooks to change then.
         """
         reference = weakref.ref(self)
 
-        def count(optimizer: torch.optim.Optimizer, _arguments: Any, _named: Any) -> None:
-            found = reference()
-            if found is not None:
-                weights = {id(p) for module in found.covered() for p in module.parameters(recurse=False)}
+        def count(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            hardware = reference()
+            if hardware is not None:
+                weights = {id(p) for module in hardware.covered() for p in module.parameters(recurse=False)}
                 stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
                 torch.autograd.graph.increment_version(stepped)
 
@@ -92,11 +102,11 @@ class InstalledHardware:
 
     @property
     def is_on(self) -> bool:
-        """Whether the hardware is in force (it is not inside `hardware_off`)."""
+        """Whether the hardware is on; it is off inside `hardware_off`."""
         return self.runtime.on
 
     def summary(self) -> str:
-        """A few lines: what is computed how, on how many modules, and what was left alone for which reason."""
+        """A few lines of text: how many modules are computed how, and how many were skipped for which reason."""
         kinds: dict[str, list[Entry]] = {}
         for entry in self.entries:
             kinds.setdefault(described(entry), []).append(entry)
@@ -111,11 +121,15 @@ class InstalledHardware:
         return "\n".join(lines)
 
     def check_weights(self) -> tuple[str, ...]:
-        """Names of the installed weights and biases that hold NaN or Inf now (reads each once)."""
+        """Names of the weights and biases on hardware that hold NaN or Inf now; each of them is read once."""
         return nonfinite_weights(self.model, {entry.name for entry in self.entries})
 
     def diagnose(self, **batch: Any) -> tuple[str, ...]:
-        """Names of the modules, in order of execution, whose output is not finite in a forward pass on `batch`."""
+        """Run a forward pass and return the Linears whose output is not finite, in order of execution.
+
+        Args:
+            batch: arguments of the model.
+        """
         names: list[str] = []
 
         def watch(name: str) -> Any:
@@ -139,43 +153,44 @@ class InstalledHardware:
         return tuple(names)
 
     def refresh(self) -> None:
-        """Quantize every weight again at its next use."""
+        """Discard every `Q(W)`, so that each weight is quantized again at its next use."""
         for state in self.current_states():
             state.refresh()
         self.runtime.shared = None
 
     def quantizations(self) -> int:
-        """How often a weight was quantized so far, over all modules."""
+        """Number of quantizations of a weight so far, summed over all modules."""
         return sum(state.quantizations for state in self.current_states())
 
     def switch(self, on: bool) -> None:
-        """Put the hardware in force or out of force; `hardware_off` is the safe way."""
+        """Turn the hardware on or off; callers should use `hardware_off`, which restores the state."""
         self.runtime.on = on
         self.runtime.shared = None
         for switch in self.switches:
             setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
 
     def check_switches(self) -> None:
-        """Check that attention and experts are computed by what was installed, or is plain while the hardware is off.
+        """Check that attention and experts still use the installed function (the plain one while the hardware is off).
 
         Raises:
-            ConfigError: if somebody chose another function (`set_attn_implementation`), which knows no noise.
+            ConfigError: if another function was selected after install (`set_attn_implementation`).
         """
         for switch in self.switches:
             expected = switch.installed if self.runtime.on else switch.original
             chosen = getattr(switch.config, switch.attribute)
             if chosen != expected:
                 raise ConfigError(
-                    f"{switch.attribute} of the model's config was set to {chosen!r} after install, which leads around "
-                    f"the hardware: set it back to {expected!r}, or uninstall, choose, and install again"
+                    f"{switch.attribute} of the model's config was set to {chosen!r} after install, which bypasses the "
+                    f"hardware: set it back to {expected!r}, or uninstall the hardware, set it, and install again"
                 )
 
     def check_reach(self, model: nn.Module) -> None:
-        """Check that the switches of this hardware reach every module of `model`, and that none leads around it.
+        """Check that this hardware reaches every module of `model`; called before the hardware is turned off.
 
         Raises:
-            ConfigError: if a module belongs to the hardware of another model, if adapters compute around it, or if a
-                module that was copied within the model draws the noise of the other one.
+            ConfigError: if a module belongs to the hardware of another model, if adapters bypass it, if another
+                attention was selected, or if a module was copied within the model and draws the same noise as the
+                original.
         """
         self.check_switches()
         check_adapters(model, self.covered())
@@ -183,7 +198,7 @@ class InstalledHardware:
         for name, module in model.named_modules():
             if any(state.runtime is not self.runtime for state in states_of(module)[:1]):
                 raise ConfigError(
-                    f"{name} belongs to the hardware of another model, whose switches are not those of this one: "
+                    f"{name} belongs to the hardware of another model, so the switches of this model do not reach it: "
                     "uninstall both models, and install on this one"
                 )
             for state in states_of(module) if self.hardware.is_noisy and "modules_to_save" not in name else ():
@@ -193,10 +208,10 @@ class InstalledHardware:
                     )
 
     def as_now(self) -> AbstractContextManager[None]:
-        """A block, to be entered once and later, in which products draw as they would at this call.
+        """A block, to be entered once at a later time, inside which products draw as they would now.
 
-        For gradient checkpointing, which computes a layer again: same key and row ids, or the same call counters, and
-        the hardware on or off as it is now.
+        Gradient checkpointing computes a layer again inside it: with the same key and row ids, or the same call
+        counters, and with the hardware on or off as it is now.
         """
         runtime = self.runtime
         draw, on = runtime.draw, runtime.on
@@ -220,9 +235,12 @@ class InstalledHardware:
 
 
 def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """Names of the parameters of the named modules that hold NaN or Inf; names are without what PEFT adds to them.
+    """Names of the parameters of the named modules that hold NaN or Inf.
 
-    Parameters without values (on torch's meta device) are passed over.
+    Args:
+        model: the model.
+        names: names of modules, without the parts that PEFT adds. Parameters without values (on torch's meta device)
+            are ignored.
     """
     plain = ((*name.rpartition(".")[::2], parameter) for name, parameter in model.named_parameters())
     return tuple(
@@ -233,7 +251,7 @@ def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
 
 
 def states_of(module: nn.Module) -> list[LinearState]:
-    """The states of a Linear or of experts on hardware; empty for every other module."""
+    """The states of a Linear or of experts on hardware; an empty list for every other module."""
     linear = module.__dict__.get(LINEAR_STATE)
     if linear is not None:
         return [linear]
@@ -242,20 +260,20 @@ def states_of(module: nn.Module) -> list[LinearState]:
 
 
 def installed(model: nn.Module) -> InstalledHardware | None:
-    """The hardware that a model, a part of it, or a wrapper (PEFT, data parallel) computes on; None if there is none.
+    """The hardware of a model, of a part of it, or of a wrapper (PEFT, data parallel); None if there is none.
 
     Raises:
-        ConfigError: if a module was copied out of another installed model, whose switches would not reach it, or if
-            the wrapper holds several installed models.
+        ConfigError: if a module was copied from another installed model, whose switches would not reach it, or if the
+            wrapper holds several installed models.
     """
-    found = _marked(model)
-    if len(found) > 1:
+    candidates = _marked(model)
+    if len(candidates) > 1:
         raise ConfigError(
-            f"{type(model).__name__} holds {len(found)} models with installed hardware, each with switches and keys of "
-            "its own: pass one of them"
+            f"{type(model).__name__} holds {len(candidates)} models with installed hardware, each with switches and "
+            "keys of its own: pass one of them"
         )
-    if found:
-        return found[0]
+    if candidates:
+        return candidates[0]
     for name, module in model.named_modules():
         for state in states_of(module)[:1]:
             owner = state.runtime.owner() if state.runtime.owner is not None else None
@@ -269,68 +287,21 @@ def installed(model: nn.Module) -> InstalledHardware | None:
 
 
 def _marked(model: nn.Module) -> list[InstalledHardware]:
-    """The hardware of a model, or of the models that it wraps, without looking into those."""
+    """The hardware of a model, or of the outermost installed models inside it."""
     own = model.__dict__.get(MARK)
     if isinstance(own, InstalledHardware):
         return [own]
-    found = [inner for child in model.children() for inner in _marked(child)]
-    return list(dict.fromkeys(found))
+    nested = [inner for child in model.children() for inner in _marked(child)]
+    return list(dict.fromkeys(nested))
 
 
 def required(model: nn.Module) -> InstalledHardware:
-    """The hardware installed on a model.
+    """The hardware of a model, as `installed` finds it.
 
     Raises:
         ConfigError: if there is none.
     """
-    found = installed(model)
-    if found is None:
+    hardware = installed(model)
+    if hardware is None:
         raise ConfigError("no hardware is installed on this model: call install(model, hardware, seed=...) first")
-    return found
-
-
-@contextmanager
-def hardware_off(model: nn.Module) -> Iterator[None]:
-    """Plain arithmetic inside: the exact bits of the model before `install` with the weights it has now.
-
-    With gradient checkpointing the block must enclose `backward()` as well, which computes the forward pass again.
-
-    Raises:
-        ConfigError: if no hardware is installed, or a module follows the switches of another model.
-        RuntimeError: if another thread is inside a block of this model.
-    """
-    found = required(model)
-    found.check_reach(model)
-    block = found.runtime.enter("hardware_off", found.is_on)
-    found.switch(False)
-    try:
-        yield
-    finally:
-        if found.runtime.leave(block):
-            found.switch(block.before)
-
-
-@contextmanager
-def noise_key(model: nn.Module, key: Key, rows: Tensor | None = None) -> Iterator[None]:
-    """Every product of `model` inside draws from `key`, its own name and the row ids: same key, same bits.
-
-    `rows` [B, T] int64 holds the identity of each token of the forward pass, `rollout_id * 2**20 + position` with
-    positions counted without padding; the tensor must not be changed afterwards. None: row ids count within the batch.
-    A backward pass uses the draw of its forward pass wherever it runs, except that gradient checkpointing computes the
-    forward pass again: keep the block open over `backward()` then. Blocks may be nested; the inner one counts. One
-    block is for one forward pass: a second pass over the same rows inside of it meets the same noise.
-
-    Raises:
-        ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
-        RuntimeError: if another thread is inside a block of this model.
-    """
-    found = required(model)
-    found.check_switches()
-    runtime, draw = found.runtime, Draw(key, rows)
-    block = runtime.enter("noise_key", runtime.draw)
-    runtime.draw = draw
-    try:
-        yield
-    finally:
-        if runtime.leave(block):
-            runtime.draw = block.before
+    return hardware

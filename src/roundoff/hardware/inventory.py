@@ -1,4 +1,4 @@
-"""Which modules of a model the hardware computes, and why the others are left alone."""
+"""Which modules of a model the hardware computes, and why it skips the others."""
 
 from __future__ import annotations
 
@@ -22,44 +22,50 @@ class Entry:
     name: str
     """Dotted name in the model."""
     layer: int | None
-    """Decoder layer, from 0; None outside of the layers."""
+    """Index of its decoder layer, from 0; None if it is not in a layer."""
     weight: str | None
-    """Format of the weight; None: high precision."""
+    """Format of the weight; None means high precision."""
     activation: str | None
-    """Format of the input; None: high precision."""
+    """Format of the input; None means high precision."""
     noise: float
     """Relative standard deviation of the noise on its products (fraction)."""
     deadzone: float = 0.0
-    """Threshold of the input deadzone relative to the token's maximum (fraction)."""
+    """Threshold of the input's deadzone relative to the largest magnitude of the token (fraction)."""
     faults: tuple[str, ...] = ()
     """Kinds of the faults of the unit that computes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """One module with weights that the hardware does not compute, and the reason."""
+    """One module with weights that the hardware does not compute."""
 
     name: str
+    """Dotted name in the model."""
     reason: str
+    """Why it is skipped, for the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A Linear, or the experts of one layer, that the hardware settings cover."""
+    """A Linear, or the experts of one layer, that the settings do not exclude."""
 
     name: str
+    """Dotted name in the model."""
     plain_name: str
+    """The same without the parts that PEFT adds."""
     layer: int | None
+    """Index of its decoder layer, from 0; None if it is not in a layer."""
     module: nn.Module
+    """The module itself."""
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what PEFT's wrapping adds to it."""
+    """A module's dotted name without the parts that PEFT adds when it wraps the model."""
     return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def layer_index(name: str) -> int | None:
-    """The decoder layer that a dotted name lies in: its first part that is a number."""
+    """Index of the decoder layer in a dotted name: the first part that is a number; None if there is none."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -70,7 +76,7 @@ def within_layer(name: str) -> str:
 
 
 def where(entries: Iterable[Entry]) -> str:
-    """Layers and module names, such as `layers 0-5: mlp.down_proj, mlp.up_proj`."""
+    """Describe which modules these are, as in `layers 0-5: mlp.down_proj, mlp.up_proj`."""
     entries = list(entries)
     layers = sorted({entry.layer for entry in entries if entry.layer is not None})
     runs: list[list[int]] = []
@@ -85,7 +91,7 @@ def where(entries: Iterable[Entry]) -> str:
 
 
 def described(entry: Entry) -> str:
-    """What the hardware does to a module, in words."""
+    """Describe what the hardware does to a module, as in `weight mxfp4, activation mxfp4, noise 0.05`."""
     parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
     if entry.noise:
         parts.append(f"noise {entry.noise:g}")
@@ -96,17 +102,17 @@ def described(entry: Entry) -> str:
 
 
 def exclusion(name: str, patterns: Iterable[str]) -> str | None:
-    """The first pattern that matches the whole dotted name or a part of it."""
+    """The first pattern that matches the dotted name or a part of it; None if none does."""
     parts = (name, *name.split("."))
     return next((p for p in patterns if any(fnmatchcase(part, p) for part in parts)), None)
 
 
 def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], list[Skipped]]:
-    """Every Linear and expert that the hardware computes, and the modules with matrices that it does not.
+    """The Linears and experts that the hardware can compute, and the other modules that have matrices.
 
     Raises:
-        ConfigError: if the model is installed already, if no Linear is left, or if a setting names a layer or module
-            that does not exist.
+        ConfigError: if the model already has hardware, if no Linear is left, if a weight is of a dtype or kind that
+            cannot be computed, or if a setting names a layer or module that does not exist.
     """
     found: list[Found] = []
     skipped: list[Skipped] = []
@@ -131,7 +137,7 @@ def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], lis
 
 
 def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None:
-    """None for a Linear to install, "" for what is not worth a word, else why the module is left alone."""
+    """Why a module is skipped: None if it is not, and "" if it has no matrix and so is not part of the report."""
     matrices = [p for p in module.parameters(recurse=False) if p.dim() >= 2]
     if not matrices and not isinstance(module, nn.Linear):
         return ""
@@ -150,8 +156,8 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
             raise ConfigError(f"{name} is of {matrices[0].dtype}: hardware takes float32 or bfloat16 models")
         if hardware.precision.weight and matrices[0].is_inference():
             raise ConfigError(
-                f"{name} was made in torch.inference_mode, so nobody would see when its Q(W) is out of date: load the "
-                "model outside of it (evaluating inside is fine)"
+                f"{name} was made in torch.inference_mode, which hides changes to it, so that its Q(W) could become "
+                "stale unnoticed: load the model outside of inference mode (evaluating inside is fine)"
             )
         return None
     if isinstance(module, nn.Linear):
@@ -160,7 +166,11 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
 
 
 def _check_layers(found: list[Found], hardware: Hardware) -> None:
-    """Refuse settings that name a layer or a module that is not among the Linears found."""
+    """Refuse settings that name a layer or a module without a Linear to compute.
+
+    Raises:
+        ConfigError: naming the setting; also if `precision.keep` is not yet resolved, or the deadzone has no layers.
+    """
     layers = sorted({f.layer for f in found if f.layer is not None})
     span = f"layers with a Linear to compute: {layers[0]} to {layers[-1]}" if layers else "no numbered layers"
     keep = hardware.precision.keep

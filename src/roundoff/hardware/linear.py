@@ -1,17 +1,18 @@
-"""A Linear on simulated hardware: forward `Q(x) Q(W)^T`, with noise on every product; straight-through backward.
+"""A Linear on simulated hardware: `Q(x) Q(W)^T` with noise on every product, and a straight-through backward pass.
 
     y  = noise(Q(x) Q(W)^T) + b, then the faults of the unit       key.fold(name, "forward")
     dX = noise(dY Q(W))                                            key.fold(name, "dx")
     dW = noise(dY^T Q(x))                                          key.fold(name, "dw", fingerprint of the rows)
 
-- The product is perturbed, then the bias is added in the model's dtype: the bias is no part of the matrix product.
-- Activations are quantized with `tensor_scale="row"`: formats with a scale of the whole tensor (nvfp4, fp8_e4m3) take
-  one scale a token, so that a token's result depends neither on padding nor on how the batch is split. The deadzone's
-  maximum is that of the token for the same reason. Deadzone first, then the format.
-- `dX` and `dW` pass straight through formats, deadzone and faults (their derivative counts as 1).
-- `Q(W)` is kept in a buffer of its own beside the parameters and computed again only when the weight has changed
-  (version counter, storage, address, dtype or device). torch does not count every write: not those through
-  `weight.data`, nor the steps of fused or compiled optimizers. `freshness.py` notices those by the weight's memory.
+- The bias is added after the noise, in the model's dtype, because it is not part of the matrix product.
+- Activations are quantized with `tensor_scale="row"`: formats with a scale for the whole tensor (nvfp4, fp8_e4m3) use
+  one scale per token, so that a token's result depends neither on padding nor on how the batch is split. For the same
+  reason the deadzone is relative to the maximum of the token. The deadzone comes before the format.
+- `dX` and `dW` pass straight through formats, deadzone and faults: the derivative of each counts as 1.
+- `Q(W)` is kept in a buffer of its own, outside of the parameters, and is computed again only when the weight has
+  changed (version counter, storage, address, dtype or device). torch does not count every write. A hook in
+  `installed.py` counts the steps of fused optimizers; `freshness.py` detects the others, such as writes through
+  `weight.data` and the steps of compiled optimizers, by the weight's memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +41,7 @@ LINEAR_STATE = "hardware_state"
 
 @dataclass(frozen=True, slots=True)
 class ProductKeys:
-    """Keys of the three products of one Linear under one base key."""
+    """Keys of the three products of one Linear, derived from one base key."""
 
     base: Key
     forward: Key
@@ -49,47 +51,58 @@ class ProductKeys:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class LinearState:
-    """What the hardware does to one Linear, and its cached `Q(W)`; kept outside of parameters and buffers."""
+    """What the hardware does to one Linear, and its cached `Q(W)`; it is no parameter and no buffer of the module."""
 
     name: str
-    """Dotted name without what PEFT adds: draws do not depend on whether adapters wrap the model."""
+    """Dotted name without the parts that PEFT adds, so that draws do not depend on adapters around the model."""
     runtime: Runtime
+    """State that all layers of the model share."""
     weight_format: str | None = None
+    """Format of the weight; None means high precision."""
     activation_format: str | None = None
+    """Format of the input; None means high precision."""
     forward_std: float = 0.0
+    """Relative standard deviation of the noise on the forward product (fraction)."""
     backward_std: float = 0.0
+    """Relative standard deviation of the noise on dX and dW (fraction)."""
     deadzone: float = 0.0
     """Threshold relative to the token's max(abs(x)) (fraction)."""
     faults: tuple[InstalledFault, ...] = ()
+    """Faults of the unit, in the order in which they apply."""
     is_output: bool = False
-    """Whether this is the output embedding, which `logits_to_keep` gives the last tokens only."""
+    """Whether this is the output embedding, which sees only the last tokens under `logits_to_keep`."""
     quantizations: int = 0
     """How often `Q(W)` was computed."""
     _cached: Tensor | None = None
+    """`Q(W)`, valid only while `_cached_of` describes the weight."""
     _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
+    """Version, address, dtype and device of the weight that `Q(W)` was computed from."""
     _cached_in: weakref.ref[torch.UntypedStorage] | None = None
-    """Where the weight lay: another tensor of version 0 may come to lie at the same address."""
+    """Storage of that weight; needed because a later tensor of version 0 may get the same address."""
     _checked: int = -1
-    """The check of its layer's weights (`Part.checks`) that this Linear was last computed after."""
+    """Value of `Part.checks` when this Linear was last computed."""
     _watched: Part | None = None
-    """What watches the weights of its layer; found at the first use."""
+    """The part of `Freshness` that holds this weight; looked up at the first use."""
     _part: str = field(init=False)
-    """The layer that it is checked with."""
+    """Name of that part."""
     _keys: ProductKeys | None = field(default=None)
+    """Keys under the base key of the last product."""
     plain_forward: bool = field(init=False)
-    """Whether the forward pass is exactly F.linear on Q(W)."""
+    """Whether the forward pass is exactly F.linear with Q(W)."""
 
     def __post_init__(self) -> None:
         self._part = part_name(self.name)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
 
-    def quantized_weight(self, weight: Tensor) -> Tensor:
-        """`Q(W)` [out, in]: from the cache unless the weight has changed since."""
+    def quantized_weight(
+        self, weight: Float[Tensor, "out_features in_features"]
+    ) -> Float[Tensor, "out_features in_features"]:
+        """`Q(W)`, from the cache unless the weight has changed; the weight itself if it has no format."""
         if self.weight_format is None:
             return weight.detach()
         tag = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        cached, lay = self._cached, self._cached_in
-        if cached is None or lay is None or tag != self._cached_of or lay() is not weight.untyped_storage():
+        cached, storage = self._cached, self._cached_in
+        if cached is None or storage is None or tag != self._cached_of or storage() is not weight.untyped_storage():
             if cached is not None and (cached.shape, cached.dtype, cached.device) != (
                 weight.shape,
                 weight.dtype,
@@ -97,37 +110,37 @@ class LinearState:
             ):
                 cached = None
             self._cached_of = None  # an error below must not leave a half-written copy in use
-            with torch.inference_mode(False):  # autograd takes no copy that was made in inference mode
+            with torch.inference_mode(False):  # autograd does not accept a tensor made in inference mode
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
             self.runtime.freshness.record(self._watch(), self, weight)
         return cached
 
-    def check_weights(self, x: Tensor) -> None:
-        """Before the first product of a pass, or of a layer in it: notice writes that torch does not count."""
+    def check_weights(self, x: Float[Tensor, "*tokens in_features"]) -> None:
+        """Detect writes that torch did not count; call this before every product (it acts once in a pass)."""
         part = self._watched or self._watch()
         if self._checked == part.checks:  # computed since the last check, so a new pass has begun
             self.runtime.freshness.check(part, x.numel() // max(1, x.shape[-1]))
         self._checked = part.checks
 
     def _watch(self) -> Part:
-        """The watched weights of this Linear's layer."""
+        """The part of `Freshness` that holds this Linear's weight."""
         if self._watched is None:
             self._watched = self.runtime.freshness.part(self._part)
         return self._watched
 
     def refresh(self) -> None:
-        """Forget `Q(W)`."""
+        """Discard `Q(W)`, so that the next product computes it again."""
         self._cached_of = None
 
     @property
     def is_cached(self) -> bool:
-        """Whether `Q(W)` is held."""
+        """Whether there is a `Q(W)` to use."""
         return self._cached_of is not None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy (deepcopy, pickle) takes over: it quantizes its own weight."""
+        """The state of a copy (deepcopy, pickle), without `Q(W)`: the copy quantizes its own weight."""
         state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
         return state | {"_cached": None, "_cached_of": None, "_cached_in": None, "_checked": -1, "_watched": None}
 
@@ -135,29 +148,29 @@ class LinearState:
         for name, value in state.items():
             setattr(self, name, value)
 
-    def quantized_input(self, x: Tensor) -> Tensor:
-        """What enters the product: x after deadzone and format, without gradient."""
+    def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
+        """The input of the product: x after deadzone and format, without gradient."""
         x = x.detach()
         if self.deadzone:
             size = x.abs()
             x = x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
         return x if self.activation_format is None else quantize(x, self.activation_format, tensor_scale="row")
 
-    def shared_input(self, x: Tensor) -> Tensor:
-        """`quantized_input(x)`, computed once for the Linears that see the same x one after the other (q, k, v)."""
+    def shared_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
+        """`quantized_input(x)`, computed only once for consecutive Linears with the same input (q, k, v)."""
         if self.activation_format is None or self.deadzone or x.is_inference() or torch.is_inference_mode_enabled():
             return self.quantized_input(x)
         shared = self.runtime.shared
         if shared is not None:
-            of, version, fmt, result = shared
-            if of() is x and version == x._version and fmt == self.activation_format:  # type: ignore[operator]
+            source, version, fmt, result = shared
+            if source() is x and version == x._version and fmt == self.activation_format:  # type: ignore[operator]
                 return result
         result = self.quantized_input(x)
         self.runtime.shared = (weakref.ref(x), x._version, self.activation_format, result)
         return result
 
     def keys(self, base: Key) -> ProductKeys:
-        """Keys of this Linear's products under a base key."""
+        """Keys of this Linear's products, derived from a base key."""
         keys = self._keys
         if keys is None or keys.base != base:
             fold = base.fold
@@ -166,8 +179,23 @@ class LinearState:
             self._keys = keys
         return keys
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None = None) -> Tensor:
-        """The product on this hardware, [..., out], differentiable; `draw` None: that of the runtime."""
+    def linear(
+        self,
+        x: Float[Tensor, "*tokens in_features"],
+        weight: Float[Tensor, "out_features in_features"],
+        bias: Float[Tensor, " out_features"] | None,
+        draw: Draw | None = None,
+    ) -> Float[Tensor, "*tokens out_features"]:
+        """The differentiable product on this hardware.
+
+        Under `torch.autocast` it is computed in autocast's dtype, from `Q(W)` of the weight as it is stored.
+
+        Args:
+            x: the input.
+            weight: the weight.
+            bias: the bias, or None.
+            draw: source of the noise; None takes it from the runtime (`noise_key`).
+        """
         if torch.compiler.is_compiling():
             return _linear_outside_of_graphs(self, x, weight, bias, draw)
         if self.weight_format is not None:
@@ -196,8 +224,14 @@ class LinearState:
         result: Tensor = _Product.apply(x, weight, bias, self.shared_input(x), quantized, self, draw)  # type: ignore
         return result
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, draw: Draw | None) -> Tensor:
-        """Forward product of what is quantized already, with noise, bias and faults."""
+    def product(
+        self,
+        x: Float[Tensor, "*tokens in_features"],
+        weight: Float[Tensor, "out_features in_features"],
+        bias: Float[Tensor, " out_features"] | None,
+        draw: Draw | None,
+    ) -> Float[Tensor, "*tokens out_features"]:
+        """The forward product of a quantized input and a quantized weight, with noise, bias and faults."""
         if not self.forward_std:
             y = F.linear(x, weight, bias)
         else:
@@ -218,7 +252,7 @@ _linear_outside_of_graphs = outside_of_graphs(LinearState.linear)
 
 
 class _Product(torch.autograd.Function):
-    """See the module's docstring; x, weight and bias receive gradients, `qx` and `qw` are what was multiplied."""
+    """The products of the module's docstring: `qx` and `qw` are multiplied; x, weight and bias get the gradients."""
 
     @staticmethod
     def forward(
@@ -231,13 +265,13 @@ class _Product(torch.autograd.Function):
         state: LinearState,
         draw: Draw | None,
     ) -> Tensor:
-        # The weight is saved for torch's version check alone: a weight changed before backward is an error, as it is
-        # for a plain Linear, and Q(W)'s buffer is rewritten only after such a change. Q(x) is of use to dW alone.
+        # The weight is saved only for torch's version check: a weight that changes before backward is an error, as for
+        # a plain Linear, and the buffer of Q(W) is overwritten only after such a change. Only dW needs Q(x).
         tag = None if draw is None else draw.tag
         ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight, tag)
         ctx.state, ctx.draw = state, draw
         y = state.product(qx, qw, bias, draw)
-        # A view made here could not be added to in place, which some adapters do (AdaLoRA).
+        # Some adapters (AdaLoRA) add to the output in place, which autograd refuses for a view made here.
         return y if y._base is None else torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
@@ -269,12 +303,15 @@ class _Product(torch.autograd.Function):
 
 
 class HardwareLinear(nn.Linear):
-    """A Linear whose class was swapped by `install`; parameters, names and state dict are those of the plain one."""
+    """The class to which `install` switches each Linear; parameters, their names and the state dict stay the same."""
 
     hardware_state: LinearState
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that nn.Linear gives it)
-        """`input` [..., in] -> [..., out] on the installed hardware, or exactly F.linear while it is off."""
+    def forward(
+        self,
+        input: Float[Tensor, "*tokens in_features"],  # noqa: A002 (the name that nn.Linear gives it)
+    ) -> Float[Tensor, "*tokens out_features"]:
+        """The product on the installed hardware, or exactly F.linear while the hardware is off."""
         state = self.hardware_state
         if not state.runtime.on:
             if "_is_replica" not in self.__dict__:  # DataParallel computes its replicas in threads

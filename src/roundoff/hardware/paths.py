@@ -1,11 +1,11 @@
-"""Ways of computing that lead around installed hardware: what `install` refuses because it could not see it run.
+"""Models and settings that `install` refuses, because a product would bypass the hardware or get the wrong noise.
 
 - torch's `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` have a fast path for evaluation that reads the
-  weights of their Linears and never calls them.
-- A module that a model holds under two names is computed twice in one pass. Its draws are keyed by its name, so both
-  products would carry the same noise.
-- Some adapters of PEFT compute with the weight of the Linear that they wrap, and never call it.
-- A pattern of `hardware.exclude` that matches nothing leaves on the hardware what it was meant to take off.
+  weights of their Linears without calling them.
+- Some adapters of PEFT compute with the weight of the Linear that they wrap, without calling it.
+- A module that a model holds under two names may be computed twice in one pass. Its draws are keyed by its name, so
+  both products would have the same noise.
+- A pattern of `hardware.exclude` that matches nothing leaves the module that it was meant for on the hardware.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from roundoff.hardware.inventory import Found, exclusion, plain_name
 from roundoff.numerics.quantize import quantize
 
 SAFE = 1e4
-"""Weights up to this size stay finite in every format (fp16 ends at 65,504, the others at 1.7e38 or beyond)."""
+"""Magnitude up to which weights stay finite in every format (fp16 ends at 65,504, the others at 1.7e38 or beyond)."""
 AROUND = frozenset(f"peft.tuners.{name}" for name in ("frod", "hra", "shira", "supertuning"))
-"""PEFT's methods whose layers read the weight of the Linear that they wrap (peft 0.21)."""
+"""Modules of the PEFT methods whose layers read the weight of the Linear that they wrap, as of peft 0.21."""
 _DEFAULT_EXCLUDE: tuple[str, ...] = Hardware.model_fields["exclude"].default
 
 
 def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) -> None:
-    """Refuse a model or settings under which a covered module would be computed around the hardware.
+    """Refuse a model or settings for a reason of the list above.
 
     Raises:
-        ConfigError: for torch's fast path, for adapters that compute around it, for a module under two names that
+        ConfigError: for torch's fast path, for adapters that bypass a covered Linear, for a module under two names that
             draws noise, and for a pattern of `hardware.exclude` that matches no module.
     """
     _check_fast_path(model, covered)
@@ -42,10 +42,12 @@ def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) 
 
 
 def check_range(covered: Sequence[Found], fmt: str | None) -> None:
-    """Refuse weights that are finite and that their format would make infinite (up to 2^127 no format does).
+    """Refuse finite weights that become infinite in their format.
+
+    Only fp16 does that below 2^127; the other formats may do it above.
 
     Raises:
-        ConfigError: naming the weight and its largest number.
+        ConfigError: naming the weight and its largest magnitude.
     """
     if fmt is None:
         return
@@ -53,12 +55,12 @@ def check_range(covered: Sequence[Found], fmt: str | None) -> None:
         for name, weight in item.module.named_parameters(recurse=False):
             if weight.is_meta or weight.dim() < 2 or weight.numel() == 0:
                 continue
-            most = float(weight.detach().abs().max())
-            if not SAFE < most < math.inf:
+            max_abs = float(weight.detach().abs().max())
+            if not SAFE < max_abs < math.inf:
                 continue
             if bool(weight.isfinite().all()) and not bool(quantize(weight.detach(), fmt).isfinite().all()):
                 raise ConfigError(
-                    f"{item.name}.{name} holds numbers up to {most:.3g}, which hardware.precision.weight = {fmt!r} "
+                    f"{item.name}.{name} holds numbers up to {max_abs:.3g}, which hardware.precision.weight = {fmt!r} "
                     "rounds to infinity: the weights of this model are broken, or need another scale"
                 )
 
@@ -77,10 +79,10 @@ def _check_fast_path(model: nn.Module, covered: Sequence[Found]) -> None:
 
 
 def check_adapters(model: nn.Module, covered: Sequence[nn.Module]) -> None:
-    """Refuse adapters that compute around a covered Linear.
+    """Refuse adapters that read the weight of a covered Linear without calling it.
 
     Raises:
-        ConfigError: naming the layer and PEFT's method.
+        ConfigError: naming the layer and the method of PEFT.
     """
     modules = {id(module) for module in covered}
     for name, module in model.named_modules():

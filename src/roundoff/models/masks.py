@@ -24,9 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
-
-POSITIONS_PER_ROLLOUT = 2**20
-"""Row id of a token: `rollout_id * 2**20 + position` (longest sequence: 1,048,576 tokens)."""
+from roundoff.hardware import POSITIONS
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -150,4 +148,4 @@ def positions(left: Tensor, columns: int) -> Tensor:
 
 def row_ids(rollout_ids: Tensor, position: Tensor) -> Tensor:
     """Row ids [N, S] of tokens at positions [N, S] of rollouts [N]: what keys the hardware's noise."""
-    return rollout_ids[:, None] * POSITIONS_PER_ROLLOUT + position
+    return rollout_ids[:, None] * POSITIONS + position

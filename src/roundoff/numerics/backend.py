@@ -1,4 +1,4 @@
-"""Which path computes: the compiled kernels on a CPU, or plain torch. Both give the same bits.
+"""The choice between two paths that give the same bits: compiled kernels on a CPU, or plain torch.
 
 The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`). `roundoff.numerics.build` compiles it for
 each kind of processor, and this module loads the library of the widest vectors that the processor has, through ctypes.
@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from roundoff.numerics.build import BuildError, library_for, targets_for
 
 Backend = Literal["auto", "compiled", "torch"]
 
-# A tensor below this number of elements is never shared between threads (kernels/roundoff.cpp: PER_THREAD).
 THREADED_ELEMENTS = 1 << 18
+"""Elements per thread below which another thread does not pay off (`PER_THREAD` in kernels/roundoff.cpp)."""
 
 _LOG = logging.getLogger("roundoff")
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
@@ -33,7 +34,7 @@ _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The functions of the compiled library (signatures in kernels/roundoff.cpp)."""
+    """The functions of the compiled library; kernels/roundoff.cpp gives their signatures."""
 
     quantize: Callable[..., None]
     noise: Callable[..., None]
@@ -44,14 +45,22 @@ class Kernels:
     fingerprint: Callable[..., None]
     fingerprints: Callable[..., None]
     path: Path
-    """The library."""
+    """File of the library."""
     target: str
     """The vectors that it was compiled for, such as `avx2` (`roundoff.numerics.build`)."""
 
 
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
-    """Inside, numerics on the CPU take this path: "compiled" (an error if it cannot be built), "torch", or "auto"."""
+    """Fix the path that numerics take on the CPU inside the block.
+
+    Args:
+        choice: "compiled", "torch", or "auto" (compiled if possible).
+
+    Raises:
+        ValueError: if there is no such path.
+        BuildError: if `choice` is "compiled" and the kernels cannot be built.
+    """
     if choice not in ("auto", "compiled", "torch"):
         raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
     if choice == "compiled":
@@ -63,15 +72,18 @@ def use_backend(choice: Backend) -> Iterator[None]:
         _choice.reset(token)
 
 
-def kernels_for(x: Tensor) -> Kernels | None:
-    """The compiled kernels for work on this tensor; None means: plain torch."""
+def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
+    """The compiled kernels for work on this tensor, or None if plain torch is to be used."""
     if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
         return None
-    return _kernels()
+    return available_kernels()
 
 
-def can_write(out: Tensor, x: Tensor) -> bool:
-    """Whether a kernel may write to `out` as it reads the contiguous `x`: `out` is `x`, or shares nothing with it."""
+def can_write(out: Shaped[Tensor, "*shape"], x: Shaped[Tensor, "*shape"]) -> bool:
+    """Whether a kernel may write to `out` while it reads the contiguous `x`.
+
+    It may if `out` is contiguous and either has the memory of `x` or does not overlap it.
+    """
     if not out.is_contiguous():
         return False
     shift = abs(out.data_ptr() - x.data_ptr())
@@ -79,13 +91,16 @@ def can_write(out: Tensor, x: Tensor) -> bool:
 
 
 def thread_count(elements: int) -> int:
-    """Threads for a work of this size: torch's setting, but one for small work. Results never depend on it."""
+    """Number of threads for this many elements: torch's setting, or one if the work is small.
+
+    Results never depend on it.
+    """
     return torch.get_num_threads() if elements >= 2 * THREADED_ELEMENTS else 1
 
 
 @functools.cache
-def _kernels() -> Kernels | None:
-    """The compiled kernels, or None after saying in one line why not."""
+def available_kernels() -> Kernels | None:
+    """The compiled kernels, or None if they cannot be built; the reason is logged once, in one line."""
     try:
         return build()
     except BuildError as error:
@@ -115,12 +130,16 @@ def build() -> Kernels:
 
 def computed_by() -> str:
     """What computes on the CPU here: the target of the compiled kernels, or `torch`."""
-    kernels = None if _choice.get() == "torch" else _kernels()
+    kernels = None if _choice.get() == "torch" else available_kernels()
     return "torch" if kernels is None else kernels.target
 
 
 def load(library: Path, target: str) -> Kernels:
-    """The functions of a library that was compiled for `target`."""
+    """Load a library that was compiled for `target`.
+
+    Raises:
+        BuildError: if the system cannot load it.
+    """
     try:
         handle = ctypes.CDLL(str(library))
     except OSError as error:

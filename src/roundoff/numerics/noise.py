@@ -1,49 +1,49 @@
 """Relative Gaussian error of a matrix product: `y + s * |y| * eps`, with eps replayable from a key.
 
-`eps[r, j]` depends on the key, the id of row r and the logical column of j only, so that the error of a token does not
-depend on the batch it is computed in, on its padding, or on how many threads work. See `rng` for the generator.
+`eps[r, j]` depends only on the key, the id of row r and the logical column j. The error of a token therefore does not
+depend on the batch that it is computed in, on its padding, or on the number of threads. `rng` describes the generator;
+`rng.normal` gives the same eps by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .backend import Kernels, can_write, kernels_for, thread_count
-from .rng import Key, normal, normal_rows
+from .rng import Key, normal_rows
 
 _LARGEST = torch.finfo(torch.float32).max
-_CHUNK = 1 << 15  # draws made at a time by the pure-torch path
+_CHUNK = 1 << 15  # draws that the torch path makes at a time
 
 
 def matmul_noise(
-    y: Tensor,
+    y: Float[Tensor, "*rows columns"],
     relative_std: float,
     key: Key,
     *,
-    rows: Tensor | None = None,
-    column_start: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """`y + s * |y| * eps` for a product `y` [..., N]; s is `relative_std`, a fraction (5 % is 0.05).
+    rows: Int[Tensor, "*rows"] | None = None,
+    column_start: Int[Tensor, "*rows"] | None = None,
+    out: Float[Tensor, "*rows columns"] | None = None,
+) -> Float[Tensor, "*rows columns"]:
+    """Add relative Gaussian error to a matrix product: `y + relative_std * |y| * eps`, with eps ~ N(0, 1).
 
     Args:
-        y: the product, float32 or bfloat16; computed in float32 and rounded once to its dtype.
-        relative_std: standard deviation of the relative error; 0 returns exactly `y`.
+        y: the product, float32 or bfloat16. The sum is computed in float32 and rounded once to this dtype.
+        relative_std: standard deviation of the relative error (fraction; 5 % is 0.05); 0 returns exactly `y`.
         key: key of this product's draws.
-        rows: identity of each row, int64 [...]; default 0..R-1.
-        column_start: logical index of the first column of each row, int64 [...]; default 0, may be negative (so that
-            left padding does not shift the draws).
+        rows: identity of each row, int64; the default counts the rows from 0.
+        column_start: logical index of each row's first column, int64; default 0. It may be negative, so that left
+            padding does not shift the draws.
         out: where to write; may be `y`.
 
     Raises:
-        TypeError, ValueError: before anything is written.
+        TypeError, ValueError: if an argument cannot be used; nothing has been written then.
     """
     _check(y, relative_std, key, out)
-    ids = None if rows is None else _index("rows", rows, y)
-    first = None if column_start is None else _index("column_start", column_start, y)
+    ids = None if rows is None else _flat_index("rows", rows, y)
+    first = None if column_start is None else _flat_index("column_start", column_start, y)
     if relative_std == 0 or y.numel() == 0:
         with torch.no_grad():
             return y.clone() if out is None else out.copy_(y)
@@ -62,7 +62,7 @@ def matmul_noise(
 def _compiled(
     kernels: Kernels, y: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """The kernel on contiguous memory."""
+    """The compiled path, on contiguous memory."""
     if out is None:
         out = torch.empty_like(y)
     elif not out.is_inference():
@@ -84,7 +84,7 @@ def _compiled(
 
 
 def _torch(flat: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor | None) -> Tensor:
-    """Plain torch on rows [R, N], a cache-sized piece at a time."""
+    """The torch path on rows [rows, columns], one cache-sized piece at a time."""
     count, columns = flat.shape
     if ids is None:
         ids = torch.arange(count, device=flat.device)
@@ -99,20 +99,8 @@ def _torch(flat: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor |
     return result
 
 
-def gaussian(
-    key: Key,
-    shape: Sequence[int],
-    *,
-    rows: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Standard normal numbers [..., N], keyed by (row id, column) like the eps of `matmul_noise`."""
-    return normal(key, shape, dtype=dtype, rows=rows, device=device)
-
-
 def _check(y: Tensor, relative_std: float, key: object, out: Tensor | None) -> None:
-    """Refuse what cannot be computed."""
+    """Refuse arguments that cannot be used."""
     if not isinstance(y, Tensor) or (y.dtype is not torch.float32 and y.dtype is not torch.bfloat16):
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"matmul_noise takes a float32 or bfloat16 tensor, but got {kind}")
@@ -128,8 +116,8 @@ def _check(y: Tensor, relative_std: float, key: object, out: Tensor | None) -> N
         raise ValueError(f"out must be like y ({y.dtype}, {tuple(y.shape)}), but is {out.dtype}, {tuple(out.shape)}")
 
 
-def _index(name: str, index: Tensor, y: Tensor) -> Tensor:
-    """Row ids or first columns, contiguous."""
+def _flat_index(name: str, index: Tensor, y: Tensor) -> Tensor:
+    """Row ids or first columns of `y` as a contiguous vector [rows]."""
     if index.dtype is not torch.int64 or index.shape != y.shape[:-1] or index.device != y.device:
         raise ValueError(
             f"{name} must be int64 of shape {tuple(y.shape[:-1])} on {y.device}, "

@@ -1,13 +1,14 @@
-"""Quantize-dequantize of a tensor: what a number becomes when it is stored in a format and read back.
+"""Quantize-dequantize of a tensor: the values that remain after storing it in a format and reading it back.
 
-Blocks lie along `axis` and never cross a row; a row whose length is no multiple of the block is padded with zeros and
-cut back. Results are the same bits whether compiled or in plain torch, and for any number of threads. The result
-carries no gradient: how a gradient passes (straight-through) is the business of `roundoff.hardware`.
+Blocks lie along `axis` and never cross a row; a row whose length is not a multiple of the block is padded with zeros
+and cut back. The compiled kernels and plain torch give the same bits, with any number of threads. The result carries
+no gradient: `roundoff.hardware` decides how a gradient passes (straight-through).
 """
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from .backend import Kernels, can_write, kernels_for, thread_count
@@ -17,34 +18,35 @@ from .rng import Key
 
 _LARGEST = torch.finfo(torch.float32).max
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Where tensor scales come from: the enum `Source` of kernels/roundoff.cpp.
+# Origins of the tensor scales: the enum `Source` of kernels/roundoff.cpp.
 _NONE, _FROM_TENSOR, _FROM_ROW, _GIVEN, _GIVEN_ROWS = range(5)
 
 
 def quantize(
-    x: Tensor,
+    x: Float[Tensor, "*shape"],
     fmt: str | Format,
     *,
     axis: int = -1,
-    tensor_scale: str | float | Tensor | None = None,
-    out: Tensor | None = None,
+    tensor_scale: str | float | Float[Tensor, " ..."] | None = None,
+    out: Float[Tensor, "*shape"] | None = None,
     stochastic: Key | None = None,
-) -> Tensor:
-    """`x` (float32 or bfloat16, any shape) stored in a format and read back; same shape and dtype.
+) -> Float[Tensor, "*shape"]:
+    """Store `x` in a number format and read it back; the result has the shape and dtype of `x`.
 
     Args:
-        x: the tensor; never changed unless it is also `out`.
-        fmt: a name of `FORMATS` or a `Format`.
+        x: the tensor, float32 or bfloat16; never changed unless it is also `out`.
+        fmt: the name of an entry of `FORMATS`, or a `Format`.
         axis: the axis along which blocks lie: the contraction axis of the product that `x` enters.
-        tensor_scale: for formats with a float32 scale of the whole tensor (nvfp4, fp8_e4m3): None computes it from the
-            tensor's finite values, "row" from each row along the axis (a token's result then does not depend on its
-            batch), a number or a tensor that broadcasts to [..., 1] is used as given (nvfp4: amax / 2688; fp8_e4m3:
-            amax / 448). Formats without such a scale accept None and "row" and ignore them.
+        tensor_scale: for formats with a float32 scale for the whole tensor (nvfp4, fp8_e4m3): None computes it from the
+            tensor's finite values; "row" computes one for each row along the axis, so that the result of a token does
+            not depend on its batch; a number, or a tensor that broadcasts to [..., 1], is used as it is (nvfp4:
+            amax / 2688; fp8_e4m3: amax / 448). Formats without such a scale accept None and "row" and ignore them.
         out: where to write; same shape and dtype as `x`, and may be `x`.
-        stochastic: round up or down at random instead of to nearest; the bits come from this key, row and column.
+        stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
+            column; None rounds to nearest.
 
     Raises:
-        TypeError, ValueError, IndexError: before anything is written.
+        TypeError, ValueError, IndexError: if an argument cannot be used; nothing has been written then.
     """
     if isinstance(fmt, str):
         fmt = FORMATS.get(fmt) or get_format(fmt)
@@ -69,13 +71,13 @@ def _compiled(
     out: Tensor | None,
     stochastic: Key | None,
 ) -> Tensor:
-    """The kernels on contiguous memory whose last axis holds the blocks."""
+    """The compiled path, on contiguous memory with blocks along the last axis."""
     if out is None:
         y = torch.empty_like(x)
     else:
         y = out
         if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # caches keyed on a tensor's version see the write
+            torch.autograd.graph.increment_version(out)  # so that caches keyed on a tensor's version notice the write
     count = x.numel()
     if count == 0:
         return y
@@ -108,7 +110,7 @@ def _general(
     out: Tensor | None,
     stochastic: Key | None,
 ) -> Tensor:
-    """Any memory layout, any axis, any device: rows are gathered, quantized, and put back."""
+    """The path for any memory layout, axis and device: gather the rows, quantize them, and put them back."""
     moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
     if kernels is not None:
         rows = _compiled(kernels, moved.contiguous(), fmt, source, given, None, stochastic)
@@ -123,7 +125,7 @@ def _general(
 
 
 def _cast(x: Tensor, fmt: Format, out: Tensor | None, stochastic: Key | None) -> Tensor:
-    """A plain cast and back: torch's own operators on every path."""
+    """Cast to the format's dtype and back, with torch's own operators on every path."""
     if stochastic is not None:
         raise ValueError(f"stochastic rounding is defined for block formats, not for the cast {fmt.name!r}")
     with torch.no_grad():
@@ -134,7 +136,7 @@ def _cast(x: Tensor, fmt: Format, out: Tensor | None, stochastic: Key | None) ->
 
 
 def _check(x: Tensor, fmt: object, axis: int, out: Tensor | None, stochastic: object) -> None:
-    """Refuse what cannot be quantized, before anything is written."""
+    """Refuse arguments that cannot be used, before anything is written."""
     if not isinstance(x, Tensor):
         raise TypeError(f"quantize takes a torch.Tensor, but got {type(x).__name__}")
     if not isinstance(fmt, Format):
@@ -160,7 +162,7 @@ def _check(x: Tensor, fmt: object, axis: int, out: Tensor | None, stochastic: ob
 
 
 def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tensor | None) -> tuple[int, float | Tensor]:
-    """Where the tensor scales come from, and the given ones: a number, or float32 [R]."""
+    """The origin of the tensor scales, and those that the caller passed: a number, or float32 [rows]."""
     if fmt.tensor_divisor is None:
         if tensor_scale is None or (isinstance(tensor_scale, str) and tensor_scale == "row"):
             return _NONE, 1.0
@@ -179,7 +181,7 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
 
 
 def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
-    """A given scale tensor as a number or as float32 [R]."""
+    """A scale tensor that the caller passed, as a number or as float32 [rows]."""
     scale = scale.detach().to(device=x.device, dtype=torch.float32)
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
@@ -194,7 +196,7 @@ def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Ten
 
 
 def _scales(rows: Tensor, fmt: Format, source: int, given: float | Tensor) -> Tensor | None:
-    """Tensor scales [1, 1] or [R, 1] of the pure-torch path."""
+    """Tensor scales [1, 1] or [rows, 1] for the torch path."""
     if source == _NONE:
         return None
     if isinstance(given, Tensor):

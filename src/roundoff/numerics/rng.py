@@ -1,25 +1,24 @@
-"""Random numbers that are a function of a key and a position, and of nothing else.
+"""Random numbers that are a function of a key and a position only.
 
-A stateful generator ties a draw to everything drawn before it: another batch order, another number of processes, or a
-resumed run gives other noise. Here a draw is `Philox4x32-7(counter, key)` (Salmon, Moraes, Dror, Shaw, "Parallel
-Random Numbers: As Easy as 1, 2, 3", SC 2011), a keyed bijection of 128-bit counters, so any draw can be made alone, in
-any order, twice. Seven rounds are the fewest that pass BigCrush (table 2 there; the paper's default of ten is a
-margin). They are taken because noise costs as much as a small layer's matrix product.
+With a stateful generator a draw depends on everything drawn before it, so another batch order, another number of
+processes, or a resumed run gives other noise. Here a draw is `Philox4x32-7(counter, key)` (Salmon, Moraes, Dror, Shaw,
+"Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), a keyed bijection of 128-bit counters, so any draw can be made
+by itself, in any order, and repeated. Seven rounds are the fewest that pass BigCrush (table 2 there); the paper's
+default of ten adds a safety margin. Seven are used because noise costs as much as the matrix product of a small layer.
 
     key      64 bits   `Key`: folded from the run's seed, the purpose, the step, the layer, ...
     counter 128 bits   (column // 4: 64 bits, row id: 64 bits); word `column % 4` of the block belongs to the column
 
-Normal numbers come from Box and Muller's transform of word pairs (0, 1) and (2, 3): with `u = (w0 + 1/2) / 2^32` and
+Normal numbers come from the Box-Muller transform of the word pairs (0, 1) and (2, 3): with `u = (w0 + 1/2) / 2^32` and
 an angle `t`,
 
     r = sqrt(-2 ln u),   eps[even column] = r cos t,   eps[odd column] = r sin t.
 
-The angle is drawn as: 30 bits of `w1` give `x` uniform in [-pi/4, pi/4), one bit exchanges cosine and sine, one bit
-negates the cosine; together that is uniform on the circle. Logarithm, sine and cosine
-are float32 polynomials written with additions and multiplications only. Each of these is correctly rounded by IEEE 754,
-as is the square root (taken in float64 by torch), so torch's eager operators and C++ compiled with `-ffp-contract=off`
-give the same bits. The polynomials err by less than 4e-6 of eps; the largest possible |eps| is 6.76 (a true
-normal exceeds it with probability 1.4e-11).
+30 bits of `w1` give an angle uniform in [-pi/4, pi/4); one more bit exchanges cosine and sine, and another negates the
+cosine; the result is uniform on the circle. Logarithm, sine and cosine are float32 polynomials made of additions and
+multiplications only. IEEE 754 rounds each of these correctly, and so is the square root (which torch takes in float64),
+so torch's eager operators and C++ compiled with `-ffp-contract=off` give the same bits. The polynomials change eps by
+less than 4e-6; the largest possible |eps| is 6.76, which a true normal exceeds with probability 1.4e-11.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .backend import kernels_for, thread_count
@@ -50,7 +50,11 @@ def _mix(z: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A 64-bit key of the counter-based generator. `fold` derives independent keys for parts of the work."""
+    """A 64-bit key of the counter-based generator; `fold` derives independent keys from it.
+
+    Raises:
+        ValueError: if `value` does not fit into 64 unsigned bits.
+    """
 
     value: int
 
@@ -60,16 +64,20 @@ class Key:
 
     @classmethod
     def from_seed(cls, seed: int) -> Key:
-        """The key of a run's seed (any integer)."""
+        """The key of a run with this seed, which may be any integer."""
         return cls(_mix((seed + 0x9E3779B97F4A7C15) & _MASK64))
 
     def fold(self, *parts: int | str) -> Key:
-        """The key of a part of this key's work: `key.fold("noise", step)`. Order counts; 1 and "1" differ."""
+        """Derive the key of a part of the work, such as `key.fold("noise", step)`.
+
+        The order of the parts matters, the integer 1 and the string "1" differ, and folding two parts at once is the
+        same as folding them one after the other.
+        """
         value = self.value
         for part in parts:
             if isinstance(part, str):
                 digest = hashlib.blake2b(part.encode(), digest_size=8).digest()
-                # Rotated constants keep the two kinds of part in different streams.
+                # Different constants keep strings and integers in different streams.
                 word = int.from_bytes(digest, "little") ^ 0x5851F42D4C957F2D
             else:
                 word = (int(part) * 0x9E3779B97F4A7C15 + 0x14057B7EF767814F) & _MASK64
@@ -78,13 +86,15 @@ class Key:
 
 
 def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product; int64 tensors that hold unsigned 32-bit values."""
-    product = a * multiplier  # wraps modulo 2^64, which keeps all 64 bits of an unsigned product
+    """High and low 32 bits of a 32 x 32 bit product, as int64 tensors that hold unsigned 32-bit values."""
+    product = a * multiplier  # int64 wraps modulo 2^64, which keeps all 64 bits of the unsigned product
     return (product >> 32) & _MASK32, product & _MASK32
 
 
-def philox_bits(key: Key, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 random bits (int64 tensors) for each 128-bit counter `(low, high)` of two int64 tensors."""
+def philox_bits(
+    key: Key, low: Int[Tensor, "*shape"], high: Int[Tensor, "*shape"]
+) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"], Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
+    """Four words of 32 random bits, as int64, for each 128-bit counter with these low and high halves (int64)."""
     c0, c1, c2, c3 = low & _MASK32, (low >> 32) & _MASK32, high & _MASK32, (high >> 32) & _MASK32
     k0, k1 = key.value & _MASK32, key.value >> 32
     for _ in range(_ROUNDS):
@@ -95,7 +105,7 @@ def philox_bits(key: Key, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Te
     return c0, c1, c2, c3
 
 
-# Minimax polynomials, highest power first, weighted for a small relative error of the result (7e-6, 1.4e-6, 4e-8):
+# Minimax polynomials, highest power first, weighted for a small relative error of the result (7e-6, 1.4e-6, 4e-8) of
 # -2 ln(1 + x) / x on [sqrt(1/2) - 1, sqrt(2) - 1]; sin(x) / x and (cos(x) - 1) / x^2 in x^2 on [0, (pi/4)^2].
 _LOG = (
     0.2858414053916931,
@@ -113,7 +123,7 @@ _SQRT_HALF_BITS = 0x3F3504F3
 
 
 def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    """Horner's rule, each step one rounded product and one rounded sum."""
+    """Evaluate a polynomial by Horner's rule; each step is one rounded product and one rounded sum."""
     p = x * coefficients[0]
     p += coefficients[1]
     for coefficient in coefficients[2:]:
@@ -125,7 +135,7 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 def _negative_two_log(word: Tensor) -> Tensor:
     """`-2 ln((word + 1/2) / 2^32)` in float32."""
     f = word.to(torch.float32) + 0.5
-    # f = 2^(e + 32) (1 + x) with 1 + x in [sqrt(1/2), sqrt(2)): subtract those bits, keep the exponent.
+    # f = 2^(e + 32) (1 + x) with 1 + x in [sqrt(1/2), sqrt(2)); subtracting these bits separates e from x.
     shifted = f.view(torch.int32) - (_SQRT_HALF_BITS + (32 << 23))
     exponent = (shifted >> 23).to(torch.float32)
     x = ((shifted & 0x7FFFFF) + _SQRT_HALF_BITS).view(torch.float32) - 1.0
@@ -133,9 +143,9 @@ def _negative_two_log(word: Tensor) -> Tensor:
 
 
 def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals (float32) of two words of 32 bits."""
-    # Through float64: torch's float32 square root (MKL's) is not correctly rounded. The rounded float64 root is, even
-    # if that errs in its last place, because no root of a float32 lies that close to the middle of two float32.
+    """Two independent standard normals (float32) from two words of 32 bits."""
+    # Through float64, because torch's float32 square root (MKL's) is not correctly rounded. The float64 root rounded to
+    # float32 is, even if it errs in its last place: no root of a float32 lies that close to the middle of two float32.
     r = torch.sqrt(_negative_two_log(word0).to(torch.float64)).to(torch.float32)
     # Bits 0 to 29 as a signed fraction of pi/4: shift bit 29 into int32's sign.
     signed = (word1 << 2 & _MASK32) - ((word1 << 3) & 0x1_0000_0000)
@@ -149,7 +159,7 @@ def _box_muller(word0: Tensor, word1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counters(rows: Tensor, first: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Groups of four columns that cover `[first, first + columns)`, their row counters, and the offset of `first`."""
+    """Column and row counters of the groups of four that cover `[first, first + columns)`; offset of `first` in one."""
     offset = first & 3
     groups = (columns + 3 + 3) // 4
     low = (first >> 2).unsqueeze(-1) + torch.arange(groups, device=rows.device)
@@ -157,24 +167,28 @@ def _counters(rows: Tensor, first: Tensor, columns: int) -> tuple[Tensor, Tensor
 
 
 def _cut(values: Tensor, offset: Tensor, columns: int) -> Tensor:
-    """The `columns` values of each row of [R, 4 G] that start at its `offset` in 0..3."""
+    """The `columns` values of each row of [rows, 4 * groups] that start at its `offset` (0 to 3)."""
     if values.is_cpu and not torch.compiler.is_compiling() and not bool(offset.any()):
         return values[:, :columns]
     return values.gather(1, offset.unsqueeze(-1) + torch.arange(columns, device=values.device))
 
 
-def word_rows(key: Key, rows: Tensor, first: Tensor, columns: int) -> Tensor:
-    """Random words [R, columns] (int64, 32 bits used) for row ids [R] and first columns [R]; the pure-torch path."""
+def word_rows(
+    key: Key, rows: Int[Tensor, " rows"], first: Int[Tensor, " rows"], columns: int
+) -> Int[Tensor, "rows {columns}"]:
+    """Random words of 32 bits (as int64) for row ids and first columns, on the torch path."""
     low, high, offset = _counters(rows, first, columns)
-    words = torch.stack(philox_bits(key, low, high), dim=-1)  # [R, G, 4]
+    words = torch.stack(philox_bits(key, low, high), dim=-1)  # [rows, groups, 4]
     return _cut(words.flatten(1), offset, columns)
 
 
-def normal_rows(key: Key, rows: Tensor, first: Tensor, columns: int) -> Tensor:
-    """Standard normals [R, columns] (float32) for row ids [R] and first columns [R]; the pure-torch path."""
+def normal_rows(
+    key: Key, rows: Int[Tensor, " rows"], first: Int[Tensor, " rows"], columns: int
+) -> Float[Tensor, "rows {columns}"]:
+    """Standard normals (float32) for row ids and first columns, on the torch path."""
     low, high, offset = _counters(rows, first, columns)
     w0, w1, w2, w3 = philox_bits(key, low, high)
-    values = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1)  # [R, G, 4]
+    values = torch.stack((*_box_muller(w0, w1), *_box_muller(w2, w3)), dim=-1)  # [rows, groups, 4]
     return _cut(values.flatten(1), offset, columns)
 
 
@@ -182,11 +196,12 @@ _NORMALS, _UNIFORMS = 1, 2  # the enum `Draw` of kernels/philox.h
 
 
 def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
-    """Draws [R, columns] of the compiled path; None where plain torch is to be used."""
+    """Draws [rows, columns] on the compiled path, or None if plain torch is to be used."""
     kernels = kernels_for(ids)
     if kernels is None:
         return None
-    out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)  # whatever torch's defaults are
+    # torch's default dtype and device may be anything, so both are named.
+    out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)
     if out.numel():
         ids = ids.contiguous()
         threads = thread_count(out.numel())
@@ -195,7 +210,7 @@ def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
 
 
 def _row_ids(shape: Sequence[int], rows: Tensor | None, device: torch.device | str) -> tuple[Tensor, int]:
-    """Row ids [R] (default 0..R-1) and the number of columns of a tensor of this shape."""
+    """Row ids [rows] (the default counts from 0) and the number of columns of a tensor of this shape."""
     leading, columns = tuple(shape[:-1]), int(shape[-1])
     if rows is None:
         count = 1
@@ -208,15 +223,25 @@ def _row_ids(shape: Sequence[int], rows: Tensor | None, device: torch.device | s
 
 
 def uniform(
-    key: Key, shape: Sequence[int], *, rows: Tensor | None = None, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Uniform float32 numbers in [0, 1) of the given shape (24 bits each), keyed by (row id, column)."""
+    key: Key, shape: Sequence[int], *, rows: Int[Tensor, "*rows"] | None = None, device: torch.device | str = "cpu"
+) -> Float[Tensor, "*rows columns"]:
+    """Uniform float32 numbers in [0, 1), multiples of 2^-24, keyed by row id and column.
+
+    Args:
+        key: key of the draws.
+        shape: shape of the result; the last axis holds the columns.
+        rows: identity of each row, int64; the default counts the rows from 0.
+        device: device of the result if `rows` is not given.
+
+    Raises:
+        ValueError: if `rows` does not have the leading shape or is not int64.
+    """
     ids, columns = _row_ids(shape, rows, device)
-    drawn = _draw(_UNIFORMS, key, ids, columns)
-    if drawn is None:
+    draws = _draw(_UNIFORMS, key, ids, columns)
+    if draws is None:
         words = word_rows(key, ids, torch.zeros_like(ids), columns)
-        drawn = (words >> 8).to(torch.float32) * 2.0**-24
-    return drawn.reshape(tuple(shape))
+        draws = (words >> 8).to(torch.float32) * 2.0**-24
+    return draws.reshape(tuple(shape))
 
 
 def normal(
@@ -224,12 +249,23 @@ def normal(
     shape: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
-    rows: Tensor | None = None,
+    rows: Int[Tensor, "*rows"] | None = None,
     device: torch.device | str = "cpu",
-) -> Tensor:
-    """Standard normal numbers [..., N] keyed by (row id, column): the eps of `matmul_noise` with the same key."""
+) -> Float[Tensor, "*rows columns"]:
+    """Standard normal numbers keyed by row id and column: the eps of `matmul_noise` with the same key.
+
+    Args:
+        key: key of the draws.
+        shape: shape of the result; the last axis holds the columns.
+        dtype: dtype to which the float32 draws are rounded.
+        rows: identity of each row, int64; the default counts the rows from 0.
+        device: device of the result if `rows` is not given.
+
+    Raises:
+        ValueError: if `rows` does not have the leading shape or is not int64.
+    """
     ids, columns = _row_ids(shape, rows, device)
-    drawn = _draw(_NORMALS, key, ids, columns)
-    if drawn is None:
-        drawn = normal_rows(key, ids, torch.zeros_like(ids), columns)
-    return drawn.to(dtype).reshape(tuple(shape))
+    draws = _draw(_NORMALS, key, ids, columns)
+    if draws is None:
+        draws = normal_rows(key, ids, torch.zeros_like(ids), columns)
+    return draws.to(dtype).reshape(tuple(shape))

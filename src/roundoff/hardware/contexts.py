@@ -1,0 +1,66 @@
+"""The blocks that a model runs in: `hardware_off` and `noise_key`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from roundoff.hardware.draw import Draw
+from roundoff.hardware.installed import required
+from roundoff.numerics.rng import Key
+
+
+@contextmanager
+def hardware_off(model: nn.Module) -> Iterator[None]:
+    """Compute in plain arithmetic inside the block, with the exact bits of the same weights without hardware.
+
+    Under gradient checkpointing the block must enclose `backward()` as well, which computes the forward pass again.
+
+    Raises:
+        ConfigError: if no hardware is installed, or the switches of this model do not reach all of its modules.
+        RuntimeError: if another thread is inside a block of this model.
+    """
+    hardware = required(model)
+    hardware.check_reach(model)
+    block = hardware.runtime.enter("hardware_off", hardware.is_on)
+    hardware.switch(False)
+    try:
+        yield
+    finally:
+        if hardware.runtime.leave(block):
+            hardware.switch(block.before)
+
+
+@contextmanager
+def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] | None = None) -> Iterator[None]:
+    """Fix the noise of the forward pass inside the block: the same key and rows give the same bits.
+
+    Every product draws from `key`, its own name and the row ids. Open one block for each forward pass, because a second
+    pass over the same rows inside it would get the same noise. The backward pass uses the draws of its forward pass
+    wherever it runs, but under gradient checkpointing, which computes the forward pass again, the block must stay open
+    until `backward()` is done. Blocks may be nested; the innermost one applies.
+
+    Args:
+        model: the installed model, a part of it, or a wrapper.
+        key: key of the pass.
+        rows: identity of each token, int64: `rollout_id * POSITIONS + position`, with positions counted without
+            padding. The tensor must not be changed afterwards. None: each product counts its rows from 0.
+
+    Raises:
+        ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
+        RuntimeError: if another thread is inside a block of this model.
+        ValueError: if `rows` is not int64 or does not have two axes.
+    """
+    hardware = required(model)
+    hardware.check_switches()
+    runtime, draw = hardware.runtime, Draw(key, rows)
+    block = runtime.enter("noise_key", runtime.draw)
+    runtime.draw = draw
+    try:
+        yield
+    finally:
+        if runtime.leave(block):
+            runtime.draw = block.before
