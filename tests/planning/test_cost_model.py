@@ -9,15 +9,19 @@ from benchmarks.operations import HARDWARE, per_layer
 from roundoff.config import ConfigError, steps_per_epoch
 from roundoff.evaluation import evaluate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.planning.cost_model import ADDED, PLAIN, Assumptions, CostModel, default_assumptions
+from roundoff.models import logprobs
+from roundoff.planning import cost_model
+from roundoff.planning.cost_model import Assumptions, CostModel, default_assumptions
 from roundoff.planning.machine import MACHINES, find_machine, measure_machine
 from roundoff.planning.shape import model_shape
+from roundoff.planning.work import ADDED, PLAIN
 from roundoff.runs.directory import RunDirectory
+from roundoff.sampling import fused_decoder, sampler
 from roundoff.training.loop import take_step
 from roundoff.training.preparation import prepare
 
 PUBLISHED_MINUTES = 140
-"""A DAPO run of one epoch (29 steps) of Qwen2.5-1.5B on 8 x A100: about 2 h 20 min (shared/findings.md)."""
+"""Published time of a DAPO run of one epoch (29 steps) of Qwen2.5-1.5B on 8 x A100 (shared/findings.md)."""
 
 
 def model(*, ranks: int = 1, profile: str = "gsm8k-1.5b", machine: str = "a100-80gb", **assumed: float) -> CostModel:
@@ -65,6 +69,13 @@ def test_memory_by_hand():
     assert found["reference"] == 0
     assert estimated("E5").memory["reference"] == found["weights"]
     assert estimated("E6a").memory["gradients and optimizer"] == 12 * 36_929_536
+
+
+def test_limits_are_those_of_the_modules_that_set_them():
+    """Planning does not import torch, so it writes these numbers down again."""
+    assert cost_model.MAX_ROWS == sampler.MAX_ROWS
+    assert cost_model.LOGIT_BYTES == logprobs.LOGIT_BYTES
+    assert cost_model.MOST_FUSED_COLUMNS == fused_decoder.MOST_COLUMNS
 
 
 def test_each_pass_over_a_batch_moves_the_weights():
