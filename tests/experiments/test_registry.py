@@ -167,7 +167,7 @@ def test_another_algorithm_brings_its_defaults_under_what_the_experiment_sets():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("id=mine", "--set id: what is changed is given an id"),
+        ("id=mine", "--set id: a changed experiment gets an id that names its changes"),
         ("aqn.sigma_stat=1", "aqn.sigma_stat is not a setting; did you mean 'sigma_start'"),
         ("lora.rank=3", "changes nothing"),
         ("epochs", "must read path.to.setting=value"),

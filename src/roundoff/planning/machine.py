@@ -48,8 +48,8 @@ class Machine:
 ATTAINED_FLOPS, ATTAINED_BANDWIDTH = 0.6, 0.75
 """Shares of a data sheet's peak that large products and large copies are assumed to reach."""
 ISSUE_S = 20e-6
-"""Time to issue one operation that is assumed for accelerators (s). On a server's CPU, `transformers` needs about 0.6 ms
-to decode one token through a layer of 32 operations."""
+"""Time to issue one operation that is assumed for accelerators (s). On a server's CPU, `transformers` needs about
+0.6 ms to decode one token through a layer of 32 operations."""
 
 
 def _sheet(name: str, float32: float, bfloat16: float, bandwidth: float, memory: float, link: float) -> Machine:
