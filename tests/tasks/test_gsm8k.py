@@ -220,7 +220,7 @@ def test_a_file_that_cannot_be_used_says_where(tmp_path, rows, message):
 
 def test_half_a_character_is_an_error_of_its_row(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": "\\ud83d?", "answer": "1"}\n')
-    with pytest.raises(TaskError, match="row 2: the question holds what is no character"):
+    with pytest.raises(TaskError, match="row 2: the question holds half a character"):
         make({**raw_files(tmp_path), "train": str(tmp_path / "bad.jsonl")})
 
 

@@ -218,8 +218,8 @@ def _parse_assignment(text: str) -> Assignment:
         raise ConfigError(f"--set must read path.to.setting=value, but is {text!r}")
     if keys == ["id"]:
         raise ConfigError(
-            "--set id: a changed experiment gets an id that names its changes; to choose the id, declare the experiment "
-            "in a TOML file of your own"
+            "--set id: a changed experiment gets an id that names its changes; to choose its id, declare it in a "
+            "TOML file of your own"
         )
     if any("\ud800" <= character <= "\udfff" for character in raw) or "\0" in raw:
         raise ConfigError(f"--set {path.strip()} must be text in UTF-8 without null characters, but is {raw!r}")
