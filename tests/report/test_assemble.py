@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from roundoff.report import words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.render import page, table_csv, terminal_table, write_report
 from roundoff.runs.record import find_runs
 from tests.simulated import experiment, profile, quickstart, write_run

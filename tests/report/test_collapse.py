@@ -10,7 +10,8 @@ from rich.console import Console
 
 from roundoff.planning.seeds import measured_variance
 from roundoff.report import words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.pair import find_arm, make_pair, pair_text
 from roundoff.report.render import as_json, markdown, page, table_csv, terminal_table
 from roundoff.runs.record import find_runs
@@ -61,7 +62,7 @@ def test_a_collapsed_run_is_said_beside_every_interval(tmp_path: Path) -> None:
     pair = make_pair(find_arm("aqn", tmp_path), find_arm("plain", tmp_path), margin=None)
     text = " ".join(printed(pair_text(pair)).split())
     assert "Collapsed: seed 2 of A" in text and "‡ runs collapsed" in text
-    assert "collapsed runs are among them (1" in measured_variance(find_runs([tmp_path])[0]).source
+    assert "among them are collapsed runs (1" in measured_variance(find_runs([tmp_path])[0]).source
 
 
 def test_best_says_that_its_rival_collapsed(tmp_path: Path) -> None:

