@@ -97,7 +97,7 @@ def test_dashes_are_signs(task, minus: str) -> None:
 def test_an_answer_that_cannot_be_compared_is_an_error_in_every_thread(task, monkeypatch) -> None:
     """huggingface/Math-Verify and verl-project/verl#5839: the signals of math-verify do not reach other threads."""
     process = LimitedProcess("roundoff.tasks.latex_process", Limits(seconds=1, clock_seconds=6, memory=2 << 30))
-    monkeypatch.setattr("roundoff.tasks.latex._process", lambda: process)
+    monkeypatch.setattr("roundoff.tasks.latex.child_process", lambda: process)
     problem, found = task.test()[0], []
 
     def score() -> None:
@@ -125,7 +125,7 @@ def test_a_right_answer_that_takes_too_long_is_an_error_of_its_row(tmp_path, mon
         def ask(self, question):
             raise LimitExceededError("it took more than 5 s")
 
-    monkeypatch.setattr("roundoff.tasks.latex._process", Late)
+    monkeypatch.setattr("roundoff.tasks.latex.child_process", Late)
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "a", "answer": "9^{9}"}])
     with pytest.raises(TaskError, match=r"row 1: the final answer '9\^\{9\}' cannot be read: .* more than 5 s"):
         TASKS["gsm8k"]({"train": path, "test": path, "answer": "latex"})
@@ -145,18 +145,18 @@ def test_a_forked_process_has_a_child_of_its_own() -> None:
     pytest.importorskip("math_verify")
     code = """
 import os, json
-from roundoff.tasks.latex import Expression, _process
+from roundoff.tasks.latex import Expression, child_process
 four = Expression.of_truth("4")
-before = _process().pid
+before = child_process().pid
 read, write = os.pipe()
 if os.fork() == 0:
     right = four.is_answer_of("\\\\boxed{4}")
-    os.write(write, json.dumps([right, _process().pid]).encode())
+    os.write(write, json.dumps([right, child_process().pid]).encode())
     os._exit(0)
 os.wait()
 right, other = json.loads(os.read(read, 1000))
 assert right and other != before, (right, other, before)
-assert four.is_answer_of("\\\\boxed{4}") and _process().pid == before
+assert four.is_answer_of("\\\\boxed{4}") and child_process().pid == before
 """
     if hasattr(os, "fork"):
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -166,8 +166,8 @@ assert four.is_answer_of("\\\\boxed{4}") and _process().pid == before
 def test_the_child_ends_with_its_parent() -> None:
     pytest.importorskip("math_verify")
     code = (
-        "import os, signal; from roundoff.tasks.latex import Expression, _process; Expression.of_truth('4');"
-        "print(_process().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from roundoff.tasks.latex import Expression, child_process; Expression.of_truth('4');"
+        "print(child_process().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)

@@ -54,7 +54,7 @@ class Expression:
         source = _plain(text if box is None else box)
         if not source.strip() or len(source) > LONGEST:
             return None
-        read = _asked({"truth": source})["text"]
+        read = _answer_of_child({"truth": source})["text"]
         return None if read is None else cls(source, str(read))
 
     def is_answer_of(self, response: str) -> bool:
@@ -68,7 +68,7 @@ class Expression:
         if not answer.strip() or len(answer) > LONGEST:
             return False
         question = {"truth": self.source, "response": _plain(answer), "boxed": box is not None}
-        return bool(_asked(question)["equal"])
+        return bool(_answer_of_child(question)["equal"])
 
 
 def last_box(text: str) -> str | None:
@@ -112,16 +112,16 @@ def _plain(text: str) -> str:
     return _GROUPS.sub("", text)
 
 
-def _asked(question: dict[str, object]) -> dict[str, object]:
+def _answer_of_child(question: dict[str, object]) -> dict[str, object]:
     """The answer of the child process to a question."""
     try:
-        return _process().ask(question)
+        return child_process().ask(question)
     except LimitExceededError as error:
         raise RewardError(f"the expression could not be compared: {error}") from None
 
 
 @cache
-def _process() -> LimitedProcess:
+def child_process() -> LimitedProcess:
     """The child process, which all tasks share.
 
     Raises:
