@@ -1,4 +1,4 @@
-"""`roundoff plan`: seeds and time from runs, costs of a table, and what is refused."""
+"""`roundoff plan`: seeds and time from runs, costs of experiments, and what is refused."""
 
 import json
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_without_runs_the_variance_is_assumed_and_says_so(tmp_path: Path) -> Non
 
 
 def test_time_comes_from_measured_steps(tmp_path: Path) -> None:
-    """50 steps of 2 s, two evaluations of 3 s over 100 problems: over 400 problems they take 100 + 24 s."""
+    """With 50 steps of 2 s and two evaluations of 3 s over 100 problems, a run over 400 problems takes 100 + 24 s."""
     path = write_run(tmp_path, experiment("a"), 0, np.ones(100), np.ones(100))
     rows = [{"step": s, "seconds": 2.0} for s in range(1, 51)]
     rows[9] |= {"seconds": 5.0, "seconds_evaluate": 3.0}
@@ -135,7 +135,7 @@ def test_lengths_may_be_given() -> None:
         (("--profile", "gsm8k-1.5", "E3a"), "did you mean 'gsm8k-1.5b'?"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments: tuple[object, ...], reason: str) -> None:
+def test_impossible_requests_are_refused(arguments: tuple[object, ...], reason: str) -> None:
     error = planned(*arguments).exception
     assert isinstance(error, ConfigError)
     assert reason in str(error)

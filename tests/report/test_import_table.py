@@ -1,4 +1,4 @@
-"""Scores from elsewhere: what they allow to conclude, and what is refused."""
+"""Scores from elsewhere: what can be concluded from them, and what is refused."""
 
 from io import StringIO
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Axes with round numbers, and geometry that stays inside its box."""
+"""Axes have round numbers, and the geometry stays inside its box."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The arithmetic task; every expected value is worked out by hand."""
+"""The arithmetic task; every expected value was derived by hand."""
 
 from itertools import islice
 
@@ -42,7 +42,7 @@ def test_solution_writes_the_running_results(task: ArithmeticTask, prompt: str, 
     ("response", "reward"),
     [
         ("25>30", 1.0),
-        ("30", 1.0),  # intermediate results are not asked for
+        ("30", 1.0),  # intermediate results are not required
         ("24>30", 1.0),  # nor checked
         ("1>2>3>30", 1.0),
         (" 25>30\n", 1.0),

@@ -30,7 +30,7 @@ def test_generators_make_tasks(dataset):
     assert task.test() == make(dataset=dataset, train_problems=5).test()
 
 
-def test_the_sides_are_disjoint_where_a_generator_repeats_itself():
+def test_train_and_test_are_disjoint_though_a_generator_repeats_itself():
     task = make(dataset="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
     assert not {p.prompt for p in task.train()} & {p.prompt for p in task.test()}
     with pytest.raises(TaskError, match=r"train_problems is 2000, but chain_sum gave only \d+ different ones in 8000"):
@@ -63,7 +63,7 @@ def test_partial_rewards_are_the_packages_own():
 
 
 class FakeGenerator:
-    """Stands for one of reasoning-gym's, so that the package need not be there: item i is the sum `i+0=`."""
+    """Replaces a generator of reasoning-gym, so that the package is not needed; item i is the sum `i+0=`."""
 
     def __init__(self, scorer, seed: int, size: int) -> None:
         self.score_answer, self.seed, self.size = scorer, seed, size
@@ -73,7 +73,7 @@ class FakeGenerator:
 
 
 def with_scorer(monkeypatch, scorer) -> ReasoningGymTask:
-    """A task whose generator scores by this function of the answer and the entry."""
+    """A task whose generator scores with this function of the answer and the entry."""
     package = SimpleNamespace(
         DATASETS={"chain_sum": None},
         create_dataset=lambda name, seed, size: FakeGenerator(scorer, seed, size),
@@ -82,7 +82,7 @@ def with_scorer(monkeypatch, scorer) -> ReasoningGymTask:
     return ReasoningGymTask(ReasoningGymSettings(dataset="chain_sum", train_problems=2, test_problems=2))
 
 
-def test_a_scorer_that_stumbles_is_recorded_and_not_raised(monkeypatch):
+def test_an_error_of_the_scorer_is_recorded_and_not_raised(monkeypatch):
     task = with_scorer(monkeypatch, lambda answer, entry: 1 / 0)
     assert math.isnan(task.reward(task.test()[0], "#### 5"))
 
@@ -90,7 +90,7 @@ def test_a_scorer_that_stumbles_is_recorded_and_not_raised(monkeypatch):
 @pytest.mark.parametrize(
     "score", [math.nan, math.inf, 1.5, -0.5, None, "1.0", ValueError("x"), SystemExit(0)], ids=repr
 )
-def test_what_is_no_score_is_a_reward_error(score, monkeypatch):
+def test_a_value_that_is_not_a_score_is_a_reward_error(score, monkeypatch):
     def scorer(answer, entry):
         if isinstance(score, BaseException):
             raise score
