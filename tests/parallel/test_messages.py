@@ -98,7 +98,7 @@ def test_an_error_that_cannot_be_made_again_arrives_as_a_runtime_error_in_its_wo
 )
 def test_a_message_that_names_anything_else_is_refused(content):
     head = json.dumps(content).encode()
-    with pytest.raises(MessageError, match="nothing else is received"):
+    with pytest.raises(MessageError, match="no other is received"):
         decode(len(head).to_bytes(HEAD, "little") + head, "cpu")
 
 

@@ -155,7 +155,7 @@ def test_a_short_length_gives_its_share_to_longer_ones() -> None:
         ({"terms_max": 1}, r"^terms_max: .*greater than or equal to 2, but is 1"),
         ({"train_problems": 0}, r"^train_problems: .* but is 0"),
         ({"seed": -1}, r"^seed: .* but is -1"),
-        ({"max_valeu": 3}, r"^max_valeu .* no setting of the arithmetic task.*max_value"),
+        ({"max_valeu": 3}, r"^max_valeu .* not a setting of the arithmetic task.*max_value"),
         ({"terms_min": "two"}, r"^terms_min: .* but is 'two'"),
     ],
 )

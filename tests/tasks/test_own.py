@@ -44,7 +44,7 @@ def test_a_class_is_found_in_a_file_and_in_a_module(file, monkeypatch):
         ("{}:Min", {}, "has no class or function 'Min'"),
         ("{}x.py:Mine", {}, "there is no file"),
         ("no_such_module:Mine", {}, "no_such_module cannot be imported"),
-        ("{}:Half", {}, "is no task: it has no name, test, reward, solution"),
+        ("{}:Half", {}, "is not a task: it has no name, test, reward, solution"),
         ("{}:Mine", {"x": 1}, "unknown setting"),
         ("{}:Mine", {"wrong": "id"}, "1 ids name more than one problem, such as 'mine/a'"),
         ("{}:Mine", {"wrong": "prompt"}, "1 test problems are training problems"),

@@ -116,7 +116,7 @@ def test_a_generator_that_does_not_repeat_itself_is_refused(monkeypatch):
 
     count = iter(range(10_000))
     monkeypatch.setattr(ChainSumDataset, "__getitem__", lambda self, i: {"question": str(next(count)), "answer": "1"})
-    with pytest.raises(TaskError, match="chain_sum gives other problems each time"):
+    with pytest.raises(TaskError, match="chain_sum gives different problems for the same seed"):
         make(dataset="chain_sum")
 
 

@@ -111,7 +111,7 @@ def select(names: Sequence[str], *, everything: bool = False) -> list[Experiment
         raise ConfigError(
             f"name an experiment, a family ({', '.join(known)}) or a TOML file; `roundoff list` shows all"
         )
-    ids = [name for given in names for name in known.get(given, (given,))]
+    ids = [name for entry in names for name in known.get(entry, (entry,))]
     ids += experiment_ids() if everything else ()
     return [load_experiment(name) for name in dict.fromkeys(ids)]
 
@@ -204,11 +204,11 @@ def _label(parsed: Sequence[Assignment]) -> str:
         pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
     ]
     label = ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
-    shown = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
-    if shown == label and len(label.encode()) <= LONGEST_LABEL:
+    printable = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
+    if printable == label and len(label.encode()) <= LONGEST_LABEL:
         return label
     digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # tells two labels apart that are shown alike
-    return shown.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
+    return printable.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
 
 
 def _parse_assignment(text: str) -> Assignment:

@@ -28,7 +28,7 @@ def variants(
     choices = [_choices(text) for text in assignments]
     if all(len(values) == 1 for values in choices):
         raise ConfigError("a sweep needs a setting with several values, such as --set aqn.sigma_start=0.01,0.05")
-    variant: dict[tuple[str, str], tuple[Experiment, Profile]] = {}
+    by_name: dict[tuple[str, str], tuple[Experiment, Profile]] = {}
     for combination in product(*choices):
         changed, scale = with_overrides(experiments, profile, combination)
         named = {experiment.id for experiment in (*experiments, *changed)}
@@ -36,16 +36,16 @@ def variants(
         varied = [text for text, values in zip(combination, choices, strict=True) if len(values) > 1]
         of_profile = [text for text in varied if text.lstrip().startswith("profile.")]
         for experiment in (load_experiment(name) for name in baselines):
-            variant.setdefault((experiment.id, scale.name), (_titled(experiment, experiment, of_profile), scale))
+            by_name.setdefault((experiment.id, scale.name), (_titled(experiment, experiment, of_profile), scale))
         for declared, experiment in zip(experiments, changed, strict=True):
             shown = of_profile if experiment.id == declared.id else varied
-            kept = variant.setdefault((experiment.id, scale.name), (_titled(experiment, declared, shown), scale))
+            kept = by_name.setdefault((experiment.id, scale.name), (_titled(experiment, declared, shown), scale))
             if result_hash(*kept) != result_hash(experiment, scale):
                 raise ConfigError(
                     f"two variants would both be called {experiment.id!r} with profile {scale.name!r}, because their "
                     "values differ only in spaces or slashes: declare them in files of your own"
                 )
-    return list(variant.values())
+    return list(by_name.values())
 
 
 def _titled(experiment: Experiment, declared: Experiment, varied: Sequence[str]) -> Experiment:

@@ -103,7 +103,7 @@ def _dataclass(inner: list[Any], tensors: Mapping[str, Any]) -> Any:
     module, name, content = inner
     kind = _named(module, name) if module.partition(".")[0] == PACKAGE else None
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise MessageError(f"{module}.{name} is no dataclass of {PACKAGE}, and nothing else is received")
+        raise MessageError(f"{module}.{name} is not a dataclass of {PACKAGE}, and no other is received")
     return kind(**{key: _value(item, tensors) for key, item in content.items()})
 
 
@@ -124,7 +124,7 @@ def _error(module: str, name: str, arguments: list[Any]) -> Exception:
     own = module.partition(".")[0] == PACKAGE
     kind = _named(module, name) if own else getattr(builtins, name, None) if module == "builtins" else None
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        raise MessageError(f"{module}.{name} is no error of {PACKAGE} or of Python, and nothing else is received")
+        raise MessageError(f"{module}.{name} is not an error of {PACKAGE} or of Python, and no other is received")
     error: Exception = kind(*arguments)
     return error
 

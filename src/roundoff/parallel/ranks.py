@@ -102,7 +102,7 @@ class Ranks:
             return make()
         error: Exception | None = None
         try:
-            made = make()
+            result = make()
         except Exception as caught:  # raised again below, once the other ranks know about it
             error = caught
         messages = self.gather(None if error is None else message_of(error))
@@ -111,7 +111,7 @@ class Ranks:
         for rank, message in enumerate(messages):
             if message is not None:
                 raise ConfigError(f"rank {rank}: {message}")
-        return made
+        return result
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -217,7 +217,9 @@ def joined(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         local, present = dist.get_node_local_rank(), torch.cuda.device_count()
         if local >= present:
-            raise ConfigError(f"this machine has {present} CUDA devices, one for each of the first {present} ranks")
+            raise ConfigError(
+                f"each rank needs its own CUDA device, but this machine has {present} for {local + 1} or more ranks"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group(backends[device])
     try:

@@ -161,9 +161,9 @@ def _pair(arm: Arm, arms: Sequence[Arm]) -> tuple[Scores, Scores] | None:
     if arm.experiment.baseline is None:
         return None
     try:
-        under = baseline_arm(arm, arms)
-        comparison_kind(arm, under)
-        new, old = paired_scores(arm, under)
+        baseline = baseline_arm(arm, arms)
+        comparison_kind(arm, baseline)
+        new, old = paired_scores(arm, baseline)
     except ConfigError:
         return None
     return (new, old) if len(new.seeds) > 1 else None

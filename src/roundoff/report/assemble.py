@@ -199,7 +199,7 @@ def _row(
     starts = [start for start in (start_scores(run)[0] for run in arm.final) if start is not None]
     diagnostics = {key: seed_curve(arm, key) for key in DIAGNOSTICS}
     status, is_whole = arm_status(arm, arms)
-    under = _baseline_or_none(arm, arms)
+    baseline = _baseline_or_none(arm, arms)
     return Row(
         id=arm.experiment.id,
         title=arm.experiment.title,
@@ -207,7 +207,9 @@ def _row(
         key=arm.key,
         profile=profiles[arm.key],
         baseline=arm.experiment.baseline,
-        against=qualified(under.experiment.id, profiles[under.key]) if under else arm.experiment.baseline or "",
+        against=qualified(baseline.experiment.id, profiles[baseline.key])
+        if baseline
+        else arm.experiment.baseline or "",
         settings=settings_in_words(arm.experiment, arm.profile),
         seeds=seeds,
         status=status,
@@ -226,7 +228,7 @@ def _row(
         learning=seed_curve(arm, "deployed"),
         sigma=sigma_curve(arm),
         diagnostics={key: curve for key, curve in diagnostics.items() if curve},
-        flips=find_flips(arm, under) if comparison and under else None,
+        flips=find_flips(arm, baseline) if comparison and baseline else None,
         aqn=aqn_row(arm),
         published=published(arm.experiment.id, arm.experiment.baseline),
     )

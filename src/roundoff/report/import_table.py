@@ -119,7 +119,7 @@ def read_table(path: Path, *, problems: int | None = None, baseline: str | None 
     scores: dict[str, stats.Interval | None] = {}
     for row, value in zip(cells, raw, strict=True):
         if row["id"] in scores:
-            raise ConfigError(f"{path}: the id {row['id']!r} stands in the table twice")
+            raise ConfigError(f"{path}: the id {row['id']!r} occurs twice in the table")
         scores[row["id"]] = None if value is None else _score(value / (100 if percent else 1), row, problems, path)
     if baseline is not None and baseline not in scores:
         raise ConfigError(f"{path}: there is no row {baseline!r} to compare with")
@@ -171,11 +171,11 @@ def _shown(row: ImportedRow) -> tuple[str, ...]:
 def _row(row: Mapping[str, str], scores: Mapping[str, stats.Interval | None], default: str | None) -> ImportedRow:
     """A row with its difference to its own baseline, or else to the default one."""
     against = row["baseline"] or (default if default != row["id"] else None)
-    score, under = scores[row["id"]], scores.get(against) if against else None
-    if against is None or score is None or under is None:
+    score, base = scores[row["id"]], scores.get(against) if against else None
+    if against is None or score is None or base is None:
         reason = "" if against is None else "no score" if score is None else f"{against} has no score in this table"
         return ImportedRow(row["id"], score, against, None, None, reason)
-    difference = stats.unpaired_difference(score, under)
+    difference = stats.unpaired_difference(score, base)
     estimate = difference.estimate
     half = (difference.high - estimate) if estimate < 0 else (estimate - difference.low)
     room = estimate**2 - half**2

@@ -175,8 +175,8 @@ def _equivalence(tests: stats.Equivalence) -> str:
     margin = f"{100 * tests.margin:g} points"
     if tests.p_not_worse is None:
         return f"Whether A loses less than {margin} cannot be tested below three seeds."
-    shown = "is" if tests.p_not_worse < 0.05 else "is not"
-    text = f"That A loses less than {margin} {shown} shown (one-sided p {words.p_text(tests.p_not_worse)})"
+    verb = "is" if tests.p_not_worse < 0.05 else "is not"
+    text = f"That A loses less than {margin} {verb} shown (one-sided p {words.p_text(tests.p_not_worse)})"
     if tests.p_equivalent is not None and tests.p_equivalent < 0.05:
         text += f", and so is that it gains less than that (p {words.p_text(tests.p_equivalent)})"
     return text + "."

@@ -230,8 +230,8 @@ def _charts(drawn: Sequence[tuple[Row, Curve]], rows: Sequence[Row], title: str,
     ends = [v for _, curve in drawn for v in (*curve.low, *curve.high)]
     charts = []
     for row, curve in drawn:
-        under = curves.get((row.against, row.settings.profile))
-        named = [Named(row.against, under, GREY)] if under else []
+        baseline = curves.get((row.against, row.settings.profile))
+        named = [Named(row.against, baseline, GREY)] if baseline else []
         named.append(Named(row.name, curve, 0))
         charts.append(_chart(f"{row.name}: deployed score (%)", named, scale=scale, limits=(min(ends), max(ends))))
     return charts
@@ -289,7 +289,7 @@ def _line(item: Named, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
         band = f"M{path(curve.low, curve.steps)} L{path(curve.high[::-1], curve.steps[::-1])}Z"
     points = []
     for step, mean, low, high in zip(curve.steps, curve.mean, curve.low, curve.high, strict=True):
-        shown = f"{label}, step {step:g}: {mean * scale:.4g}"
-        tip = shown + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
+        text = f"{label}, step {step:g}: {mean * scale:.4g}"
+        tip = text + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
         points.append((*place(step, mean), tip))
     return Line(label, item.colour, f"M{path(curve.mean, curve.steps)}", band, tuple(points) if pointed else ())

@@ -32,8 +32,8 @@ def published(experiment: str, baseline: str | None) -> Published | None:
     if experiment not in references:
         return None
     score = _interval(references, experiment)
-    under = None if baseline is None or baseline not in references else _interval(references, baseline)
-    difference = None if under is None else stats.unpaired_difference(score, under)
+    base = None if baseline is None or baseline not in references else _interval(references, baseline)
+    difference = None if base is None else stats.unpaired_difference(score, base)
     return Published(references[experiment].label, score, difference)
 
 

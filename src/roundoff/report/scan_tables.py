@@ -36,10 +36,10 @@ class ScanTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Called by `rich` to print the table."""
         names = list(self.scan["metrics"])
-        whole = self._table(names, {})
-        if Measurement.get(console, options.update(max_width=10_000), whole).maximum <= options.max_width:
+        single = self._table(names, {})
+        if Measurement.get(console, options.update(max_width=10_000), single).maximum <= options.max_width:
             yield Text(self.title, style="italic")
-            yield whole
+            yield single
             return
         widths = {name: self._width(name) for name in names}
         blocks: list[list[str]] = []
@@ -117,7 +117,7 @@ def linear_table(scan: Mapping[str, Any], count: int) -> Table | None:
 
 
 def frontier_table(points: Sequence[Mapping[str, Any]]) -> Table:
-    """KL of the whole model against the number of layers that are kept in high precision."""
+    """KL of the single model against the number of layers that are kept in high precision."""
     table = Table(title="KL to the clean model, k layers kept in high precision", title_justify="left")
     for heading in ("k", "KL (nats/token)", "standard error"):
         table.add_column(heading, justify="right")

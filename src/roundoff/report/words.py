@@ -98,9 +98,9 @@ def duration(seconds: float) -> str:
 
 def points(value: float) -> str:
     """A difference in points, such as `+1.2` or `−1.2`, with a true minus sign and without a signed zero."""
-    shown = f"{abs(100 * value):.1f}"
-    sign = "" if float(shown) == 0 else "+" if value > 0 else MINUS
-    return sign + shown
+    digits = f"{abs(100 * value):.1f}"
+    sign = "" if float(digits) == 0 else "+" if value > 0 else MINUS
+    return sign + digits
 
 
 def effect_text(interval: Interval) -> str:
@@ -189,10 +189,10 @@ def number(count: int, noun: str, plural: str = "") -> str:
 
 def cell(text: object) -> str:
     """The text, escaped so that it cannot break out of a Markdown table cell or be read as HTML."""
-    shown = " ".join(str(text).split())
+    line = " ".join(str(text).split())
     for special, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`"), ("*", "\\*"), ("_", "\\_")):
-        shown = shown.replace(special, escaped)
-    return shown
+        line = line.replace(special, escaped)
+    return line
 
 
 def answers(report: Report) -> tuple[Answer, ...]:

@@ -92,8 +92,8 @@ def power(effect: float, variance: Variance, *, seeds: int, problems: int, alpha
     true = math.sqrt((expected[0] + expected[1] - residual) / (seeds * problems))
     bound = distributions.t.ppf(1 - alpha / 2, df) * np.sqrt(total / (seeds * problems)) * widening / true
     shift = abs(effect) / true
-    shown = distributions.norm.sf(bound - shift) + distributions.norm.sf(bound + shift)
-    return float(np.einsum("ijk,j,k->", shown, FEW_WEIGHTS, FEW_WEIGHTS) / QUANTILES)
+    probability = distributions.norm.sf(bound - shift) + distributions.norm.sf(bound + shift)
+    return float(np.einsum("ijk,j,k->", probability, FEW_WEIGHTS, FEW_WEIGHTS) / QUANTILES)
 
 
 def plan(

@@ -19,7 +19,7 @@ def check_task(task: Task) -> list[str]:
         return [f"{'train' if not train else 'test'}() returns no problems"]
     faults = []
     if list(task.train()) != list(train) or list(task.test()) != list(test):
-        faults.append("train() or test() returns other problems when called again")
+        faults.append("train() or test() returns different problems when called again")
     faults += check_names(train, test)
     for problem in (*train[:CHECKED], *test[:CHECKED]):
         solution = task.solution(problem)

@@ -41,7 +41,7 @@ def find_task(name: str, settings: Mapping[str, object], known: Mapping[str, Fac
     task = _factory(name)(settings)
     missing = [m for m in ("name", "train", "test", "reward", "solution") if not hasattr(task, m)]
     if missing:
-        raise TaskError(f"{name} is no task: it has no {', '.join(missing)} (see roundoff.tasks.Task)")
+        raise TaskError(f"{name} is not a task: it has no {', '.join(missing)} (see roundoff.tasks.Task)")
     wrong = check_names(task.train(), task.test())
     if wrong:
         raise TaskError(f"{name}: {'; '.join(wrong)}")

@@ -74,7 +74,9 @@ class GSM8KSettings(BaseModel):
     def _files_are_the_source(self) -> Self:
         files = self.path or self.train or self.test
         if files and self.source not in ("auto", "files"):
-            raise ValueError(f"source = {self.source!r} reads no file, but path, train or test is given: leave one out")
+            raise ValueError(
+                f"source = {self.source!r} reads no file, but path, train or test is given: leave out one of them"
+            )
         if self.source == "files" and not files:
             raise ValueError("source = 'files' needs path, or train and test")
         if files and not self.path and not (self.train and self.test):

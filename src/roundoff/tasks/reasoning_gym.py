@@ -157,7 +157,7 @@ class ReasoningGymTask:
             raise TaskError(f"config does not suit {name}: {type(error).__name__}: {error}") from error
         for index in range(min(4, size)):
             if generator[index]["question"] != again[index]["question"]:
-                raise TaskError(f"{name} gives other problems each time under one seed, so runs could not be compared")
+                raise TaskError(f"{name} gives different problems for the same seed, so runs could not be compared")
         self._score = generator.score_answer
         for index in range(size):
             with suppress(IndexError):  # the generator has fewer problems than requested

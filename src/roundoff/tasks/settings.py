@@ -28,7 +28,7 @@ def _explain(model: type[BaseModel], task: str, details: Mapping[str, object]) -
     location = details["loc"]
     path = ".".join(map(str, location)) if isinstance(location, tuple) else ""
     if details["type"] == "extra_forbidden":
-        return f"{path} is no setting of the {task} task; it has {', '.join(model.model_fields)}"
+        return f"{path} is not a setting of the {task} task, which has {', '.join(model.model_fields)}"
     message = str(details["msg"]).removeprefix("Value error, ")
     if not path:  # a rule about several settings, which names them itself
         return message
