@@ -18,7 +18,8 @@ from roundoff.aqn.multipliers import MODES
 from roundoff.experiments import families, load_experiment, reference_scores
 from roundoff.report import words
 from roundoff.report.arms import Arm, group_arms
-from roundoff.report.assemble import Report, Row, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report, Row
 from roundoff.runs.files import write_atomic
 from roundoff.runs.record import Run, find_runs
 from roundoff.srdd import METRICS, LayerScan, rank_correlation

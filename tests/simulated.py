@@ -1,4 +1,4 @@
-"""Outcomes and run directories drawn from a known model, for tests and benchmarks of statistics and report."""
+"""Outcomes and run directories drawn from a known model, for tests and benchmarks of statistics and reports."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def solved(logits: Array) -> Array:
 
 @dataclass(frozen=True)
 class World:
-    """Population that arms, seeds and problems are drawn from; standard deviations in logits."""
+    """The population from which arms, seeds and problems are drawn; its numbers are standard deviations in logits."""
 
     mean: float = 0.7
     problem: float = 2.0
-    """How far problems differ in difficulty, alike for both arms."""
+    """How much problems differ in difficulty, in the same way for both arms."""
     problem_by_arm: float = 0.4
-    """How far an arm suits some problems and not others, alike for all its seeds."""
+    """How much an arm suits some problems more than others, in the same way for all its seeds."""
     seed: float = 0.1
-    """How far seeds of one arm differ on the whole."""
+    """How much the seeds of one arm differ overall."""
     residual: float = 1.0
-    """How far a seed suits some problems and not others."""
+    """How much a seed suits some problems more than others."""
 
     def arm(self, rng: np.random.Generator, difficulty: Array, seeds: int, *, effect: float = 0.0) -> Array:
-        """Outcomes `[S, P]` of 0 and 1 of one arm on problems of the given difficulty `[P]`."""
+        """Outcomes `[seeds, problems]` of 0 and 1 of one arm on problems with these difficulties `[problems]`."""
         problems = len(difficulty)
         logits = (
             self.mean
@@ -70,24 +70,26 @@ WORLDS = {
 
 @dataclass(frozen=True)
 class CollapseRates:
-    """What collapse of some runs does to intervals, and how often it is noticed (shares)."""
+    """How the collapse of some runs affects intervals, and how often it is detected (fractions)."""
 
     score_held: float
-    """Arms whose score's interval holds the population's mean, collapsed runs included."""
+    """Share of arms whose interval contains the population's mean score, including collapsed runs."""
     score_held_said: float
-    """The same, or the interval says that runs collapsed."""
+    """Share of arms whose interval contains it or is marked as that of collapsed runs."""
     benefit_held: float
+    """Share of comparisons whose interval contains the population's mean benefit."""
     benefit_held_said: float
+    """Share of comparisons whose interval contains it or is marked as that of collapsed runs."""
     hits: float
-    """Collapsed runs that are found, in arms that also have a run that did not collapse."""
+    """Share of collapsed runs that are detected, in arms that also have a run that did not collapse."""
     false_alarms: float
-    """Arms without collapse of which a run is called collapsed, or runs called so that did not collapse."""
+    """Share of arms in which a run that did not collapse is taken for collapsed."""
 
 
 def collapse_rates(
     world: World, seeds: int, *, repeats: int, problems: int, start: int, share: float = 0.15, fall: float = -4.0
 ) -> CollapseRates:
-    """Rates where each run collapses with probability `share`, to a score `fall` logits lower."""
+    """The rates if each run collapses with probability `share` to a score that is lower by `fall` logits."""
     rng, effect = np.random.default_rng(start), 0.4
     means = [(1 - share) * world.score(e) + share * world.score(e + fall) for e in (0.0, effect)]
     counts = dict.fromkeys(("score", "score_said", "benefit", "benefit_said", "hits", "collapsed", "false"), 0)
@@ -121,7 +123,7 @@ def collapse_rates(
 
 
 def rates(world: World, seeds: int, *, repeats: int, problems: int, start: int) -> tuple[float, float, float]:
-    """Rejection rate of a true null, coverage of a benefit, coverage of a score."""
+    """Rejection rate of a true null, coverage of a benefit, and coverage of a score."""
     rng = np.random.default_rng(start)
     effect, rejected, held, score_held = 0.4, 0, 0, 0
     true_benefit, true_score = world.score(effect) - world.score(), world.score()
@@ -158,7 +160,7 @@ def experiment(name: str, **settings: object) -> Experiment:
 
 
 def evaluation(step: int, deployed: Array, clean: Array, *, text: str = "") -> Evaluation:
-    """Outcomes `[P]` of 0 and 1 as an evaluation of problems whose answer is their number."""
+    """Outcomes `[problems]` of 0 and 1 as an evaluation of problems whose answers are their numbers."""
     outcomes = []
     for i, (on, off) in enumerate(zip(deployed, clean, strict=True)):
         shown = f"{i}>{i if on else i + 1}{text}"
@@ -181,7 +183,7 @@ def write_run(
     scale: Profile | None = None,
     text: str = "",
 ) -> Path:
-    """A run directory whose last evaluation has these outcomes `[P]`; the score rises to it from 60 % of it."""
+    """A run directory whose last evaluation has these outcomes `[problems]`, and whose score rises from 60 % of it."""
     reached = steps if reached is None else reached
     last, last_clean = float(deployed.mean()), float(clean.mean())
     with RunDirectory(root, what, scale or profile(), seed) as run:
@@ -205,7 +207,7 @@ def write_run(
 
 
 def quickstart(root: Path, *, seeds: int = 3, problems: int = 300, noise: float = -1.0, aqn: float = 0.6) -> None:
-    """Four experiments: plain; MXFP4; matmul noise, which costs `noise` logits; with AQN, which wins back `aqn`."""
+    """Four experiments: plain, MXFP4, matmul noise, which costs `noise` logits, and AQN, which regains `aqn`."""
     rng = np.random.default_rng(0)
     world = World()
     difficulty = world.difficulty(rng, problems)

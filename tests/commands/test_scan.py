@@ -127,13 +127,15 @@ def test_fault_lines_name_the_suspect_first():
     report = {"alarms": [alarm], "checked": ["a", "b"], "unchecked": ["c"], "suspect": "layers.1.up", "calls": 12}
     lines = fault_lines(report)
     # 1 - 0.9^12 = 0.718, 1 - 0.99^12 = 0.114, 1 - 0.999^12 = 0.012
-    assert lines[1].endswith("in 10.0% of calls: 72%, 1.0% of calls: 11%, 0.1% of calls: 1%")
+    assert lines[0].endswith(", 1 alarm")
+    assert lines[1].endswith("in 10.0 % of calls: 72 %, 1.0 % of calls: 11 %, 0.1 % of calls: 1 %")
     assert lines[2] == "suspect: layers.1.up (the first in forward order)"
     assert lines[-1] == "not checked: c"
 
 
-def test_no_heading_is_cut_on_a_narrow_terminal() -> None:
-    """Ten columns of a scan in 80 characters: words may be broken, but none ends in an ellipsis."""
+@pytest.mark.parametrize(("width", "tables"), [(60, 3), (80, 2), (200, 1)])
+def test_no_word_is_broken_on_a_narrow_terminal(width: int, tables: int) -> None:
+    """Metrics that do not fit the width go into a further table."""
     titles = [
         "gradient score",
         "energy error",
@@ -147,11 +149,16 @@ def test_no_heading_is_cut_on_a_narrow_terminal() -> None:
     rows = [{"layer": layer, **dict.fromkeys(metrics, 0.0123)} for layer in (0, 1)]
     agreement = dict.fromkeys(metrics, 0.5)
     scan = {"metrics": metrics, "rank_by": "deadzone", "ranking": [1, 0], "layers": rows, "agreement": agreement}
-    console = Console(width=80, record=True, file=StringIO())
+    console = Console(width=width, record=True, file=StringIO())
     console.print(scan_table(scan, "title"))
     text = console.export_text()
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.splitlines())) <= width
+    assert text.count("halves") == tables
+    words = text.split()
+    for word in " ".join(titles).split():
+        assert word in words
+    assert words.count("nats^2/token") == len(metrics)
 
 
 def test_linears_are_listed_by_what_the_hardware_touches() -> None:

@@ -1,4 +1,4 @@
-"""How `--set` is read: a value is TOML's or a text, whole in both cases, and an unknown setting names the one meant."""
+"""How `--set` is read: all of a value is either TOML or text, and an unknown setting suggests the one meant."""
 
 import tomllib
 
@@ -15,7 +15,7 @@ QUICKSTART = select(["quickstart-noise-aqn"])
 
 
 def setting(raw: str) -> object:
-    """What a task is told for `--set profile.task.settings.x=raw`."""
+    """The setting that a task gets from `--set profile.task.settings.x=raw`."""
     return with_overrides([], TINY, [f"profile.task.settings.x={raw}"])[1].task.settings["x"]
 
 
@@ -56,14 +56,14 @@ def test_a_value_is_read_whole(raw, value):
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 @example("''' \"\"\" \\")
-def test_a_text_in_toml_s_quotation_marks_is_that_text(text):
+def test_a_text_quoted_as_in_toml_is_that_text(text):
     quoted = tomli_w.dumps({"x": text}).partition("=")[2].strip()
     assert setting(quoted) == text
     assert tomllib.loads(tomli_w.dumps(TINY.model_copy(update={"model": text}).model_dump(exclude_none=True)))
 
 
 @pytest.mark.parametrize("raw", ["a\0b", "a\udcffb"])
-def test_what_no_file_can_hold_is_refused(raw):
+def test_text_that_no_file_can_hold_is_refused(raw):
     with pytest.raises(ConfigError, match=r"--set profile.task.settings.x must be text in UTF-8"):
         setting(raw)
 
@@ -91,7 +91,7 @@ def test_an_unknown_setting_names_the_one_meant(path, meant):
 
 
 def test_a_number_for_a_text_says_how_to_write_it():
-    with pytest.raises(ConfigError, match=r'profile\.model must be text.* marks: "123"'):
+    with pytest.raises(ConfigError, match=r'profile\.model must be text.* marks \("123"\)'):
         with_overrides(QUICKSTART, TINY, ["profile.model=123"])
 
 
@@ -109,6 +109,6 @@ def test_variants_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("values", ["it's,b", "[1,2", '"a,b'])
-def test_a_sweep_s_values_close_what_they_open(values):
+def test_values_of_a_sweep_must_close_brackets_and_quotation_marks(values):
     with pytest.raises(ConfigError, match="must close its brackets and quotation marks"):
         variants(QUICKSTART, TINY, [f"profile.task.settings.x={values}"])

@@ -1,4 +1,4 @@
-"""Relative paths of a task begin at the TOML file that gives them, and those of --set where roundoff is started."""
+"""Relative paths of a task begin at the TOML file that gives them, and those of --set where roundoff was started."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ FILES = (
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A directory of profiles with what they name; roundoff is started in another one."""
+    """A directory of profiles with the files that they name; roundoff is started in another directory."""
     here = tmp_path / "profiles"
     (here / "data").mkdir(parents=True)
     (here / "mine.py").write_text(SOURCE)
@@ -60,7 +60,7 @@ def test_the_hash_does_not_depend_on_the_directory(place, tmp_path):
     assert number(own) == number(own.model_copy(update={"task": Task(name="mine.py:Mine")}))  # as it was before
 
 
-def test_a_path_of_set_begins_where_we_are(place):
+def test_a_path_of_set_begins_at_the_working_directory(place):
     raw_files(Path.cwd())
     for profile in ("tiny", str(place / "own.toml")):
         given = ["profile.task.name=gsm8k", "profile.task.settings.path=."]
@@ -75,7 +75,7 @@ def test_a_path_of_set_begins_where_we_are(place):
     assert make_task(other).test()[0].id == "mine/d"
 
 
-def test_a_file_that_extends_another_keeps_its_places(place, tmp_path):
+def test_a_file_that_extends_another_keeps_its_paths(place, tmp_path):
     below = tmp_path / "below"
     below.mkdir()
     raw_files(below)
@@ -93,7 +93,7 @@ def test_a_path_that_leads_nowhere_says_where_it_began(place):
         make_task(load_profile(str(place / "lost.toml")))
 
 
-def test_a_run_records_where_its_task_lies(place, tmp_path, monkeypatch):
+def test_a_run_records_the_directory_of_its_task(place, tmp_path, monkeypatch):
     profile = load_profile("../profiles/own.toml")
     with RunDirectory(tmp_path / "runs", load_experiment("quickstart-clean"), profile, 0) as directory:
         directory.start({}, 1)

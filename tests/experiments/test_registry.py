@@ -42,7 +42,7 @@ def test_a_family_and_one_of_its_members_are_run_once():
     assert len(names) == len(set(names))
 
 
-def test_all_and_families():
+def test_everything_and_families_can_be_selected():
     assert [e.id for e in select([], everything=True)] == list(experiment_ids())
     assert [e.id for e in select(["E9b"], everything=True)][:2] == ["E9b", experiment_ids()[0]]
     assert families_named(["lora"]) == ["lora"]
@@ -79,7 +79,7 @@ def test_own_file_extends_another_file_beside_it(tmp_path):
         ('epochs = 2\n[algorithm]\nname="GRPO"\nclip = 1\n', "algorithm.clip is not a setting"),
     ],
 )
-def test_wrong_files(tmp_path, content, expected):
+def test_wrong_files_are_refused(tmp_path, content, expected):
     path = tmp_path / "bad.toml"
     path.write_text(content)
     (tmp_path / "loop.toml").write_text('extends = "bad"')
@@ -127,7 +127,7 @@ def overridden(name, *assignments):
     return changed
 
 
-def test_long_values_are_cut_in_names_and_still_told_apart():
+def test_long_values_are_cut_in_names_and_stay_distinct():
     experiment, profile = load_experiment("quickstart-clean"), load_profile("tiny")
     name = {}
     for last in "ab":
@@ -167,7 +167,7 @@ def test_another_algorithm_brings_its_defaults_under_what_the_experiment_sets():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("id=mine", "--set id: what is changed is given an id"),
+        ("id=mine", "--set id: a changed experiment gets an id that names its changes"),
         ("aqn.sigma_stat=1", "aqn.sigma_stat is not a setting; did you mean 'sigma_start'"),
         ("lora.rank=3", "changes nothing"),
         ("epochs", "must read path.to.setting=value"),
@@ -175,13 +175,13 @@ def test_another_algorithm_brings_its_defaults_under_what_the_experiment_sets():
         ("hardware.matmul_noise.relative_std=5", "must be in"),
     ],
 )
-def test_wrong_overrides(assignment, expected):
+def test_wrong_overrides_are_refused(assignment, expected):
     with pytest.raises(ConfigError, match=expected):
         with_overrides(select(["quickstart"]), load_profile("tiny"), [assignment])
 
 
 def test_a_file_belongs_to_the_family_of_what_it_extends(tmp_path):
-    """Else the report sets it apart from its baseline: under no heading, and in no chart of the family."""
+    """Otherwise the report would separate it from its baseline, without a heading and outside the family's charts."""
     (tmp_path / "one.toml").write_text('extends = "quickstart-noise"\nepochs = 2\n')
     (tmp_path / "two.toml").write_text('extends = "one"\n[hardware.matmul_noise]\nrelative_std = 0.2\n')
     (tmp_path / "own.toml").write_text('extends = "one"\nfamily = "mine"\n')

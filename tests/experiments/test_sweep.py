@@ -1,4 +1,4 @@
-"""Which variants a sweep runs, what they are called, and what they are compared with."""
+"""The variants that a sweep runs, their names, and their baselines."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def ids(names, *assignments):
     return [(e.id, p.name) for e, p in variants(select(names), load_profile("tiny"), assignments)]
 
 
-def test_each_value_beside_the_declared_baseline():
+def test_each_value_is_run_beside_the_declared_baseline():
     found = variants(select(["E5b"]), load_profile("tiny"), ["aqn.sigma_start=0.02,0.1"])
     assert [(e.id, e.baseline, e.title) for e, _ in found] == [
         ("E5", "Baseline", "5 % matmul noise"),
@@ -81,6 +81,6 @@ def test_commas_in_brackets_and_quotes_belong_to_a_value():
         (["lora.rank=2,4"], "changes nothing"),
     ],
 )
-def test_what_cannot_be_swept(assignments, expected):
+def test_impossible_sweeps_are_refused(assignments, expected):
     with pytest.raises(ConfigError, match=expected):
         ids(["E5b"], *assignments)

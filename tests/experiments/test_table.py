@@ -1,4 +1,4 @@
-"""The table of published experiments: every row is declared, means what it meant, and runs."""
+"""The table of published experiments: every row is declared with its published settings, and runs."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from tests.training.test_loop import run, with_training
 with (Path(__file__).parents[1] / "golden" / "experiments.csv").open(newline="") as file:
     ROWS = {row["id"]: row for row in csv.DictReader(file)}
 REPRESENTATIVES = ("E9b", "E3b", "E12", "E12-2ep", "E14a", "ratio-noise-one")
-"""One experiment of each family, those with a scan where there is one."""
+"""One experiment of each family, with a scan if the family has one."""
 
 
 def described(experiment: Experiment) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_profiles_are_of_the_published_scale():
 
 
 def two_steps(root: Path, name: str, small: Profile) -> Run:
-    """Two steps of one epoch, whatever the experiment draws at a time."""
+    """A run of two steps in one epoch, whatever the number of prompts that the experiment draws at a time."""
     experiment = load_experiment(name).model_copy(update={"epochs": 1})
     steps = 1 if experiment.algorithm.ratio == "one" else 2  # `one` makes a step of each of the two minibatches
     problems = 8 * steps * experiment.algorithm.oversampling

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from roundoff.models.errors import ModelError
 from roundoff.models.load import TINY_DIRECTORY, check_readable, load_model
@@ -40,6 +42,14 @@ def test_dtype_and_attention_are_passed_on() -> None:
     loaded = load_model("tiny", dtype=torch.bfloat16, attention="eager")
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
     assert loaded.model.config._attn_implementation == "eager"
+
+
+def test_loading_in_several_threads_at_once_leaves_transformers_as_it_was() -> None:
+    # Without a lock, transformers ties no embeddings of any model in this process afterwards.
+    before = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(load_model, ["tiny"] * 6))
+    assert PreTrainedModel.tie_weights is before
 
 
 def test_a_directory_gives_the_same_weights(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Messages between ranks: what arrives is what was sent, and nothing that arrives can run code."""
+"""Messages between ranks: they arrive as they were sent, and no message can run code."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ PICKLING = {
         "a\ud800 b",
         [1, (2.5, None), {"x": [True], 3: "y"}],
         Path("a/b"),
-        {"list": 1},  # the words of the format itself
+        {"list": 1},  # the keys of the format itself
         Key(3),
         Status("complete", 2, 2, "r", 1.5, "now", ("w",), 3),
     ],
@@ -66,7 +66,7 @@ def test_tensors_that_share_memory_arrive_as_two():
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"x", Key, len, 1j])
-def test_what_is_none_of_these_is_refused(value):
+def test_a_value_of_any_other_kind_is_refused(value):
     with pytest.raises(MessageError, match="cannot be sent to another rank"):
         encode(value)
 
@@ -79,7 +79,7 @@ def test_an_error_arrives_as_what_it_is(error):
     assert (type(again), str(again)) == (type(error), str(error))
 
 
-def test_an_error_that_cannot_be_made_again_arrives_in_words():
+def test_an_error_that_cannot_be_made_again_arrives_as_a_runtime_error_in_its_words():
     again = decode(encode(json.JSONDecodeError("bad", "doc", 1)), "cpu")
     assert type(again) is RuntimeError
     assert str(again).startswith("JSONDecodeError: bad")
@@ -96,13 +96,13 @@ def test_an_error_that_cannot_be_made_again_arrives_in_words():
         {"error": ["builtins", "SystemExit", []]},
     ],
 )
-def test_a_message_cannot_name_anything_else(content):
+def test_a_message_that_names_anything_else_is_refused(content):
     head = json.dumps(content).encode()
-    with pytest.raises(MessageError, match="nothing else is received"):
+    with pytest.raises(MessageError, match="no other is received"):
         decode(len(head).to_bytes(HEAD, "little") + head, "cpu")
 
 
-def test_a_value_that_one_rank_cannot_send_is_an_error_on_all_and_nobody_waits():
+def test_a_value_that_one_rank_cannot_send_is_an_error_on_all_ranks():
     def work(ranks):
         with pytest.raises(MessageError, match=r"rank 1: a builtins\.object cannot be sent"):
             ranks.gather(object() if ranks.index == 1 else 1)
@@ -111,7 +111,7 @@ def test_a_value_that_one_rank_cannot_send_is_an_error_on_all_and_nobody_waits()
 
 
 def pickling(tree: ast.AST) -> list[str]:
-    """Every import and call by which a pickle could be read or written."""
+    """Every import and call with which a pickle could be read or written."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -148,5 +148,5 @@ def test_no_pickle_is_read_or_written_anywhere():
         *("load(f, weights_only=False)", "np.load(f, allow_pickle=True)", "pd.read_pickle(f)"),
     ],
 )
-def test_such_a_call_is_found(code):
+def test_the_search_finds_calls_that_read_or_write_a_pickle(code):
     assert pickling(ast.parse(code)) != []

@@ -1,4 +1,4 @@
-"""The cost model against counts, against measured steps on this machine, and against a published wall time."""
+"""The cost model, checked against counts, against steps on this machine, and against a published wall time."""
 
 import time
 
@@ -9,15 +9,19 @@ from benchmarks.operations import HARDWARE, per_layer
 from roundoff.config import ConfigError, steps_per_epoch
 from roundoff.evaluation import evaluate
 from roundoff.experiments import load_experiment, load_profile
-from roundoff.planning.cost_model import ADDED, PLAIN, Assumptions, CostModel, default_assumptions
+from roundoff.models import logprobs
+from roundoff.planning import cost_model
+from roundoff.planning.cost_model import Assumptions, CostModel, default_assumptions
 from roundoff.planning.machine import MACHINES, find_machine, measure_machine
 from roundoff.planning.shape import model_shape
+from roundoff.planning.work import ADDED, PLAIN
 from roundoff.runs.directory import RunDirectory
+from roundoff.sampling import fused_decoder, sampler
 from roundoff.training.loop import take_step
 from roundoff.training.preparation import prepare
 
 PUBLISHED_MINUTES = 140
-"""A DAPO run of one epoch (29 steps) of Qwen2.5-1.5B on 8 x A100: about 2 h 20 min (shared/findings.md)."""
+"""Published time of a DAPO run of one epoch (29 steps) of Qwen2.5-1.5B on 8 x A100 (shared/findings.md)."""
 
 
 def model(*, ranks: int = 1, profile: str = "gsm8k-1.5b", machine: str = "a100-80gb", **assumed: float) -> CostModel:
@@ -34,7 +38,7 @@ def estimated(name: str, **more):
 
 
 def test_a_published_wall_time_is_above_the_model_and_within_fifteen_times_it():
-    """Full fine-tuning with MXFP4 weights: the model leaves out what only makes the true time longer.
+    """Full fine-tuning with MXFP4 weights; all that the model leaves out makes the true time longer.
 
     The factor is large because the published system is another one (docs/planning.md); it was 10.9 in November 2026.
     """
@@ -44,7 +48,7 @@ def test_a_published_wall_time_is_above_the_model_and_within_fifteen_times_it():
 
 
 def test_products_of_an_update_by_hand():
-    """One token of a pass costs 2 FLOP a parameter, its gradient 4 more: 6 x 1.54e9 x tokens / rate is the least.
+    """A token costs 2 FLOP per parameter in a pass and 4 for its gradient: at least 6 x 1.54e9 x tokens / rate.
 
     1,024 kept rollouts, each with a response of 256 tokens, and one prompt of 128 for each group of 8; the embedding is
     no product for prompt tokens, hence Linear parameters alone for those.
@@ -57,7 +61,7 @@ def test_products_of_an_update_by_hand():
 
 
 def test_memory_by_hand():
-    """bfloat16 weights take 2 bytes a parameter; master, gradient and two moments 16; Q(W) 2 for each Linear's."""
+    """Per parameter, bfloat16 weights take 2 bytes, master, gradient and two moments 16, and a Linear's Q(W) 2."""
     found = estimated("E3a").memory
     assert found["weights"] == 2 * 1_543_714_304
     assert found["gradients and optimizer"] == 16 * 1_543_714_304
@@ -67,6 +71,13 @@ def test_memory_by_hand():
     assert estimated("E6a").memory["gradients and optimizer"] == 12 * 36_929_536
 
 
+def test_limits_are_those_of_the_modules_that_set_them():
+    """Planning does not import torch, so it writes these numbers down again."""
+    assert cost_model.MAX_ROWS == sampler.MAX_ROWS
+    assert cost_model.LOGIT_BYTES == logprobs.LOGIT_BYTES
+    assert cost_model.MOST_FUSED_COLUMNS == fused_decoder.MOST_COLUMNS
+
+
 def test_each_pass_over_a_batch_moves_the_weights():
     once = load_experiment("E8a")
     once = once.model_copy(update={"algorithm": once.algorithm.model_copy(update={"ratio": "replayed"})})
@@ -74,7 +85,7 @@ def test_each_pass_over_a_batch_moves_the_weights():
     one, two = (model(ranks=8).estimate(e, steps=1).parts for e in (once, twice))
     for part in ("update", "optimizer", "all-reduce"):
         assert two[part] == pytest.approx(2 * one[part])
-    # with one pass the first of four minibatches needs no log-probabilities before the update
+    # With one pass, the first of four minibatches needs no log-probabilities before the update.
     assert two["old log-probabilities"] == pytest.approx(one["old log-probabilities"] * 4 / 3)
 
 
@@ -90,7 +101,7 @@ def test_ratio_one_takes_shorter_steps_and_more_of_them():
 
 
 def test_memory_counts_the_rows_of_an_evaluation():
-    """80 rollouts of a step but 165 test problems on each of eight devices."""
+    """Each of eight devices samples 80 rollouts in a step, but 165 test problems in an evaluation."""
     found = model(ranks=8).estimate(load_experiment("E5"), steps=1).memory["sampling"]
     shape = model().shape
     assert found == pytest.approx(1319 / 8 * (1536 * 2 * shape.layers * shape.kv_width * 2 + shape.vocabulary * 20))
@@ -124,7 +135,7 @@ def test_the_longest_of_many_is_longer_but_within_the_limit():
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_operations_of_a_layer_are_as_counted(training):
-    """Torch versions differ by a few; a third more means that the model's constants are out of date."""
+    """Versions of torch differ by a few operations; a third more means that the model's constants are out of date."""
     part = "training" if training else "forward"
     plain = per_layer(HARDWARE["plain"], training=training)
     stated = getattr(PLAIN, part)
@@ -137,7 +148,7 @@ def test_operations_of_a_layer_are_as_counted(training):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart-clean", "quickstart-mxfp4", "quickstart-noise"])
 def test_steps_measured_on_this_cpu_are_within_a_factor_of_two(tmp_path, name):
-    """Machine and steps are measured in one process by its own CPU time, so that other work does not show."""
+    """Machine and steps are measured in one process by its CPU time, so that other work does not distort them."""
     torch.set_num_threads(1)
     machine = measure_machine("cpu")
     profile, experiment = load_profile("tiny"), load_experiment(name)

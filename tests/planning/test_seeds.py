@@ -1,4 +1,4 @@
-"""`roundoff plan`: seeds and time from runs, costs of a table, and what is refused."""
+"""`roundoff plan`: seeds and time from runs, costs of experiments, and what is refused."""
 
 import json
 from pathlib import Path
@@ -27,28 +27,56 @@ def lines(*arguments: object) -> list[str]:
 
 def test_variance_is_the_mean_over_comparisons(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    outcomes = {name: (rng.random((3, 80)) < 0.6).astype(float) for name in ("a", "b", "c")}
+    shares = {"a": [0.6, 0.6, 0.6], "b": [0.4, 0.6, 0.8], "c": [0.3, 0.6, 0.9]}  # solved, by seed
+    outcomes = {name: (rng.random((3, 80)) < np.array(each)[:, None]).astype(float) for name, each in shares.items()}
     for name, solved in outcomes.items():
         for seed in range(3):
             settings = {} if name == "a" else {"baseline": "a", "lora": {"rank": 4 if name == "b" else 8}}
             write_run(tmp_path, experiment(name, **settings), seed, solved[seed], solved[seed])
     found = measured_variance(find_runs([tmp_path])[0])
     each = [stats.difference_variance(outcomes[name], outcomes["a"]) for name in ("b", "c")]
+    assert found.variance.seed == pytest.approx((each[0].seed + each[1].seed) / 2)
     assert found.variance.residual == pytest.approx((each[0].residual + each[1].residual) / 2)
     assert "measured in 2 comparisons" in found.source and "4 degrees of freedom, which is rough" in found.source
+
+
+def test_no_variance_between_few_seeds_is_unknown_and_not_zero(tmp_path: Path) -> None:
+    solved = np.arange(80) % 2
+    for seed in range(3):
+        write_run(tmp_path, experiment("a"), seed, solved, solved)
+        write_run(tmp_path, experiment("b", baseline="a", lora={"rank": 4}), seed, 1 - solved, solved)
+    arms = [np.tile(outcomes, (3, 1)) for outcomes in (1 - solved, solved)]
+    assert stats.difference_variance(*arms).seed == 0
+    found = measured_variance(find_runs([tmp_path])[0])
+    assert found.variance.seed == ASSUMED.seed
+    said = lines("--effect", 3, "--runs", tmp_path)
+    assert (
+        "Variance: measured in 1 comparison: too few seeds to tell how much their differences vary (2 degrees of "
+        "freedom), so that this is unknown and 1 point is assumed."
+    ) in said
+
+
+def test_no_variance_between_many_seeds_is_taken_as_measured(tmp_path: Path) -> None:
+    solved = np.arange(80) % 2
+    for seed in range(11):
+        write_run(tmp_path, experiment("a"), seed, solved, solved)
+        write_run(tmp_path, experiment("b", baseline="a", lora={"rank": 4}), seed, 1 - solved, solved)
+    found = measured_variance(find_runs([tmp_path])[0])
+    assert found.variance.seed == 0
+    assert "vary by 0.00 points (standard deviation, 10 degrees of freedom)" in found.source
 
 
 def test_without_runs_the_variance_is_assumed_and_says_so(tmp_path: Path) -> None:
     assert measured_variance([]).variance == ASSUMED
     said = lines("--effect", 3, "--runs", tmp_path)
-    assert "Variance: assumed, for no comparison of two seeds or more was found: seeds 1 point apart." in said
+    assert "Variance: assumed, because no comparison of two seeds or more was found: seeds 1 point apart." in said
     row = next(line.split() for line in said if line.startswith("   1,319"))
     seeds = stats.plan(0.03, ASSUMED, problems=[1319])[0].seeds
     assert row[:3] == ["1,319", str(seeds), str(2 * (seeds or 0))]
 
 
 def test_time_comes_from_measured_steps(tmp_path: Path) -> None:
-    """50 steps of 2 s, two evaluations of 3 s over 100 problems: over 400 problems they take 100 + 24 s."""
+    """With 50 steps of 2 s and two evaluations of 3 s over 100 problems, a run over 400 problems takes 100 + 24 s."""
     path = write_run(tmp_path, experiment("a"), 0, np.ones(100), np.ones(100))
     rows = [{"step": s, "seconds": 2.0} for s in range(1, 51)]
     rows[9] |= {"seconds": 5.0, "seconds_evaluate": 3.0}
@@ -107,7 +135,7 @@ def test_lengths_may_be_given() -> None:
         (("--profile", "gsm8k-1.5", "E3a"), "did you mean 'gsm8k-1.5b'?"),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments: tuple[object, ...], reason: str) -> None:
+def test_impossible_requests_are_refused(arguments: tuple[object, ...], reason: str) -> None:
     error = planned(*arguments).exception
     assert isinstance(error, ConfigError)
     assert reason in str(error)

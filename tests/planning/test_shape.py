@@ -1,4 +1,4 @@
-"""Parameter counts against the models themselves, and against what their publishers state."""
+"""Parameter counts, checked against the models themselves and against the numbers that their publishers state."""
 
 import json
 
@@ -64,7 +64,7 @@ def test_an_unknown_model_is_an_error_that_says_what_to_give():
 
 
 def test_a_mixture_of_experts_is_refused(tmp_path):
-    # Counted as a dense model it would come out ten times too small, and so would a plan.
+    # Counted as a dense model it would be ten times too small, and so would its plan.
     Qwen3MoeConfig(**SMALL, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is a mixture of experts \(.*: num_(local_)?experts = 8\)"):
         model_shape(str(tmp_path))

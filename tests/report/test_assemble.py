@@ -1,4 +1,4 @@
-"""The report as data: what is scored, what is not, and what is said of each."""
+"""The report as data: what is scored, what is not, and how each is reported."""
 
 import csv
 import json
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from roundoff.report import words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.render import page, table_csv, terminal_table, write_report
 from roundoff.runs.record import find_runs
 from tests.simulated import experiment, profile, quickstart, write_run
@@ -91,7 +92,7 @@ def test_declared_experiments_without_runs_are_missing(tmp_path: Path) -> None:
         ({"baseline": "chip", "hardware": {"precision": {"weight": "nvfp4"}}}, None, "different hardware"),
     ],
 )
-def test_why_nothing_was_compared(tmp_path: Path, settings: dict, scale, reason: str) -> None:
+def test_the_reason_is_given_where_nothing_was_compared(tmp_path: Path, settings: dict, scale, reason: str) -> None:
     write_run(tmp_path, experiment("a"), 0, FIRST_HALF, FIRST_HALF)
     chip = experiment("chip", hardware={"precision": {"weight": "mxfp4"}})
     write_run(tmp_path, chip, 0, FIRST_HALF, FIRST_HALF)
@@ -101,7 +102,7 @@ def test_why_nothing_was_compared(tmp_path: Path, settings: dict, scale, reason:
     assert reason in row.no_comparison
 
 
-def test_damaged_foreign_and_doubled_runs_are_skipped_with_the_reason(tmp_path: Path) -> None:
+def test_damaged_foreign_and_duplicate_runs_are_skipped_with_the_reason(tmp_path: Path) -> None:
     for root in ("one", "two"):
         write_run(tmp_path / root, experiment("a"), 0, FIRST_HALF, FIRST_HALF)
     half = write_run(tmp_path / "one", experiment("a"), 1, FIRST_HALF, FIRST_HALF)
@@ -119,7 +120,7 @@ def test_damaged_foreign_and_doubled_runs_are_skipped_with_the_reason(tmp_path: 
     assert len(report.skipped) == 4
 
 
-def test_best_is_said_only_beyond_error(tmp_path: Path) -> None:
+def test_an_arm_is_best_only_beyond_its_error(tmp_path: Path) -> None:
     quickstart(tmp_path / "far", aqn=1.5)
     quickstart(tmp_path / "near", aqn=0.05)
     assert [row.id for row in report_on(tmp_path / "far").rows if row.is_best] == ["noise-aqn"]
@@ -149,7 +150,7 @@ def test_an_arm_that_loses_nothing_shows_no_losses(tmp_path: Path) -> None:
     assert [(flip.problem, flip.gained) for flip in flips.shown] == [("sum/0050", True), ("sum/0051", True)]
 
 
-def test_answers_say_what_was_found(simulated: Report) -> None:
+def test_answers_state_the_effects(simulated: Report) -> None:
     (answer,) = words.answers(simulated)
     assert "3 seeds, 300 problems" in answer.asked
     assert "10 % matmul noise: costs " in answer.answer
@@ -186,7 +187,7 @@ def test_four_files_are_written_and_agree(simulated: Report, tmp_path: Path) -> 
         assert words.percent(row.deployed.estimate) in text and words.points(row.comparison.deployed.estimate) in text
 
 
-def test_the_report_is_the_same_twice(simulated: Report, tmp_path: Path) -> None:
+def test_the_report_is_deterministic(simulated: Report, tmp_path: Path) -> None:
     first, second = (write_report(simulated, tmp_path / name) for name in ("a", "b"))
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
@@ -239,7 +240,7 @@ def test_a_single_problem_is_left_out_with_the_reason(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_leave_the_report_whole(tmp_path: Path) -> None:
-    """A ratio that overflowed in one step: the curve passes over it, and results.json stays JSON."""
+    """If a ratio overflows in one step, the curve skips it and results.json stays valid JSON."""
     what = experiment("a", aqn={"sigma_start": 0.05, "sigma_end": 0.01})
     path = write_run(tmp_path / "runs", what, 0, FIRST_HALF, FIRST_HALF)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -258,8 +259,8 @@ def test_numbers_that_are_not_finite_leave_the_report_whole(tmp_path: Path) -> N
     assert 5 not in curve.steps and 6 in curve.steps
 
 
-def test_best_is_not_said_of_an_arm_that_was_not_compared_with_a_better_one(tmp_path: Path) -> None:
-    """c scores most, under seeds that no other has: nothing shows that b is the best."""
+def test_an_arm_that_was_not_compared_with_a_better_one_is_not_best(tmp_path: Path) -> None:
+    """c has the highest score, but under seeds that no other arm has, so nothing shows that b is the best."""
     for name, solved, first, lora in (("a", 100, 0, None), ("b", 200, 0, {}), ("c", 290, 5, {"rank": 4})):
         for seed in range(3):
             outcomes = (np.arange(300) < solved + seed).astype(float)
@@ -278,7 +279,7 @@ def test_a_baseline_with_runs_of_two_settings_is_not_chosen_by_chance(tmp_path: 
     assert "its baseline base has runs of 2 settings" in row.no_comparison
 
 
-def test_of_two_baselines_the_one_on_the_same_hardware_is_taken(tmp_path: Path) -> None:
+def test_the_baseline_on_the_same_hardware_is_chosen(tmp_path: Path) -> None:
     for std in (0.1, 0.2):
         chip = {"matmul_noise": {"relative_std": std}}
         for seed in range(3):

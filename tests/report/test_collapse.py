@@ -1,4 +1,4 @@
-"""Collapsed runs and hints are said wherever a score or a difference is printed."""
+"""Collapsed runs and hints are marked wherever a score or a difference is printed."""
 
 import csv
 import io
@@ -10,7 +10,8 @@ from rich.console import Console
 
 from roundoff.planning.seeds import measured_variance
 from roundoff.report import words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.pair import find_arm, make_pair, pair_text
 from roundoff.report.render import as_json, markdown, page, table_csv, terminal_table
 from roundoff.runs.record import find_runs
@@ -24,7 +25,7 @@ def printed(content: object) -> str:
 
 
 def arms(root: Path, *, lost: tuple[float, ...], seeds: int = 3, gain: float = 0.0) -> Report:
-    """`plain`, and `aqn` on the same hardware, of which each seed loses a share of what `plain` solves."""
+    """`plain`, and on the same hardware `aqn`, each of whose seeds loses a share of what `plain` solves."""
     rng = np.random.default_rng(0)
     noisy = {"matmul_noise": {"relative_std": 0.1}}
     for seed in range(seeds):
@@ -37,7 +38,7 @@ def arms(root: Path, *, lost: tuple[float, ...], seeds: int = 3, gain: float = 0
     return build_report(find_runs([root])[0])
 
 
-def test_a_collapsed_run_is_said_beside_every_interval(tmp_path: Path) -> None:
+def test_every_interval_is_marked_where_a_run_collapsed(tmp_path: Path) -> None:
     report = arms(tmp_path, lost=(0.0, 0.0, 0.97))
     row = next(row for row in report.rows if row.id == "aqn")
     assert row.collapsed == (2,)
@@ -61,10 +62,10 @@ def test_a_collapsed_run_is_said_beside_every_interval(tmp_path: Path) -> None:
     pair = make_pair(find_arm("aqn", tmp_path), find_arm("plain", tmp_path), margin=None)
     text = " ".join(printed(pair_text(pair)).split())
     assert "Collapsed: seed 2 of A" in text and "‡ runs collapsed" in text
-    assert "collapsed runs are among them (1" in measured_variance(find_runs([tmp_path])[0]).source
+    assert "among them are collapsed runs (1" in measured_variance(find_runs([tmp_path])[0]).source
 
 
-def test_best_says_that_its_rival_collapsed(tmp_path: Path) -> None:
+def test_the_best_arm_is_marked_where_its_rival_collapsed(tmp_path: Path) -> None:
     healthy = arms(tmp_path / "one", lost=(0.45,), seeds=10)
     best = next(row for row in healthy.rows if row.id == "plain")
     assert best.is_best and words.best_mark(best) == "best"
@@ -76,14 +77,14 @@ def test_best_says_that_its_rival_collapsed(tmp_path: Path) -> None:
     assert words.best_text(collapsed.rows) == "best on its hardware: plain (1 run collapsed)"
 
 
-def test_nothing_is_said_of_healthy_runs(tmp_path: Path) -> None:
+def test_healthy_runs_are_not_marked(tmp_path: Path) -> None:
     report = arms(tmp_path, lost=(0.1,))
     assert "collapsed" not in printed(terminal_table(report)) + markdown(report) + table_csv(report).split("\n", 1)[1]
     assert "‡" not in page(report).split('id="glossary"')[0]
 
 
 def test_hints_are_counted_apart(tmp_path: Path) -> None:
-    """Among five tests two differ by what only their own interval calls different from zero."""
+    """In two of five tests, only the interval of the test itself excludes zero."""
     rng = np.random.default_rng(9)
     plain = (rng.random((3, 400)) < 0.8).astype(float)
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""What may be compared, what is refused, and what is said of it."""
+"""Which arms can be compared, which are refused, and with what conclusion."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ AQN = {"sigma_start": 0.05, "sigma_end": 0.0005}
 def arm(
     root: Path, name: str, rate: float, *, seeds: int = 4, problems: int = 200, scale=None, **settings
 ) -> list[Run]:
-    """Runs that solve the first `rate` of the problems, each seed but for one problem of its own."""
+    """Runs that solve the first `rate` of the problems, but for one problem that differs by seed."""
     for seed in range(seeds):
         solved = (np.arange(problems) < rate * problems).astype(float)
         solved[-1 - seed] = 1 - solved[-1 - seed]
@@ -51,7 +51,7 @@ def test_layers_kept_in_high_precision_are_a_remedy_and_not_another_chip(tmp_pat
     assert (result.kind, result.verdict) == ("benefit", "helps")
 
 
-def test_arms_alike_show_no_benefit(tmp_path: Path) -> None:
+def test_equal_arms_show_no_benefit(tmp_path: Path) -> None:
     result = compare(arm(tmp_path, "a", 0.5, aqn=AQN), arm(tmp_path, "b", 0.5))
     assert (result.deployed.estimate, result.verdict) == (0.0, "no benefit shown")
 

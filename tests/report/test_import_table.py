@@ -1,12 +1,14 @@
-"""Scores from elsewhere: what they allow to conclude, and what is refused."""
+"""Scores from elsewhere: what can be concluded from them, and what is refused."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from scipy import stats as reference
 
 from roundoff.config import ConfigError
-from roundoff.report.import_table import imported_markdown, imported_table, read_table
+from roundoff.report.import_table import imported_table, read_table
 
 CSV = "id,score,n,baseline\nplain,76.88,1319,\nnoise,68.92,1319,plain\naqn,70.58,1319,noise\nopen,,,plain\n"
 MARKDOWN = """# Scores
@@ -37,8 +39,25 @@ def test_a_difference_of_eight_points_exceeds_the_error_and_one_of_two_does_not(
         "", "exceeds the error of the test set", "within its error", "no score"
     ]  # fmt: skip
     assert "1 of 2 published differences exceeds the error" in table.conclusion
-    assert "| noise | 68.9 % [66.4, 71.4] | plain | −8.0 [−11.3, −4.6] |" in imported_markdown(table)
-    assert imported_table(table)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(imported_table(table))
+    assert ["noise", "68.9", "%", "[66.4,", "71.4]", "plain", "−8.0", "[−11.3,", "−4.6]"] in [
+        line.split()[:9] for line in console.export_text().splitlines()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["b,0.5,1000,a"], "The only published difference exceeds the error of the test set: b."),
+        (["b,0.79,1000,a"], "The only published difference does not exceed the error of the test set."),
+        (["b,0.79,1000,a", "c,0.81,1000,a"], "None of 2 published differences exceeds the error of the test set"),
+        (["b,0.5,1000,a", "c,0.4,1000,a"], "2 of 2 published differences exceed the error of the test set"),
+    ],
+)
+def test_the_conclusion_counts_in_the_right_number(tmp_path: Path, lines: list[str], expected: str) -> None:
+    table = read_table(written(tmp_path, "\n".join(["id,score,n,baseline", "a,0.8,1000,", *lines])))
+    assert table.conclusion.startswith(expected)
 
 
 def test_intervals_against_published_values(tmp_path: Path) -> None:

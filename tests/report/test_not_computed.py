@@ -1,4 +1,4 @@
-"""A failure is never a result: runs that trained nothing, and scores of which something was not computed."""
+"""A failure is never a result: runs that trained nothing, and scores that were only partly computed."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def test_no_verdict_on_runs_that_trained_nothing(tmp_path, untrained):
         assert "no cost shown" not in text and "costs accuracy" not in text, name
 
 
-def test_a_baseline_that_was_not_trained_is_none(tmp_path):
+def test_an_untrained_baseline_is_not_compared_with(tmp_path):
     for seed in range(3):
         counts(write_run(tmp_path, experiment("plain"), seed, PLAIN, PLAIN), trained=False)
         counts(write_run(tmp_path, experiment("noisy", **NOISY), seed, WORSE, PLAIN))
@@ -90,7 +90,7 @@ def test_a_baseline_that_was_not_trained_is_none(tmp_path):
         make_pair(find_arm("noisy", tmp_path), find_arm("plain", tmp_path), margin=None)
 
 
-def test_data_formats_carry_it(tmp_path):
+def test_csv_and_json_hold_what_was_not_computed(tmp_path):
     arms(tmp_path, untrained=(1,), trained=False, nonfinite=2)
     report = report_on(tmp_path)
     noisy = next(row for row in csv.DictReader(table_csv(report).splitlines()) if row["id"] == "noisy")
@@ -129,7 +129,7 @@ def test_rollouts_that_were_not_computed_are_noted(tmp_path):
     assert row.notes[0].startswith("seed 1: 80 of 800 rollouts were not computed")
 
 
-def test_an_ordinary_report_says_nothing_of_it(tmp_path):
+def test_an_ordinary_report_does_not_mention_failures(tmp_path):
     arms(tmp_path)
     report = report_on(tmp_path)
     assert all(row.notes == () and row.is_whole for row in report.rows)

@@ -1,4 +1,4 @@
-"""The page: text from runs is escaped, nothing is requested, and it fits a desk and a phone (headless Chromium)."""
+"""The page escapes text from runs, requests nothing, and fits wide and narrow screens (in headless Chromium)."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def test_text_from_runs_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in markdown(report)
 
 
-def test_the_page_asks_for_nothing(tmp_path: Path) -> None:
+def test_the_page_makes_no_requests(tmp_path: Path) -> None:
     quickstart(tmp_path, problems=50)
     html = page(build_report(*find_runs([tmp_path])))
     assert "default-src 'none'" in html
@@ -76,7 +76,7 @@ def test_a_report_without_any_score_is_a_page(tmp_path: Path) -> None:
 
 
 def browse(html: str, width: int, scratch: Path) -> tuple[dict, str, list[str]]:
-    """Measures of the page in a frame (a window is never under 500 px), the console, and the addresses asked for."""
+    """Sizes of the page in a frame (a window is never below 500 px), the console, and the requested addresses."""
     assert CHROMIUM
     frame = f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{escape(html)}"></iframe>'
     outer, log = scratch / "outer.html", scratch / "net.json"
@@ -95,7 +95,7 @@ def browse(html: str, width: int, scratch: Path) -> tuple[dict, str, list[str]]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: install the package `chromium`")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("runs", ["quickstart", "hostile", "declared"])
-def test_in_a_browser(tmp_path: Path, width: int, runs: str) -> None:
+def test_the_page_fits_the_width_of_a_browser(tmp_path: Path, width: int, runs: str) -> None:
     if runs == "declared":
         report = declared(tmp_path / "runs", scans={"E5": scan(), "E5b": scan(tokens=512)})
     else:

@@ -1,4 +1,4 @@
-"""`roundoff compare`: what a name stands for, what is said, and what is refused."""
+"""`roundoff compare`: what a name stands for, what the answer says, and what is refused."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_cost_is_said_with_its_interval_and_p(runs: Path) -> None:
+def test_a_cost_is_stated_with_its_interval_and_p(runs: Path) -> None:
     said = compared("noise", "plain", "--runs", runs).output
     assert said.startswith("The hardware of A costs accuracy: it scores ")
     assert "points less than B with the hardware on (95 %: −" in said
@@ -39,7 +39,7 @@ def test_a_cost_is_said_with_its_interval_and_p(runs: Path) -> None:
     assert "McNemar" not in said
 
 
-def test_nothing_shown_is_said_so_and_a_margin_is_tested(runs: Path) -> None:
+def test_an_effect_that_is_not_shown_is_stated_as_such_and_a_margin_is_tested(runs: Path) -> None:
     said = compared("mxfp4", "plain", "--runs", runs, "--margin", 20).output
     assert said.startswith("No cost is shown: ")
     assert "That A loses less than 20 points is shown (one-sided p " in said
@@ -59,7 +59,7 @@ def test_two_single_runs_are_paired_by_problem_and_not_called_a_test(runs: Path)
 
 
 def test_flips_are_counted_by_hand(tmp_path: Path) -> None:
-    """A solves problems 0 to 119, B 0 to 99 and 150: A alone 20, B alone 1; p = 2 * (1 + 21) / 2^21."""
+    """A solves problems 0 to 119, B 0 to 99 and 150, so A alone solves 20 and B alone 1; p = 2 * (1 + 21) / 2^21."""
     better, worse = (np.arange(200) < 120).astype(float), HALF.copy()
     worse[150] = 1
     for name, solved in (("a", better), ("b", worse)):
@@ -98,7 +98,7 @@ def test_other_problems_and_empty_directories_are_refused(tmp_path: Path) -> Non
     assert "there is no run in" in refused(tmp_path / "empty", "a", "--runs", tmp_path)
 
 
-def test_what_has_no_partner_is_named(tmp_path: Path) -> None:
+def test_runs_without_a_partner_are_counted(tmp_path: Path) -> None:
     for seed in range(4):
         write_run(tmp_path, experiment("a", lora={}), seed, HALF, HALF)
     for seed in (0, 1):

@@ -1,12 +1,13 @@
-"""Axes with round numbers, and geometry that stays inside its box."""
+"""Axes have round numbers, and the geometry stays inside its box."""
 
+import numpy as np
 import pytest
 
 from roundoff.report import plots
 from roundoff.report.assemble import build_report
-from roundoff.report.curves import MOST_POINTS, Curve
+from roundoff.report.curves import MOST_POINTS
 from roundoff.runs.record import find_runs
-from tests.simulated import quickstart
+from tests.simulated import experiment, quickstart, write_run
 
 
 @pytest.mark.parametrize(
@@ -60,10 +61,12 @@ def test_sigma_is_a_staircase(tmp_path) -> None:
 
 
 def test_long_curves_are_averaged_in_bins(tmp_path) -> None:
-    from roundoff.report.curves import _bins
-
-    values = [float(i) for i in range(1000)]
-    found = _bins(values)
-    assert len(found) <= MOST_POINTS
-    assert found[0] == pytest.approx(sum(range(9)) / 9)
-    assert isinstance(Curve(found, found, found, found, 1), Curve)
+    """999 steps become 111 points, each the mean of nine: steps 1 to 9 are drawn at step 5."""
+    solved = np.ones(20)
+    write_run(tmp_path, experiment("a"), 0, solved, solved, steps=999)
+    (row,) = build_report(*find_runs([tmp_path])).rows
+    curve = row.diagnostics["reward"]
+    assert len(curve.steps) == len(curve.mean) == 111 <= MOST_POINTS
+    assert curve.steps[:2] == (5.0, 14.0)
+    rewards = [line["reward"] for line in find_runs([tmp_path])[0][0].metrics[1:10]]
+    assert curve.mean[0] == pytest.approx(sum(rewards) / 9)

@@ -1,4 +1,4 @@
-"""Sections of the page beside the scores: published scores, AQN's settings, scans, what was not run."""
+"""Sections of the page besides the scores: published scores, AQN's settings, scans, experiments that were not run."""
 
 import io
 import json
@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from roundoff.report import plots, published, words
-from roundoff.report.assemble import Report, build_report
+from roundoff.report.assemble import build_report
+from roundoff.report.contents import Report
 from roundoff.report.curves import Curve
 from roundoff.report.render import flat, markdown, page, terminal_table
 from roundoff.runs.record import find_runs
@@ -30,7 +31,7 @@ def scan(**changes: object) -> dict[str, object]:
 
 
 def declared(root: Path, *, seeds: int = 3, scans: dict[str, dict[str, object]] | None = None) -> Report:
-    """Simulated runs under ids of the declared table: Baseline, E5 and E5b; E9b has none."""
+    """Simulated runs under ids of the declared table: Baseline, E5 and E5b, but not E9b."""
     rng = np.random.default_rng(0)
     arms = [
         experiment("Baseline", title="Plain arithmetic", family="hardware"),
@@ -61,7 +62,7 @@ def test_published_scores_stand_beside_ours_with_the_error_of_their_test_set(tmp
     assert "68.9 % [66.4, 71.4] †" in markdown(report)
 
 
-def test_no_figure_rests_on_a_published_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_figure_is_computed_from_a_published_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_them = declared(tmp_path)
     monkeypatch.setattr(published, "reference_scores", dict)
     without = build_report(*find_runs([tmp_path]))
@@ -72,7 +73,7 @@ def test_no_figure_rests_on_a_published_score(tmp_path: Path, monkeypatch: pytes
 
 
 def test_aqn_is_shown_as_configured_and_as_injected(tmp_path: Path) -> None:
-    """`write_run` injects nothing in steps 1 to 4 of 40, then 0.05 * 0.01^(stage / 9)."""
+    """`write_run` injects no noise in steps 1 to 4 of 40, and then 0.05 * 0.01^(stage / 9)."""
     row = next(row for row in declared(tmp_path).rows if row.id == "E5b")
     assert row.aqn is not None
     assert (row.aqn.sigma_start, row.aqn.schedule, row.aqn.stages, row.aqn.layers) == (0.05, "epoch", 10, "all")
@@ -112,7 +113,7 @@ def test_text_in_a_scan_cannot_break_out_of_the_page(tmp_path: Path, hostile: di
     assert "<script>alert" not in html
 
 
-def test_what_was_not_run_takes_one_line(tmp_path: Path) -> None:
+def test_experiments_that_were_not_run_take_one_line(tmp_path: Path) -> None:
     report = declared(tmp_path)
     html = page(report)
     assert html.count("Not run: E9b.") == 2
@@ -124,7 +125,7 @@ def test_what_was_not_run_takes_one_line(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_best_is_named_or_denied_or_left_open(tmp_path: Path) -> None:
+def test_the_text_says_which_arm_is_best_or_that_none_is_or_nothing(tmp_path: Path) -> None:
     report = declared(tmp_path / "three")
     assert words.best_text(report.rows) == "no arm is shown to be the best on its hardware"
     assert words.best_text(declared(tmp_path / "one", seeds=1).rows) == ""
@@ -136,7 +137,7 @@ def test_single_peaks_do_not_flatten_a_diagnostic() -> None:
     steps, calm = tuple(range(20)), (1.0, 1.2) * 10
     peaked = (*calm[:10], 5000.0, *calm[11:])
     curve, other = (Curve(steps, values, values, values, 1) for values in (peaked, calm))
-    title, cut = plots._without_peaks("Ratio", [plots.Named("a", curve, 0)])
+    title, cut = plots.without_peaks("Ratio", [plots.Named("a", curve, 0)])
     assert title == "Ratio (cut off: peaks to 5e+03)"
     assert max(cut[0].curve.mean) < 10
-    assert plots._without_peaks("Ratio", [plots.Named("a", other, 0)]) == ("Ratio", [plots.Named("a", other, 0)])
+    assert plots.without_peaks("Ratio", [plots.Named("a", other, 0)]) == ("Ratio", [plots.Named("a", other, 0)])

@@ -1,4 +1,4 @@
-"""What the report prints of an experiment tells it apart from every other."""
+"""The settings that the report prints distinguish an experiment from every other."""
 
 from itertools import combinations
 

@@ -1,4 +1,4 @@
-"""Intervals and tests against hand-derived values and against simulation from a known model."""
+"""Intervals and tests, checked against values derived by hand and against simulation from a known model."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_benefit_by_hand() -> None:
 
 
 def test_seeds_alone_give_the_t_test_on_seed_means() -> None:
-    """With every problem of a seed alike, only seeds vary: the plain t interval over four seed means."""
+    """If all problems of a seed are alike, only seeds vary: the interval is the plain t interval over seed means."""
     means = np.array([0.2, 0.5, 0.1, 0.4])
     difference = np.tile(means[:, None], (1, 50))
     result = stats.paired_benefit(difference, np.zeros_like(difference))
@@ -64,7 +64,7 @@ def test_swapping_the_arms_mirrors_the_benefit() -> None:
 
 
 def test_arms_that_never_differ_are_not_known_to_be_equal() -> None:
-    """No difference among 100 problems: a rate up to 1 - 0.025^(1/100) = 3.6 % may have gone unseen."""
+    """Among 100 problems without a difference, a rate of up to 1 - 0.025^(1/100) = 3.6 % may have gone unseen."""
     same = np.tile((np.arange(100) % 2).astype(float), (3, 1))
     result = stats.paired_benefit(same, same)
     assert (result.estimate, result.p) == (0.0, 1.0)
@@ -74,7 +74,7 @@ def test_arms_that_never_differ_are_not_known_to_be_equal() -> None:
 @pytest.mark.parametrize("rate", [0.0, 1.0, 1 / 3, 0.999])
 @pytest.mark.parametrize("problems", [2, 3, 7, 100, 256, 1024, 1319])
 def test_no_end_of_an_interval_is_on_the_wrong_side_of_its_estimate(rate: float, problems: int) -> None:
-    """Rounding put the upper end of a score of 100 % below it, by one part in 1e16."""
+    """Rounding once put the upper end of a score of 100 % below the score, by one part in 1e16."""
     found = [stats.score(np.full((s, problems), rate)) for s in (1, 2, 3, 5, 10)]
     found.append(stats.proportion(rate, problems))
     found.append(stats.unpaired_difference(found[-1], stats.proportion(1.0, problems)))
@@ -101,12 +101,13 @@ def test_mcnemar_by_hand() -> None:
     """Five gained, one lost: p = 2 * (C(6,0) + C(6,1)) / 2^6 = 14/64."""
     new = np.array([1, 1, 1, 1, 1, 0, 1, 0])
     old = np.array([0, 0, 0, 0, 0, 1, 1, 0])
-    assert stats.mcnemar(new, old) == stats.McNemar(5, 1, pytest.approx(14 / 64))
+    result = stats.mcnemar(new, old)
+    assert (result.gained, result.lost, result.p) == (5, 1, pytest.approx(14 / 64))
     assert stats.mcnemar(new, new).p == 1.0
 
 
 def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.02, 0.03 times 3, 2, 1 is 0.03, 0.04, 0.03, and no later value may be smaller than an earlier."""
+    """Sorted, 0.01, 0.02, 0.03 times 3, 2, 1 is 0.03, 0.04, 0.03, and no value may be smaller than an earlier one."""
     assert stats.holm([0.03, None, 0.01, 0.02]) == pytest.approx([0.04, None, 0.03, 0.04])
     assert stats.holm([None, None]) == [None, None]
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0]
@@ -140,7 +141,7 @@ def test_equivalence_needs_both_sides() -> None:
         (lambda: stats.plan(1.5, stats.Variance(0, 0, 0.3), problems=[100]), "1.5 points is 0.015"),
     ],
 )
-def test_bad_input_is_named(call, text: str) -> None:
+def test_bad_input_is_refused_by_name(call, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
 
@@ -160,7 +161,7 @@ def test_plan_more_problems_never_need_more_seeds_and_the_row_keeps_its_promise(
 @pytest.mark.parametrize("effect", [0.005, 0.02, 0.05])
 @pytest.mark.parametrize("seeds", [3, 4, 10])
 def test_power_is_that_of_the_noncentral_t(effect: float, seeds: int) -> None:
-    """With seeds alone the test is the t test on seed means, whose power is the noncentral t with S - 1 df."""
+    """If only seeds vary, the test is the t test on seed means, whose power is the noncentral t with S - 1 df."""
     se = 0.02 / np.sqrt(seeds)
     critical = reference.t.ppf(0.975, seeds - 1) * (stats.WIDENING_AT_THREE if seeds == 3 else 1.0)
     shifted = reference.nct(seeds - 1, effect / se)
@@ -171,7 +172,7 @@ def test_power_is_that_of_the_noncentral_t(effect: float, seeds: int) -> None:
 
 @pytest.mark.parametrize("seeds", range(3, 11))
 def test_power_is_that_of_the_test_itself(seeds: int) -> None:
-    """Against 40,000 draws of mean squares from their chi-squares: an error of 0.25 points (1 sd), four of each."""
+    """Compared with 40,000 draws of the mean squares, within four standard errors of 0.25 points."""
     rng, problems, effect = np.random.default_rng(seeds), 512, 0.03
     variance = stats.Variance(3.5e-4, 0.0075, 0.31)
     expected = (problems * variance.seed + 0.31, seeds * variance.problem + 0.31, 0.31)
@@ -187,7 +188,7 @@ def test_power_is_that_of_the_test_itself(seeds: int) -> None:
 
 
 def test_power_never_falls_with_effect_or_seeds() -> None:
-    """Where scipy's noncentral t gave NaN: an effect of many standard errors is found for certain."""
+    """An effect of many standard errors is certain to be found, although scipy's noncentral t gives NaN there."""
     variance = stats.Variance(0.0, 0.0087, 0.323)
     found = [[stats.power(e, variance, seeds=s, problems=5000) for s in (3, 4, 5, 6)] for e in (0.03, 0.05, 0.1, 0.4)]
     assert np.isfinite(found).all()
@@ -195,8 +196,8 @@ def test_power_never_falls_with_effect_or_seeds() -> None:
     assert found[-1][0] == pytest.approx(1.0)
 
 
-def test_plan_says_where_no_number_of_seeds_is_enough() -> None:
-    """Problem variance of 0.02 on 256 problems is a standard error of 0.9 points, however many seeds there are."""
+def test_plan_says_if_no_number_of_seeds_is_enough() -> None:
+    """A problem variance of 0.02 on 256 problems gives a standard error of 0.9 points, however many seeds there are."""
     (row,) = stats.plan(0.01, stats.Variance(1e-4, 0.02, 0.25), problems=[256])
     assert row.seeds is None and row.runs is None and row.power < 0.8
 
@@ -210,15 +211,15 @@ def test_variance_components_are_recovered() -> None:
         + 0.1 * rng.standard_normal((seeds, problems))
     )
     found = stats.difference_variance(0.5 + difference / 2, 0.5 - difference / 2)
-    # relative standard deviation sqrt(2/39) = 23 % of the seed component, 2 % of the others: four of each
+    # The relative standard deviation is sqrt(2/39) = 23 % for the seed component and 2 % for the others; allow four.
     assert found.seed == pytest.approx(4e-4, rel=0.9)
     assert found.problem == pytest.approx(25e-4, rel=0.1)
     assert found.residual == pytest.approx(1e-2, rel=0.02)
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_rates_in_short(seeds: int) -> None:
-    """500 repeats: a rate of 5 % is seen between 2.1 and 7.9 % in 99.7 % of cases."""
+def test_rejection_and_coverage_in_a_short_simulation(seeds: int) -> None:
+    """In 500 repeats, a rate of 5 % is observed between 2.1 and 7.9 % in 99.7 % of cases."""
     rejected, held, score_held = rates(WORLDS["typical"], seeds, repeats=500, problems=256, start=7)
     assert 0.021 <= rejected <= 0.079
     assert 0.921 <= held <= 0.985
@@ -228,8 +229,8 @@ def test_rates_in_short(seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 @pytest.mark.parametrize("world", WORLDS)
-def test_rates_at_length(world: str, seeds: int) -> None:
-    """The figures promised: rejection in [3, 7] %, coverage in [93, 97] %; 6,000 repeats err by 0.3 points (1 sd)."""
+def test_rejection_and_coverage_in_a_long_simulation(world: str, seeds: int) -> None:
+    """Rejection is in [3, 7] % and coverage in [93, 97] %; with 6,000 repeats the standard error is 0.3 points."""
     rejected, held, score_held = rates(WORLDS[world], seeds, repeats=6000, problems=512, start=11)
     assert 0.03 <= rejected <= 0.07
     assert 0.93 <= held <= 0.97
@@ -239,7 +240,7 @@ def test_rates_at_length(world: str, seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 4, 5, 10])
 def test_power_is_what_plan_promises(seeds: int) -> None:
-    """Simulated power against `power` at the components of a large sample: within 3 points."""
+    """Simulated power is within 3 points of `power` at the components of a large sample."""
     world, rng, problems = World(seed=0.1), np.random.default_rng(2), 512
     difficulty = world.difficulty(rng, 4000)
     large = [world.arm(rng, difficulty, 200, effect=e) for e in (0.4, 0.0)]

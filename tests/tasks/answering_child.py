@@ -16,9 +16,9 @@ def answer(question):
     while "loop" in question:
         pass
     if "power" in question:
-        10 ** (10**10)  # inside of one call into C
+        10 ** (10**10)  # inside one call into C
     if "sleep" in question:
-        time.sleep(60)  # takes no processor time
+        time.sleep(60)  # uses no processor time
     if "memory" in question:
         bytearray(4 << 30)
     if "depth" in question:

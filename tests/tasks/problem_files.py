@@ -1,4 +1,4 @@
-"""Small files of problems in the forms that people have them."""
+"""Small files of problems in the forms in which they are distributed."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def raw_rows(problems: list[tuple[str, str]]) -> list[dict]:
 
 
 def verl_rows(problems: list[tuple[str, str]], split: str) -> list[dict]:
-    """As verl's `examples/data_preprocess/gsm8k.py` writes them."""
+    """Files in the form that verl's `examples/data_preprocess/gsm8k.py` writes."""
     instruction = 'Let\'s think step by step and output the final answer after "####".'
     return [
         {

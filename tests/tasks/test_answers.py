@@ -1,4 +1,4 @@
-"""Reading final answers; every expected value is worked out by hand."""
+"""Reading final answers; every expected value was derived by hand."""
 
 from fractions import Fraction
 
@@ -35,7 +35,7 @@ from roundoff.tasks.answers import last_number, marked_answer, whole_number_text
         ("0", "0"),
     ],
 )
-def test_a_number_is_read_alone_marked_and_last(written: str, value: str) -> None:
+def test_a_number_is_read_alone_after_a_marker_and_at_the_end(written: str, value: str) -> None:
     expected = Fraction(value)
     assert whole_number_text(written) == expected
     assert marked_answer(f"so\n#### {written}") == expected
@@ -64,7 +64,7 @@ def test_a_number_is_read_alone_marked_and_last(written: str, value: str) -> Non
         "1.e5",
     ],
 )
-def test_half_of_what_is_no_number_is_not_an_answer(written: str) -> None:
+def test_no_part_of_something_else_is_an_answer(written: str) -> None:
     assert whole_number_text(written) is None
     assert marked_answer(f"#### {written}") is None
     assert last_number(written) is None
@@ -82,7 +82,7 @@ def test_half_of_what_is_no_number_is_not_an_answer(written: str) -> None:
         ("### 18", None),
     ],
 )
-def test_strict(text: str, value: int | None) -> None:
+def test_the_number_after_the_last_marker_is_the_strict_answer(text: str, value: int | None) -> None:
     assert marked_answer(text) == value
 
 
@@ -103,18 +103,18 @@ def test_strict(text: str, value: int | None) -> None:
         ("no number", None),
     ],
 )
-def test_flexible(text: str, value: int | None) -> None:
+def test_the_last_number_is_the_flexible_answer(text: str, value: int | None) -> None:
     assert last_number(text) == value
 
 
 @pytest.mark.parametrize("text", ["72 dollars", "about 72", "72 73", "7x"])
-def test_a_text_that_is_more_than_a_number_is_none(text: str) -> None:
+def test_a_text_with_more_than_a_number_is_not_a_number(text: str) -> None:
     assert whole_number_text(text) is None
 
 
 @pytest.mark.parametrize("unit", ["1 ", "1,", "9", "$", "1/", "####", "1,111", "-", "1.", " "])
-def test_reading_takes_time_in_proportion_to_the_text(unit: str) -> None:
-    """A response of a model gone wrong repeats itself for thousands of tokens; a backtracking pattern would hang."""
+def test_reading_takes_linear_time(unit: str) -> None:
+    """A broken model repeats itself for thousands of tokens, on which a backtracking pattern would hang."""
     text = unit * 50_000
     marked_answer(text)
     last_number(text)

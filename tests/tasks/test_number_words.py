@@ -15,7 +15,7 @@ MAGNITUDES = """
 
 
 @pytest.mark.parametrize("word", MAGNITUDES.split())
-def test_a_number_of_thousands_is_not_read_without_them(word: str) -> None:
+def test_a_number_is_not_read_without_its_word_of_magnitude(word: str) -> None:
     for written in (f"5 {word}", f"5{word}", f"5\u00a0{word}"):
         assert last_number(f"so it is {written}") is None
         assert marked_answer(f"#### {written}") is None
@@ -36,14 +36,14 @@ def test_a_sign_in_words_leaves_no_number(words: str) -> None:
 
 
 @pytest.mark.parametrize("words", ["au moins", "al menos", "ao menos", "pelo menos", "por lo menos", "almeno"])
-def test_at_least_is_no_sign(words: str) -> None:
+def test_at_least_is_not_a_sign(words: str) -> None:
     assert last_number(f"c'est {words} 5") == 5
 
 
 @pytest.mark.parametrize(
     "written", ["5 miles", "5 milk cartons", "5 mills", "5 Crayons", "5 pies", "$5 markers", "5 m"]
 )
-def test_words_that_only_begin_so_are_units(written: str) -> None:
+def test_words_that_only_begin_like_a_magnitude_are_units(written: str) -> None:
     assert last_number(f"so it is {written}") == 5
 
 
@@ -54,7 +54,7 @@ def test_short_magnitudes_and_parts(written: str) -> None:
     assert last_number(f"so it is {written}") is None
 
 
-def test_metres_in_latex_are_no_millions() -> None:
+def test_metres_in_latex_are_not_millions() -> None:
     assert last_number("so it is $5 m$") == 5
 
 
@@ -80,7 +80,7 @@ def test_units_that_are_not_one_quantity_are_read() -> None:
         *("42 with a remainder of 3", "42 to the power of 2", "42 -> 43", "42 \u2192 43", "42 | 43", "42 vs. 43"),
     ],
 )
-def test_a_marker_before_two_numbers_that_words_join_marks_none(written: str) -> None:
+def test_a_marker_before_two_numbers_joined_by_a_word_marks_no_answer(written: str) -> None:
     assert marked_answer(f"#### {written}") is None
 
 

@@ -1,4 +1,4 @@
-"""Numbers as models write them: read whole or not at all, never in half, never without their sign."""
+"""Numbers as models write them: each is read whole or not at all, and never without its sign."""
 
 import sys
 from fractions import Fraction
@@ -36,7 +36,7 @@ def readings(text: str) -> list[F | None]:
         ("12'000", F(12000)),
         ("12\u2019000", F(12000)),
         ("12~000", F(12000)),
-        ("5\u200b000", F(5000)),  # what takes no room is no part of a number
+        ("5\u200b000", F(5000)),  # a space of no width does not belong to the number
         ("５０００", F(5000)),
         ("٥٠", F(50)),
         ("١٬٢٣٤٫٥", F(2469, 2)),
@@ -66,7 +66,7 @@ OTHER_DASHES = "\u2014\u2015\u2e3a\u2e3b\u301c\u3030\u30a0\u058a\u05be\u1806\u2e
 
 
 @pytest.mark.parametrize("sign", MINUS_SIGNS)
-def test_what_is_a_minus_sign_is_one(sign: str) -> None:
+def test_every_minus_sign_is_understood(sign: str) -> None:
     assert readings(f"{sign}5") == [F(-5)] * 3
     assert readings(f"{sign}$5.50") == [F(-11, 2)] * 3
     assert last_number(f"it was 5{sign}3") == 3  # the sign joins two numbers
@@ -81,7 +81,7 @@ def test_a_dash_that_may_be_a_sign_leaves_no_number(sign: str) -> None:
 @pytest.mark.parametrize(
     "written",
     [
-        # a sign that is doubled, apart, in words, or outside of a bracket
+        # a sign that is doubled, apart, in words, or outside a bracket
         *(
             "- 5",
             "− 5",
@@ -99,7 +99,7 @@ def test_a_dash_that_may_be_a_sign_leaves_no_number(sign: str) -> None:
             "-'5'",
         ),
         *("minus 5", "negative $5", "-\u00a05", "-\\,5", "-√5", "负5", "5x10-3"),
-        # numbers that are read in one way or another
+        # numbers that can be read in more than one way
         *(
             "12 000",
             "1 234 567",
@@ -153,23 +153,23 @@ def test_a_dash_that_may_be_a_sign_leaves_no_number(sign: str) -> None:
         ),
     ],
 )
-def test_what_is_no_number_is_not_read_in_half(written: str) -> None:
+def test_no_part_of_something_else_is_read(written: str) -> None:
     assert readings(written) == [None] * 3
 
 
 @pytest.mark.parametrize("word", ["H2O", "B12", "x5", "COVID-19", "v1.2", "No.5", "①", "Ⅷ", "x²"])
-def test_digits_of_a_word_are_passed_over(word: str) -> None:
+def test_digits_of_a_word_are_skipped(word: str) -> None:
     assert readings(word) == [None, F(4), None]
 
 
 @pytest.mark.parametrize(
     "text", ["3-5", "10 - 2", "3 to 5", "5 or 6", "5, 6", "3 + 4", "3 × 4", "5 + ½", "5 ± 1", "12 13"]
 )
-def test_a_marker_before_two_numbers_marks_none(text: str) -> None:
+def test_a_marker_before_two_numbers_marks_no_answer(text: str) -> None:
     assert marked_answer(f"#### {text}") is None
 
 
-def test_the_last_numeral_decides_even_where_it_cannot_be_read() -> None:
+def test_the_last_numeral_decides_even_if_it_cannot_be_read() -> None:
     assert last_number("18 of them, at 2:30") is None
     assert last_number("18 of them, without H2O") == 18
     assert last_number("First 3, then\n-18") == -18
@@ -188,7 +188,7 @@ SCALES = {" million": 10**6, "k": 10**3}
 
 @st.composite
 def numbers(draw: st.DrawFn) -> tuple[str, F]:
-    """A number in one of the ways to write it, and its value."""
+    """A number in one of the ways of writing it, with its value."""
     whole = draw(INTEGERS)
     separator = draw(SEPARATORS)
     text, value = f"{whole:,}".replace(",", separator), F(whole)
@@ -223,7 +223,7 @@ def numbers(draw: st.DrawFn) -> tuple[str, F]:
 @settings(max_examples=400, deadline=None)
 @given(numbers())
 @example(("−5{,}000", F(-5000)))
-def test_what_is_read_is_the_value_and_never_another(number: tuple[str, F]) -> None:
+def test_a_number_is_read_with_its_value_or_not_at_all(number: tuple[str, F]) -> None:
     text, value = number
     ambiguous = text.startswith("±") or (("^2" in text or "²" in text) and "-" in text)
     for found in readings(text):
@@ -250,13 +250,13 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
-def test_hostile_text_takes_time_in_proportion_to_its_length(unit: str) -> None:
+def test_hostile_text_takes_linear_time(unit: str) -> None:
     text = unit * (100_000 // len(unit))
     for read in READERS.values():
-        read(text)  # a pattern that steps back without bound would take minutes here
+        read(text)  # a pattern that backtracks without bound would take minutes here
 
 
-def test_thousands_of_digits_raise_nothing() -> None:
+def test_thousands_of_digits_do_not_raise() -> None:
     assert readings("9" * 100_000) == [None] * 3
     before = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(640)

@@ -1,4 +1,4 @@
-"""A task of one's own, named as module:Class or file.py:Class."""
+"""A user's own task, named as module:Class or file.py:Class."""
 
 import pytest
 
@@ -44,19 +44,19 @@ def test_a_class_is_found_in_a_file_and_in_a_module(file, monkeypatch):
         ("{}:Min", {}, "has no class or function 'Min'"),
         ("{}x.py:Mine", {}, "there is no file"),
         ("no_such_module:Mine", {}, "no_such_module cannot be imported"),
-        ("{}:Half", {}, "is no task: it has no name, test, reward, solution"),
+        ("{}:Half", {}, "is not a task: it has no name, test, reward, solution"),
         ("{}:Mine", {"x": 1}, "unknown setting"),
         ("{}:Mine", {"wrong": "id"}, "1 ids name more than one problem, such as 'mine/a'"),
         ("{}:Mine", {"wrong": "prompt"}, "1 test problems are training problems"),
         ("arithmetics", {}, "did you mean 'arithmetic'"),
     ],
 )
-def test_what_cannot_be_used_is_said(file, name, settings, message):
+def test_an_unusable_task_is_refused_with_the_reason(file, name, settings, message):
     with pytest.raises(TaskError, match=message):
         load_task(name.format(file), settings)
 
 
-def test_the_check_finds_what_is_wrong(file):
+def test_the_check_finds_every_fault(file):
     class Bad(type(load_task(f"{file}:Mine", {}))):
         def reward(self, problem, response):
             return 1.0 if response == "" else float(int(response))
@@ -78,14 +78,14 @@ def test_the_check_finds_what_is_wrong(file):
         ("'1'", "is the text"),
     ],
 )
-def test_the_check_finds_what_is_no_reward(tmp_path, value, message):
+def test_the_check_finds_values_that_are_not_rewards(tmp_path, value, message):
     (tmp_path / "odd.py").write_text(SOURCE.replace("float(response == problem.answer)", value))
     assert any(message in line for line in check_task(load_task(f"{tmp_path}/odd.py:Mine", {})))
 
 
 def test_the_example_is_found_from_its_profile():
     profile = load_profile("examples/doubling.toml")
-    assert profile.task.settings == {"largest": 48}  # none of the arithmetic task that the profile extends has
+    assert profile.task.settings == {"largest": 48}  # without those of the task that it extends
     task = make_task(profile)
     assert (len(task.train()), len(task.test())) == (36, 12)
     assert check_task(task) == []

@@ -3,11 +3,12 @@
 import importlib
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from roundoff.config import ConfigError
-from roundoff.tasks import TASKS, Problem, TaskError, check_task
+from roundoff.tasks import TASKS, TaskError, check_task
 from roundoff.tasks.reasoning_gym import ReasoningGymSettings, ReasoningGymTask
 from roundoff.tasks.score import Scored, score_responses
 
@@ -29,7 +30,7 @@ def test_generators_make_tasks(dataset):
     assert task.test() == make(dataset=dataset, train_problems=5).test()
 
 
-def test_the_sides_are_disjoint_where_a_generator_repeats_itself():
+def test_train_and_test_are_disjoint_though_a_generator_repeats_itself():
     task = make(dataset="chain_sum", config={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1})
     assert not {p.prompt for p in task.train()} & {p.prompt for p in task.test()}
     with pytest.raises(TaskError, match=r"train_problems is 2000, but chain_sum gave only \d+ different ones in 8000"):
@@ -61,29 +62,52 @@ def test_partial_rewards_are_the_packages_own():
     assert task.reward(problem, "#### none") == 0.0
 
 
-def test_a_scorer_that_stumbles_is_recorded_and_not_raised():
-    task = make(dataset="chain_sum")
-    task._score = lambda answer, entry: 1 / 0
+class FakeGenerator:
+    """Replaces a generator of reasoning-gym, so that the package is not needed; item i is the sum `i+0=`."""
+
+    def __init__(self, scorer, seed: int, size: int) -> None:
+        self.score_answer, self.seed, self.size = scorer, seed, size
+
+    def __getitem__(self, index: int):
+        return {"question": f"{self.seed + index}+0=", "answer": str(self.seed + index)}
+
+
+def with_scorer(monkeypatch, scorer) -> ReasoningGymTask:
+    """A task whose generator scores with this function of the answer and the entry."""
+    package = SimpleNamespace(
+        DATASETS={"chain_sum": None},
+        create_dataset=lambda name, seed, size: FakeGenerator(scorer, seed, size),
+    )
+    monkeypatch.setattr("roundoff.tasks.reasoning_gym.require", lambda module, extra: package)
+    return ReasoningGymTask(ReasoningGymSettings(dataset="chain_sum", train_problems=2, test_problems=2))
+
+
+def test_an_error_of_the_scorer_is_recorded_and_not_raised(monkeypatch):
+    task = with_scorer(monkeypatch, lambda answer, entry: 1 / 0)
     assert math.isnan(task.reward(task.test()[0], "#### 5"))
 
 
 @pytest.mark.parametrize(
     "score", [math.nan, math.inf, 1.5, -0.5, None, "1.0", ValueError("x"), SystemExit(0)], ids=repr
 )
-def test_what_is_no_score_is_a_reward_error(score):
+def test_a_value_that_is_not_a_score_is_a_reward_error(score, monkeypatch):
     def scorer(answer, entry):
         if isinstance(score, BaseException):
             raise score
         return score
 
-    task = ReasoningGymTask.__new__(ReasoningGymTask)  # the scorer alone: the package need not be there
-    task.settings, task._entries, task._score = ReasoningGymSettings(), {"a": {}}, scorer
-    problem = Problem("a", "1=", "1")
+    task = with_scorer(monkeypatch, scorer)
+    problem = task.test()[0]
     assert math.isnan(task.reward(problem, "#### 5"))
     assert score_responses(task, [problem], ["#### 5"]) == Scored((0.0,), 1)
     assert score_responses(task, [problem], ["no answer"]) == Scored((0.0,), 0)
-    task._score = lambda answer, entry: True
-    assert task.reward(problem, "#### 5") == 1.0
+
+
+def test_a_score_may_be_a_truth_value(monkeypatch):
+    task = with_scorer(monkeypatch, lambda answer, entry: answer == entry["answer"])
+    problem = task.test()[0]
+    assert task.reward(problem, f"#### {problem.answer}") == 1.0
+    assert task.reward(problem, "#### 5") == 0.0
 
 
 def test_a_generator_that_does_not_repeat_itself_is_refused(monkeypatch):
@@ -92,7 +116,7 @@ def test_a_generator_that_does_not_repeat_itself_is_refused(monkeypatch):
 
     count = iter(range(10_000))
     monkeypatch.setattr(ChainSumDataset, "__getitem__", lambda self, i: {"question": str(next(count)), "answer": "1"})
-    with pytest.raises(TaskError, match="chain_sum gives other problems each time"):
+    with pytest.raises(TaskError, match="chain_sum gives different problems for the same seed"):
         make(dataset="chain_sum")
 
 

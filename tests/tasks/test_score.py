@@ -1,4 +1,4 @@
-"""Rewards: what counts as one, what is an error, and that one which stands still ends the run by name."""
+"""Rewards: which values are valid, what is an error, and that a reward which hangs ends the run."""
 
 import math
 import signal
@@ -20,7 +20,7 @@ PROBLEM = Problem("mine/a", "1=", "1")
 
 
 class Giving:
-    """A task whose reward is a given value, or raises it."""
+    """A task whose reward returns a given value, or raises it."""
 
     name = "giving"
     reward_seconds: float | None = 60.0
@@ -81,13 +81,13 @@ def test_a_tensor_of_one_element_is_a_reward():
     ],
     ids=repr,
 )
-def test_what_is_no_reward_is_an_error_and_counts_nothing(value):
+def test_a_value_that_is_not_a_reward_is_an_error_and_counts_as_zero(value):
     assert (scored(value).rewards, scored(value).errors) == ((0.0,), 1)
     with pytest.raises(RewardError):
         checked_reward(Giving(value), PROBLEM, "a")
 
 
-def test_an_interrupt_is_none_of_the_reward():
+def test_an_interrupt_is_not_an_error_of_the_reward():
     with pytest.raises(KeyboardInterrupt):
         scored(KeyboardInterrupt())
 
@@ -108,7 +108,7 @@ def asleep():
 
 
 def stubborn():
-    """Swallows every error that a package might."""
+    """A reward that swallows every `Exception`, as a package might."""
     while True:
         try:
             endless()
@@ -118,7 +118,7 @@ def stubborn():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
 @pytest.mark.parametrize("stuck", [endless, asleep, stubborn])
-def test_a_reward_that_stands_still_ends_the_run_by_name(stuck):
+def test_a_reward_that_hangs_ends_the_run_and_names_the_problem(stuck):
     task, before = Giving(stuck), signal.getsignal(signal.SIGUSR1)
     task.reward_seconds = 0.2
     with pytest.raises(RewardTimeoutError, match=r"task giving: the reward of problem 'mine/a' took more than 0.2 s"):
@@ -146,7 +146,7 @@ class Mine:
     name, reward_seconds = "mine", 0.3
     def reward(self, problem, response):
         if "{how}" == "c":
-            10 ** (10 ** 10)  # one call into C that keeps the lock
+            10 ** (10 ** 10)  # one call into C that holds the lock
         try:
             threading.Event().wait(60)
         except BaseException:

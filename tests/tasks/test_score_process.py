@@ -1,4 +1,4 @@
-"""Rewards that fork, or raise what is no `Exception`: the run goes on in one process, and counts an error."""
+"""Rewards that fork or raise a bare `BaseException`: the run goes on in one process and counts an error."""
 
 import asyncio
 import os
@@ -10,12 +10,12 @@ from tests.tasks.test_score import scored
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), GeneratorExit(), SystemExit(3)])
-def test_what_is_no_exception_is_an_error_of_the_reward_too(error):
+def test_a_base_exception_is_an_error_of_the_reward_too(error):
     assert scored(error).errors == 1
 
 
 @pytest.mark.parametrize("way", ["returns", "sys.exit", "raises"])
-def test_a_copy_that_a_reward_has_forked_ends_there(way):
+def test_a_process_that_a_reward_has_forked_ends_with_the_reward(way):
     first = os.getpid()
 
     def reward():
@@ -31,5 +31,5 @@ def test_a_copy_that_a_reward_has_forked_ends_there(way):
 
     found = scored(reward)
     if os.getpid() != first:
-        os._exit(9)  # the copy came back
+        os._exit(9)  # the copy has returned
     assert found.rewards == (1.0,)

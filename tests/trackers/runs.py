@@ -1,4 +1,4 @@
-"""A run to track, and the few steps that are logged of it."""
+"""A run to track, with a few steps to log."""
 
 from pathlib import Path
 
@@ -16,6 +16,6 @@ def tracked(
 
 
 def log_steps(tracker: Tracker, first: int, last: int) -> None:
-    """Step s scores s/10 deployed; metrics of the other kinds are there at every step too."""
+    """Log steps `first` to `last`; step s has the deployed score s/10, and every step has metrics of each kind."""
     for step in range(first, last + 1):
         tracker.log(step, {"deployed": step / 10, "clean": step / 5, "reward": 0.5, "loss": -1.0})

@@ -1,4 +1,4 @@
-"""What TensorBoard itself reads back: final scores beside the settings, seeds of one experiment as one group."""
+"""TensorBoard itself reads back the final scores beside the settings, with the seeds of an experiment as one group."""
 
 import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
@@ -60,7 +60,7 @@ def test_seeds_are_one_group_with_their_mean_final_score(tmp_path, board):
     assert not noisy.hparams["aqn.sigma_start"].number_value
 
 
-def test_a_run_taken_up_again_is_one_run_without_the_steps_made_twice(tmp_path, board):
+def test_a_resumed_run_is_one_run_without_repeated_steps(tmp_path, board):
     track(tmp_path / "seed-0", last=3, ended="interrupted")
     _, (group,), _ = board()
     assert group.sessions[0].status == api_pb2.STATUS_UNKNOWN

@@ -1,4 +1,4 @@
-"""Names, several trackers at once, and the guard: whatever a tracker does, the run goes on."""
+"""Names of trackers, several at once, and the guard: whatever a tracker does, the run goes on."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from tests.trackers.runs import log_steps, tracked
 
 
 class Broken:
-    """Fails at the third step, and would fail at each later call too."""
+    """A tracker that fails at the third step and at every later call."""
 
     def __init__(self, run):
         self.calls = 0
@@ -29,7 +29,7 @@ class Broken:
             raise OSError("the server is gone")
 
     def close(self, ended):
-        raise AssertionError("a tracker that failed must be left alone")
+        raise AssertionError("a tracker that failed must not be called again")
 
 
 def test_names_come_from_the_configuration(tmp_path):
@@ -109,7 +109,7 @@ def test_a_failing_tracker_is_reported_once_and_the_others_go_on(tmp_path, monke
     assert len((tmp_path / "scalars.jsonl").read_text().splitlines()) == 8
 
 
-def test_a_tracker_that_cannot_be_made_stops_nothing(tmp_path, monkeypatch):
+def test_a_tracker_that_cannot_be_created_stops_nothing(tmp_path, monkeypatch):
     def refuse(run):
         raise RuntimeError
 
@@ -118,8 +118,8 @@ def test_a_tracker_that_cannot_be_made_stops_nothing(tmp_path, monkeypatch):
         log_steps(open_trackers("refuse", tracked(tmp_path)), 0, 1)
 
 
-def test_a_run_ends_well_though_its_tracker_cannot_write(tmp_path, small):
-    """A directory stands where the file should be: the run is complete, and its warning comes as plain text."""
+def test_a_run_completes_though_its_tracker_cannot_write(tmp_path, small):
+    """If a directory is in the place of the file, the run is complete and its warning is plain text."""
     request = RunRequest(load_experiment("quickstart-clean"), small, 0, tmp_path, {}, tracker="jsonl,tensorboard")
     (request.path / "scalars.jsonl").mkdir(parents=True)
     (job,) = run_grid([request], workers=1)
@@ -130,7 +130,7 @@ def test_a_run_ends_well_though_its_tracker_cannot_write(tmp_path, small):
 
 
 def test_a_number_that_is_not_finite_reaches_every_tracker_and_the_file_stays_json(tmp_path):
-    """NaN for trackers, which show it as such; null in the file, for JSON has no NaN."""
+    """Trackers get NaN, which they show as such; the file has null, because JSON has no NaN."""
     row = {"step": 1, "time": "now", "entropy": math.nan, "kl": None, "loss": 0.5, "sigma_layers": [0.1, math.inf]}
     values = scalars(row)
     assert math.isnan(values["entropy"]) and math.isnan(values["kl"])

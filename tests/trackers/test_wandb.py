@@ -1,4 +1,4 @@
-"""Weights & Biases: what is told to it (a stand-in), and the real package offline where it is installed."""
+"""Weights & Biases: what a stand-in for it receives, and the real package offline if it is installed."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ HERE = importlib.util.find_spec("wandb") is not None
 
 
 class StandIn(SimpleNamespace):
-    """The part of `wandb` that is used; `reachable` and `key` say what the network and the credentials are like."""
+    """The part of `wandb` that is used; `reachable` and `key` tell whether there are a network and credentials."""
 
     def __init__(self, *, reachable=True, key=True):
         super().__init__(reachable=reachable, key=key, begun=[], step=0)
@@ -55,7 +55,7 @@ def track(path, *, first=0, last=3, ended="complete", **more):
     tracker.close(ended)
 
 
-def test_it_is_offline_by_default_and_named_by_the_configuration(tmp_path, stand_in):
+def test_a_run_is_offline_by_default_and_named_by_the_configuration(tmp_path, stand_in):
     track(tmp_path)
     (run,) = stand_in.begun
     assert (run.mode, run.project, run.name) == ("offline", "roundoff", "noisy seed 0")
@@ -65,7 +65,7 @@ def test_it_is_offline_by_default_and_named_by_the_configuration(tmp_path, stand
     assert (run.logged, run.code, run.summary["ended"]) == ([0, 1, 2, 3], 0, "complete")
 
 
-def test_a_run_taken_up_again_keeps_its_id_and_logs_no_step_twice(tmp_path, stand_in):
+def test_a_resumed_run_keeps_its_id_and_logs_no_step_twice(tmp_path, stand_in):
     online = WandbSettings("mine", online=True)
     track(tmp_path, ended="interrupted", wandb=online)
     stand_in.step = 4  # what the server has
@@ -89,7 +89,7 @@ def test_a_run_stays_in_its_project_and_says_so(tmp_path, stand_in):
     assert [run.project for run in stand_in.begun] == ["mine", "mine"]
 
 
-def test_a_failed_run_is_marked_so(tmp_path, stand_in):
+def test_a_failed_run_is_marked_as_failed(tmp_path, stand_in):
     track(tmp_path, ended="failed")
     assert stand_in.begun[0].code == 1
 

@@ -1,4 +1,11 @@
-"""The declared table of experiments and profiles, one TOML file each; reading it never imports torch."""
+"""The declared experiments and profiles, one TOML file each, and how names, files and `--set` select among them.
+
+What a setting means and which values it takes is in `roundoff.config`; running an experiment is in `roundoff.launch`.
+Reading this table never imports torch.
+
+Doors: the names below (`select`, `load_experiment`, `load_profile`, `with_overrides`, `variants`, the lists of names,
+and `reference_scores`). They are all in `__all__`.
+"""
 
 from roundoff.experiments.reference import Reference, reference_scores
 from roundoff.experiments.registry import (

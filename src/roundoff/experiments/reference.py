@@ -1,4 +1,4 @@
-"""Scores that others published for rows of the table: reference data, kept apart from anything measured here."""
+"""Scores that others published for experiments of the table, kept apart from everything that is measured here."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ FILE = Path(__file__).with_name("reference.csv")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """What was published for one experiment: one run on GSM8K (1,319 problems), so a standard error of 1.3 points."""
+    """The published score of one experiment: one run on GSM8K (1,319 problems), with a standard error of 1.3 points."""
 
     score_percent: float
     """Accuracy on the test set (percent)."""
     label: str
-    """Name that the run was published under; empty where it had none."""
+    """Name under which the run was published; empty if it had none."""
 
 
 def reference_scores() -> dict[str, Reference]:
-    """Published scores by experiment id; experiments without one are left out."""
+    """Published scores by the id of the experiment; experiments without one are absent."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return {row["id"]: Reference(float(row["score_percent"]), row["label"]) for row in csv.DictReader(file)}

@@ -1,9 +1,9 @@
 """Finds, merges and checks the TOML files of experiments and profiles.
 
-A file may start from another: `extends = "NAME"` takes every setting of the experiment (or file) NAME but its id and
-title, and each table given here is merged over it key by key. The family of a packaged experiment is its folder; a file
-of one's own belongs to the family of what it extends, unless it names another. Files that begin with `_` are bases to
-extend and not experiments themselves.
+A file can build on another: `extends = "NAME"` takes every setting of the experiment (or file) NAME except its id and
+title, and the tables of the extending file are merged over it key by key. The family of a packaged experiment is its
+folder. A user's own file belongs to the family of what it extends, unless it names another. Files whose name begins
+with `_` are bases to extend, and not experiments themselves.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Prof
 from roundoff.experiments.places import placed
 
 TABLE = Path(__file__).parent
+"""Directory of the packaged files."""
 Assignment = tuple[list[str], Any]
 """Path of a setting, and its value."""
 LONGEST_LABEL = 160
-"""Bytes of what is appended to a name for changed settings: it becomes the name of a directory."""
+"""Most bytes that changed settings append to a name, because the name becomes that of a directory."""
 TREES: dict[str, type[Settings]] = {"": Experiment, "profile.": Profile}
-"""What `--set` can replace, by the beginning of its path."""
+"""Models of the settings that `--set` can change, by the beginning of their path."""
 OPTIONAL_TABLES = ("aqn", "srdd", "lora")
-"""Parts that an experiment may lack: an override of one leaves experiments without it as they are."""
+"""Tables that an experiment may lack; `--set` inside one leaves experiments without it unchanged."""
 
 
 @cache
 def _files() -> dict[str, Path]:
     """Every packaged file by name: experiments, bases (as `family/_base`) and profiles (as `profiles/name`)."""
-    named = {}
+    paths = {}
     for path in sorted(TABLE.glob("*/*.toml"), key=lambda p: (p.parent.name, p.stem)):
         plain = path.parent.name != "profiles" and not path.stem.startswith("_")
-        named[path.stem if plain else f"{path.parent.name}/{path.stem}"] = path
-    return named
+        paths[path.stem if plain else f"{path.parent.name}/{path.stem}"] = path
+    return paths
 
 
 def experiment_ids() -> tuple[str, ...]:
@@ -45,12 +46,12 @@ def experiment_ids() -> tuple[str, ...]:
 
 
 def families() -> dict[str, tuple[str, ...]]:
-    """Families of packaged experiments, each with its ids."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Families of the packaged experiments, each with the ids of its experiments."""
+    ids: dict[str, tuple[str, ...]] = {}
     for name in experiment_ids():
         family = _files()[name].parent.name
-        found[family] = (*found.get(family, ()), name)
-    return found
+        ids[family] = (*ids.get(family, ()), name)
+    return ids
 
 
 def profile_names() -> tuple[str, ...]:
@@ -59,10 +60,10 @@ def profile_names() -> tuple[str, ...]:
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment of a packaged id or of a TOML file.
+    """The experiment with this packaged id, or that of this TOML file.
 
     Raises:
-        ConfigError: if there is none of that name, or a setting is wrong.
+        ConfigError: if there is no such experiment or file, or a setting is wrong.
     """
     path = _find(name, experiment_ids(), "experiment")
     content = {"id": path.stem, **_merged(path)}
@@ -72,10 +73,10 @@ def load_experiment(name: str) -> Experiment:
 
 
 def load_profile(name: str) -> Profile:
-    """The profile of a packaged name or of a TOML file.
+    """The profile with this packaged name, or that of this TOML file.
 
     Raises:
-        ConfigError: if there is none of that name, or a setting is wrong.
+        ConfigError: if there is no such profile or file, or a setting is wrong.
     """
     names = profile_names()
     path = _files()[f"profiles/{name}"] if name in names else _find(name, names, "profile")
@@ -83,10 +84,10 @@ def load_profile(name: str) -> Profile:
 
 
 def families_named(names: Sequence[str]) -> list[str]:
-    """The same names, if each is a family.
+    """The names themselves, after checking that each is a family.
 
     Raises:
-        ConfigError: if one is not; the message names the nearest.
+        ConfigError: if one is not a family; the message suggests the nearest.
     """
     known = families()
     for name in names:
@@ -96,17 +97,21 @@ def families_named(names: Sequence[str]) -> list[str]:
 
 
 def select(names: Sequence[str], *, everything: bool = False) -> list[Experiment]:
-    """The experiments meant by ids, families and TOML files, in order and each once; `everything` adds all declared.
+    """The experiments that ids, families and TOML files stand for, in order and each once.
+
+    Args:
+        names: ids, families and paths of TOML files.
+        everything: whether to add all packaged experiments.
 
     Raises:
-        ConfigError: if a name is none of these, with the nearest; or if nothing is named.
+        ConfigError: if a name is none of these (the message suggests the nearest), or nothing is named.
     """
     known = families()
     if not names and not everything:
         raise ConfigError(
             f"name an experiment, a family ({', '.join(known)}) or a TOML file; `roundoff list` shows all"
         )
-    ids = [name for given in names for name in known.get(given, (given,))]
+    ids = [name for entry in names for name in known.get(entry, (entry,))]
     ids += experiment_ids() if everything else ()
     return [load_experiment(name) for name in dict.fromkeys(ids)]
 
@@ -114,21 +119,27 @@ def select(names: Sequence[str], *, everything: bool = False) -> list[Experiment
 def with_overrides(
     experiments: Sequence[Experiment], profile: Profile, assignments: Sequence[str]
 ) -> tuple[list[Experiment], Profile]:
-    """The same experiments and profile with settings such as `hardware.matmul_noise.relative_std=0.2` replaced.
+    """The experiments and the profile with settings such as `hardware.matmul_noise.relative_std=0.2` replaced.
 
-    A setting of the profile begins with `profile.`. An experiment without `[aqn]` (or `[lora]`) is left as it is by an
-    override inside that table. Each experiment that changes is given an id that says how, and so is its baseline if
-    that changes too, and the profile a name: results under different settings are never mixed.
+    The path of a profile's setting begins with `profile.`. An experiment without `[aqn]` (or `[lora]`) is not changed
+    by an assignment inside that table. Each changed experiment gets a new id that names its changes, a baseline that
+    changes as well is referred to by its new id, and a changed profile gets a new name, so that results under different
+    settings are never mixed.
+
+    Args:
+        experiments: the experiments to change.
+        profile: the profile to change.
+        assignments: texts such as `aqn.sigma_start=0.02`.
 
     Raises:
-        ConfigError: if an assignment is malformed, touches no experiment, or gives a wrong value.
+        ConfigError: if an assignment is malformed, changes no experiment, or gives a wrong value.
     """
     parsed = [_parse_assignment(text) for text in assignments]
     of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
     of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
-    given = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
-    whole = _merge(profile.model_dump(exclude_none=True), given)
-    scale = validate(Profile, whole, source="--set", within="profile.", trees=TREES)
+    changes = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
+    content = _merge(profile.model_dump(exclude_none=True), changes)
+    scale = validate(Profile, content, source="--set", within="profile.", trees=TREES)
     if scale != profile and scale.name == profile.name:
         scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
     renamed: dict[str, str] = {}
@@ -152,10 +163,10 @@ def with_overrides(
 
 
 def _overridden(experiment: Experiment, parsed: Sequence[Assignment]) -> tuple[Experiment, list[Assignment]]:
-    """The experiment with the assignments that concern it, and these: none of a table that it lacks.
+    """The experiment with the assignments that concern it, and those assignments; none is inside a table that it lacks.
 
-    `[srdd]` comes and goes with the settings that refer to a scan. Another `algorithm.name` brings the defaults of
-    that name, under what the experiment sets itself.
+    Assignments inside `[srdd]` count only if the other settings need a scan. Another `algorithm.name` brings the
+    defaults of that name, over which the experiment's own settings stay in force.
     """
     others = [
         (keys, value)
@@ -174,12 +185,12 @@ def _overridden(experiment: Experiment, parsed: Sequence[Assignment]) -> tuple[E
     of_scan = [(keys, value) for keys, value in parsed if keys[0] == "srdd"]
     if not of_scan and experiment.srdd is None:
         return plain, others
-    whole = _nested(of_scan, {**content, "srdd": scan})
-    return validate(Experiment, whole, source=source, trees=TREES), [*others, *of_scan]
+    scanned = _nested(of_scan, {**content, "srdd": scan})
+    return validate(Experiment, scanned, source=source, trees=TREES), [*others, *of_scan]
 
 
 def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
-    """What an experiment sets of its algorithm besides the defaults that come with the name."""
+    """The settings of an algorithm that are not the defaults of its name."""
     settings = algorithm.model_dump()
     if algorithm.name not in ALGORITHMS:
         return settings
@@ -188,15 +199,16 @@ def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
 
 
 def _label(parsed: Sequence[Assignment]) -> str:
+    """What assignments append to a name, such as `sigma_start=0.02`."""
     flat = [
         pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
     ]
     label = ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
-    shown = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
-    if shown == label and len(label.encode()) <= LONGEST_LABEL:
+    printable = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
+    if printable == label and len(label.encode()) <= LONGEST_LABEL:
         return label
-    digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # what is cut off or replaced still tells two labels apart
-    return shown.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
+    digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # tells two labels apart that are shown alike
+    return printable.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
 
 
 def _parse_assignment(text: str) -> Assignment:
@@ -205,38 +217,42 @@ def _parse_assignment(text: str) -> Assignment:
     if not equals or not all(keys) or keys == ["profile"]:
         raise ConfigError(f"--set must read path.to.setting=value, but is {text!r}")
     if keys == ["id"]:
-        raise ConfigError("--set id: what is changed is given an id that says how; a file of your own has one of yours")
+        raise ConfigError(
+            "--set id: a changed experiment gets an id that names its changes; to choose its id, declare it in a "
+            "TOML file of your own"
+        )
     if any("\ud800" <= character <= "\udfff" for character in raw) or "\0" in raw:
         raise ConfigError(f"--set {path.strip()} must be text in UTF-8 without null characters, but is {raw!r}")
     return keys, _value(raw)
 
 
 def _value(raw: str) -> Any:
-    """A value as TOML reads it, or the text itself where all of it is no value of TOML's that a setting can have.
+    """The value that TOML reads from the text, or the text itself if it is not one value that a setting can have.
 
-    Read inside of an array, so that a comment or a line break in the text cannot hide the rest of it.
+    The text is read inside an array, so that a comment or a line break in it cannot hide the rest.
     """
     try:
         content = tomllib.loads(f"value = [{raw}, 0]")
     except (tomllib.TOMLDecodeError, RecursionError):
         return raw
-    whole = set(content) == {"value"} and len(content["value"]) == 2
-    return content["value"][0] if whole and _is_plain(content["value"][0]) else raw
+    is_one_value = set(content) == {"value"} and len(content["value"]) == 2
+    return content["value"][0] if is_one_value and _is_plain(content["value"][0]) else raw
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value has no dates in it, which no setting takes: they are text that looks like one."""
+    """Whether a value holds no date. No setting takes one, so text that looks like a date stays text."""
     if isinstance(value, dict):
         return all(map(_is_plain, value.values()))
     return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, str | bool | int | float)
 
 
 def _content(settings: Settings, parsed: Sequence[Assignment]) -> dict[str, Any]:
-    """Settings as plain data with values replaced; they are checked together, not one after the other."""
+    """Settings as plain data with all values replaced, so that they can be checked together."""
     return _nested(parsed, settings.model_dump(exclude_none=True))
 
 
 def _nested(parsed: Sequence[Assignment], content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the assignments merged over it, in order."""
     for keys, value in parsed:
         inner: Any = value
         for key in reversed(keys):
@@ -246,6 +262,7 @@ def _nested(parsed: Sequence[Assignment], content: dict[str, Any]) -> dict[str, 
 
 
 def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
+    """The file of a packaged name or of a path; `kind` is the word for it in messages."""
     if name in known:
         return _files()[name]
     path = Path(name)
@@ -258,7 +275,7 @@ def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
 
 
 def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Content of a file over the content of what it extends."""
+    """Content of a file, merged over the content of what it extends; `seen` are the files that led to it."""
     if path in seen:
         raise ConfigError(f"{_shown(path)}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
     try:
@@ -277,6 +294,7 @@ def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _parent(path: Path, name: Any) -> Path:
+    """The file that `extends = name` in the file `path` refers to."""
     if not isinstance(name, str):
         raise ConfigError(f"{_shown(path)}: extends must be the name of an experiment or a file, but is {name!r}")
     sibling = path.parent / (name if name.endswith(".toml") else f"{name}.toml")
@@ -289,14 +307,15 @@ def _parent(path: Path, name: Any) -> Path:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The content `over` merged over `base`, table by table; another task replaces the whole table of the old one."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         another = key == "task" and both and value.get("name", merged[key].get("name")) != merged[key].get("name")
-        # the settings of one task are none of another's
         merged[key] = _merge(merged[key], value) if both and not another else value
     return merged
 
 
 def _shown(path: Path) -> str:
+    """The path as messages show it: packaged files relative to the table."""
     return str(path.relative_to(TABLE)) if path.is_relative_to(TABLE) else str(path)

@@ -6,6 +6,7 @@ only, never from pickle files.
 
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ TINY_DIRECTORY = Path(__file__).parent / "tiny"
 """The embedded model, a Hugging Face directory."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+# While transformers loads a model it replaces a method of its class of all models, and puts it back afterwards. Two
+# threads that load at once would leave it replaced: no model of the process would tie its embeddings from then on.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def load_model(
     location, source = check_model(name, allow_download=allow_download)
     local = not source.startswith("hub:")
     options = {} if attention is None else {"attn_implementation": attention}
-    with no_progress_bar(), own_defaults():
+    with _ONE_AT_A_TIME, no_progress_bar(), own_defaults():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 location,

@@ -1,11 +1,11 @@
-"""What ranks send each other, as bytes: JSON that refers to tensors, and the tensors in safetensors' format.
+"""The messages that ranks send each other: JSON that refers to tensors, and the tensors in safetensors' format.
 
-Nothing that is received can run code: there is no pickle. A message is made of None, booleans, numbers, texts, lists,
-tuples, dictionaries, paths, tensors, roundoff's own dataclasses and errors. A dataclass or an error is sent by its
-name; a name that is none of roundoff's dataclasses, or no error of roundoff's or Python's own, is refused.
+A message cannot run code, because there is no pickle in it. It can hold None, booleans, numbers, text, lists, tuples,
+dictionaries, paths, tensors, and roundoff's own dataclasses and errors. A dataclass or an error is sent by its name,
+and the receiver refuses every name that is neither one of roundoff's dataclasses nor an error of roundoff or of Python.
 
     8 bytes     length of the JSON (little endian)
-    JSON        the value; {"tensor": 3} stands for the tensor of the name "3"
+    JSON        the value; {"tensor": "3"} stands for the tensor named "3"
     the rest    safetensors
 """
 
@@ -24,18 +24,18 @@ from roundoff.errors import RoundoffError
 
 PACKAGE = __name__.partition(".")[0]
 HEAD = 8
-"""Bytes of the length in front."""
+"""Number of bytes at the beginning that give the length of the JSON."""
 
 
 class MessageError(RoundoffError, TypeError):
-    """A value that cannot be sent to another rank, or bytes that are no message."""
+    """A value cannot be sent to another rank, or a received message is not valid."""
 
 
 def encode(value: Any) -> bytes:
     """The value as a message.
 
     Raises:
-        MessageError: if a part of it is none of the kinds that can be sent.
+        MessageError: if some part of it is of a kind that cannot be sent.
     """
     from safetensors.torch import save
 
@@ -45,10 +45,10 @@ def encode(value: Any) -> bytes:
 
 
 def decode(message: bytes, device: str) -> Any:
-    """The value of a message, its tensors on `device`.
+    """The value of a message, with its tensors on `device`.
 
     Raises:
-        MessageError: if it names what is neither a dataclass of roundoff nor an error.
+        MessageError: if it names anything but a dataclass of roundoff or an error.
     """
     from safetensors.torch import load
 
@@ -59,7 +59,7 @@ def decode(message: bytes, device: str) -> Any:
 
 
 def _plain(value: Any, tensors: dict[str, Any]) -> Any:
-    """The value as plain JSON; everything but None, booleans, numbers and texts is an object of one key, its kind."""
+    """The value as plain JSON; all but None, booleans, numbers and text become an object whose one key is the kind."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -78,13 +78,14 @@ def _plain(value: Any, tensors: dict[str, Any]) -> Any:
         return {"dataclass": [kind.__module__, kind.__qualname__, content]}
     if _is_tensor(value):
         name = str(len(tensors))
-        # a copy, for safetensors refuses tensors that share memory
+        # A copy, because safetensors refuses tensors that share memory.
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
     raise MessageError(f"a {type(value).__module__}.{type(value).__qualname__} cannot be sent to another rank")
 
 
 def _value(content: Any, tensors: Mapping[str, Any]) -> Any:
+    """The value that `_plain` turned into JSON."""
     if not isinstance(content, dict):
         return content
     ((kind, inner),) = content.items()
@@ -102,18 +103,18 @@ def _value(content: Any, tensors: Mapping[str, Any]) -> Any:
 
 def _dataclass(inner: list[Any], tensors: Mapping[str, Any]) -> Any:
     module, name, content = inner
-    found = _named(module, name) if module.partition(".")[0] == PACKAGE else None
-    if not (isinstance(found, type) and is_dataclass(found)):
-        raise MessageError(f"{module}.{name} is no dataclass of {PACKAGE}, and nothing else is received")
-    return found(**{key: _value(item, tensors) for key, item in content.items()})
+    kind = _named(module, name) if module.partition(".")[0] == PACKAGE else None
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        raise MessageError(f"{module}.{name} is not a dataclass of {PACKAGE}, and no other is received")
+    return kind(**{key: _value(item, tensors) for key, item in content.items()})
 
 
 def _plain_error(error: Exception) -> list[Any]:
-    """Module, name and arguments of an error that arrives as what it is; of others the words, as a RuntimeError."""
+    """Module, name and arguments that make the error again; where that fails, those of a RuntimeError in its words."""
     kind = type(error)
-    made = error.__reduce__()  # of an OSError it has the file, which `args` lacks
-    arguments = made[1] if isinstance(made, tuple) else error.args
-    with suppress(Exception):  # a class may refuse to be made again in ways of its own
+    reduced = error.__reduce__()  # for an OSError this includes the file, which `args` lacks
+    arguments = reduced[1] if isinstance(reduced, tuple) else error.args
+    with suppress(Exception):  # a class may refuse these arguments in ways of its own
         plain = [kind.__module__, kind.__qualname__, json.loads(json.dumps(list(arguments)))]
         again = _error(*plain)
         if type(again) is kind and str(again) == str(error):
@@ -123,18 +124,19 @@ def _plain_error(error: Exception) -> list[Any]:
 
 def _error(module: str, name: str, arguments: list[Any]) -> Exception:
     own = module.partition(".")[0] == PACKAGE
-    found = _named(module, name) if own else getattr(builtins, name, None) if module == "builtins" else None
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        raise MessageError(f"{module}.{name} is no error of {PACKAGE} or of Python, and nothing else is received")
-    made: Exception = found(*arguments)
-    return made
+    kind = _named(module, name) if own else getattr(builtins, name, None) if module == "builtins" else None
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        raise MessageError(f"{module}.{name} is not an error of {PACKAGE} or of Python, and no other is received")
+    error: Exception = kind(*arguments)
+    return error
 
 
 def _named(module: str, name: str) -> Any:
-    found: Any = importlib.import_module(module)
+    """The object of a qualified name in a module, or None."""
+    value: Any = importlib.import_module(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+        value = getattr(value, part, None)
+    return value
 
 
 def _is_tensor(value: Any) -> bool:

@@ -1,11 +1,11 @@
-"""One run on several processes (ranks): what they exchange. A single process is the same code with a count of 1.
+"""What the processes (ranks) of one run exchange. A single process runs the same code with a count of 1.
 
-Every rank holds the whole model, samples and rewards its share of the prompts, and differentiates its share of each
-minibatch. Rollouts are exchanged, so that which groups a batch takes is decided on the same data everywhere; gradients
-are summed, each divided by the *whole* minibatch beforehand, so that the number of ranks changes a result by float32
-rounding alone. Random numbers have keys and global ids (`numerics.rng`), which do not know ranks either.
+Every rank holds the whole model, samples and rewards its share of the prompts, and computes the gradient of its share
+of each minibatch. The ranks exchange their rollouts, so that all of them choose the groups of a batch from the same
+data. Gradients are summed, each having been divided by the size of the *whole* minibatch, so the number of ranks
+changes a result by float32 rounding only. Random numbers depend on keys and global ids (`numerics.rng`), not on ranks.
 
-Processes are started by torchrun, which tells them by environment variables who they are; no other is read.
+torchrun starts the processes and tells each its rank through environment variables; no other variables are read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxtyping import Shaped
+
 from roundoff.config import ConfigError
 from roundoff.errors import message_of
 from roundoff.parallel.messages import MessageError, decode, encode
@@ -25,21 +27,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25
-"""Gradient elements that are summed in one message at most (128 MiB of float32)."""
+"""Largest number of gradient elements that are summed in one message (128 MiB of float32)."""
 PADDING = 4
-"""Bytes sent for each byte of content at most, when messages of all ranks are padded to one length."""
+"""Messages of all ranks are padded to one length if that sends at most this many bytes for each byte of content."""
 VALUE, REFUSED = b"v", b"r"
-"""First byte of a message: a value follows, or why there is none."""
+"""First byte of a message: a value follows, or the reason why there is none."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of one run, and which of them this is."""
+    """The processes of one run, seen from one of them."""
 
     index: int = 0
+    """Which of them this process is."""
     count: int = 1
+    """Number of processes."""
     device: str = "cpu"
-    """Where tensors that come from other ranks are put."""
+    """Device on which tensors from other ranks are placed."""
 
     @property
     def leads(self) -> bool:
@@ -47,20 +51,20 @@ class Ranks:
         return self.index == 0
 
     def share(self, size: int) -> slice:
-        """This rank's part of `size` things in a row; parts differ by one at most, and may be empty."""
+        """This rank's part of `size` consecutive items; parts differ by at most one item, and may be empty."""
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in their order, on every rank.
+        """The values of all ranks in the order of the ranks; every rank gets all of them.
 
         Raises:
-            MessageError: on every rank, if the value of one cannot be sent (`roundoff.parallel.messages`).
+            MessageError: on every rank, if one rank's value cannot be sent (`roundoff.parallel.messages`).
         """
         if self.count == 1:
             return [value]
         try:
             content = VALUE + encode(value)
-        except MessageError as error:  # the others wait for a message, so that they are told
+        except MessageError as error:  # the other ranks wait for a message, so tell them
             content = REFUSED + f"rank {self.index}: {error}".encode()
         received = self._exchange(content)
         for message in received:
@@ -69,7 +73,7 @@ class Ranks:
         return [decode(message.removeprefix(VALUE), self.device) for message in received]
 
     def first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, on every rank; an error that it raises is raised on every rank."""
+        """What `make` returns on the first rank, the only one that calls it; its error is raised on every rank."""
         if self.count == 1:
             return make()
         result: Any = None
@@ -79,43 +83,45 @@ class Ranks:
                 result = make()
             except Exception as caught:  # raised again below, on every rank
                 error = caught
-        result, shown = self.gather((result, error))[0]
+        result, received = self.gather((result, error))[0]
         if error is not None:
             raise error
-        if shown is not None:
-            raise shown
+        if received is not None:
+            raise received
         return result  # type: ignore[no-any-return]
 
     def everywhere(self, make: Callable[[], T]) -> T:
-        """What each rank makes for itself; an error of any of them ends all, so that none waits for one that is gone.
+        """What `make` returns on this rank; every rank calls it for itself.
+
+        An error on any rank ends all of them, so that none waits for one that is gone.
 
         Raises:
-            ConfigError: for an error of another rank, such as a model that its machine lacks.
+            ConfigError: if `make` fails on another rank, for example because its machine lacks the model.
         """
         if self.count == 1:
             return make()
         error: Exception | None = None
         try:
-            made = make()
-        except Exception as caught:  # raised again below, when the others know of it
+            result = make()
+        except Exception as caught:  # raised again below, once the other ranks know about it
             error = caught
-        said = self.gather(None if error is None else message_of(error))
+        messages = self.gather(None if error is None else message_of(error))
         if error is not None:
             raise error
-        for rank, text in enumerate(said):
-            if text is not None:
-                raise ConfigError(f"rank {rank}: {text}")
-        return made
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ConfigError(f"rank {rank}: {message}")
+        return result
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return any(self.gather(flag))
 
     def agree(self, what: str, value: str) -> None:
-        """Check that a value is the same on all ranks.
+        """Check that a value is the same on all ranks; `what` names it in the message.
 
         Raises:
-            ConfigError: on every rank, if it is not.
+            ConfigError: on every rank, if the values differ.
         """
         values = self.gather(value)
         different = [rank for rank, other in enumerate(values) if other != values[0]]
@@ -123,17 +129,17 @@ class Ranks:
             rank = different[0]
             raise ConfigError(f"ranks disagree on {what}: rank 0 has {values[0]}, rank {rank} has {values[rank]}")
 
-    def stack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of every rank, of one shape, along a new first axis [count, ...], on every rank."""
+    def stack(self, tensor: Shaped[torch.Tensor, "*shape"]) -> Shaped[torch.Tensor, "ranks ..."]:
+        """The tensors of all ranks, which have one shape, stacked in the order of the ranks; every rank gets them."""
         if self.count == 1:
             return tensor[None]
         rows = tensor.new_zeros(self.count, *tensor.shape)
         rows[self.index] = tensor
-        self._sum(rows)  # one exchange; `gather` sends lengths first
+        self._sum(rows)  # one exchange, whereas `gather` would send lengths first
         return rows
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum gradients over the ranks, in place; None counts as zero, unless it is None on every rank."""
+        """Sum gradients over the ranks, in place. None counts as zero, but stays None if it is None on every rank."""
         if self.count == 1:
             return
         import torch
@@ -141,18 +147,18 @@ class Ranks:
         trained = list(parameters)
         here = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
         self._sum(here)
-        wanted = [p for p, ranks in zip(trained, here.tolist(), strict=True) if ranks]
-        for parameter in wanted:
+        summed = [p for p, ranks in zip(trained, here.tolist(), strict=True) if ranks]
+        for parameter in summed:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in wanted if p.grad is not None]):
+        for bucket in _buckets([p.grad for p in summed if p.grad is not None]):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             self._sum(flat)
             for gradient, part in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def _exchange(self, content: bytes) -> list[bytes]:
-        """The bytes of every rank, in their order, on every rank."""
+        """The bytes of all ranks in the order of the ranks; every rank gets all of them."""
         import torch
         import torch.distributed as dist
 
@@ -164,20 +170,21 @@ class Ranks:
             padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own)))
             received = [torch.empty_like(padded) for _ in lengths]
             dist.all_gather(received, padded)
-        else:  # one rank has nearly all of it, such as a checkpoint: nobody else pads to its size
+        else:  # one rank sends nearly all of it, such as a checkpoint: the others do not pad to its size
             received = [own if rank == self.index else own.new_empty(n) for rank, n in enumerate(lengths)]
             for rank, part in enumerate(received):
                 dist.broadcast(part, rank)
         return [part[:length].numpy().tobytes() for part, length in zip(received, lengths, strict=True)]
 
     def _sum(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over the ranks, in place."""
         import torch.distributed as dist
 
         dist.all_reduce(tensor)
 
 
 ALONE = Ranks()
-"""The single process."""
+"""The only process of a run."""
 
 
 def launched() -> bool:
@@ -187,12 +194,19 @@ def launched() -> bool:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks of this launch; `device` is the kind of device (`cpu`, `cuda`, ...) that the run is on.
+    """Join the processes that torchrun started, for as long as the context lasts.
 
-    `cpu` exchanges through gloo; `cuda` through NCCL, one device a rank (written after the documentation, never run).
+    On `cpu` the ranks exchange data through gloo. On `cuda` they use NCCL and one device per rank; that follows the
+    documentation and has never been run.
+
+    Args:
+        device: the kind of device that the run is on (`cpu` or `cuda`).
+
+    Yields:
+        The ranks of this launch.
 
     Raises:
-        ConfigError: if this machine has fewer devices than ranks, or no backend for them.
+        ConfigError: if this machine has fewer devices than ranks, or there is no backend for the device.
     """
     import torch
     import torch.distributed as dist
@@ -203,7 +217,9 @@ def joined(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         local, present = dist.get_node_local_rank(), torch.cuda.device_count()
         if local >= present:
-            raise ConfigError(f"this machine has {present} CUDA devices, one for each of the first {present} ranks")
+            raise ConfigError(
+                f"each rank needs its own CUDA device, but this machine has {present} for {local + 1} or more ranks"
+            )
         torch.cuda.set_device(local)
     dist.init_process_group(backends[device])
     try:
@@ -214,7 +230,7 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def _buckets(tensors: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors of one dtype after another, up to a bucket's elements at a time."""
+    """Consecutive tensors of one dtype, in buckets of at most `BUCKET_ELEMENTS` elements or of a single tensor."""
     bucket: list[torch.Tensor] = []
     for tensor in tensors:
         full = bucket and sum(t.numel() for t in bucket) + tensor.numel() > BUCKET_ELEMENTS

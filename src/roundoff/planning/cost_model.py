@@ -1,15 +1,15 @@
 """Time and memory of a run from its tokens, parameters and formats, before anything is run.
 
-A pass through the model costs the larger of two times on an accelerator, and their sum on a CPU:
+On an accelerator a pass through the model takes the larger of two times; on a CPU it takes their sum:
 
     issue  = calls * (layers * operations + FIXED_OPERATIONS) * time to issue one operation
     device = products / rate + (weights read + elementwise traffic + cache read) / bandwidth
 
-Operations and elementwise traffic of a decoder layer were counted (`python -m benchmarks operations`), for the plain
-model and for what each kind of hardware adds, on the plain torch path and with the compiled kernels. Everything else
-that is not a setting is an entry of `Assumptions`, printed with the estimate.
+The operations and the elementwise traffic of a decoder layer were counted (`python -m benchmarks operations`) for the
+plain model and for each kind of hardware, on the plain torch path and with the compiled kernels. Whatever else the
+settings do not say is an entry of `Assumptions`, which is printed with the estimate.
 
-What is left out: compiling, loading, saving checkpoints, reading data, and waiting for the slowest device.
+The model leaves out compiling, loading, saving checkpoints, reading data, and waiting for the slowest device.
 """
 
 from __future__ import annotations
@@ -25,21 +25,27 @@ from roundoff.planning.work import ADDED, FIXED_OPERATIONS, FUSED, NOTHING, PLAI
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 VOCABULARY_PASSES = 14
-"""Reads and writes of one float32 row of the vocabulary to draw a token, or for a log-probability and its gradient."""
+"""Times that a float32 row of the vocabulary is read or written to draw a token, or to compute a log-probability and
+its gradient."""
 OPTIMIZER_PASSES = 12
-"""Reads and writes of a float32 parameter in gradient clipping and AdamW."""
+"""Times that a float32 parameter is read or written by gradient clipping and AdamW."""
 SAVED_HIDDEN, SAVED_INTERMEDIATE = 9.4, 3.75
-"""Elements kept for the backward pass a token and layer, in units of the hidden and the intermediate size (counted)."""
-MAX_ROWS = 512
-"""Rollouts decoded together (`sampler.MAX_ROWS`)."""
-LOGIT_BYTES = 3 << 26
-"""Logits, their softmax and their gradient held at once (`logprobs.LOGIT_BYTES` each)."""
+"""Elements that each layer keeps per token for the backward pass, in units of the hidden and of the intermediate size
+(counted)."""
 PACKING_LOSS = 1.15
-"""Columns of packed rows over the tokens in them (`packing.py`)."""
-MOST_FUSED_COLUMNS = 64
-"""Longest prompts of the fused decoder (`fused_decoder.MOST_COLUMNS`)."""
+"""Columns of packed rows divided by the tokens in them (assumed)."""
 REPEATS_BELOW = 6.0
 """Responses shorter than this (tokens) are often equal within a group."""
+
+# Limits of modules that import torch, which planning must not do: a test compares each with its origin.
+MAX_ROWS = 512
+"""Most rollouts that are decoded together (`sampling.sampler.MAX_ROWS`)."""
+LOGIT_BYTES = 1 << 26
+"""Most bytes of logits that a training pass holds at once (`models.logprobs.LOGIT_BYTES`)."""
+LOGIT_COPIES = 3
+"""Tensors of that size that are held together: the logits, their softmax and their gradient."""
+MOST_FUSED_COLUMNS = 64
+"""Longest prompt that the fused decoder takes, in tokens (`sampling.fused_decoder.MOST_COLUMNS`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +57,15 @@ class Assumptions:
     response_tokens: float
     """Mean length of a response (tokens)."""
     spread: float = 0.5
-    """The longest of n responses is 1 + spread*ln(n) times the mean one, at most the limit."""
+    """The longest of n responses is 1 + spread*ln(n) times the mean, but at most the limit."""
     equal_groups: float = 0.5
-    """Share of groups of equal reward, which dynamic sampling drops (fraction)."""
+    """Share of groups whose rewards are all equal, which dynamic sampling drops (fraction)."""
     source: str = "a quarter of the limits"
+    """Where the lengths come from, in words."""
 
     @property
     def distinct(self) -> float:
-        """Share of a group's responses that differ, and are computed where nothing draws noise (fraction)."""
+        """Share of a group's responses that differ (fraction); without noise, equal ones are computed only once."""
         return min(1.0, self.response_tokens / REPEATS_BELOW)
 
     def longest(self, rows: float, limit: int) -> float:
@@ -66,7 +73,7 @@ class Assumptions:
         return min(float(limit), self.response_tokens * (1 + self.spread * math.log(max(rows, 1.0))))
 
     def lines(self) -> list[str]:
-        """One line an assumption, for the user to judge."""
+        """The assumptions, one line each, for the user to judge."""
         return [
             f"a prompt has {self.prompt_tokens:.0f} and a response {self.response_tokens:.0f} tokens on average "
             f"({self.source})",
@@ -78,17 +85,17 @@ class Assumptions:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Time and memory of one run on some devices."""
+    """Time and memory of one run on one or more devices."""
 
     experiment: str
     steps: int
     parts: Mapping[str, float]
-    """Seconds of one step by what is done."""
+    """Seconds of one step, by the kind of work."""
     evaluations: int
     evaluation: float
     """Seconds of one evaluation."""
     memory: Mapping[str, float]
-    """Bytes on one device by what holds them; `sampling` and `training` do not occur together."""
+    """Bytes on one device, by what holds them; `sampling` and `training` are never held at the same time."""
 
     @property
     def step(self) -> float:
@@ -108,7 +115,7 @@ class Estimate:
 
 
 def default_assumptions(profile: Profile) -> Assumptions:
-    """Lengths where nothing was measured: a quarter of the limits."""
+    """The lengths to assume where nothing was measured: a quarter of the limits."""
     training = profile.training
     return Assumptions(training.max_prompt_tokens / 4, training.max_new_tokens / 4)
 
@@ -121,16 +128,16 @@ class CostModel:
     shape: ModelShape
     machine: Machine
     ranks: int
-    """Devices that share one run."""
+    """Number of devices that share one run."""
     problems: tuple[int, int]
-    """Training and test problems."""
+    """Numbers of training and of test problems."""
     assumptions: Assumptions
 
     def estimate(self, experiment: Experiment, *, steps: int) -> Estimate:
-        """What one run of the experiment takes; `steps` is its number of steps.
+        """The cost of one run of the experiment that takes `steps` steps.
 
         Raises:
-            ConfigError: if there are more devices than prompts to share.
+            ConfigError: if there are more devices than prompts for them to share.
         """
         from roundoff.config import training_in_force
 
@@ -158,17 +165,18 @@ class CostModel:
         return Estimate(experiment.id, steps, parts, evaluations, evaluation, self._memory(experiment))
 
     def _work(self, hardware: Hardware) -> Passes:
-        found = PLAIN
+        """Work of a decoder layer on this hardware: that of the plain model and what formats and noise add."""
+        passes = PLAIN
         for kind, on in (
             ("activation", hardware.precision.activation is not None),
             ("noise", hardware.matmul_noise.relative_std > 0),
         ):
             added = ADDED[kind, self.machine.compiled] if on else NOTHING
-            found = Passes(found.forward.plus(added.forward), found.training.plus(added.training))
-        return found
+            passes = Passes(passes.forward.plus(added.forward), passes.training.plus(added.training))
+        return passes
 
     def _decoding(self, hardware: Hardware) -> Work:
-        """Work of a layer in sampling."""
+        """Work of a decoder layer in sampling, with the fused decoder where it is used."""
         work = self._work(hardware).forward
         small = self.profile.training.max_prompt_tokens <= MOST_FUSED_COLUMNS and self.profile.dtype == "float32"
         if not (small and self.machine.compiled):
@@ -184,7 +192,16 @@ class CostModel:
     def _seconds(
         self, work: Work, *, calls: float, tokens: float, products: float, width: float, read: float = 0.0
     ) -> float:
-        """Seconds of `calls` passes over `tokens` in all, of sequences `width` long; `read` are further bytes."""
+        """Seconds of `calls` passes over `tokens` tokens in all.
+
+        Args:
+            work: operations and elementwise traffic of one decoder layer.
+            calls: number of passes.
+            tokens: tokens of all passes together.
+            products: floating-point operations of the matrix products, without attention.
+            width: length of the sequences (tokens).
+            read: bytes to move besides weights and elementwise traffic.
+        """
         shape, machine = self.shape, self.machine
         size = DTYPE_BYTES[self.profile.dtype]
         issue = calls * (shape.layers * work.operations + FIXED_OPERATIONS) * machine.operation
@@ -197,31 +214,31 @@ class CostModel:
 
     def _sampling(self, hardware: Hardware, prompts: float, group: int, *, rounds: float) -> float:
         """Seconds to sample `group` responses to each prompt, in `rounds` calls of the sampler."""
-        shape, given, limit = self.shape, self.assumptions, self.profile.training.max_new_tokens
+        shape, lengths, limit = self.shape, self.assumptions, self.profile.training.max_new_tokens
         size, work = DTYPE_BYTES[self.profile.dtype], self._decoding(hardware)
         rollouts = prompts * group
         batches = rounds * math.ceil(rollouts / rounds / MAX_ROWS)
         rows = rollouts / batches
-        tokens = rollouts * given.response_tokens * (1.0 if hardware.is_noisy else given.distinct)
-        context = given.prompt_tokens + given.response_tokens / 2
+        tokens = rollouts * lengths.response_tokens * (1.0 if hardware.is_noisy else lengths.distinct)
+        context = lengths.prompt_tokens + lengths.response_tokens / 2
         cache = tokens * context * 2 * shape.layers * shape.kv_width * size
         vocabulary = tokens * shape.vocabulary * 4 * VOCABULARY_PASSES
         decoding = self._seconds(
             work,
-            calls=batches * given.longest(rows, limit),
+            calls=batches * lengths.longest(rows, limit),
             tokens=tokens,
             products=2 * tokens * (shape.linear + shape.embedding),
             width=context,
             read=cache + vocabulary,
         )
-        read = (rollouts if hardware.is_noisy else prompts) * given.prompt_tokens
+        read = (rollouts if hardware.is_noisy else prompts) * lengths.prompt_tokens
         prefill = self._seconds(
-            work, calls=batches, tokens=read, products=2 * read * shape.linear, width=given.prompt_tokens
+            work, calls=batches, tokens=read, products=2 * read * shape.linear, width=lengths.prompt_tokens
         )
         return decoding + prefill
 
     def _updates(self, experiment: Experiment) -> dict[str, float]:
-        """Seconds of the passes over one batch of rollouts, and of the optimizer."""
+        """Seconds that a step spends on passes over its batch of rollouts and on the optimizer, by the kind of work."""
         shape, training, algorithm = self.shape, self.profile.training, experiment.algorithm
         work = self._work(experiment.hardware)
         rollouts = training.prompts_per_step * algorithm.group_size / self.ranks
@@ -236,7 +253,7 @@ class CostModel:
                 work.forward, calls=calls, tokens=tokens, products=products, width=width, read=vocabulary
             )
 
-        # a frozen base needs no gradient of its weights; a checkpointed layer is computed again
+        # A frozen base model needs no gradient of its weights; a checkpointed layer is computed a second time.
         times = (2 if experiment.lora else 3) + training.gradient_checkpointing
         update = self._seconds(
             work.training, calls=calls, tokens=tokens, products=times * products, width=width, read=2 * vocabulary
@@ -258,26 +275,28 @@ class CostModel:
         return parts
 
     def _laid_out(self, experiment: Experiment, rollouts: float, width: float) -> tuple[float, float]:
-        """Columns of all rows of a training pass, and those that predict a token."""
-        given = self.assumptions
-        plain, answered = rollouts * width, rollouts * given.response_tokens
+        """Number of columns in all rows of a training pass, and how many of them predict a token."""
+        lengths = self.assumptions
+        plain, answered = rollouts * width, rollouts * lengths.response_tokens
         if experiment.hardware.is_noisy:
             return plain, answered
         prompts = rollouts / experiment.algorithm.group_size
-        packed = PACKING_LOSS * (prompts * given.prompt_tokens + answered * given.distinct)
-        return min(plain, packed), answered * given.distinct
+        packed = PACKING_LOSS * (prompts * lengths.prompt_tokens + answered * lengths.distinct)
+        return min(plain, packed), answered * lengths.distinct
 
     def _micro_batch(self, experiment: Experiment) -> tuple[float, float]:
-        """Rollouts of one pass on one device, and their padded length (tokens)."""
+        """Number of rollouts in one pass on one device, and their padded length (tokens)."""
         training = self.profile.training
         rows = training.prompts_per_step * experiment.algorithm.group_size / self.ranks / training.minibatches
         micro = min(training.micro_batch or rows, rows)
         return micro, self.assumptions.prompt_tokens + self.assumptions.longest(micro, training.max_new_tokens)
 
     def _trained(self, experiment: Experiment) -> int:
+        """Number of parameters that the optimizer updates."""
         return self.shape.adapters(experiment.lora.rank) if experiment.lora else self.shape.parameters
 
     def _memory(self, experiment: Experiment) -> dict[str, float]:
+        """Bytes on one device, by what holds them."""
         shape, training = self.shape, self.profile.training
         size = DTYPE_BYTES[self.profile.dtype]
         trained = self._trained(experiment)
@@ -296,10 +315,5 @@ class CostModel:
             "quantized weights": shape.linear * size if experiment.hardware.precision.weight else 0.0,
             "reference": shape.parameters * size if needs_copy else 0.0,
             "sampling": rows * length * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
-            "training": columns * saved * size + LOGIT_BYTES,
+            "training": columns * saved * size + LOGIT_COPIES * LOGIT_BYTES,
         }
-
-
-def shared(model: CostModel, ranks: int) -> CostModel:
-    """The same costs with each run on `ranks` devices."""
-    return replace(model, ranks=ranks)

@@ -1,4 +1,4 @@
-"""What runs would take, as a table for a terminal: plain data in, from the cost model."""
+"""Prints what runs would take, as a table for a terminal, from the figures of the cost model."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from roundoff.report import words
 
 @dataclass(frozen=True)
 class CostRow:
-    """What one experiment would take."""
+    """What one run of an experiment would take."""
 
     id: str
     steps: int
     sampling: float
-    """Seconds a step."""
+    """Seconds of sampling per step."""
     updating: float
-    """Seconds a step: every pass over the rollouts, and the optimizer."""
+    """Seconds per step of every pass over the rollouts and of the optimizer."""
     evaluation: float
-    """Seconds an evaluation."""
+    """Seconds of one evaluation."""
     seconds: float
-    """Of a run."""
+    """Seconds of a whole run."""
     memory: float
     """Bytes on one device at the worst moment."""
     parts: Mapping[str, float]
-    """Bytes by what holds them."""
+    """Bytes on one device, by what holds them."""
 
 
 def cost_table(
     title: str, rows: Sequence[CostRow], *, seeds: int, devices: int, ranks: int, limit: float, assumed: Sequence[str]
 ) -> RenderableType:
-    """A row an experiment, the cost of the whole, and what it rests on.
+    """A table with the cost of each experiment, the cost of all runs together, and what the figures rest on.
 
     Args:
-        title: what is planned, on what.
-        rows: one an experiment.
-        seeds: runs of each.
-        devices: devices in all.
-        ranks: devices of a run.
-        limit: memory of a device (bytes); 0 where it is not known.
-        assumed: lines that say what was assumed.
+        title: says what is planned and on which machine.
+        rows: one row per experiment.
+        seeds: number of runs of each experiment.
+        devices: total number of devices.
+        ranks: number of devices that share one run.
+        limit: memory of one device (bytes); 0 if it is not known.
+        assumed: the assumptions, one line each.
     """
     table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("Experiments of equal cost")
@@ -61,16 +61,16 @@ def cost_table(
             words.duration(row.seconds),
             Text(_gigabytes(row.memory) + ("\ntoo much" if over else ""), style="red" if over else ""),
         )
-    whole = seeds * sum(row.seconds for row in rows)
+    total_seconds = seeds * sum(row.seconds for row in rows)
     at_once = max(1, devices // ranks)
     longest = max(row.seconds for row in rows)
-    wall = max(whole / at_once, longest)
+    wall = max(total_seconds / at_once, longest)
     count = seeds * len(rows)
     each = f"{ranks} devices each" if ranks > 1 else "a device each"
     of = f"{words.number(len(rows), 'experiment')}, {words.number(seeds, 'seed')}"
     total = (
         f"{words.number(count, 'run')} ({of}), {each}: "
-        f"{words.duration(whole * ranks)} of one device in all; {words.duration(wall)} with {at_once} at a time"
+        f"{words.duration(total_seconds * ranks)} of one device in all; {words.duration(wall)} with {at_once} at a time"
     )
     largest = max(rows, key=lambda row: row.memory)
     held = ", ".join(f"{name} {_gigabytes(size)}" for name, size in largest.parts.items() if size > 0.05e9)
@@ -82,12 +82,12 @@ def cost_table(
 
 
 def _grouped(rows: Sequence[CostRow]) -> list[tuple[str, CostRow]]:
-    """One row of each cost, with the names of all that share it."""
-    found: dict[tuple[str, ...], list[CostRow]] = {}
+    """The experiments grouped by equal cost: the names of each group, and one row that stands for all of it."""
+    groups: dict[tuple[str, ...], list[CostRow]] = {}
     for row in rows:
         costs = (row.steps, row.sampling, row.updating, row.evaluation, row.memory)
-        found.setdefault(tuple(f"{cost:.3g}" for cost in costs), []).append(row)
-    return [(", ".join(row.id for row in group), group[0]) for group in found.values()]
+        groups.setdefault(tuple(f"{cost:.3g}" for cost in costs), []).append(row)
+    return [(", ".join(row.id for row in group), group[0]) for group in groups.values()]
 
 
 def _seconds(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What a device can do, as far as planning needs it: from data sheets, or measured where this runs."""
+"""How fast a device is and how much it holds, from data sheets or measured on this machine."""
 
 from __future__ import annotations
 
@@ -12,42 +12,44 @@ from roundoff.config import ConfigError, nearest
 if TYPE_CHECKING:
     import torch
 
-GIB = 2**30
 REPEATS = 7
+"""Times that each measurement is repeated; the fastest counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One device of a run. Rates are those that large operations reach, not the peaks of a data sheet."""
+    """One device of a run. Its rates are those that large operations reach, not the peaks of a data sheet."""
 
     name: str
     float32: float
-    """Matrix products in float32 (FLOP/s)."""
+    """Rate of matrix products in float32 (FLOP/s)."""
     bfloat16: float
-    """Matrix products in bfloat16 (FLOP/s)."""
+    """Rate of matrix products in bfloat16 (FLOP/s)."""
     bandwidth: float
-    """Memory traffic (bytes/s)."""
+    """Rate of memory traffic (bytes/s)."""
     memory: float
-    """Memory for a run (bytes)."""
+    """Memory that a run can use (bytes)."""
     operation: float
-    """Time to issue one operation of the eager model, its share of Python included (s)."""
+    """Time to issue one operation of the eager model, including its share of Python (s)."""
     is_asynchronous: bool
-    """Whether operations are issued while earlier ones compute, as on an accelerator."""
+    """Whether operations are issued while earlier ones still compute, as on an accelerator."""
     compiled: bool
-    """Whether roundoff's compiled kernels work there; otherwise the plain torch path does."""
+    """Whether roundoff's compiled kernels run on it; otherwise the plain torch path is used."""
     interconnect: float = 0.0
     """Rate of an all-reduce between devices (bytes/s)."""
     source: str = ""
+    """Where the figures come from, in words."""
 
     def rate(self, dtype: str) -> float:
-        """Matrix products in this dtype (FLOP/s)."""
+        """Rate of matrix products in this dtype (FLOP/s)."""
         return self.float32 if dtype == "float32" else self.bfloat16
 
 
 ATTAINED_FLOPS, ATTAINED_BANDWIDTH = 0.6, 0.75
-"""Share of a data sheet's peak that large products and large copies are taken to reach."""
+"""Shares of a data sheet's peak that large products and large copies are assumed to reach."""
 ISSUE_S = 20e-6
-"""Taken for accelerators: `transformers` decodes at about 0.6 ms a layer of 32 operations on a server's CPU."""
+"""Time to issue one operation that is assumed for accelerators (s). On a server's CPU, `transformers` needs about
+0.6 ms to decode one token through a layer of 32 operations."""
 
 
 def _sheet(name: str, float32: float, bfloat16: float, bandwidth: float, memory: float, link: float) -> Machine:
@@ -75,12 +77,13 @@ MACHINES = {
         _sheet("h200-141gb", 67e12, 989e12, 4.8e12, 141e9, 450e9),
     )
 }
-"""Accelerators by name (NVIDIA's data sheets of the SXM boards; dense rates)."""
+"""Accelerators by name (from NVIDIA's data sheets of the SXM boards; dense rates)."""
 HERE = "here"
+"""The name that stands for the machine this runs on."""
 
 
 def find_machine(name: str) -> Machine:
-    """The machine of a name in `MACHINES`, or, for `here`, this one, measured in a few seconds.
+    """The machine of this name in `MACHINES`; for `here`, this machine, which is measured in a few seconds.
 
     Raises:
         ConfigError: if there is none of that name.
@@ -94,14 +97,14 @@ def find_machine(name: str) -> Machine:
 
 
 def measure_machine(device: str = "auto", threads: int = 1) -> Machine:
-    """This machine, measured: a large product, a large copy, and the decoding step of the embedded model.
+    """This machine, from the times of a large product, a large copy, and the embedded model's decoding step.
 
-    That step computes next to nothing, so its time is the time to issue its operations. On a CPU the clock counts this
-    thread's work, so that other work on the machine does not show.
+    That step computes next to nothing, so it takes as long as issuing its operations does. On a CPU with one thread,
+    the clock counts only the time that this thread spends computing, so other work on the machine does not distort it.
 
     Args:
-        device: as in a profile.
-        threads: CPU threads of a run.
+        device: the device, named as in a profile.
+        threads: number of CPU threads of a run.
     """
     import torch
 
@@ -140,6 +143,7 @@ def measure_machine(device: str = "auto", threads: int = 1) -> Machine:
 
 
 def _clock(place: torch.device, threads: int) -> Callable[[Callable[[], object]], float]:
+    """A function that returns the seconds which an action takes: the fastest of `REPEATS` times."""
     import torch
 
     now = time.thread_time if place.type == "cpu" and threads == 1 else time.perf_counter
@@ -158,7 +162,7 @@ def _clock(place: torch.device, threads: int) -> Callable[[Callable[[], object]]
 
 
 def _issue_time(place: torch.device, clock: Callable[[Callable[[], object]], float]) -> float:
-    """Time of an operation of the embedded model's decoding step with one row (s)."""
+    """Time to issue one operation (s), from the embedded model's decoding step on a single row."""
     import torch
 
     from roundoff.models.load import load_model
@@ -178,6 +182,7 @@ def _issue_time(place: torch.device, clock: Callable[[Callable[[], object]], flo
 
 
 def _memory(place: torch.device) -> float:
+    """Memory of the device (bytes); 0 where it cannot be told."""
     import torch
 
     if place.type == "cuda":
@@ -190,5 +195,5 @@ def _memory(place: torch.device) -> float:
 
 
 def with_limits(machine: Machine, *, memory_gb: float | None) -> Machine:
-    """The machine with another amount of memory (GB), where one is given."""
+    """The machine with `memory_gb` of memory (GB), or unchanged if that is None."""
     return machine if memory_gb is None else replace(machine, memory=memory_gb * 1e9)

@@ -1,4 +1,4 @@
-"""How many seeds and problems an effect needs, and what they cost, from runs already made."""
+"""How many seeds and problems an effect needs, and what they cost, from runs that exist already."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from roundoff.report.compare import comparison_kind, paired_scores
 from roundoff.runs.record import Run
 
 ASSUMED = stats.Variance(seed=1e-4, problem=0.01, residual=0.2)
-"""Variance of a difference where no runs say: seeds differ by 1 point, a fifth of the problems flips."""
+"""Variance of a difference where no runs show it: seeds differ by 1 point, and a fifth of the problems flips."""
+FEW_DEGREES = 10
+"""Degrees of freedom below which a measured variance between seeds is rough, and one of zero means nothing."""
 
 
 @dataclass(frozen=True)
@@ -28,71 +30,85 @@ class Variances:
 
     variance: stats.Variance
     source: str
+    """Where they come from, as a phrase without a full stop."""
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """What one run costs: a part that does not depend on the test set, and one that does."""
+    """The time of one run, in a part that does not depend on the size of the test set and one that does."""
 
     training: float
     """Seconds without evaluations."""
     problem: float
-    """Seconds of all evaluations of a run, for each test problem."""
+    """Seconds per test problem of all evaluations of a run together."""
     source: str
+    """Where the times come from, as a phrase without a full stop."""
 
     def seconds(self, problems: int) -> float:
-        """Seconds of a run that is scored on so many problems."""
+        """Seconds of a run that is scored on this many problems."""
         return self.training + self.problem * problems
 
 
 def measured_variance(runs: Sequence[Run]) -> Variances:
-    """Mean components over all comparisons of the runs that have two seeds or more; assumed ones without any."""
+    """Mean variance components over all comparisons of two seeds or more; assumed ones where there is none.
+
+    A component below zero is cut off at zero, so on few seeds a variance of zero between seeds is common and does not
+    mean that seeds agree. It counts as unknown then, and the assumed one takes its place.
+    """
     arms, _ = group_arms(runs)
-    found: list[tuple[stats.Variance, int]] = []
+    measured: list[tuple[stats.Variance, int]] = []
     collapsed = 0
     for arm in arms:
         pair = _pair(arm, arms)
         if pair is not None:
             new, old = pair
-            found.append((stats.difference_variance(new.deployed, old.deployed), len(new.seeds)))
+            measured.append((stats.difference_variance(new.deployed, old.deployed), len(new.seeds)))
             collapsed += len(new.collapsed) + len(old.collapsed)
-    if not found:
-        return Variances(ASSUMED, "assumed, for no comparison of two seeds or more was found: seeds 1 point apart")
-    # each component has about one degree of freedom a seed and comparison, less one
-    freedom = sum(seeds - 1 for _, seeds in found)
+    if not measured:
+        return Variances(ASSUMED, "assumed, because no comparison of two seeds or more was found: seeds 1 point apart")
+    # Each comparison gives its components about one degree of freedom per seed, less one.
+    freedom = sum(seeds - 1 for _, seeds in measured)
     mean = stats.Variance(
         *(
-            sum(getattr(v, part) * (seeds - 1) for v, seeds in found) / freedom
+            sum(getattr(v, part) * (seeds - 1) for v, seeds in measured) / freedom
             for part in ("seed", "problem", "residual")
         )
     )
-    rough = ", which is rough" if freedom < 10 else ""
-    source = (
-        f"measured in {words.number(len(found), 'comparison')}: differences of seeds vary by "
-        f"{100 * sqrt(mean.seed):.2f} points (standard deviation, {freedom} degrees of freedom{rough})"
-    )
+    source = f"measured in {words.number(len(measured), 'comparison')}: "
+    degrees = words.number(freedom, "degree") + " of freedom"
+    if mean.seed == 0 and freedom < FEW_DEGREES:
+        mean = replace(mean, seed=ASSUMED.seed)
+        source += (
+            f"too few seeds to tell how much their differences vary ({degrees}), so that this is unknown and "
+            f"{100 * sqrt(ASSUMED.seed):g} point is assumed"
+        )
+    else:
+        rough = ", which is rough" if freedom < FEW_DEGREES else ""
+        source += (
+            f"differences of seeds vary by {100 * sqrt(mean.seed):.2f} points (standard deviation, {degrees}{rough})"
+        )
     if collapsed:
         source += (
-            f"; collapsed runs are among them ({collapsed}, counted for each comparison), which no normal distribution "
-            "describes: more seeds than said may be needed"
+            f"; among them are collapsed runs ({collapsed}, counted in each comparison), which no normal distribution "
+            "describes: more seeds than this plan says may be needed"
         )
     return Variances(mean, source)
 
 
 def measured_time(runs: Sequence[Run]) -> RunTime | None:
-    """Mean time of the complete runs that trained, from their steps; None without any that is scored."""
-    found: list[tuple[float, float]] = []
+    """Mean time of the runs that are complete, scored and trained, from the times of their steps; None without any."""
+    times: list[tuple[float, float]] = []
     for run in runs:
-        if run.is_final and not run.health.untrained:  # without an update a step is cheap
+        if run.is_final and not run.health.untrained:  # a step without an update would be too cheap
             evaluating = sum(float(row.get("seconds_evaluate", 0.0)) for row in run.metrics)
-            whole = sum(float(row.get("seconds", 0.0)) for row in run.metrics)
+            stepping = sum(float(row.get("seconds", 0.0)) for row in run.metrics)
             problems = len(run.evaluation(run.status.total_steps).outcomes)
-            found.append((whole - evaluating, evaluating / problems))
-    if not found or not any(training for training, _ in found):
+            times.append((stepping - evaluating, evaluating / problems))
+    if not times or not any(training for training, _ in times):
         return None
-    training, problem = (sum(part) / len(found) for part in zip(*found, strict=True))
+    training, problem = (sum(part) / len(times) for part in zip(*times, strict=True))
     profiles = ", ".join(dict.fromkeys(run.profile.name for run in runs))
-    return RunTime(training, problem, f"measured in {words.number(len(found), 'run')} of profile {profiles}")
+    return RunTime(training, problem, f"measured in {words.number(len(times), 'run')} of profile {profiles}")
 
 
 def seeds_table(
@@ -105,16 +121,16 @@ def seeds_table(
     comparisons: int,
     workers: int,
 ) -> RenderableType:
-    """Seeds, runs and time for each size of the test set, for a terminal.
+    """The seeds, runs and time that each size of the test set needs, as a table for a terminal.
 
     Args:
-        effect: difference to be shown (fraction).
-        found: what a difference varies by.
-        time: what a run costs, if that is known.
-        problems: sizes of the test set.
-        power: wanted probability of showing it.
-        comparisons: benefits in the table that the result is corrected over.
-        workers: runs at a time.
+        effect: the difference to show (fraction).
+        found: the variance of a difference.
+        time: the time of a run, or None if it is not known.
+        problems: the sizes of the test set, one row each.
+        power: the probability with which the difference shall be shown.
+        comparisons: the number of benefits that the result is corrected over.
+        workers: the number of runs at a time.
     """
     rows = stats.plan(effect, found.variance, problems=problems, wanted_power=power, comparisons=comparisons)
     if time is not None:
@@ -141,13 +157,13 @@ def seeds_table(
 
 
 def _pair(arm: Arm, arms: Sequence[Arm]) -> tuple[Scores, Scores] | None:
-    """Outcomes of an arm and of its declared baseline over common seeds; None where there are fewer than two."""
+    """Scores of an arm and of its declared baseline over their common seeds; None if there are fewer than two."""
     if arm.experiment.baseline is None:
         return None
     try:
-        under = baseline_arm(arm, arms)
-        comparison_kind(arm, under)
-        new, old = paired_scores(arm, under)
+        baseline = baseline_arm(arm, arms)
+        comparison_kind(arm, baseline)
+        new, old = paired_scores(arm, baseline)
     except ConfigError:
         return None
     return (new, old) if len(new.seeds) > 1 else None

@@ -1,8 +1,8 @@
-"""Sizes of a decoder-only model and its number of parameters, without loading it: what planning needs.
+"""Sizes of a decoder-only model and its number of parameters, without loading it.
 
-A local directory and the embedded model are read from their `config.json`; a hub name that is not on this machine is
-looked up in `shapes.toml`. Counted is the architecture of Llama and Qwen2: attention with grouped keys and values, a
-gated MLP, RMSNorm.
+The sizes of a local directory and of the embedded model are read from their `config.json`; a hub name that is not on
+this machine is looked up in `shapes.toml`. Parameters are counted for the architecture of Llama and Qwen2: attention
+with grouped keys and values, a gated MLP, and RMSNorm.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from roundoff.config import ConfigError, nearest
 HERE = Path(__file__).parent
 TINY = HERE.parent / "models" / "tiny"
 BIASED = ("qwen2",)
-"""Model types whose query, key and value have a bias, though their config.json does not say so."""
+"""Model types whose query, key and value projections have a bias although their config.json does not say so."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Settings of which a mixture of experts has one."""
+"""Settings that show a mixture of experts: its config.json has one of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,47 +39,47 @@ class ModelShape:
     tied: bool
     """Whether the output embedding is the input embedding."""
     bias: bool
-    """Whether query, key and value have a bias."""
+    """Whether the query, key and value projections have a bias."""
 
     @property
     def kv_width(self) -> int:
-        """Elements of the keys (or the values) of one token in one layer."""
+        """Number of elements in the keys (or the values) of one token in one layer."""
         return self.kv_heads * self.head_size
 
     @property
     def linear(self) -> int:
-        """Parameters of the Linear layers of all decoder layers: what hardware quantizes by default."""
+        """Number of parameters in the Linear layers of all decoder layers, which hardware quantizes by default."""
         attention = self.hidden * self.head_size * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def embedding(self) -> int:
-        """Parameters of one embedding matrix."""
+        """Number of parameters in one embedding matrix."""
         return self.vocabulary * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         biases = self.layers * (self.heads + 2 * self.kv_heads) * self.head_size if self.bias else 0
         norms = (2 * self.layers + 1) * self.hidden
         return self.linear + self.embedding * (1 if self.tied else 2) + biases + norms
 
     def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters of this rank on every Linear of the decoder layers."""
+        """Number of parameters in LoRA adapters of this rank on every Linear of the decoder layers."""
         query, kv = self.heads * self.head_size, self.kv_width
         ends = 2 * (self.hidden + query) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * ends
 
 
 def model_shape(name: str, config: Path | None = None) -> ModelShape:
-    """The shape of a model by the name that a profile gives it.
+    """The shape of the model that a profile names.
 
     Args:
         name: `tiny`, a local directory, or a hub name.
-        config: a `config.json` to read instead.
+        config: a `config.json` to read instead of the model's own.
 
     Raises:
-        ConfigError: if nothing here says what the model looks like, or it is a mixture of experts.
+        ConfigError: if the shape is not known on this machine, or the model is a mixture of experts.
     """
     directory = TINY if name == "tiny" else Path(name).expanduser()
     path = directory / "config.json" if config is None else config
@@ -91,9 +91,9 @@ def model_shape(name: str, config: Path | None = None) -> ModelShape:
         return _shape(name, content, str(path))
     known = tomllib.loads((HERE / "shapes.toml").read_text("utf-8"))
     if config is not None or name not in known:
-        wanted = path if config is not None else name
+        sought = path if config is not None else name
         raise ConfigError(
-            f"the shape of {wanted} is not known here{nearest(name, tuple(known))}: name a model directory, or give "
+            f"the shape of {sought} is not known here{nearest(name, tuple(known))}: name a model directory, or give "
             f"--config the model's config.json (known without: {', '.join(known)})"
         )
     return _shape(name, known[name], "shapes.toml")

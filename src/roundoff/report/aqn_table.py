@@ -1,4 +1,4 @@
-"""What AQN did in an arm: its settings, and the sigma and the multipliers that its steps record."""
+"""AQN in an arm: its settings, and the sigma and the multipliers that its steps recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from roundoff.runs.outcomes import DamagedRunError
 
 @dataclass(frozen=True)
 class AqnRow:
-    """AQN's configuration in one arm, and what was injected."""
+    """AQN's configuration in one arm, and the noise that was injected."""
 
     sigma_start: float
     sigma_end: float
@@ -20,26 +20,27 @@ class AqnRow:
     target: str
     noise: str
     layers: str
-    """Which layers: all, or a mode of the SRDD scan."""
+    """The layers that get noise: all, or a mode of the SRDD scan."""
     metric: str
-    """Metric and direction of the scan; empty where all layers are alike."""
+    """Metric and direction of the scan; empty if all layers are treated alike."""
     noisy_steps: int
-    """Steps whose rollouts had noise, of those taken so far."""
+    """Number of steps so far whose rollouts had noise."""
     steps: int
+    """Number of steps so far."""
     highest: float
-    """Largest sigma that a step records."""
+    """Largest sigma that a step recorded."""
     lowest: float
-    """Smallest sigma above zero that a step records."""
+    """Smallest sigma above zero that a step recorded."""
     kl: float | None
-    """KL that the largest sigma alone caused before training (nats a token); None where it was not measured."""
+    """KL that the largest sigma alone caused before training (nats per token); None if it was not measured."""
     hardware_kl: float | None
-    """The same of the hardware."""
+    """KL that the hardware alone caused before training (nats per token); None if it was not measured."""
     multipliers: tuple[float, ...]
-    """Factor on sigma of each decoder layer at the first noisy step; empty where all are 1."""
+    """Factor on sigma for each decoder layer at the first noisy step; empty if all are 1."""
 
 
 def aqn_row(arm: Arm) -> AqnRow | None:
-    """AQN in an arm, from its settings and the metrics of its first run; None without AQN."""
+    """AQN in an arm, from its settings and the metrics of its first run; None for an arm without AQN."""
     aqn = arm.experiment.aqn
     if aqn is None:
         return None
@@ -69,9 +70,9 @@ def aqn_row(arm: Arm) -> AqnRow | None:
 
 
 def _preflight(arm: Arm) -> dict[str, float]:
-    """Numbers of the first run's pre-flight; empty without one that can be read."""
+    """Results of the first run's preflight check; empty if there are none that can be read."""
     try:
-        found = arm.runs[0].preflight or {}
+        results = arm.runs[0].preflight or {}
     except DamagedRunError:
         return {}
-    return {name: float(found[name]) for name in ("kl", "hardware_kl") if isinstance(found.get(name), int | float)}
+    return {name: float(results[name]) for name in ("kl", "hardware_kl") if isinstance(results.get(name), int | float)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.typing import NDArray
 
 from roundoff import stats
@@ -21,27 +22,27 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """Outcomes of the last evaluation of several runs of one arm: `[S, P]`, seeds and problems ascending."""
+    """Outcomes of the last evaluation of several runs of one arm, with seeds and problems in ascending order."""
 
     seeds: tuple[int, ...]
     problems: tuple[str, ...]
     problem_set: str
-    """Digest of every problem's id, prompt and answer: equal only for the same test set."""
-    deployed: Array
+    """Digest of every problem's id, prompt and answer; equal only for the same test set."""
+    deployed: Float64[Array, "seeds problems"]
     """Share of noise draws in which each problem was solved with the hardware on."""
-    clean: Array
-    """1 where solved with the hardware off."""
+    clean: Float64[Array, "seeds problems"]
+    """1 for each problem that was solved with the hardware off, else 0."""
     truncated: float
-    """Share of first responses cut at the length limit (fraction)."""
+    """Share of first responses that were cut at the length limit (fraction)."""
     flaws: Tally
-    """What was wrong with the responses with the hardware on, all runs and draws together."""
+    """Flaws of the responses with the hardware on, over all runs and draws together."""
     clean_flaws: Tally
-    """The same with the hardware off."""
+    """Flaws of the responses with the hardware off, over all runs together."""
     collapsed: tuple[int, ...] = ()
-    """Seeds of the runs that collapsed, judged among all final runs of the arm and by their starts."""
+    """Seeds of the runs that collapsed, judged among all final runs of the arm and by their scores before training."""
 
     def of_seeds(self, seeds: Sequence[int]) -> Scores:
-        """The same outcomes for some of the seeds."""
+        """The outcomes of these seeds only, in this order."""
         rows = [self.seeds.index(seed) for seed in seeds]
         return replace(
             self,
@@ -54,36 +55,39 @@ class Scores:
 
 @dataclass(frozen=True)
 class Arm:
-    """All runs of one experiment under one profile; runs of other settings are another arm."""
+    """All runs of one experiment under one profile; runs with other settings belong to another arm."""
 
     experiment: Experiment
     profile: Profile
     runs: tuple[Run, ...]
-    """One run a seed, seeds ascending."""
+    """One run per seed, in ascending order of seeds."""
 
     @cached_property
     def final(self) -> tuple[Run, ...]:
-        """Runs that reached and evaluated their last step: the only ones that are scored."""
+        """The runs that reached and evaluated their last step, which alone are scored."""
         return tuple(run for run in self.runs if run.is_final)
 
     @property
     def key(self) -> str:
-        """Name that no other arm has: experiment, profile and hash of the settings."""
+        """Unique name of the arm: experiment, profile and hash of the settings."""
         return f"{self.experiment.id}/{self.profile.name}-{result_hash(self.experiment, self.profile)}"
 
     @cached_property
     def scores(self) -> Scores | None:
-        """Outcomes of the final runs, read once; None without any.
+        """Outcomes of the final runs, which are read only once; None if there are no final runs.
 
         Raises:
             DamagedRunError: if an evaluation cannot be read.
-            ValueError: if two of the runs were scored on different problems.
+            ValueError: if the runs were scored on different problems or on a single one, or a problem appears twice.
         """
         return read_scores(self.final) if self.final else None
 
 
 def group_arms(runs: Iterable[Run]) -> tuple[list[Arm], list[str]]:
-    """Arms in order of first appearance, and a line for each run left out: a second copy, or a damaged evaluation."""
+    """The arms in order of first appearance, and a line for each run that is left out and why.
+
+    A run is left out if it is a second copy of another, or if its evaluation cannot be used.
+    """
     grouped: dict[tuple[str, str, str], dict[int, Run]] = {}
     left_out: list[str] = []
     for run in runs:
@@ -108,7 +112,7 @@ def group_arms(runs: Iterable[Run]) -> tuple[list[Arm], list[str]]:
 
 
 def read_scores(runs: Sequence[Run]) -> Scores:
-    """Outcomes of the last evaluation of each run, in the order given.
+    """Outcomes of the last evaluation of each run, in the order of the runs.
 
     Raises:
         DamagedRunError: if an evaluation cannot be read.
@@ -122,14 +126,14 @@ def read_scores(runs: Sequence[Run]) -> Scores:
     for run in runs:
         evaluation = run.evaluation(run.status.total_steps)
         outcomes = sorted(evaluation.outcomes, key=lambda o: o.id)
-        ids, this = tuple(o.id for o in outcomes), _digest(evaluation)
+        ids, own_digest = tuple(o.id for o in outcomes), _digest(evaluation)
         if len(set(ids)) < len(ids):
             raise ValueError(f"{run.path}: a problem was scored twice in one evaluation")
         if len(ids) < 2:
             raise ValueError(f"{run.path}: was scored on a single problem, and an interval needs two")
-        if digest and this != digest:
+        if digest and own_digest != digest:
             raise ValueError(f"{run.path}: was scored on other problems than {runs[0].path}")
-        problems, digest = problems or ids, this
+        problems, digest = problems or ids, own_digest
         deployed.append([sum(o.deployed) / len(o.deployed) for o in outcomes])
         clean.append([float(o.clean) for o in outcomes])
         flaws += [flaw for outcome in outcomes for flaw in outcome.deployed_flaws()]
@@ -151,18 +155,19 @@ def read_scores(runs: Sequence[Run]) -> Scores:
 
 
 def start_scores(run: Run) -> tuple[float | None, float | None]:
-    """Deployed and clean score before training (fractions), None where not evaluated."""
+    """Deployed and clean score before training (fractions); None if there was no evaluation then."""
     first = run.metrics[0] if run.metrics and run.metrics[0].get("step") == 0 else {}
     return first.get("deployed"), first.get("clean")
 
 
 def _digest(evaluation: Evaluation) -> str:
+    """A digest of the ids, prompts and answers of the problems."""
     lines = sorted(f"{o.id}\x1f{o.prompt}\x1f{o.answer}" for o in evaluation.outcomes)
     return hashlib.sha256("\x1e".join(lines).encode()).hexdigest()
 
 
 def _without_unreadable(arm: Arm) -> tuple[Arm, list[str]]:
-    """The arm without the runs whose last evaluation cannot be used, and why."""
+    """The arm without the runs whose last evaluation cannot be used, and a line for each of these runs."""
     kept: list[Run] = []
     lines = []
     for run in arm.runs:

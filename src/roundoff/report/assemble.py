@@ -1,176 +1,118 @@
-"""The report as data: one row an arm, comparisons with Holm's correction, curves, flips, provenance.
+"""Builds the report as data: a row per arm, comparisons with Holm's correction, curves, flips, and provenance.
 
-Everything comes from run directories. Only the last evaluation of complete runs is scored; the headline is the deployed
-score. Runs that are missing, failed, running or ended early are listed as such and enter no score.
+Everything comes from run directories. Only the last evaluation of complete runs is scored, and the headline is the
+deployed score. Runs that are missing, failed, running or ended early are listed as such and do not count in any score.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from roundoff import stats
 from roundoff.config import ConfigError, Experiment
-from roundoff.report.aqn_table import AqnRow, aqn_row
+from roundoff.report.aqn_table import aqn_row
 from roundoff.report.arms import Arm, group_arms, start_scores
 from roundoff.report.compare import ALPHA, Comparison, Kind, compare_arms, comparison_kind, paired_scores
-from roundoff.report.curves import DIAGNOSTICS, Curve, seed_curve, sigma_curve
-from roundoff.report.flips import Flips, find_flips
-from roundoff.report.published import Published, published
-from roundoff.report.scans import Scan, find_scans
-from roundoff.report.settings import Settings, settings_in_words
-from roundoff.report.sources import Source, find_sources
-from roundoff.report.status import SeedRow, arm_notes, arm_status, seed_row
-from roundoff.runs.health import Tally
+from roundoff.report.contents import Report, Row, qualified
+from roundoff.report.curves import DIAGNOSTICS, seed_curve, sigma_curve
+from roundoff.report.flips import find_flips
+from roundoff.report.published import published
+from roundoff.report.scans import find_scans
+from roundoff.report.settings import settings_in_words
+from roundoff.report.sources import find_sources
+from roundoff.report.status import arm_notes, arm_status, seed_row
 from roundoff.runs.record import Run
 
 
-@dataclass(frozen=True)
-class Row:
-    """One arm of the table, or a declared experiment without runs."""
-
-    id: str
-    title: str
-    family: str
-    key: str
-    """Name unique in the report; also the anchor in the page."""
-    baseline: str | None
-    settings: Settings
-    seeds: tuple[SeedRow, ...]
-    status: str
-    is_whole: bool
-    """Whether every run is complete and scored, and no seed that its family has is missing."""
-    start: float | None
-    deployed: stats.Interval | None
-    clean: stats.Interval | None
-    truncated: float | None
-    flaws: Tally | None
-    """What was wrong with the responses with the hardware on in the last evaluations."""
-    notes: tuple[str, ...]
-    """What a reader must know beside its score, a sentence each: what of it was not computed."""
-    collapsed: tuple[int, ...]
-    """Seeds of the runs that collapsed: their intervals take two groups for one."""
-    comparison: Comparison | None
-    no_comparison: str
-    """Why there is none; empty where there is one or none was declared."""
-    is_best: bool
-    """Whether it beats every other arm of its family on the same hardware, each difference excluding zero."""
-    best_over_collapsed: int
-    """Runs that collapsed in the comparisons that make it the best; 0 where it is not."""
-    learning: Curve | None
-    sigma: Curve | None
-    diagnostics: dict[str, Curve]
-    flips: Flips | None
-    aqn: AqnRow | None
-    published: Published | None
-    """What others published for an experiment of this id: shown beside, never used."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in a text."""
-        return self.title or self.id
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that the written report says."""
-
-    rows: tuple[Row, ...]
-    sources: tuple[Source, ...]
-    skipped: tuple[str, ...]
-    """Directories that could not be used, each with the reason."""
-    tests: int
-    """Comparisons tested, over which Holm's correction runs."""
-    updated: str
-    """When a run last changed (UTC)."""
-    scans: tuple[Scan, ...] = ()
-    """The SRDD scans that runs rest on, each different one once."""
-
-    @property
-    def families(self) -> dict[str, tuple[Row, ...]]:
-        """Rows by family, in order of appearance."""
-        found: dict[str, tuple[Row, ...]] = {}
-        for row in self.rows:
-            found[row.family] = (*found.get(row.family, ()), row)
-        return found
-
-    @property
-    def runs(self) -> int:
-        """Runs listed, in whatever state."""
-        return sum(len(row.seeds) for row in self.rows)
-
-    @property
-    def scored(self) -> tuple[Row, ...]:
-        """Rows that have a score."""
-        return tuple(row for row in self.rows if row.deployed)
-
-
 def build_report(runs: Iterable[Run], skipped: Sequence[str] = (), experiments: Sequence[Experiment] = ()) -> Report:
-    """The report over `runs`; `experiments` that were declared and have no run are listed as missing."""
-    found = list(runs)
-    arms, left_out = group_arms(found)
+    """The report over `runs`.
+
+    Args:
+        runs: the runs, in any state.
+        skipped: lines about directories that could not be read.
+        experiments: declared experiments; those without a run are listed as missing.
+    """
+    runs = list(runs)
+    arms, left_out = group_arms(runs)
     arms = _in_declared_order(arms, experiments)
+    profiles = _telling_profiles(arms)
     compared = [_compared(arm, arms) for arm in arms]
     corrected = _corrected([comparison for comparison, _ in compared])
     best = _best(arms)
     rows = [
-        _row(arm, arms, comparison, reason, best.get(arm.key))
+        _row(arm, arms, profiles, comparison, reason, best.get(arm.key))
         for arm, comparison, (_, reason) in zip(arms, corrected, compared, strict=True)
     ]
     known = {arm.experiment.id for arm in arms}
     rows += [_missing(experiment) for experiment in experiments if experiment.id not in known]
-    scans, damaged = find_scans(arms)
+    scans, damaged = find_scans(arms, {arm.key: qualified(arm.experiment.id, profiles[arm.key]) for arm in arms})
     return Report(
         rows=tuple(rows),
-        sources=find_sources(found),
+        sources=find_sources(runs),
         skipped=(*skipped, *left_out, *damaged),
         tests=max((c.tests for c in corrected if c), default=0),
-        updated=max((run.status.updated for run in found), default=""),
+        updated=max((run.status.updated for run in runs), default=""),
         scans=scans,
     )
 
 
 def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
-    """The arm that `arm` declares as its baseline: same profile, whatever its directory.
+    """The arm that `arm` declares as its baseline, under the same settings of the profile, whatever its directory.
 
-    Of several that carry the id (its settings were changed between the runs) it is the one that can be compared.
+    If several arms have the baseline's id, because its settings were changed between runs, it is the only one of them
+    that `arm` can be compared with.
 
     Raises:
-        ConfigError: if no run of it was found, or several could be meant.
+        ConfigError: if there is no such arm, or more than one.
     """
     candidates = [other for other in arms if other.experiment.id == arm.experiment.baseline]
     same = [other for other in candidates if _scale(other) == _scale(arm)]
-    fit = [other for other in same if _kind(arm, other) is not None]
-    if len(fit) > 1:
-        places = ", ".join(str(other.runs[0].path.parent) for other in fit)
+    comparable = [other for other in same if _kind(arm, other) is not None]
+    if len(comparable) > 1:
+        places = ", ".join(str(other.runs[0].path.parent) for other in comparable)
         raise ConfigError(
-            f"its baseline {arm.experiment.baseline} has runs of {len(fit)} settings ({places}): give the report those "
-            "that count, or use `roundoff compare`"
+            f"its baseline {arm.experiment.baseline} has runs of {len(comparable)} settings ({places}): give the "
+            "report those that count, or use `roundoff compare`"
         )
     if same:
-        return (fit or same)[0]
+        return (comparable or same)[0]
     if candidates:
         raise ConfigError(f"{arm.experiment.baseline} ran under other profile settings than {arm.experiment.id}")
     raise ConfigError(f"its baseline {arm.experiment.baseline} is not among these runs")
 
 
 def _kind(arm: Arm, other: Arm) -> Kind | None:
-    """What the difference of two arms is; None where it is nothing."""
+    """Whether the difference of two arms is a benefit or a cost; None if it is neither."""
     try:
         return comparison_kind(arm, other)
     except ConfigError:
         return None
 
 
+def _telling_profiles(arms: Sequence[Arm]) -> dict[str, str]:
+    """What tells each arm, by key, from others with the same id: nothing, its profile, or its profile and hash."""
+    ids = Counter(arm.experiment.id for arm in arms)
+    pairs = Counter((arm.experiment.id, arm.profile.name) for arm in arms)
+    profiles = {}
+    for arm in arms:
+        is_alone = pairs[arm.experiment.id, arm.profile.name] == 1
+        profile = arm.profile.name if is_alone else arm.key.removeprefix(f"{arm.experiment.id}/")
+        profiles[arm.key] = profile if ids[arm.experiment.id] > 1 else ""
+    return profiles
+
+
 def _scale(arm: Arm) -> str:
+    """The settings of the arm's profile that decide whether scores can be compared."""
     scale = arm.profile.model_dump(mode="json", exclude={"name", "title", "device"})
     scale["task"].pop("directory", None)
     return json.dumps(scale, sort_keys=True)
 
 
 def _in_declared_order(arms: list[Arm], experiments: Sequence[Experiment]) -> list[Arm]:
-    """Declared experiments in their order; others family by family, a baseline before what is measured against it."""
+    """Declared experiments in their order, then the others by family, each baseline before what is compared with it."""
     declared = {experiment.id: i for i, experiment in enumerate(experiments)}
     parents = {arm.experiment.id: arm.experiment.baseline for arm in arms}
 
@@ -190,6 +132,7 @@ def _in_declared_order(arms: list[Arm], experiments: Sequence[Experiment]) -> li
 
 
 def _compared(arm: Arm, arms: Sequence[Arm]) -> tuple[Comparison | None, str]:
+    """The comparison of an arm with its declared baseline, or the reason why there is none."""
     if arm.experiment.baseline is None:
         return None, ""
     try:
@@ -199,15 +142,16 @@ def _compared(arm: Arm, arms: Sequence[Arm]) -> tuple[Comparison | None, str]:
 
 
 def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison | None]:
+    """The comparisons with Holm's corrected p-values."""
     adjusted = stats.holm([c.deployed.p if c else None for c in comparisons])
     tests = sum(p is not None for p in adjusted)
     return [replace(c, p_holm=p, tests=tests) if c else None for c, p in zip(comparisons, adjusted, strict=True)]
 
 
 def _best(arms: Sequence[Arm]) -> dict[str, int]:
-    """Arms that beat every other arm of their family on the same chip and profile, Holm-corrected.
+    """Keys of the arms that beat every other arm of their family on the same chip and profile, Holm-corrected.
 
-    By key, with the number of runs in those comparisons that collapsed, its own included.
+    Each has the number of collapsed runs in its comparisons, including its own.
     """
     best: dict[str, int] = {}
     for arm in arms:
@@ -220,7 +164,7 @@ def _best(arms: Sequence[Arm]) -> dict[str, int]:
                 continue
             try:
                 new, old = paired_scores(arm, other)
-            except ConfigError:  # no seed in common: nothing shows which of the two is better
+            except ConfigError:  # without a common seed, nothing shows which of the two is better
                 leads = False
                 break
             result = stats.paired_benefit(new.deployed, old.deployed)
@@ -232,18 +176,40 @@ def _best(arms: Sequence[Arm]) -> dict[str, int]:
     return best
 
 
-def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: str, best: int | None) -> Row:
+def _row(
+    arm: Arm,
+    arms: Sequence[Arm],
+    profiles: Mapping[str, str],
+    comparison: Comparison | None,
+    reason: str,
+    best: int | None,
+) -> Row:
+    """The row of an arm.
+
+    Args:
+        arm: the arm.
+        arms: all arms of the report.
+        profiles: what tells the arms apart, by key.
+        comparison: its comparison with the declared baseline, or None.
+        reason: why there is no comparison.
+        best: number of collapsed runs in the comparisons that make it the best, or None if it is not the best.
+    """
     seeds = tuple(seed_row(run) for run in arm.runs)
     scores = arm.scores
     starts = [start for start in (start_scores(run)[0] for run in arm.final) if start is not None]
     diagnostics = {key: seed_curve(arm, key) for key in DIAGNOSTICS}
     status, is_whole = arm_status(arm, arms)
+    baseline = _baseline_or_none(arm, arms)
     return Row(
         id=arm.experiment.id,
         title=arm.experiment.title,
         family=arm.experiment.family,
         key=arm.key,
+        profile=profiles[arm.key],
         baseline=arm.experiment.baseline,
+        against=qualified(baseline.experiment.id, profiles[baseline.key])
+        if baseline
+        else arm.experiment.baseline or "",
         settings=settings_in_words(arm.experiment, arm.profile),
         seeds=seeds,
         status=status,
@@ -262,19 +228,30 @@ def _row(arm: Arm, arms: Sequence[Arm], comparison: Comparison | None, reason: s
         learning=seed_curve(arm, "deployed"),
         sigma=sigma_curve(arm),
         diagnostics={key: curve for key, curve in diagnostics.items() if curve},
-        flips=find_flips(arm, baseline_arm(arm, arms)) if comparison else None,
+        flips=find_flips(arm, baseline) if comparison and baseline else None,
         aqn=aqn_row(arm),
         published=published(arm.experiment.id, arm.experiment.baseline),
     )
 
 
+def _baseline_or_none(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
+    """The arm that `arm` declares as its baseline, if there is exactly one that can be meant."""
+    try:
+        return baseline_arm(arm, arms) if arm.experiment.baseline is not None else None
+    except ConfigError:
+        return None
+
+
 def _missing(experiment: Experiment) -> Row:
+    """The row of a declared experiment without runs."""
     return Row(
         id=experiment.id,
         title=experiment.title,
         family=experiment.family,
         key=experiment.id,
+        profile="",
         baseline=experiment.baseline,
+        against=experiment.baseline or "",
         settings=settings_in_words(experiment, None),
         seeds=(),
         status=f"missing: `roundoff run {experiment.id}`",

@@ -1,4 +1,4 @@
-"""Compares two arms by seed and problem: the benefit of a remedy or the cost of hardware; refuses what is neither."""
+"""Compares two arms by seed and problem: the benefit of a remedy, or the cost of hardware. It refuses other pairs."""
 
 from __future__ import annotations
 
@@ -14,55 +14,62 @@ from roundoff.runs.record import Run
 Kind = Literal["benefit", "cost"]
 Outcome = Literal["shown", "hint", "not shown", "not testable"]
 ALPHA = 0.05
+"""Level of the tests, and p below which a difference is shown."""
 COUNTS = {0: "no", 1: "one", 2: "two"}
+"""Numbers of runs that are too few for a test, in words."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a treatment changes against its baseline, in fractions of the test set; positive is better."""
+    """Difference of a treatment to its baseline, in fractions of the test set; positive is better."""
 
     treatment: str
+    """Id of the treatment's experiment."""
     baseline: str
+    """Id of the baseline's experiment."""
     kind: Kind
-    """`benefit`: same hardware, so the difference is due to the remedy. `cost`: hardware against plain arithmetic."""
+    """`benefit`: both ran on the same hardware, so the difference is due to the remedy. `cost`: the baseline ran on
+    plain arithmetic, so the difference is due to the hardware."""
     seeds: tuple[int, ...]
-    """Seeds over which the comparison is paired; of two single runs, that of the treatment."""
+    """Seeds over which the comparison is paired; for two single runs, the treatment's seed."""
     problems: int
+    """Number of test problems."""
     deployed: stats.Interval
     """Difference of deployed scores: the headline."""
     clean: stats.Interval
     """Difference of clean scores."""
     flips: tuple[stats.McNemar, ...]
-    """Problems gained and lost, a seed at a time (exact McNemar: about that one pair of runs)."""
+    """Problems gained and lost for each seed, with the exact McNemar test, which concerns that one pair of runs."""
     differs: tuple[str, ...] = ()
-    """Settings in which the two differ, by path."""
+    """Paths of the settings in which the two differ."""
     baseline_seeds: tuple[int, ...] = ()
-    """Seeds of the baseline: others than `seeds` only where each arm has a single run."""
+    """Seeds of the baseline; they differ from `seeds` only if each arm has a single run."""
     unpaired: int = 0
-    """Complete runs of either arm that have no partner of the same seed, and so are no part of the difference."""
+    """Number of complete runs of either arm that have no partner of the same seed, so that they do not count."""
     start: float | None = None
-    """Difference of deployed scores before training (fraction): what the hardware does to the untrained model."""
+    """Difference of deployed scores before training (fraction), which is the effect of the hardware on the untrained
+    model; None if a run was not evaluated then."""
     p_holm: float | None = None
-    """p of the deployed difference, corrected over the table it stands in; None outside a table or if not testable."""
+    """p-value of the deployed difference, corrected over its report; None outside a report or if not testable."""
     tests: int = 1
-    """Number of tests in that table."""
+    """Number of tests in that report."""
 
     @property
     def is_shown(self) -> bool:
-        """Whether the interval excludes zero and the corrected p is below 5 %."""
+        """Whether the interval excludes zero and the corrected p-value is below 5 %."""
         p = self.deployed.p if self.p_holm is None else self.p_holm
         return self.deployed.excludes_zero and p is not None and p < ALPHA
 
     @property
     def outcome(self) -> Outcome:
-        """The class of the conclusion; a hint is one of its own, neither shown nor without a sign of an effect."""
+        """Class of the conclusion. A hint is a class of its own: the effect is not shown, but there is a sign of it."""
         if len(self.seeds) < stats.MIN_SEEDS:
             return "not testable"
         return "shown" if self.is_shown else "hint" if self.deployed.excludes_zero else "not shown"
 
     @property
     def verdict(self) -> str:
-        """The conclusion in a few words, with the number of runs that collapsed if any did."""
+        """The conclusion in a few words, with the number of collapsed runs if there are any."""
         count = self.deployed.collapsed
         return self._verdict + (f" ({count} run{'s' if count > 1 else ''} collapsed)" if count else "")
 
@@ -80,17 +87,18 @@ class Comparison:
 
 
 def compare(treatment: Sequence[Run], baseline: Sequence[Run]) -> Comparison:
-    """The paired comparison of two arms, each given as the runs of its seeds.
+    """The paired comparison of two arms, each given by its runs.
 
     Raises:
-        ConfigError: if an arm mixes settings or has no complete run, if no seed was completed by both, if they were
-            scored on different problems, or if their hardware differs and the baseline's is not plain arithmetic.
+        ConfigError: if an arm mixes settings or has no complete run, if no seed is complete in both, if they were
+        scored
+            on different problems, or if their hardware differs and the baseline's is not plain arithmetic.
     """
     return compare_arms(_one_arm(treatment, "treatment"), _one_arm(baseline, "baseline"))
 
 
 def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
-    """As `compare`, for arms already grouped."""
+    """The paired comparison of two arms; it raises the same errors as `compare`."""
     kind = comparison_kind(treatment, baseline)
     new, old = paired_scores(treatment, baseline)
     collapsed = len(new.collapsed) + len(old.collapsed)
@@ -114,7 +122,9 @@ def comparison_kind(treatment: Arm, baseline: Arm) -> Kind:
     """Whether the difference of two arms is a benefit or a cost.
 
     Raises:
-        ConfigError: if it is neither: the models differ, or the hardware does and the baseline's is not plain.
+        ConfigError: if it is neither, because the models differ, or because the hardware differs and the baseline's is
+        not
+            plain arithmetic.
     """
     if treatment.profile.model != baseline.profile.model:
         raise ConfigError(
@@ -134,12 +144,12 @@ def comparison_kind(treatment: Arm, baseline: Arm) -> Kind:
 
 
 def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
-    """Outcomes of both arms over the seeds that both completed, on the same problems.
+    """Outcomes of both arms over the seeds that are complete in both.
 
-    Where each has a single complete run these are paired by problem alone, whatever their seeds.
+    If each arm has a single complete run, the two are paired by problem alone, whatever their seeds.
 
     Raises:
-        ConfigError: if there is no such seed, the problems differ, or one of the runs took steps and trained nothing.
+        ConfigError: if there is no such seed, the problems differ, or a complete run did not train anything.
     """
     names = treatment.experiment.id, baseline.experiment.id
     new, old = treatment.scores, baseline.scores
@@ -167,9 +177,12 @@ def paired_scores(treatment: Arm, baseline: Arm) -> tuple[Scores, Scores]:
 
 
 def _check_trained(arm: Arm) -> None:
-    """Refuse an arm with a complete run that trained nothing: its score is no result of training, good or bad.
+    """Refuse an arm with a complete run that trained nothing, because its score is not a result of training.
 
-    Leaving such a seed out would be worse than refusing: only the lucky ones would count.
+    Leaving out such a seed would be worse than refusing the arm: only the lucky seeds would count.
+
+    Raises:
+        ConfigError: if there is such a run.
     """
     for run in arm.final:
         if reason := run.health.untrained:
@@ -180,14 +193,14 @@ def _check_trained(arm: Arm) -> None:
 
 
 def _chip(arm: Arm) -> Hardware:
-    """Hardware without the layers kept in high precision, which is a remedy and not another chip."""
+    """The hardware without its layers in high precision, since those are a remedy and not another chip."""
     hardware = arm.experiment.hardware
     precision = Precision(weight=hardware.precision.weight, activation=hardware.precision.activation)
     return hardware.model_copy(update={"precision": precision})
 
 
 def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
-    """Paths of the settings that differ and change results, shortest first where one holds the other."""
+    """Paths of the settings that differ and change results, in alphabetical order."""
 
     def flat(value: object, path: str) -> dict[str, object]:
         if not isinstance(value, dict):
@@ -198,7 +211,7 @@ def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
         experiment = arm.experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"])
         profile = arm.profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"})
         profile["task"].pop("directory", None)
-        for name in ("aqn", "srdd", "lora"):  # a remedy that only one has counts as one setting
+        for name in ("aqn", "srdd", "lora"):  # a table that only one arm has counts as one setting
             if None in (getattr(treatment.experiment, name), getattr(baseline.experiment, name)):
                 experiment[name] = str(experiment[name])
         return flat(experiment | {"profile": profile}, "")
@@ -208,6 +221,7 @@ def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
 
 
 def _one_arm(runs: Sequence[Run], name: str) -> Arm:
+    """The only arm of these runs; `name` says in messages which side of the comparison it is."""
     arms, left_out = group_arms(runs)
     if len(arms) != 1:
         keys = ", ".join(arm.key for arm in arms) or "no run that can be read"
@@ -218,13 +232,13 @@ def _one_arm(runs: Sequence[Run], name: str) -> Arm:
 
 
 def _start_difference(*sides: tuple[Arm, Sequence[int]]) -> float | None:
-    """Difference of the mean deployed scores before training, over the seeds given with each arm."""
+    """Difference of the two arms' mean deployed scores before training, each over its seeds; None if one is missing."""
     starts = []
     for arm, seeds in sides:
-        found = [start_scores(run)[0] for run in arm.final if run.seed in seeds]
-        if any(value is None for value in found):
+        scores = [start_scores(run)[0] for run in arm.final if run.seed in seeds]
+        if any(score is None for score in scores):
             return None
-        starts.append(sum(v for v in found if v is not None) / len(found))
+        starts.append(sum(score for score in scores if score is not None) / len(scores))
     return starts[0] - starts[1]
 
 

@@ -1,4 +1,4 @@
-"""Curves over training steps, averaged over the seeds of an arm, from `metrics.jsonl` alone."""
+"""Curves over training steps, averaged over the seeds of an arm, from the runs' `metrics.jsonl` alone."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ DRAWN = (
 DIAGNOSTICS = {name: METRICS[name].label for name in DRAWN}
 """Metrics that are drawn as diagnostics, with their titles and units."""
 MOST_POINTS = 120
-"""Points a drawn curve has at most: more steps are averaged in equal bins."""
+"""Most points of a curve; more steps than that are averaged in bins of equal size."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity over the steps: mean over seeds, and the range from the lowest to the highest seed."""
+    """One quantity over the steps: the mean over seeds, and the range from the lowest to the highest seed."""
 
     steps: tuple[float, ...]
     mean: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
     seeds: int
-    """Seeds averaged."""
+    """Number of seeds behind the mean."""
 
 
 def seed_curve(arm: Arm, key: str) -> Curve | None:
-    """`key` over steps, or None where no run has it; a step counts where each seed that is scored has a number."""
+    """The quantity `key` over the steps at which every seed has a number; None if there are none.
+
+    The seeds are those of the final runs, or of all runs if no run is final.
+    """
     runs = arm.final or arm.runs
     series = [
         {row["step"]: float(row[key]) for row in run.metrics if row.get(key) is not None and math.isfinite(row[key])}
@@ -63,7 +66,7 @@ def seed_curve(arm: Arm, key: str) -> Curve | None:
 
 
 def sigma_curve(arm: Arm) -> Curve | None:
-    """Sigma at every change of it, as a staircase; None where it is zero throughout."""
+    """Sigma of the first run over the steps, as a staircase; None if it is zero throughout."""
     rows = [(row["step"], float(row["sigma"])) for row in arm.runs[0].metrics if row.get("sigma") is not None]
     if not any(sigma for _, sigma in rows):
         return None
@@ -83,7 +86,7 @@ def sigma_curve(arm: Arm) -> Curve | None:
 
 
 def _bins(values: Sequence[float]) -> tuple[float, ...]:
-    """At most `MOST_POINTS` means of equal stretches of the values."""
+    """At most `MOST_POINTS` means of consecutive values, each over the same number of values."""
     size = -(-len(values) // MOST_POINTS)
     stretches = [values[i : i + size] for i in range(0, len(values), size)]
     return tuple(sum(stretch) / len(stretch) for stretch in stretches)

@@ -1,4 +1,4 @@
-"""Problems that one arm solved and the other did not, with the actual responses of one seed."""
+"""Problems that one arm solved and the other did not, with the responses of one seed."""
 
 from __future__ import annotations
 
@@ -12,44 +12,49 @@ from roundoff.report.compare import paired_scores
 from roundoff.runs.outcomes import Outcome
 
 EACH_WAY = 3
-"""Problems shown in each direction."""
+"""Number of problems shown in each direction."""
 MOST_CHARACTERS = 1200
-"""Longest response shown in full; of a longer one the middle is left out, for the answer stands at the end."""
+"""Most characters of a response that is shown in full; of a longer one the middle is left out."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """One problem with both arms' responses, deployed, first draw."""
+    """One problem with the responses of both arms: hardware on, first noise draw."""
 
     problem: str
     prompt: str
     answer: str
     gained: bool
-    """True where the treatment solved it and the baseline did not."""
+    """True if the treatment solved it and the baseline did not, False if it is the other way round."""
     treatment_response: str
     baseline_response: str
     treatment_solved: float
-    """Share of seeds and draws in which the treatment solved it."""
+    """Share of seeds and draws in which the treatment solved it (fraction)."""
     baseline_solved: float
+    """Share of seeds and draws in which the baseline solved it (fraction)."""
 
 
 @dataclass(frozen=True)
 class Flips:
-    """Flips between two arms: how many in a mean seed, and the clearest few."""
+    """Flips between two arms: how many there are per seed, and the clearest few."""
 
     seed: int
-    """Seed whose responses are shown."""
+    """Seed of the treatment whose responses are shown."""
     baseline_seed: int
-    """The same of the baseline: another one only where each arm has a single run."""
+    """Seed of the baseline whose responses are shown; another one only if each arm has a single run."""
     gained: float
-    """Problems that the treatment alone solved, mean over seeds."""
+    """Number of problems that only the treatment solved, as a mean over seeds."""
     lost: float
+    """Number of problems that only the baseline solved, as a mean over seeds."""
     problems: int
+    """Number of test problems."""
     shown: tuple[Flip, ...]
 
 
 def find_flips(treatment: Arm, baseline: Arm) -> Flips:
-    """Flips of the lowest common seed (of two single runs, those of each), those first that flip in most seeds.
+    """The flips between two arms, beginning with those that flip in most seeds.
+
+    Responses are those of the lowest common seed, or, if each arm has a single run, those of the two runs.
 
     Raises:
         ConfigError: if the arms cannot be paired.
@@ -82,17 +87,18 @@ def find_flips(treatment: Arm, baseline: Arm) -> Flips:
 
 
 def _outcomes(arm: Arm, seed: int) -> dict[str, Outcome]:
+    """Outcomes of one seed's last evaluation by problem."""
     run = next(run for run in arm.final if run.seed == seed)
     return {outcome.id: outcome for outcome in run.evaluation(run.status.total_steps).outcomes}
 
 
 def _solved(outcomes: dict[str, Outcome], problem: str) -> int:
-    """Whether the response that is shown, that of the first draw, was right."""
+    """1 if the response that is shown, that of the first draw, was right, else 0."""
     return outcomes[problem].deployed[0]
 
 
 def _response(outcome: Outcome) -> str:
-    """The response that is shown, and a note where it is none because it was not computed, or has no text."""
+    """The response to show, with a note if it was not computed, has no reward, or has no text."""
     notes = {
         "nonfinite": "[not computed any further: the logits were not finite]",
         "reward_error": "[the reward failed and counts as 0]",
@@ -103,7 +109,7 @@ def _response(outcome: Outcome) -> str:
 
 
 def shorten(text: str) -> str:
-    """The text, or its beginning and end with a note of how much is left out between them."""
+    """The text; if it is long, its beginning and end with a note of how much is left out between them."""
     if len(text) <= MOST_CHARACTERS:
         return text
     half = MOST_CHARACTERS // 2

@@ -1,10 +1,10 @@
-"""Reads a table of scores from elsewhere (CSV or Markdown) and says what its intervals allow to conclude.
+"""Reads a table of scores from elsewhere (CSV or Markdown), and says what can be concluded from its intervals.
 
-Such a table has one score an experiment and no per-problem outcomes, so that only the sampling error of the test set
-can be told: Wilson's interval for a score, Newcombe's for a difference of independent proportions (Newcombe 1998,
-Statist. Med. 17:873, method 10). The same problems in both arms would make the true error smaller, another seed would
-make it larger; a difference that exceeds its error here is one that the test set alone does not explain. `seed_limit`
-says how much seeds may vary before it is explained.
+Such a table has one score per experiment and no outcomes per problem, so only the sampling error of the test set can be
+estimated: by Wilson's interval for a score, and by Newcombe's for a difference of independent proportions (Newcombe
+1998, Statist. Med. 17:873, method 10). The true error is smaller if both arms were scored on the same problems, and
+larger because seeds vary. A difference that exceeds this error is one that the test set alone does not explain.
+`seed_limit` is how much seeds may vary before they explain it.
 """
 
 from __future__ import annotations
@@ -32,29 +32,32 @@ NAMES = {
     "problems": ("n", "problems", "questions"),
     "baseline": ("baseline", "against"),
 }
-"""Headings under which each column is looked for, whatever their case."""
+"""Headings by which each column is recognized, in any case."""
 ALPHA = 0.05
+"""p below which a difference exceeds its error."""
 
 
 @dataclass(frozen=True)
 class ImportedRow:
-    """One score from elsewhere, and its difference to its baseline."""
+    """One score from elsewhere, with its difference to its baseline."""
 
     id: str
     score: stats.Interval | None
-    """None where the table has no score."""
+    """The score with Wilson's interval; None if the table has none."""
     baseline: str | None
+    """Id of the baseline."""
     difference: stats.Interval | None
-    """Difference to the baseline (fraction); its interval carries the error of the test set only."""
+    """Difference to the baseline (fraction), whose interval carries the error of the test set only."""
     seed_limit: float | None
     """Largest standard deviation between seeds (fraction) at which the difference still exceeds its error."""
     no_difference: str
-    """Why there is none; empty where there is one or no baseline."""
+    """Why there is no difference; empty if there is one or there is no baseline."""
     p_holm: float | None = None
+    """p-value of the difference, corrected over the table."""
 
     @property
     def exceeds_error(self) -> bool:
-        """Whether the difference is more than the test set explains, corrected over the table."""
+        """Whether the difference is larger than the test set explains, after correction over the table."""
         d = self.difference
         return d is not None and (d.low > 0 or d.high < 0) and self.p_holm is not None and self.p_holm < ALPHA
 
@@ -73,31 +76,39 @@ class ImportedRow:
 
 @dataclass(frozen=True)
 class ImportedTable:
-    """A table from elsewhere with what it allows to conclude."""
+    """A table from elsewhere with its conclusions."""
 
     source: str
+    """Name of the file."""
     rows: tuple[ImportedRow, ...]
 
     @property
     def conclusion(self) -> str:
-        """One or two sentences."""
+        """The conclusion in a few sentences."""
         compared = [row for row in self.rows if row.difference]
         if not compared:
             return "No row can be compared with a baseline that has a score."
         beyond = [row.id for row in compared if row.exceeds_error]
-        named = f": {', '.join(beyond)}" if beyond else ""
-        count = f"{len(beyond)} of {words.number(len(compared), 'published difference')}"
-        return (
-            f"{count} exceed{'s' if len(beyond) == 1 else ''} the error of the test set (corrected over the table)"
-            f"{named}. With one run each none is testable against another seed."
-        )
+        ids = f": {', '.join(beyond)}" if beyond else ""
+        if len(compared) == 1:
+            exceeds = "exceeds" if beyond else "does not exceed"
+            text = f"The only published difference {exceeds} the error of the test set{ids}."
+        else:
+            count = f"{len(beyond) or 'None'} of {len(compared):,} published differences"
+            verb = "exceeds" if len(beyond) <= 1 else "exceed"
+            text = f"{count} {verb} the error of the test set (corrected over the table){ids}."
+        return f"{text} With one run per experiment, nothing shows how much another seed would change."
 
 
 def read_table(path: Path, *, problems: int | None = None, baseline: str | None = None) -> ImportedTable:
-    """The table in a CSV or Markdown file with the columns id, score and, if given, n and baseline.
+    """The table in a CSV or Markdown file with the columns id and score, and optionally n and baseline.
 
-    Scores are percent if any is above 1 or has a percent sign, fractions otherwise. `problems` stands in for a missing
-    n; `baseline` is the id that every row without one of its own is compared with.
+    Scores are percent if any is above 1 or has a percent sign, and fractions otherwise.
+
+    Args:
+        path: the file.
+        problems: number of test problems of rows that give no n.
+        baseline: id of the baseline of rows that give none.
 
     Raises:
         ConfigError: if the file cannot be read, or a column, a number of problems or a score is missing or wrong.
@@ -108,7 +119,7 @@ def read_table(path: Path, *, problems: int | None = None, baseline: str | None 
     scores: dict[str, stats.Interval | None] = {}
     for row, value in zip(cells, raw, strict=True):
         if row["id"] in scores:
-            raise ConfigError(f"{path}: the id {row['id']!r} stands in the table twice")
+            raise ConfigError(f"{path}: the id {row['id']!r} occurs twice in the table")
         scores[row["id"]] = None if value is None else _score(value / (100 if percent else 1), row, problems, path)
     if baseline is not None and baseline not in scores:
         raise ConfigError(f"{path}: there is no row {baseline!r} to compare with")
@@ -118,7 +129,7 @@ def read_table(path: Path, *, problems: int | None = None, baseline: str | None 
 
 
 def imported_table(table: ImportedTable) -> RenderableType:
-    """The table and its conclusion for a terminal, by `rich`."""
+    """The table and its conclusion for a terminal."""
     grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in ("Id", "Score [95 %]", "Against", "Points [95 %]", "p"):
         grid.add_column(name, no_wrap=name != "Id", justify="right" if name == "p" else "left")
@@ -134,7 +145,7 @@ def imported_table(table: ImportedTable) -> RenderableType:
 
 
 def _seed_limit(row: ImportedRow) -> str:
-    """How much seeds may vary before a difference that exceeds its error is explained; empty for others."""
+    """A line that says how much seeds may vary before they explain a difference that exceeds its error; else empty."""
     if not row.exceeds_error or row.seed_limit is None or row.difference is None:
         return ""
     return (
@@ -143,18 +154,8 @@ def _seed_limit(row: ImportedRow) -> str:
     )
 
 
-def imported_markdown(table: ImportedTable) -> str:
-    """The table and its conclusion in Markdown."""
-    lines = [f"# {table.source}", "", table.conclusion, ""]
-    lines += ["| Id | Score (95 %) | Baseline | Points (95 %) | p | Verdict | Holds if seeds vary by less than |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for row in table.rows:
-        limit = words.NONE if row.seed_limit is None else f"{100 * row.seed_limit:.1f} points"
-        lines.append("| " + " | ".join(words.cell(text) for text in (*_shown(row), row.verdict, limit)) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def _shown(row: ImportedRow) -> tuple[str, ...]:
+    """The cells of a row but for its verdict."""
     score, change = row.score, row.difference
     return (
         row.id,
@@ -168,22 +169,25 @@ def _shown(row: ImportedRow) -> tuple[str, ...]:
 
 
 def _row(row: Mapping[str, str], scores: Mapping[str, stats.Interval | None], default: str | None) -> ImportedRow:
+    """A row with its difference to its own baseline, or else to the default one."""
     against = row["baseline"] or (default if default != row["id"] else None)
-    score, under = scores[row["id"]], scores.get(against) if against else None
-    if against is None or score is None or under is None:
+    score, base = scores[row["id"]], scores.get(against) if against else None
+    if against is None or score is None or base is None:
         reason = "" if against is None else "no score" if score is None else f"{against} has no score in this table"
         return ImportedRow(row["id"], score, against, None, None, reason)
-    found = stats.unpaired_difference(score, under)
-    half = (found.high - found.estimate) if found.estimate < 0 else (found.estimate - found.low)
-    room = found.estimate**2 - half**2
-    # estimate^2 = half^2 + (1.96 * sqrt(2) * seed)^2 at the limit
+    difference = stats.unpaired_difference(score, base)
+    estimate = difference.estimate
+    half = (difference.high - estimate) if estimate < 0 else (estimate - difference.low)
+    room = estimate**2 - half**2
+    # At the limit, estimate^2 = half^2 + (1.96 * sqrt(2) * seed)^2.
     limit = math.sqrt(room / 2) / float(distributions.norm.ppf(1 - ALPHA / 2)) if room > 0 else None
-    return ImportedRow(row["id"], score, against, found, limit, "")
+    return ImportedRow(row["id"], score, against, difference, limit, "")
 
 
 def _score(value: float, row: Mapping[str, str], problems: int | None, path: Path) -> stats.Interval:
-    given = _number(row["problems"], f"{path}, {row['id']}: n")
-    n = int(given) if given is not None else problems
+    """A score (fraction) with its interval."""
+    own = _number(row["problems"], f"{path}, {row['id']}: n")
+    n = int(own) if own is not None else problems
     if n is None or n < 1:
         raise ConfigError(f"{path}, {row['id']}: the number of problems is missing: add a column n, or give --n")
     if not 0 <= value <= 1:
@@ -192,6 +196,7 @@ def _score(value: float, row: Mapping[str, str], problems: int | None, path: Pat
 
 
 def _number(text: str, name: str) -> float | None:
+    """The number in a cell, without Markdown or a percent sign; None if the cell is empty or a dash."""
     cleaned = text.strip().strip("*_`").rstrip("%").strip().replace(",", "" if re.search(r"\d,\d{3}$", text) else ".")
     if cleaned in ("", "-", words.NONE, "\N{EM DASH}", "n/a", "N/A"):
         return None
@@ -205,7 +210,7 @@ def _number(text: str, name: str) -> float | None:
 
 
 def _cells(path: Path) -> list[dict[str, str]]:
-    """Rows of the file with the keys id, score, problems and baseline; absent cells are empty."""
+    """The rows of the file by the keys id, score, problems and baseline, with empty texts for absent cells."""
     try:
         text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -226,12 +231,13 @@ def _cells(path: Path) -> list[dict[str, str]]:
 
 
 def _place(heads: Sequence[str], names: Sequence[str]) -> int | None:
+    """Index of the column whose heading is one of the names; None if there is no such column."""
     cleaned = [re.sub(r"[^a-z0-9]+", "_", head.lower()).strip("_") for head in heads]
     return next((cleaned.index(name) for name in names if name in cleaned), None)
 
 
 def _markdown(text: str) -> list[list[str]]:
-    """Cells of the first Markdown table of a text."""
+    """The cells of the first Markdown table in a text."""
     lines = []
     for line in text.splitlines():
         if line.strip().startswith("|"):

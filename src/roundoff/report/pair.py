@@ -1,4 +1,4 @@
-"""What `roundoff compare A B` says: two runs, or two arms, in plain words and with their error."""
+"""The answer of `roundoff compare A B`: two runs or two arms, compared in plain words with their error."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ from roundoff.report.status import arm_notes
 from roundoff.runs.record import find_runs
 
 LISTED = 8
-"""Differing settings that are named one by one."""
+"""Most differing settings that are named one by one."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two arms, their scores over what both completed, and what their difference is."""
+    """Two arms, their scores over the seeds that are complete in both, and their difference."""
 
     treatment: Arm
     baseline: Arm
     new: Scores
+    """Scores of the treatment."""
     old: Scores
+    """Scores of the baseline."""
     comparison: Comparison
     equivalence: stats.Equivalence | None
-    """Whether the loss is smaller than a margin; None where none was asked for."""
+    """Tests of whether the loss is below a margin; None if no margin was given."""
 
 
 def find_arm(name: str, root: Path) -> Arm:
-    """The arm meant by a run's directory, a directory above runs, or an experiment's id within `root`.
+    """The arm that a name stands for.
+
+    Args:
+        name: a run's directory, a directory above runs, or the id of an experiment with runs in `root`.
+        root: directory in which runs are looked for.
 
     Raises:
-        ConfigError: if there is no such run, or the name stands for several arms; the message lists them.
+        ConfigError: if there is no such run, or the name stands for several arms, which the message lists.
     """
     beside = root / name
     path = next((path for path in (Path(name), beside) if path.is_dir()), None)
@@ -68,12 +74,12 @@ def make_pair(treatment: Arm, baseline: Arm, *, margin: float | None) -> Pair:
     """The comparison of two arms; two single runs are paired by problem alone, whatever their seeds.
 
     Args:
-        treatment: what is judged.
-        baseline: against what.
-        margin: loss that could be borne (fraction), or None.
+        treatment: the arm that is judged.
+        baseline: the arm that it is judged against.
+        margin: the loss that could be borne (fraction), or None.
 
     Raises:
-        ConfigError: if they cannot be compared, with the reason.
+        ConfigError: if they cannot be compared; the message gives the reason.
     """
     comparison = compare_arms(treatment, baseline)
     new, old = paired_scores(treatment, baseline)
@@ -82,7 +88,7 @@ def make_pair(treatment: Arm, baseline: Arm, *, margin: float | None) -> Pair:
 
 
 def pair_text(pair: Pair) -> RenderableType:
-    """The answer, the figures behind it and what they rest on, for a terminal of 80 columns."""
+    """The answer, the figures behind it and their basis, for a terminal of 80 columns."""
     c = pair.comparison
     parts: list[RenderableType] = [Text(_answer(pair) + _collapsed(pair), style="bold" if c.is_shown else ""), Text("")]
     parts.append(_figures(pair))
@@ -95,6 +101,7 @@ def pair_text(pair: Pair) -> RenderableType:
 
 
 def _answer(pair: Pair) -> str:
+    """The conclusion in one or two sentences."""
     c = pair.comparison
     d = c.deployed
     size = f"{abs(100 * d.estimate):.1f} points"
@@ -118,6 +125,7 @@ def _answer(pair: Pair) -> str:
 
 
 def _figures(pair: Pair) -> Table:
+    """The scores of both arms and their differences."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for name in ("", "A [95 %]", "B [95 %]", "A minus B, points [95 %]"):
         table.add_column(name, no_wrap=True)
@@ -129,6 +137,7 @@ def _figures(pair: Pair) -> Table:
 
 
 def _basis(pair: Pair) -> str:
+    """The runs, the pairing, the differing settings, and notes on the figures, one line each."""
     c = pair.comparison
     lines = [
         f"{letter}  {arm.runs[0].path.parent}, {_seeds(scores.seeds)}: {arm.experiment.title or arm.experiment.id}"
@@ -155,25 +164,26 @@ def _basis(pair: Pair) -> str:
 
 
 def _collapsed(pair: Pair) -> str:
-    """Which runs collapsed, as a sentence behind the answer; empty without any."""
+    """A sentence after the answer that says which runs collapsed; empty if none did."""
     sides = (("A", pair.new.collapsed), ("B", pair.old.collapsed))
     parts = [f"{_seeds(seeds)} of {name}" for name, seeds in sides if seeds]
     return f" Collapsed: {' and '.join(parts)}, so that the mean is that of two groups." if parts else ""
 
 
-def _equivalence(found: stats.Equivalence) -> str:
-    margin = f"{100 * found.margin:g} points"
-    if found.p_not_worse is None:
+def _equivalence(tests: stats.Equivalence) -> str:
+    """The result of the tests against a margin, in a sentence."""
+    margin = f"{100 * tests.margin:g} points"
+    if tests.p_not_worse is None:
         return f"Whether A loses less than {margin} cannot be tested below three seeds."
-    shown = "is" if found.p_not_worse < 0.05 else "is not"
-    text = f"That A loses less than {margin} {shown} shown (one-sided p {words.p_text(found.p_not_worse)})"
-    if found.p_equivalent is not None and found.p_equivalent < 0.05:
-        text += f", and so is that it gains less than that (p {words.p_text(found.p_equivalent)})"
+    verb = "is" if tests.p_not_worse < 0.05 else "is not"
+    text = f"That A loses less than {margin} {verb} shown (one-sided p {words.p_text(tests.p_not_worse)})"
+    if tests.p_equivalent is not None and tests.p_equivalent < 0.05:
+        text += f", and so is that it gains less than that (p {words.p_text(tests.p_equivalent)})"
     return text + "."
 
 
 def _flips(pair: Pair) -> list[str]:
-    """McNemar's test of each pair of runs, for what it is."""
+    """The result of McNemar's test for each pair of runs, and what it does not show."""
     lines = []
     for (a, b), flip in zip(zip(pair.new.seeds, pair.old.seeds, strict=True), pair.comparison.flips, strict=True):
         seeds = f"Seed {a}" if a == b else f"Seed {a} of A and seed {b} of B"

@@ -1,7 +1,7 @@
-"""Geometry of every plot, apart from its drawing: positions in percent of the drawing area, ticks, colours, hovers.
+"""Computes the geometry of every plot: positions in percent of the drawing area, ticks, colours and hover texts.
 
-Templates draw these as inline SVG. Positions along the width are percentages, so that a plot fits any screen without
-shrinking its text; lines are paths in a box of `BOX` units that the template stretches.
+The templates draw the plots as inline SVG. Horizontal positions are percentages, so that a plot fits any screen without
+shrinking its text; lines are paths in a box of `BOX` units, which the template stretches.
 """
 
 from __future__ import annotations
@@ -12,37 +12,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from roundoff.report import words
-from roundoff.report.assemble import Row
+from roundoff.report.contents import Row
 from roundoff.report.curves import DIAGNOSTICS, Curve
 
 BOX = 1000
 """Width and height of the box in which the paths of a line chart are given."""
 COLOURS = 6
-"""Lines of different colours in one chart; a family with more arms gets one small chart an arm."""
-
+"""Most lines of different colours in one chart; in a family with more arms, each arm gets a small chart of its own."""
 GREY = -1
+"""Colour of a baseline in the background."""
 PEAK = 8.0
-"""Multiple of its median at which a diagnostic is cut off where single steps lie twice as far and more above it."""
+"""A diagnostic is cut off at this multiple of its median, if its highest value is more than twice as far above."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis (percent of its length) with its label."""
+    """A labelled place on an axis."""
 
     at: float
+    """Position in percent of the axis' length."""
     label: str
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A linear axis over round numbers."""
+    """A linear axis with ticks at round numbers."""
 
     low: float
     high: float
     ticks: tuple[Tick, ...]
 
     def at(self, value: float) -> float:
-        """Position of a value in percent of the length."""
+        """Position of a value in percent of the axis' length."""
         return round(100 * (value - self.low) / (self.high - self.low), 2)
 
 
@@ -51,8 +52,9 @@ class Mark:
     """An estimate with its interval on a forest plot (positions in percent)."""
 
     style: str
-    """Class that the style sheet colours: `start`, `deployed`, `clean`, `up`, `down`, `open`."""
+    """Class in the style sheet: `start`, `deployed`, `clean`, `up`, `down` or `open`."""
     tip: str
+    """Hover text."""
     low: float
     mid: float
     high: float
@@ -60,17 +62,18 @@ class Mark:
 
 @dataclass(frozen=True)
 class Forest:
-    """Marks of each row (by key) on one shared axis."""
+    """Estimates with their intervals, one line per row, on a shared axis."""
 
     axis: Axis
     marks: dict[str, tuple[Mark, ...]]
+    """Marks of each row, by its key."""
     reference: float | None
-    """Position of the zero line, if there is one."""
+    """Position of the zero line (percent), if there is one."""
 
 
 @dataclass(frozen=True)
 class Named:
-    """A curve with its name and colour, the same in every chart of a family."""
+    """A curve with its name and its colour, which are the same in every chart of a family."""
 
     label: str
     curve: Curve
@@ -83,11 +86,13 @@ class Line:
 
     label: str
     colour: int
-    """Index of the palette, or `GREY` for a baseline in the background."""
+    """Index in the palette, or `GREY`."""
     path: str
+    """SVG path of the mean."""
     band: str
+    """SVG path around the range of the seeds; empty for a single seed."""
     points: tuple[tuple[float, float, str], ...]
-    """Position across, position down (percent) and hover text."""
+    """Position from the left and from the top (percent), and hover text, of each point."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,10 @@ class Chart:
 
 
 def axis(low: float, high: float, *, scale: float = 1.0, signed: bool = False, wanted: int = 5) -> Axis:
-    """Round ticks around [low, high]; labels are `value*scale` (100 for percent)."""
+    """An axis with about `wanted` ticks at round numbers that covers [low, high].
+
+    Labels show `value * scale`; a scale of 100 shows fractions in percent. `signed` gives positive numbers a plus sign.
+    """
     if not high > low:
         low, high = low - 0.5 / scale, high + 0.5 / scale
     raw = (high - low) * scale / wanted
@@ -121,7 +129,7 @@ def axis(low: float, high: float, *, scale: float = 1.0, signed: bool = False, w
 
 
 def score_forest(rows: Sequence[Row]) -> Forest | None:
-    """Deployed and clean scores with their intervals (percent of the test set), and the start as a tick."""
+    """Deployed and clean scores with their intervals, and the score before training as a tick; None without any."""
     scored = [row for row in rows if row.deployed and row.clean]
     ends = [v for row in scored for i in (row.deployed, row.clean) if i for v in (i.low, i.high)]
     ends += [row.start for row in scored if row.start is not None]
@@ -130,19 +138,19 @@ def score_forest(rows: Sequence[Row]) -> Forest | None:
     scale = axis(max(0.0, min(ends)), min(1.0, max(ends)), scale=100)
     marks = {}
     for row in scored:
-        found = [
+        own = [
             Mark(style, f"{style} {words.score_text(i)}", *(scale.at(v) for v in (i.low, i.estimate, i.high)))
             for style, i in (("clean", row.clean), ("deployed", row.deployed))
             if i
         ]
         if row.start is not None:
-            found.insert(0, Mark("start", f"start {words.percent(row.start)}", *[scale.at(row.start)] * 3))
-        marks[row.key] = tuple(found)
+            own.insert(0, Mark("start", f"start {words.percent(row.start)}", *[scale.at(row.start)] * 3))
+        marks[row.key] = tuple(own)
     return Forest(scale, marks, None)
 
 
 def effect_forest(rows: Sequence[Row]) -> Forest | None:
-    """Differences to the declared baseline with their intervals (points), around the zero line."""
+    """Differences to the declared baselines with their intervals, around the zero line; None without any."""
     compared = [(row.key, row.comparison) for row in rows if row.comparison]
     if not compared:
         return None
@@ -157,13 +165,13 @@ def effect_forest(rows: Sequence[Row]) -> Forest | None:
 
 
 def learning_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Deployed score over steps: one chart a family, or one an arm (baseline in grey) where there are many."""
+    """Deployed scores over steps in one chart; of many arms, each in a chart of its own with its baseline in grey."""
     drawn = [(row, row.learning) for row in rows if row.learning and len(row.learning.steps) > 1]
     return _charts(drawn, rows, "Deployed score (%)", scale=100)
 
 
 def sigma_chart(rows: Sequence[Row]) -> Chart | None:
-    """Sigma of AQN over steps, each different curve once."""
+    """Sigma of AQN over steps, with arms of the same curve joined; None without AQN."""
     curves: dict[Curve, list[int]] = {}
     for i, row in enumerate(rows):
         if row.sigma:
@@ -179,24 +187,24 @@ def sigma_chart(rows: Sequence[Row]) -> Chart | None:
 
 
 def diagnostic_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Each quantity of `DIAGNOSTICS` over steps; only the first arms are drawn where there are many."""
+    """A chart over steps for each quantity of `DIAGNOSTICS` that varies; of many arms, only the first are drawn."""
     charts = []
     for key, title in DIAGNOSTICS.items():
-        found = [
+        curves = [
             Named(row.name, row.diagnostics[key], i) for i, row in enumerate(rows[:COLOURS]) if key in row.diagnostics
         ]
-        if any(value != item.curve.mean[0] for item in found for value in item.curve.mean):
-            charts.append(_chart(*_without_peaks(title, found), scale=1, pointed=False))
+        if any(value != item.curve.mean[0] for item in curves for value in item.curve.mean):
+            charts.append(_chart(*without_peaks(title, curves), scale=1, pointed=False))
     return charts
 
 
-def _without_peaks(title: str, found: Sequence[Named]) -> tuple[str, list[Named]]:
-    """Curves cut at `PEAK` times their median where a few steps lie far above it, and a title that says so."""
-    values = [value for item in found for value in item.curve.high]
+def without_peaks(title: str, curves: Sequence[Named]) -> tuple[str, list[Named]]:
+    """The curves, cut off at `PEAK` times their median if they rise far above it, and a title that then says so."""
+    values = [value for item in curves for value in item.curve.high]
     median, highest = statistics.median(values), max(values)
     limit = PEAK * median
     if median <= 0 or highest <= 2 * limit:
-        return title, list(found)
+        return title, list(curves)
 
     def cut(part: Sequence[float]) -> tuple[float, ...]:
         return tuple(min(value, limit) for value in part)
@@ -206,23 +214,24 @@ def _without_peaks(title: str, found: Sequence[Named]) -> tuple[str, list[Named]
             item,
             curve=replace(item.curve, mean=cut(item.curve.mean), low=cut(item.curve.low), high=cut(item.curve.high)),
         )
-        for item in found
+        for item in curves
     ]
     return f"{title} (cut off: peaks to {highest:.2g})", cutting
 
 
 def _charts(drawn: Sequence[tuple[Row, Curve]], rows: Sequence[Row], title: str, *, scale: float) -> list[Chart]:
+    """The curves in one chart, or in one per arm with its baseline in grey if there are many rows."""
     if not drawn:
         return []
     if len(rows) <= COLOURS:
         places = {row.key: i for i, row in enumerate(rows)}
         return [_chart(title, [Named(row.name, curve, places[row.key]) for row, curve in drawn], scale=scale)]
-    curves = {(row.id, row.settings.profile): curve for row, curve in drawn}
+    curves = {(row.label, row.settings.profile): curve for row, curve in drawn}
     ends = [v for _, curve in drawn for v in (*curve.low, *curve.high)]
     charts = []
     for row, curve in drawn:
-        under = curves.get((row.baseline or "", row.settings.profile))
-        named = [Named(row.baseline or "", under, GREY)] if under else []
+        baseline = curves.get((row.against, row.settings.profile))
+        named = [Named(row.against, baseline, GREY)] if baseline else []
         named.append(Named(row.name, curve, 0))
         charts.append(_chart(f"{row.name}: deployed score (%)", named, scale=scale, limits=(min(ends), max(ends))))
     return charts
@@ -237,6 +246,16 @@ def _chart(
     from_zero: bool = False,
     pointed: bool = True,
 ) -> Chart:
+    """A chart of the curves.
+
+    Args:
+        title: its title.
+        named: the curves.
+        scale: factor on values in labels and hover texts.
+        limits: lowest and highest value to show; None fits them to the curves.
+        from_zero: whether the vertical axis begins at zero.
+        pointed: whether points are drawn.
+    """
     every = [item.curve for item in named]
     low = min(min(curve.low) for curve in every) if limits is None else limits[0]
     high = max(max(curve.high) for curve in every) if limits is None else limits[1]
@@ -249,11 +268,13 @@ def _chart(
 
 
 def _rescaled(tick: Tick, old: Axis, high: float) -> float:
+    """Position of a tick (percent) on an axis that ends at `high` instead."""
     value = old.low + tick.at / 100 * (old.high - old.low)
     return round(100 * (value - old.low) / (high - old.low), 2)
 
 
 def _line(item: Named, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
+    """The line of a curve on these axes."""
     label, curve = item.label, item.curve
 
     def place(step: float, value: float) -> tuple[float, float]:
@@ -268,7 +289,7 @@ def _line(item: Named, x: Axis, y: Axis, scale: float, pointed: bool) -> Line:
         band = f"M{path(curve.low, curve.steps)} L{path(curve.high[::-1], curve.steps[::-1])}Z"
     points = []
     for step, mean, low, high in zip(curve.steps, curve.mean, curve.low, curve.high, strict=True):
-        shown = f"{label}, step {step:g}: {mean * scale:.4g}"
-        tip = shown + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
+        text = f"{label}, step {step:g}: {mean * scale:.4g}"
+        tip = text + (f" (seeds {low * scale:.4g} to {high * scale:.4g})" if curve.seeds > 1 else "")
         points.append((*place(step, mean), tip))
     return Line(label, item.colour, f"M{path(curve.mean, curve.steps)}", band, tuple(points) if pointed else ())

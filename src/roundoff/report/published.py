@@ -1,4 +1,4 @@
-"""Scores that others published, beside ours and never mixed with them: no figure of this report rests on one."""
+"""Scores that others published, which are shown beside ours; no figure of the report is computed from them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from roundoff import stats
 from roundoff.experiments import Reference, reference_scores
 
 PROBLEMS = 1319
-"""Test problems of GSM8K, on which every published score rests, with one run each."""
-SETTING = "Qwen2.5-1.5B-Instruct on GSM8K, 1,319 test problems, one run each"
+"""Number of GSM8K's test problems, over which every published score was measured in one run."""
+SETTING = f"Qwen2.5-1.5B-Instruct on GSM8K, {PROBLEMS:,} test problems, one run each"
+"""What the published scores were measured on, in words."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published for one experiment, with the error of its test set (fractions)."""
+    """The published score of one experiment, with the sampling error of its test set (fractions)."""
 
     label: str
-    """Name that the run was published under; empty where it had none."""
+    """Name under which the run was published; empty if it had none."""
     score: stats.Interval
-    """Wilson's interval; it carries no seed variance, for there was one run."""
+    """The score with Wilson's interval, which carries no seed variance, because there was only one run."""
     difference: stats.Interval | None
-    """To the published score of its baseline (Newcombe's interval of two independent test sets)."""
+    """Difference to the published score of its baseline, with Newcombe's interval of two independent test sets."""
 
 
 def published(experiment: str, baseline: str | None) -> Published | None:
-    """What was published for an experiment of this id, and against its baseline; None where nothing was."""
-    known = reference_scores()
-    if experiment not in known:
+    """The published score of this experiment, with its difference to that of its baseline; None if there is none."""
+    references = reference_scores()
+    if experiment not in references:
         return None
-    score = _interval(known, experiment)
-    under = None if baseline is None or baseline not in known else _interval(known, baseline)
-    against = None if under is None else stats.unpaired_difference(score, under)
-    return Published(known[experiment].label, score, against)
+    score = _interval(references, experiment)
+    base = None if baseline is None or baseline not in references else _interval(references, baseline)
+    difference = None if base is None else stats.unpaired_difference(score, base)
+    return Published(references[experiment].label, score, difference)
 
 
-def _interval(known: Mapping[str, Reference], experiment: str) -> stats.Interval:
-    return stats.proportion(known[experiment].score_percent / 100, PROBLEMS)
+def _interval(references: Mapping[str, Reference], experiment: str) -> stats.Interval:
+    return stats.proportion(references[experiment].score_percent / 100, PROBLEMS)

@@ -1,7 +1,7 @@
-"""Writes a report: `summary.md`, `results.csv`, `results.json` and `report.html`, and the table for a terminal.
+"""Writes a report as `summary.md`, `results.csv`, `results.json` and `report.html`, and as a table for a terminal.
 
-The page is one file: style, script and plots are inside it, a content security policy forbids any request, and every
-text that comes from a run is escaped.
+The page is a single file: it contains its style, script and plots, a content security policy forbids any request, and
+every text that comes from a run is escaped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from roundoff import __version__
 from roundoff.report import plots, published, words
-from roundoff.report.assemble import Report, Row
+from roundoff.report.contents import Report, Row
 from roundoff.report.scan_picture import scan_picture
 from roundoff.runs.files import write_atomic
 from roundoff.runs.strict_json import finite_or_null
@@ -38,11 +38,8 @@ COLUMNS = (
     *("nonfinite", "reward_error", "empty", "untrained_runs", "notes"),
 )
 """Columns of results.csv; scores and differences are fractions."""
-
-
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Beginnings of a text that spreadsheets take for a formula."""
-
+"""Characters that make spreadsheets take a text for a formula if it begins with one of them."""
 SETTINGS = (
     ("Algorithm", "algorithm"),
     ("Epochs", "epochs"),
@@ -57,15 +54,15 @@ SETTINGS = (
     ("Other settings", "other"),
     ("Profile", "profile"),
 )
-"""Columns of settings in the page's complete table, each with the field of `Settings` that it shows."""
+"""Columns of settings in the page's complete table, each with the attribute of `SettingsInWords` that it shows."""
 SHOWN_IF_SET = {"keep", "other", "other_hardware", "matmul_noise"}
-"""Columns that are left out where no experiment sets them."""
+"""Columns that are left out if no experiment sets them."""
 SHOWN_IF_DIFFERENT = {"ratio", "profile"}
-"""Columns that are left out where all experiments agree."""
+"""Columns that are left out if all experiments agree."""
 
 
 def write_report(report: Report, out: Path) -> list[Path]:
-    """Write the four files into `out`, each whole or not at all, and return their paths."""
+    """Write the four files into `out`, each completely or not at all, and return their paths."""
     contents = {
         "summary.md": markdown(report),
         "results.csv": table_csv(report),
@@ -79,7 +76,7 @@ def write_report(report: Report, out: Path) -> list[Path]:
 
 
 def page(report: Report) -> str:
-    """The self-contained HTML page."""
+    """The self-contained page in HTML."""
     environment = _environment(autoescape=True)
     template = files("roundoff.report") / "templates"
     present = {name: tuple(row for row in rows if row.seeds) for name, rows in report.families.items()}
@@ -101,7 +98,7 @@ def page(report: Report) -> str:
 
 
 def _is_shown(key: str, rows: Sequence[Row]) -> bool:
-    """Whether a column of settings says anything."""
+    """Whether a column of settings is worth showing."""
     values = {getattr(row.settings, key) for row in rows if row.seeds or key != "profile"}
     return len(values) > 1 if key in SHOWN_IF_DIFFERENT else key not in SHOWN_IF_SET or any(values)
 
@@ -114,7 +111,7 @@ def markdown(report: Report) -> str:
 
 
 def table_csv(report: Report) -> str:
-    """One line an experiment, with every setting and score."""
+    """The table in CSV: one line per arm, with every setting and score."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -124,7 +121,7 @@ def table_csv(report: Report) -> str:
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """A row as the columns of results.csv; None where there is nothing to say."""
+    """A row as the columns of results.csv; a column without a value is None or absent."""
     settings, effect, comparison = asdict(row.settings), row.comparison and row.comparison.deployed, row.comparison
     values: dict[str, Any] = {
         **{name: settings[name] for name in COLUMNS if name in settings},
@@ -159,7 +156,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Everything in the report as plain data; fractions, not percent."""
+    """The whole report as plain data; scores are fractions, not percent."""
     rows = []
     for row in report.rows:
         content = asdict(row)
@@ -181,15 +178,15 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def terminal_table(report: Report) -> RenderableType:
-    """Scores, comparisons and answers for a terminal, by `rich`; 80 columns are enough."""
+    """Scores, comparisons and answers for a terminal of at least 80 columns."""
     parts: list[RenderableType] = [_score_table(report)]
     if any(row.baseline and row.seeds for row in report.rows):
         parts.append(_effect_table(report))
     for answer in words.answers(report):
         family = (f"{answer.family}: ", "bold") if answer.family else ""
         parts.append(Text.assemble(family, (answer.asked, "dim"), "\n", answer.answer))
-    notes = [f"{row.id}: {row.status}" for row in report.rows if row.seeds and not row.is_whole]
-    notes += [f"{row.id}: {line}" for row in report.rows for line in row.notes]
+    notes = [f"{row.label}: {row.status}" for row in report.rows if row.seeds and not row.is_whole]
+    notes += [f"{row.label}: {line}" for row in report.rows for line in row.notes]
     missing = [row.id for row in report.rows if not row.seeds]
     notes += [f"not run: {', '.join(missing)}"] if missing else []
     notes += words.collapse_lines(report)
@@ -205,6 +202,7 @@ def terminal_table(report: Report) -> RenderableType:
 
 
 def _score_table(report: Report) -> Table:
+    """The table of scores."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("Experiment")
     for name in ("Seeds", "Start"):
@@ -217,7 +215,7 @@ def _score_table(report: Report) -> Table:
         for row in (row for row in rows if row.seeds):
             table.add_row(
                 Text.assemble(
-                    row.id,
+                    row.label,
                     f" ({words.best_mark(row)})" if row.is_best else "",
                     (f"\n{row.title}" if row.title else "", "dim"),
                 ),
@@ -230,6 +228,7 @@ def _score_table(report: Report) -> Table:
 
 
 def _effect_table(report: Report) -> Table:
+    """The table of differences to the declared baselines."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     table.add_column("Difference")
     table.add_column("Points [95 %]", no_wrap=True)
@@ -237,7 +236,7 @@ def _effect_table(report: Report) -> Table:
     table.add_column("Verdict", min_width=14)
     for row in (row for row in report.rows if row.seeds):
         over = words.paired_text(row.comparison) if row.comparison else ""
-        name = Text.assemble(row.id, (f" against {row.baseline}" + (f" ({over})" if over else ""), "dim"))
+        name = Text.assemble(row.label, (f" against {row.against}" + (f" ({over})" if over else ""), "dim"))
         if row.comparison:
             effect, shown = row.comparison.deployed, row.comparison.is_shown
             style = ("green" if effect.estimate > 0 else "red") if shown else ""
@@ -249,7 +248,7 @@ def _effect_table(report: Report) -> Table:
 
 
 def _context(report: Report) -> dict[str, Any]:
-    """What both templates use."""
+    """The variables that both templates use."""
     return {
         "report": report,
         "version": __version__,
@@ -262,6 +261,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
+    """Where templates are found, and how they are read."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("roundoff.report"),
         autoescape=autoescape,
@@ -273,7 +273,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of results.csv: six decimals, or six digits of what is smaller; no text that a spreadsheet computes."""
+    """A cell of results.csv: a number with six decimals, or six digits if it is small; a text that is no formula."""
     if isinstance(value, float):
         return round(value, 6) if abs(value) >= 1e-3 or not value else float(f"{value:.6g}")
     if isinstance(value, str) and value.startswith(FORMULA):

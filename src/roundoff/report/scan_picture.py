@@ -1,4 +1,4 @@
-"""The picture of a scan: decoder layers x metrics, as SVG. Plain data in, text out; no torch."""
+"""Draws a scan as SVG, with a row per decoder layer and a column per metric, from plain data and without torch."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from html import escape
 from typing import Any
 
 CELL_WIDTH, CELL_HEIGHT = 74, 16
+"""Size of a cell (px)."""
 LEFT, TOP, BOTTOM = 56, 92, 34
+"""Margins (px)."""
 FONT = 11
+"""Size of the font (px)."""
 LIGHT, DARK = (247, 251, 255), (8, 48, 107)
-"""Colours of the smallest and the largest damage of a column."""
+"""Colours (RGB) of the smallest and of the largest damage in a column."""
 
 
 def scan_picture(scan: Mapping[str, Any], title: str, *, standalone: bool = True) -> str:
-    """An SVG of what `LayerScan.to_json` gives: a row a layer, a column a metric, dark where the damage is large.
+    """An SVG of a scan, in which cells are dark where the damage is large.
 
-    Inside an HTML page (`standalone=False`) it needs no namespace, and the page gives the title.
+    Each column has its own colour scale from its smallest to its largest damage, because units differ. A small ratio in
+    dB counts as large damage. The ranking is at the right.
 
-    Each column has a colour scale of its own, from its smallest to its largest value, because units differ; a ratio in
-    dB counts as damage where it is small. The ranking is written at the right.
+    Args:
+        scan: the result of `LayerScan.to_json`.
+        title: the heading of the picture.
+        standalone: whether the picture is a file of its own; inside a page it needs no namespace and shows no heading.
     """
     metrics: Mapping[str, Mapping[str, Any]] = scan["metrics"]
     rows: Sequence[Mapping[str, Any]] = scan["layers"]
@@ -64,6 +70,7 @@ def scan_picture(scan: Mapping[str, Any], title: str, *, standalone: bool = True
 
 
 def _heading(x: float, metric: Mapping[str, Any], *, chosen: bool) -> str:
+    """The slanted heading of a column, with a star if its metric ranks."""
     text = escape(f"{metric['title']}{' *' if chosen else ''}")
     weight = ' font-weight="bold"' if chosen else ""
     at = f'x="{x + 6}" y="{TOP - 8}" transform="rotate(-24 {x + 6} {TOP - 8})"'
@@ -71,7 +78,7 @@ def _heading(x: float, metric: Mapping[str, Any], *, chosen: bool) -> str:
 
 
 def _shades(values: Sequence[float], *, decibel: bool) -> list[float]:
-    """0 for the smallest damage of a column to 1 for the largest; on a log scale where it spans a decade."""
+    """Shades from 0 for the smallest damage of a column to 1 for the largest, on a log scale if it spans a decade."""
     damage = [-value if decibel else value for value in values]
     finite = [value for value in damage if math.isfinite(value)]
     if not decibel and finite and min(finite) > 0 and max(finite) > 10 * min(finite):
@@ -84,5 +91,6 @@ def _shades(values: Sequence[float], *, decibel: bool) -> list[float]:
 
 
 def _colour(shade: float) -> str:
+    """The colour of a shade in [0, 1]."""
     red, green, blue = (round(a + (b - a) * shade) for a, b in zip(LIGHT, DARK, strict=True))
     return f"#{red:02x}{green:02x}{blue:02x}"

@@ -1,9 +1,9 @@
-"""The SRDD scans that runs rest on, each different one once."""
+"""Finds the different SRDD scans that runs depend on."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +12,34 @@ from roundoff.report.scan_picture import scan_picture
 from roundoff.runs.outcomes import DamagedRunError
 
 SHOWN = ("metrics", "layers", "ranking", "rank_by", "tokens", "agreement", "warnings")
-"""Parts of a scan that the report keeps."""
+"""The parts of a scan that the report keeps."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan, and the arms whose first run rests on it."""
+    """One scan, and the arms whose first run depends on it."""
 
     content: dict[str, Any]
-    """The parts `SHOWN` of what `LayerScan.to_json` gives."""
+    """The parts `SHOWN` of the result of `LayerScan.to_json`."""
     used_by: tuple[str, ...]
-    """Ids of experiments."""
+    """Labels of the arms."""
     seed: int
+    """Seed of the run that holds it."""
 
     @property
     def title(self) -> str:
-        """What was scanned for whom."""
+        """A heading that says which arms the scan is for."""
         return f"Scan of {', '.join(self.used_by)} (seed {self.seed}, {self.content['tokens']:,} tokens)"
 
 
-def find_scans(arms: Sequence[Arm]) -> tuple[tuple[Scan, ...], tuple[str, ...]]:
-    """Every different scan of the arms' first runs, and a line for each that cannot be read."""
-    found: dict[str, tuple[dict[str, Any], list[str], int]] = {}
+def find_scans(arms: Sequence[Arm], labels: Mapping[str, str]) -> tuple[tuple[Scan, ...], tuple[str, ...]]:
+    """The different scans of the arms' first runs, and a line for each scan that cannot be read.
+
+    Args:
+        arms: the arms.
+        labels: what to call each arm, by its key.
+    """
+    scans: dict[str, tuple[dict[str, Any], list[str], int]] = {}
     damaged = []
     for arm in arms:
         run = arm.runs[0]
@@ -47,7 +53,5 @@ def find_scans(arms: Sequence[Arm]) -> tuple[tuple[Scan, ...], tuple[str, ...]]:
             damaged.append(f"{run.path}/scan.json is left out: {error}")
             continue
         key = json.dumps(checked, sort_keys=True)
-        found.setdefault(key, (content, [], run.seed))[1].append(arm.experiment.id)
-    return tuple(
-        Scan({name: content[name] for name in SHOWN}, tuple(ids), seed) for content, ids, seed in found.values()
-    ), tuple(damaged)
+        scans.setdefault(key, (checked, [], run.seed))[1].append(labels[arm.key])
+    return tuple(Scan(content, tuple(used_by), seed) for content, used_by, seed in scans.values()), tuple(damaged)

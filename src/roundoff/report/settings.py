@@ -1,4 +1,4 @@
-"""Settings of an experiment in the words of a table; empty text where it sets nothing."""
+"""Puts the settings of an experiment into the words of a table; a text is empty if the experiment sets nothing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ IN_WORDS = (
     ),
     *("hardware.precision", "aqn.sigma_start", "aqn.schedule", "aqn.layers", "aqn.noise", "aqn.target", "srdd.metric"),
 )
-"""Settings, and tables of them, that have words of their own; every other that is not its default is named by path."""
+"""Settings and tables that have their own words; any other setting that is not its default is named by its path."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What an experiment sets, in words for a table; empty where it sets nothing."""
+class SettingsInWords:
+    """The settings of an experiment in words for a table; a text is empty if the experiment sets nothing."""
 
     algorithm: str
     epochs: int
@@ -34,17 +34,17 @@ class Settings:
     activation_format: str
     keep: str
     matmul_noise: float
-    """`relative_std` (fraction)."""
+    """`hardware.matmul_noise.relative_std` (fraction)."""
     other_hardware: str
     aqn: str
     sigma: str
     """First and last sigma of AQN, such as `0.05 → 0.0005`."""
     aqn_layers: str
     srdd: str
-    """What the SRDD scan is used for, and how it ranks."""
+    """What the SRDD scan is used for, and the metric by which it ranks."""
     ratio: str
     other: str
-    """Every setting without words of its own that is not its default, by path."""
+    """The settings that have no words of their own and are not their defaults, by path."""
     profile: str
     model: str
     task: str
@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def line(self) -> str:
-        """The settings that matter on one line."""
+        """The settings that matter, on one line."""
         parts = [
             self.algorithm,
             f"{self.epochs} epoch{'s' if self.epochs > 1 else ''}",
@@ -76,12 +76,12 @@ class Settings:
         return " · ".join(part for part in parts if part)
 
 
-def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settings:
-    """Settings of an experiment under a profile (None: not known, for it has no run)."""
+def settings_in_words(experiment: Experiment, profile: Profile | None) -> SettingsInWords:
+    """The settings of an experiment under a profile, which is None if it is not known because there is no run."""
     precision, algorithm = experiment.hardware.precision, experiment.algorithm
     lora = experiment.lora
     keep = precision.keep
-    return Settings(
+    return SettingsInWords(
         algorithm=algorithm.name,
         epochs=experiment.epochs,
         lora=f"LoRA rank {lora.rank}" if lora else "",
@@ -103,9 +103,9 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
 
 
 def _rest(experiment: Experiment) -> str:
-    """`algorithm.group_size 8` and the like: what differs from a default and no words say."""
+    """The settings without words of their own that differ from a default, such as `algorithm.group_size 8`."""
     name = experiment.algorithm.name
-    known = name in ALGORITHMS  # an algorithm of one's own has no default size of groups
+    known = name in ALGORITHMS  # an algorithm of the user's own has no default group size
     own = Algorithm.model_validate({"name": name}) if known else Algorithm.model_construct(name=name, group_size=0)
     default = Experiment.model_construct(id=experiment.id, algorithm=own)
     plain = dict(_flat(default.model_dump(mode="json"), ""))
@@ -119,13 +119,13 @@ def _rest(experiment: Experiment) -> str:
         f"{path} {_shown(value)}"
         for path, value in mine
         if value != plain.get(path)
-        and not any(path == said or path.startswith(f"{said}.") for said in IN_WORDS)
+        and not any(path == other or path.startswith(f"{other}.") for other in IN_WORDS)
         and not (path == "aqn.sigma_end" and not constant)
     )
 
 
 def _flat(content: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Every setting with its path; what holds no table is one setting."""
+    """Every setting with its path; a value that is not a table is one setting."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{key}.")
@@ -134,6 +134,7 @@ def _flat(content: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shown(value: Any) -> str:
+    """A value as text, with as many digits as it has."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return "[" + ", ".join(map(_shown, value)) + "]" if isinstance(value, list) else str(value)
@@ -182,6 +183,6 @@ def _other(hardware: Hardware) -> str:
 
 
 def _percent(fraction: float) -> str:
-    """`5 %`, with as many digits as tell it apart from every other fraction."""
+    """The fraction in percent, such as `5 %`, with enough digits to tell it from every other fraction."""
     short = f"{100 * fraction:g}"
     return f"{short} %" if round(float(short) / 100, 15) == round(fraction, 15) else f"{100 * fraction!r} %"

@@ -1,4 +1,4 @@
-"""Where the runs of an arm stand, in data and in words."""
+"""The state of the runs of an arm, in data and in words."""
 
 from __future__ import annotations
 
@@ -14,38 +14,42 @@ ENDED = {
     "running": "running",
     "unscored": "complete but not evaluated at its last step",
 }
-"""Words for the states that carry no score."""
+"""Words for the states of runs that have no score."""
 
 
 @dataclass(frozen=True)
 class SeedRow:
-    """One run: where it stands and what its last evaluation gave."""
+    """One run: its state and the scores of its last evaluation."""
 
     seed: int
     state: str
-    """complete | running | failed | interrupted | unscored (complete, but its last step was not evaluated)."""
+    """`complete`, `running`, `failed`, `interrupted`, or `unscored` (complete, but its last step was not evaluated)."""
     step: int
     total_steps: int
     reason: str
+    """Why it ended, if it ended early; may be empty."""
     start: float | None
     """Deployed score before training (fraction)."""
     deployed: float | None
-    """Deployed score at the last evaluation (fraction): final only where the state is complete."""
+    """Deployed score at the last evaluation (fraction), which is final only if the state is `complete`."""
     clean: float | None
+    """Clean score at the last evaluation (fraction)."""
     seconds: float
+    """Time that the run has taken (s)."""
     path: str
+    """Its directory."""
     warnings: tuple[str, ...] = ()
-    """What went wrong in the run and was survived."""
+    """Problems in spite of which the run went on."""
     trained_steps: int | None = None
-    """Steps that trained anything; None where the metrics do not say."""
+    """Number of steps that trained anything; None if the metrics do not say."""
     untrained: str = ""
-    """Why a run that took steps trained nothing; empty where it did."""
+    """Why a run that took steps trained nothing; empty if it trained."""
     failures: tuple[str, ...] = ()
-    """What of its rollouts was not computed, a sentence each."""
+    """The parts of its rollouts that were not computed, one sentence each."""
 
     @property
     def words(self) -> str:
-        """Its state in words, with the step and the reason where it has no score."""
+        """Its state in words, with the step and the reason if it has no score."""
         if self.state == "complete":
             return f"complete, but {self.untrained}" if self.untrained else "complete"
         reason = f": {self.reason}" if self.reason else ""
@@ -53,7 +57,7 @@ class SeedRow:
 
 
 def seed_row(run: Run) -> SeedRow:
-    """State and last scores of one run."""
+    """The state and the last scores of one run."""
     scored = [row for row in run.metrics if row.get("deployed") is not None]
     last = scored[-1] if scored else {}
     complete = run.status.state == "complete"
@@ -77,24 +81,25 @@ def seed_row(run: Run) -> SeedRow:
 
 
 def arm_notes(arm: Arm) -> tuple[str, ...]:
-    """What a reader must know beside the score of an arm, a sentence each: what of it was not computed."""
+    """What a reader must know about the score of an arm, one sentence each: the parts of it that were not computed."""
     scores = arm.scores
     sides = {} if scores is None else {"deployed": scores.flaws, "clean": scores.clean_flaws}
-    said = [f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.notes()]
-    said += [f"seed {row.seed}: {line}" for row in map(seed_row, arm.runs) for line in row.failures]
-    return tuple(said)
+    notes = [f"{side}, last evaluation: {line}" for side, tally in sides.items() for line in tally.notes()]
+    notes += [f"seed {row.seed}: {line}" for row in map(seed_row, arm.runs) for line in row.failures]
+    return tuple(notes)
 
 
 def arm_status(arm: Arm, arms: Sequence[Arm]) -> tuple[str, bool]:
-    """Status of an arm in words, and whether it is whole: each seed of its family is complete, trained and scored."""
+    """The status of an arm in words, and whether it is whole, that is, complete, trained and scored for each seed that
+    any arm of its family has under the same profile."""
     family = (arm.experiment.family, arm.profile.name)
-    wanted = {
+    expected = {
         run.seed for other in arms if (other.experiment.family, other.profile.name) == family for run in other.runs
     }
-    missing = sorted(wanted - {run.seed for run in arm.runs})
+    missing = sorted(expected - {run.seed for run in arm.runs})
     rows = [seed_row(run) for run in arm.runs]
     done = sum(row.state == "complete" and not row.untrained for row in rows)
     parts = [f"{done} complete"] if done else []
     parts += [f"seed {row.seed} {row.words}" for row in rows if row.words != "complete"]
     parts += [f"seed{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} missing"] if missing else []
-    return "; ".join(parts), done == len(wanted)
+    return "; ".join(parts), done == len(expected)

@@ -1,17 +1,17 @@
-"""Runs that collapsed, beside which a mean over seeds stands for nothing that a single run would give.
+"""Finds runs that collapsed: where some did and others did not, no run scores like the mean over seeds.
 
-The scores of an arm are then two groups, and an interval that takes them for one covers less than it says: no interval
-can carry a second group that a few seeds happened not to show. So the groups are looked for, and said.
+The scores of such an arm form two groups, and an interval that takes them for one covers less than it says. No interval
+can account for a second group that a few seeds happened not to show, so the groups are detected and reported instead.
 
-A run counts as collapsed if both hold.
+A run counts as collapsed if both of these hold:
 
-1. It is down: it ends below where training began, by 5 points and by three standard errors of the test set at least,
-   or at less than half the score of the best run.
-2. It is apart: it lies below the lowest run that is not down, by 10 points, by three standard errors of a difference
-   and by the range of the runs that are not down, whichever is most.
+1. It is down. It ends below the score before training, by at least 5 points and by at least three standard errors of
+   the test set; or it ends at less than half the score of the best run.
+2. It is apart. It lies below the lowest run that is not down by the largest of these: 10 points, three standard errors
+   of a difference, and the range of the runs that are not down.
 
-The rule says nothing of fewer than three runs, nor of an arm of which every run is down: that is one group, whose low
-score shows for itself. Its rates of false and of missed alarms are in docs/statistics.md.
+The rule does not apply to fewer than three runs, nor to an arm whose runs are all down: that is one group, and its low
+score speaks for itself. The rates of false and missed alarms are in docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 FEWEST_RUNS = 3
-"""Fewest runs in which one can be told to be apart from the others."""
+"""Fewest runs among which one can be seen to be apart from the others."""
 FALL = 0.05
-"""Least fall below the start that counts (fraction)."""
+"""Smallest fall below the start that counts (fraction)."""
 BELOW_BEST = 0.5
-"""Share of the best run's score below which a run is down even where its start is not known."""
+"""A run below this share of the best run's score is down, even if its start is not known."""
 GAP = 0.1
-"""Least distance to the runs that are not down (fraction)."""
+"""Smallest distance to the runs that are not down (fraction)."""
 STANDARD_ERRORS = 3.0
-"""Standard errors of the test set by which a run must lie below its start, and below the other runs."""
+"""Number of standard errors of the test set by which a run must lie below its start, and below the other runs."""
 
 
 def collapsed_runs(
     scores: ArrayLike, *, problems: int, starts: Sequence[float | None] | None = None
 ) -> tuple[int, ...]:
-    """Indices, ascending, of the runs that collapsed, from the scores `[S]` of an arm's runs (fractions).
+    """Indices of the runs that collapsed, ascending.
 
     Args:
-        scores: deployed score of each run after training.
-        problems: problems behind each score.
+        scores: deployed score of each run of an arm after training, `[seeds]` (fractions).
+        problems: number of problems behind each score.
         starts: deployed score of each run before training, None where it was not measured. All runs of an arm start
-            from one model, so that their median stands for each.
+            from the same model, so the median of these stands for every run.
     """
     y = np.asarray(scores, dtype=np.float64)
     if len(y) < FEWEST_RUNS:

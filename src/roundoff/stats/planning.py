@@ -1,4 +1,4 @@
-"""What evidence costs: components of variance of a difference, power, and the seeds that an effect needs."""
+"""What evidence costs: variance components of a difference, power, and the number of seeds that an effect needs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from scipy import stats as distributions
 from roundoff.stats.intervals import MIN_SEEDS, SMALL, WIDENING_AT_THREE, combined, mean_squares, paired_differences
 
 QUANTILES = 300
-"""Quantiles of the mean square of seeds, whose degrees of freedom are few, over which power is averaged."""
+"""Number of quantiles of the mean square of seeds over which power is averaged; its degrees of freedom are few."""
 FEW = distributions.norm.cdf(np.sqrt(3) * np.array([-1.0, 0.0, 1.0]))
-"""Quantiles of the two other mean squares, whose degrees of freedom are many: Gauss and Hermite's three nodes."""
+"""Quantiles of the other two mean squares, whose degrees of freedom are many: the three Gauss-Hermite nodes."""
 FEW_WEIGHTS = np.array([1.0, 4.0, 1.0]) / 6
+"""Weights of those nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Variance:
-    """Components of variance of one outcome or one difference (squared fractions)."""
+    """Variance components of one outcome or of one difference (squared fractions)."""
 
     seed: float
     problem: float
@@ -34,24 +35,30 @@ class Variance:
 
 @dataclass(frozen=True, slots=True)
 class PlanRow:
-    """What one size of test set asks for."""
+    """What one size of the test set needs."""
 
     problems: int
     seeds: int | None
-    """Fewest seeds an arm that reach the power; None if `most_seeds` do not."""
+    """Smallest number of seeds per arm that reaches the power; None if `most_seeds` do not."""
     power: float
-    """Power with that many seeds (with `most_seeds` where none suffices)."""
+    """Power with that many seeds, or with `most_seeds` if even those do not suffice."""
     runs: int | None
-    """Runs of both arms together."""
+    """Number of runs of both arms together."""
     seconds: float | None
-    """Time of those runs one after another (s); None without a measured time."""
+    """Time of those runs one after another (s); None if the time of a run is not known."""
 
 
 def difference_variance(treatment: ArrayLike, baseline: ArrayLike) -> Variance:
-    """Components of the variance of paired differences `[S, P]`, none below 0: what `plan` needs, from measured runs.
+    """Variance components of the paired differences of two measured arms, as `plan` needs them.
+
+    A component whose estimate is negative is 0; on few seeds that is common, and does not show that there is none.
+
+    Args:
+        treatment: outcomes `[seeds, problems]` in [0, 1].
+        baseline: outcomes of the same seeds and problems in the same order.
 
     Raises:
-        ValueError: below two seeds or problems, where no component can be told apart.
+        ValueError: if the shapes differ, or there are fewer than two seeds or two problems.
     """
     difference = paired_differences(treatment, baseline)
     seeds, problems = difference.shape
@@ -64,9 +71,10 @@ def difference_variance(treatment: ArrayLike, baseline: ArrayLike) -> Variance:
 def power(effect: float, variance: Variance, *, seeds: int, problems: int, alpha: float = 0.05) -> float:
     """Probability that `paired_benefit` shows a benefit of `effect` (fraction) at level `alpha`; 0 below 3 seeds.
 
-    It is that of the very test, averaged over what the test may estimate: the mean squares are independent multiples of
-    chi-square, and standard error, floor and Satterthwaite's degrees of freedom follow from them each time. With the
-    degrees of freedom of the expected mean squares instead, three seeds come out too weak (docs/statistics.md).
+    This is the power of that test itself, averaged over the variances that the test may estimate. The mean squares are
+    independent multiples of chi-square; standard error, floor and Satterthwaite's degrees of freedom are computed for
+    each of their values. With the degrees of freedom of the expected mean squares instead, the power at three seeds
+    would come out too low (docs/statistics.md).
     """
     if seeds < MIN_SEEDS:
         return 0.0
@@ -84,8 +92,8 @@ def power(effect: float, variance: Variance, *, seeds: int, problems: int, alpha
     true = math.sqrt((expected[0] + expected[1] - residual) / (seeds * problems))
     bound = distributions.t.ppf(1 - alpha / 2, df) * np.sqrt(total / (seeds * problems)) * widening / true
     shift = abs(effect) / true
-    shown = distributions.norm.sf(bound - shift) + distributions.norm.sf(bound + shift)
-    return float(np.einsum("ijk,j,k->", shown, FEW_WEIGHTS, FEW_WEIGHTS) / QUANTILES)
+    probability = distributions.norm.sf(bound - shift) + distributions.norm.sf(bound + shift)
+    return float(np.einsum("ijk,j,k->", probability, FEW_WEIGHTS, FEW_WEIGHTS) / QUANTILES)
 
 
 def plan(
@@ -98,12 +106,19 @@ def plan(
     most_seeds: int = 50,
     seconds_per_run: float | None = None,
 ) -> list[PlanRow]:
-    """Seeds that a benefit of `effect` (fraction; 1.5 points is 0.015) needs, one row per size of the test set.
+    """The number of seeds that a benefit needs to be shown, one row per size of the test set.
 
-    `comparisons` is the number of benefits in the table, over which Holm's strictest level is `0.05 / comparisons`.
+    Args:
+        effect: size of the benefit (fraction; 1.5 points is 0.015).
+        variance: components of the variance of a difference.
+        problems: sizes of the test set.
+        wanted_power: probability with which the benefit shall be shown.
+        comparisons: number of benefits in the table; each is tested at Holm's strictest level, `0.05 / comparisons`.
+        most_seeds: largest number of seeds per arm to consider.
+        seconds_per_run: time of one run (s), or None if it is not known.
 
     Raises:
-        ValueError: if the effect is not in (0, 1), or a count or the power makes no sense.
+        ValueError: if the effect or the power is not in (0, 1), or a count is too small.
     """
     if not 0 < abs(effect) < 1:
         raise ValueError(f"effect must be in (0, 1) (1.5 points is 0.015), but is {effect}")

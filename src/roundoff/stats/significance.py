@@ -1,4 +1,4 @@
-"""Tests beside the interval: equivalence within a margin, McNemar's test of two runs, and Holm's correction."""
+"""Tests in addition to the interval: equivalence within a margin, McNemar's test of two runs, Holm's correction."""
 
 from __future__ import annotations
 
@@ -14,31 +14,37 @@ from roundoff.stats.intervals import MIN_SEEDS, Interval, paired_benefit, paired
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Exact McNemar test of one pair of runs: about these two runs, not about their settings."""
+    """Exact McNemar test of one pair of runs. It concerns these two runs, not their settings."""
 
     gained: int
-    """Problems that the treatment alone solved."""
+    """Number of problems that only the treatment solved."""
     lost: int
-    """Problems that the baseline alone solved."""
+    """Number of problems that only the baseline solved."""
     p: float
-    """Two-sided; another seed may well give another answer, whatever this is."""
+    """Two-sided p-value. Whatever it is, another seed may well give another answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Equivalence:
-    """Whether a treatment is not worse than its baseline by `margin`, and whether it is within `margin` of it."""
+    """Whether a treatment loses less than `margin` against its baseline, and whether it is within `margin` of it."""
 
     interval: Interval
-    """Benefit with its 95 % interval."""
+    """The benefit with its 95 % interval."""
     margin: float
+    """The loss that could be borne (fraction)."""
     p_not_worse: float | None
-    """One-sided p of "the loss is `margin` or more"; None below three seeds."""
+    """One-sided p-value of "the loss is `margin` or more"; None below three seeds."""
     p_equivalent: float | None
-    """Larger of the two one-sided p-values (TOST); None below three seeds."""
+    """The larger of the two one-sided p-values (TOST); None below three seeds."""
 
 
 def equivalence(treatment: ArrayLike, baseline: ArrayLike, margin: float) -> Equivalence:
-    """Tests of "the loss is below `margin`" and "the difference is within `margin`" (fraction, above 0).
+    """Tests of "the loss is below `margin`" and of "the difference is within `margin`".
+
+    Args:
+        treatment: outcomes `[seeds, problems]` of the arm that is judged, in [0, 1].
+        baseline: outcomes of the same seeds and problems in the same order.
+        margin: the loss that could be borne (fraction, in (0, 1)).
 
     Raises:
         ValueError: if the shapes differ, an outcome is no fraction or the margin is not in (0, 1).
@@ -55,7 +61,9 @@ def equivalence(treatment: ArrayLike, baseline: ArrayLike, margin: float) -> Equ
 
 
 def mcnemar(treatment: ArrayLike, baseline: ArrayLike) -> McNemar:
-    """Exact McNemar test of two runs' outcomes `[P]`; a problem counts as solved if more than half of the draws did.
+    """Exact McNemar test of the outcomes `[problems]` of two runs.
+
+    A problem counts as solved if it was solved in more than half of the noise draws.
 
     Raises:
         ValueError: if the shapes differ or an outcome is no fraction.
@@ -75,7 +83,9 @@ def mcnemar(treatment: ArrayLike, baseline: ArrayLike) -> McNemar:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values (Holm 1979, Scand. J. Statist. 6:65), in the given order; None stays None, uncounted.
+    """Holm's adjusted p-values (Holm 1979, Scand. J. Statist. 6:65), in the order given.
+
+    None stands for "not tested": it stays None and does not count as a test.
 
     Raises:
         ValueError: if a p-value is not in [0, 1].

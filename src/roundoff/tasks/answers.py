@@ -1,13 +1,12 @@
-"""Reading the number that a worked solution ends in, exactly.
+"""Reads the number that a worked solution ends in, exactly.
 
     #### $1,080.50     ->  2161/2        the answer after the last `####` (strict)
     that is 3/4 of it  ->  3/4           the last number of the text (flexible)
 
-Numbers are compared as fractions, so that `18`, `18.00` and `36/2` are one answer and `0.33` and `1/3` are two. A
-percent sign is a unit, as dollars are: `25%` is 25, never 0.25. What is understood as a number is the grammar of
-`tasks.numerals`: a number is read whole or not at all, and never without its sign. Where the last numeral of a text
-cannot be read, there is no answer: an earlier number is never taken for it. LaTeX is left to `math-verify`
-(`tasks.latex`).
+Numbers are compared as fractions, so `18`, `18.00` and `36/2` are the same answer, and `0.33` and `1/3` are different
+ones. A percent sign is a unit, as dollars are: `25%` is 25, never 0.25. The grammar of `tasks.numerals` defines what a
+number is: it is read whole or not at all, and never without its sign. If the last numeral of a text cannot be read,
+there is no answer; an earlier number never takes its place. LaTeX is compared by `math-verify` (`tasks.latex`).
 """
 
 import re
@@ -18,9 +17,9 @@ from roundoff.tasks.number_words import OPERATOR
 from roundoff.tasks.numerals import NUMERAL, is_name, value_of
 
 MARKER = "####"
-"""What GSM8K writes before a final answer."""
+"""The text that GSM8K writes before a final answer."""
 
-# most answers by far: an integer alone on its line
+# By far most answers: an integer alone on its line.
 _PLAIN = re.compile(r"\s*(-?[0-9]{1,18})(?=\n|\Z)")
 _PREFIX = re.compile(r"[-+]?[ ]?(?:[A-Z]{0,3}(?:\\?\$){1,2}[ \u00a0]?)?[-+]?[ ]?")
 _TAIL = re.compile(r"\s*(?:\\?%|\\?\$)?\s*\.?\s*")
@@ -36,9 +35,9 @@ _MORE = re.compile(
 
 
 def marked_answer(text: str) -> Fraction | None:
-    """The number that follows the last `####`, white space aside; None where there is none.
+    """The number that follows the last `####`, after optional white space; None if there is none.
 
-    A marker that is followed by more than one number (`3-5`, `5 or 6`, `3 + 4`) marks no answer.
+    A marker that is followed by more than one number (`3-5`, `5 or 6`, `3 + 4`) does not mark an answer.
     """
     _, marker, after = text.rpartition(MARKER)
     if not marker:
@@ -52,7 +51,7 @@ def marked_answer(text: str) -> Fraction | None:
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number anywhere in the text; None where there is none, or where the last numeral cannot be read."""
+    """The last number anywhere in the text; None if there is none, or if the last numeral cannot be read."""
     text = folded(text)
     for numeral in reversed(list(NUMERAL.finditer(text))):
         if not is_name(text, numeral):
@@ -61,13 +60,13 @@ def last_number(text: str) -> Fraction | None:
 
 
 def whole_number_text(text: str) -> Fraction | None:
-    """The number that the whole text is (currency, `%` and a full stop may follow it), or None."""
+    """The number that makes up the whole text, or None; a currency, `%` and a full stop may follow it."""
     text = folded(text.strip())
     numeral = _first(text)
     return None if numeral is None or _TAIL.fullmatch(text, numeral.end()) is None else value_of(text, numeral)
 
 
 def _first(text: str) -> re.Match[str] | None:
-    """The numeral that a text begins with, after its sign and currency."""
+    """The numeral at the beginning of a text, after its sign and currency."""
     prefix = _PREFIX.match(text)
     return NUMERAL.match(text, prefix.end() if prefix else 0)

@@ -1,22 +1,22 @@
-"""Chains of additions and subtractions, worked out from left to right.
+"""Chains of additions and subtractions, solved from left to right.
 
-A problem is a chain of terms between 1 and `max_value`, joined by `+` and `-`. The response writes down the running
-result after each operation, separated by `>`; the last number is the answer. Results may be negative.
+A problem is a chain of terms between 1 and `max_value`, joined by `+` and `-`. The response states the running result
+after each operation, separated by `>`; the last number is the answer. Results may be negative.
 
     37-12+5=    ->  25>30
     12-37+5=    ->  -25>-20
     8+9=        ->  17
 
-**Split.** A hash of the *signed terms in sorted order* decides whether a problem belongs to training or to test
-(one in eight). The seed plays no part in it, so the two sides are disjoint by construction: for every seed, for every
-difficulty, and also up to the order of the terms (`8+9` and `9+8` lie on the same side). A model warm-started on any
-training problems has therefore never seen any test problem. What it may have seen is a test chain's first step:
-`37-12` can be a training problem where `37-12+5` is a test problem.
+**Split.** A hash of the *signed terms in sorted order* assigns a problem to training or to test (one in eight). The
+hash does not depend on the seed, so the two sides are disjoint by construction: for every seed, for every difficulty,
+and up to the order of the terms (`8+9` and `9+8` are on the same side). A model that was warm-started on any training
+problems has therefore never seen a test problem. It may have seen the first step of a test chain: `37-12` can be a
+training problem where `37-12+5` is a test problem.
 
-**Mix.** Each chain length gets an equal share of the problems. A short length that has too few different problems
-gives what it lacks to the longer ones.
+**Mix.** Each chain length gets an equal share of the problems. If a short length has too few different problems, the
+longer ones make up for it.
 
-Left out: multiplication, brackets, numbers of different bases, spaces.
+There is no multiplication, and there are no brackets, bases other than ten, or spaces.
 """
 
 import re
@@ -37,8 +37,8 @@ Split = Literal["train", "test"]
 TEST_ONE_IN = 8
 """One problem in this many belongs to the test side."""
 
-_COUNTED_SPACE = 20_000  # problems; up to here a side of the split is counted exactly (about 40 ms)
-_USABLE_SHARE = 0.8  # of the expected size of a side, where counting would take too long; the true size is within 10 %
+_COUNTED_SPACE = 20_000  # problems of both sides together; up to here each side is counted exactly (about 40 ms)
+_USABLE_SHARE = 0.8  # of the expected size of a side that is too large to count; its true size is within 10 % of that
 _RESPONSE = re.compile(r"-?[0-9]+(?:>-?[0-9]+)*")
 
 
@@ -57,11 +57,11 @@ class ArithmeticSettings(BaseModel):
     max_value: int = Field(default=50, ge=2, le=1_000_000)
     """Largest term; the smallest is 1."""
     seed: int = Field(default=0, ge=0)
-    """Which problems are drawn from the two sides of the split."""
+    """Seed that determines which problems are drawn from the two sides of the split."""
     train_problems: int = Field(default=4096, ge=1, le=1_000_000)
-    """Different training problems."""
+    """Number of different training problems."""
     test_problems: int = Field(default=1024, ge=1, le=100_000)
-    """Different test problems."""
+    """Number of different test problems."""
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> Self:
@@ -73,8 +73,8 @@ class ArithmeticSettings(BaseModel):
 
     @model_validator(mode="after")
     def _space_is_large_enough(self) -> Self:
-        asked: dict[Split, int] = {"train": self.train_problems, "test": self.test_problems}
-        for split, count in asked.items():
+        counts: dict[Split, int] = {"train": self.train_problems, "test": self.test_problems}
+        for split, count in counts.items():
             room = sum(_capacity(terms, self.max_value, split) for terms in self.lengths)
             if room < count:
                 raise ValueError(
@@ -91,21 +91,21 @@ class ArithmeticSettings(BaseModel):
 
 
 class ArithmeticTask:
-    """The problems of one `ArithmeticSettings`, drawn when first asked for."""
+    """The problems of one `ArithmeticSettings`, drawn on first use."""
 
     name = "arithmetic"
     reward_seconds = None
-    """Reading a response takes time in proportion to its length."""
+    """No limit, because the time to read a response is linear in its length."""
 
     def __init__(self, settings: ArithmeticSettings) -> None:
         self.settings = settings
 
     def train(self) -> Sequence[Problem]:
-        """`train_problems` different problems of the training side."""
+        """The `train_problems` different problems of the training side."""
         return self._train
 
     def test(self) -> Sequence[Problem]:
-        """`test_problems` different problems of the test side."""
+        """The `test_problems` different problems of the test side."""
         return self._test
 
     @cached_property
@@ -117,7 +117,7 @@ class ArithmeticTask:
         return tuple(_draw_different(self.settings, "test", self.settings.test_problems))
 
     def train_stream(self, seed: int) -> Iterator[Problem]:
-        """Endless problems of the training side, lengths in equal shares, drawn with replacement."""
+        """Endless problems of the training side, drawn with replacement, with equal shares of the lengths."""
         rng = Random(f"arithmetic/stream/{seed}")
         lengths = self.settings.lengths
         while True:
@@ -127,10 +127,10 @@ class ArithmeticTask:
             yield _problem(chain)
 
     def reward(self, problem: Problem, response: str) -> float:
-        """1.0 where the number after the last `>` is the answer, else 0.0.
+        """1.0 if the number after the last `>` is the answer, else 0.0.
 
-        Intermediate results are not checked, but the whole response must have the form `number>number>...`, white
-        space around it aside. Numbers are compared as text: `030` and `+30` are not `30`.
+        Intermediate results are not checked, but the whole response must have the form `number>number>...`, apart from
+        white space around it. Numbers are compared as text: `030` and `+30` are not `30`.
         """
         text = response.strip()
         if _RESPONSE.fullmatch(text) is None:
@@ -143,50 +143,50 @@ class ArithmeticTask:
 
 
 def arithmetic(settings: Mapping[str, object]) -> ArithmeticTask:
-    """The arithmetic task for a mapping of `ArithmeticSettings` fields; fields left out take their defaults.
+    """The arithmetic task for a mapping of `ArithmeticSettings` fields; absent fields take their defaults.
 
     Raises:
-        TaskError: a setting is unknown, out of range, or asks for more problems than there are.
+        TaskError: if a setting is unknown or out of range, or asks for more problems than there are.
     """
     return ArithmeticTask(checked(ArithmeticSettings, settings, "arithmetic"))
 
 
 def split_of(chain: Sequence[int]) -> Split:
-    """The side of the split on which a chain of signed terms lies, whatever the order of its terms."""
+    """The side of the split that a chain of signed terms belongs to, whatever the order of its terms."""
     text = " ".join(f"{term:+d}" for term in sorted(chain))
     digest = blake2b(text.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % TEST_ONE_IN == 0 else "train"
 
 
 def _draw_different(settings: ArithmeticSettings, split: Split, count: int) -> list[Problem]:
-    """`count` different problems of one side, lengths mixed in random order."""
-    # Only Random.random() is used: it alone is documented to give the same numbers in every version of Python.
+    """`count` different problems of one side, with the lengths in random order."""
+    # Only Random.random() is used, because it alone is documented to give the same numbers in every version of Python.
     rng = Random(f"arithmetic/{split}/{settings.seed}")
     chains: list[tuple[int, ...]] = []
     left = count
     for terms in settings.lengths:
         share = left // (settings.terms_max - terms + 1)
-        wanted = min(share, _capacity(terms, settings.max_value, split))
-        seen: dict[tuple[int, ...], None] = {}  # a dict keeps the order of drawing
-        while len(seen) < wanted:
+        number = min(share, _capacity(terms, settings.max_value, split))
+        seen: dict[tuple[int, ...], None] = {}  # a dict keeps the order in which chains are drawn
+        while len(seen) < number:
             chain = _draw_chain(rng, terms, settings.max_value)
             if split_of(chain) == split:
                 seen[chain] = None
         chains += seen
-        left -= wanted
+        left -= number
     order = [rng.random() for _ in chains]
     return [_problem(chain) for _, chain in sorted(zip(order, chains, strict=True))]
 
 
 def _draw_chain(rng: Random, terms: int, max_value: int) -> tuple[int, ...]:
-    """Signed terms of one chain; the first is positive."""
+    """The signed terms of one chain, the first of which is positive."""
     values = [1 + int(rng.random() * max_value) for _ in range(terms)]
     signs = [1] + [1 if rng.random() < 0.5 else -1 for _ in range(terms - 1)]
     return tuple(sign * value for sign, value in zip(signs, values, strict=True))
 
 
 def _capacity(terms: int, max_value: int, split: Split) -> int:
-    """Different chains of this length that can be asked of one side of the split."""
+    """Number of different chains of this length that one side of the split can be asked for."""
     space = max_value**terms * 2 ** (terms - 1)
     if space <= _COUNTED_SPACE:
         signed = [value for value in range(-max_value, max_value + 1) if value]

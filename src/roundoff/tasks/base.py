@@ -1,4 +1,4 @@
-"""What a task is: problems with one right answer each, and a reward computed from text alone."""
+"""The interface of a task: problems with one right answer each, and a reward that is computed from text alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from roundoff.errors import RoundoffError
 
 
 class TaskError(RoundoffError, ValueError):
-    """Settings of a task that cannot be used; the message names the setting and says what to do."""
+    """A task cannot be used with its settings; the message names the setting and says what to do."""
 
 
 PATHS_BEGIN = "a relative path begins at the TOML file that gives it, or, for --set, where roundoff was started"
-"""What an error about a missing file adds."""
+"""Text that an error about a missing file adds."""
 
 
 class RewardError(RoundoffError, RuntimeError):
-    """A reward that could not be computed; the message says why. It is recorded, and the reward is 0."""
+    """A reward could not be computed; the message says why. The error is recorded, and the reward is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,43 +33,43 @@ class Problem:
     """One question with one right answer."""
 
     id: str
-    """Unique within the task and the same in every run: scores of different runs are paired by it."""
+    """Identifier, unique within the task and the same in every run, by which scores of different runs are paired."""
     prompt: str
-    """The text that a model without a chat template continues."""
+    """Text that a model without a chat template continues."""
     answer: str
-    """The right final answer, in the form the reward compares with."""
+    """The right final answer, in the form that the reward compares with."""
     messages: tuple[Message, ...] = ()
-    """The same as a conversation, for a model with a chat template; empty: `prompt` is meant for every model."""
+    """The prompt as a conversation, for a model with a chat template; if empty, every model gets `prompt`."""
 
 
 @runtime_checkable
 class Task(Protocol):
     """Training problems, disjoint test problems, and their reward.
 
-    `train` and `test` are deterministic: they return the same problems in the same order in every process.
+    `train` and `test` are deterministic: in every process they return the same problems in the same order.
     """
 
     @property
     def name(self) -> str:
-        """The key of this task in `TASKS`."""
+        """The name of this task in `TASKS`."""
         ...
 
     def train(self) -> Sequence[Problem]:
-        """Problems to train on."""
+        """The problems to train on."""
         ...
 
     def test(self) -> Sequence[Problem]:
-        """Problems to score on; none of them is a training problem."""
+        """The problems to score on; none of them is a training problem."""
         ...
 
     def reward(self, problem: Problem, response: str) -> float:
-        """1.0 where the response ends in the right answer, else 0.0. Never raises, whatever the text.
+        """1.0 if the response ends in the right answer, else 0.0; it must not raise, whatever the text.
 
-        Values below 1.0 are rewards to train on, but only 1.0 counts as solved; NaN says that it could not be computed.
-        What else may come back, and how long it may take, is said in `tasks.score`.
+        Other values below 1.0 are trained on, but only 1.0 counts as solved. NaN means that the reward could not be
+        computed. `tasks.score` says what else may be returned, and how long a reward may take.
         """
         ...
 
     def solution(self, problem: Problem) -> str | None:
-        """A worked response with reward 1.0, or None where the task knows none."""
+        """A worked response with reward 1.0, or None if the task knows none."""
         ...

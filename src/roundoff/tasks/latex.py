@@ -1,10 +1,10 @@
-r"""Final answers in LaTeX, read and compared by `math-verify` (extra `math`).
+r"""Reads and compares final answers in LaTeX by means of `math-verify` (extra `math`).
 
     \boxed{\frac{3}{4}}  equals  $0.75$  equals  \frac{6}{8}
 
-The last `\boxed` (or `\fbox`) of a response is its answer, here and not in `math-verify`, which joins neighbouring
-boxes into a set. `math-verify` runs in a process of its own (`tasks.limited_process`), because its own guard against
-`10^{10^{10}}` is a signal, which exists in the main thread alone and cannot stop a call into C.
+The answer of a response is its last `\boxed` (or `\fbox`). This module finds it, because `math-verify` would join
+neighbouring boxes into a set. `math-verify` runs in a separate process (`tasks.limited_process`): its own guard against
+`10^{10^{10}}` is a signal, which works in the main thread only and cannot stop a call into C.
 """
 
 import atexit
@@ -21,13 +21,13 @@ from roundoff.tasks.characters import folded
 from roundoff.tasks.limited_process import LimitedProcess, LimitExceededError, Limits
 
 LIMITS = Limits(seconds=5, clock_seconds=15, memory=2 << 30)
-"""Of reading one response and comparing it."""
+"""Limits for reading and comparing one response."""
 LONGEST = 2000
-"""Characters of an expression, and at the end of a response without a box that are searched for one."""
+"""Most characters of an expression. In a response without a box, this many at the end are searched for one."""
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", re.DOTALL)
 _NESTED = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?=\{)")
-# between the groups of a number: `12\,000` and `12 000` are products to math-verify
+# Separators between the groups of a number, because `12\,000` and `12 000` are products to math-verify.
 _GROUPS = re.compile(r"(?<=[0-9])(?:,?\\[,;:! ]|[~\u00a0\u2000-\u200a\u202f])(?=[0-9]{3}(?![0-9]))")
 _SPACED = re.compile(r"[1-9][0-9]{0,2}(?: [0-9]{3})+")
 
@@ -37,16 +37,16 @@ class Expression:
     """A right answer."""
 
     source: str
-    """As the data set gives it, without its box."""
+    """The expression as the data set writes it, without its box."""
     text: str
-    """What `math-verify` reads it from."""
+    """The part of it that `math-verify` reads."""
 
     @classmethod
     def of_truth(cls, text: str) -> Self | None:
-        """The expression that a text of the data set is, boxed or bare; None if it is none, or equals nothing.
+        """The expression of a text from the data set, boxed or bare; None if it is not one that equals itself.
 
         Raises:
-            RewardError: if it cannot be read, and compared with itself, within `LIMITS`.
+            RewardError: if it cannot be read and compared with itself within `LIMITS`.
         """
         if not text.strip():
             return None
@@ -54,30 +54,30 @@ class Expression:
         source = _plain(text if box is None else box)
         if not source.strip() or len(source) > LONGEST:
             return None
-        read = _asked({"truth": source})["text"]
+        read = _answer_of_child({"truth": source})["text"]
         return None if read is None else cls(source, str(read))
 
     def is_answer_of(self, response: str) -> bool:
-        """Whether the last box of a response, or its last expression where it has no box, equals this one.
+        """Whether the last box of a response, or without a box its last expression, equals this expression.
 
         Raises:
-            RewardError: if that could not be computed within `LIMITS`.
+            RewardError: if they could not be compared within `LIMITS`.
         """
         box = last_box(response)
-        given = response[-LONGEST:] if box is None else box
-        if not given.strip() or len(given) > LONGEST:
+        answer = response[-LONGEST:] if box is None else box
+        if not answer.strip() or len(answer) > LONGEST:
             return False
-        question = {"truth": self.source, "response": _plain(given), "boxed": box is not None}
-        return bool(_asked(question)["equal"])
+        question = {"truth": self.source, "response": _plain(answer), "boxed": box is not None}
+        return bool(_answer_of_child(question)["equal"])
 
 
 def last_box(text: str) -> str | None:
-    """What the last box of a text holds, boxes inside of it opened; None where the text has no box.
+    """The content of the last box of a text, without boxes inside it; None if the text has no box.
 
-    A last box that is empty, or never closed, gives the empty text: an earlier one is not taken for it.
+    If the last box is empty or never closed, the result is an empty text: an earlier box does not take its place.
     """
-    closed: list[tuple[int, int, int]] = []  # where a box, and what it holds, begins and ends
-    unclosed: list[tuple[int, int] | None] = []  # the boxes and (None) the other braces around this place
+    closed: list[tuple[int, int, int]] = []  # where a box begins, and where its content begins and ends
+    unclosed: list[tuple[int, int] | None] = []  # the boxes and (None) the other braces that are open here
     bare = -1
     for match in _BOX_OR_BRACE.finditer(text):
         if match[0] == "{":
@@ -86,7 +86,7 @@ def last_box(text: str) -> str | None:
             opened = unclosed.pop() if unclosed else None
             if opened is not None:
                 while closed and closed[-1][0] > opened[0]:
-                    closed.pop()  # it lies inside of this one
+                    closed.pop()  # it lies inside this one
                 closed.append((*opened, match.start()))
         elif match["open"]:
             unclosed.append((match.start(), match.end()))
@@ -112,16 +112,17 @@ def _plain(text: str) -> str:
     return _GROUPS.sub("", text)
 
 
-def _asked(question: dict[str, object]) -> dict[str, object]:
+def _answer_of_child(question: dict[str, object]) -> dict[str, object]:
+    """The answer of the child process to a question."""
     try:
-        return _process().ask(question)
+        return child_process().ask(question)
     except LimitExceededError as error:
         raise RewardError(f"the expression could not be compared: {error}") from None
 
 
 @cache
-def _process() -> LimitedProcess:
-    """The child of this process, shared by all tasks.
+def child_process() -> LimitedProcess:
+    """The child process, which all tasks share.
 
     Raises:
         ConfigError: if `math-verify` is not installed.

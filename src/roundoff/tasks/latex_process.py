@@ -1,4 +1,4 @@
-"""What runs in the child process of `tasks.latex`: reads and compares expressions by `math-verify`."""
+"""The child process of `tasks.latex`, which reads and compares expressions by means of `math-verify`."""
 
 import logging
 from collections.abc import Mapping
@@ -9,22 +9,23 @@ from roundoff.optional_packages import require
 from roundoff.tasks.limited_child import Answer, serve
 
 KEPT = 1 << 16
-"""Right answers that are kept as they were read."""
+"""Number of right answers that are kept in the form in which `math-verify` reads them."""
 
 
 def main() -> None:
-    """Serve the parent."""
+    """Answer the parent's questions until it is gone."""
     serve(_start)
 
 
 def _start() -> Answer:
+    """Import `math-verify`, and return the function that answers a question."""
     verify = require("math_verify", "math")
     logging.disable(logging.CRITICAL)
     latex = verify.LatexExtractionConfig(boxed_match_priority=0)
     anywhere = [latex, verify.ExprExtractionConfig()]
 
     def read(text: str, *, boxed: bool) -> list[Any]:
-        """What `math-verify` found, then the text that it was read from."""
+        """The expressions that `math-verify` reads, and after them the text that they come from."""
         if boxed:
             return list(verify.parse(f"$\\boxed{{{text}}}$", extraction_config=[latex], parsing_timeout=None))
         return list(verify.parse(text, extraction_config=anywhere, parsing_timeout=None))
@@ -35,10 +36,10 @@ def _start() -> Answer:
 
     def answer(question: Mapping[str, Any]) -> dict[str, Any]:
         right = truth(question["truth"])
-        if "response" not in question:  # a right answer that equals nothing would make every response wrong
+        if "response" not in question:  # a right answer that does not equal itself would make every response wrong
             usable = bool(right) and bool(verify.verify(right, right, timeout_seconds=None))
             return {"text": str(right[-1]) if usable else None}
-        found = read(question["response"], boxed=question["boxed"])
-        return {"equal": bool(found) and bool(verify.verify(right, found, timeout_seconds=None))}
+        expressions = read(question["response"], boxed=question["boxed"])
+        return {"equal": bool(expressions) and bool(verify.verify(right, expressions, timeout_seconds=None))}
 
     return answer

@@ -1,4 +1,4 @@
-"""The child's side of `tasks.limited_process`: reads questions, answers each within its limits."""
+"""The child's side of `tasks.limited_process`: it reads questions and answers each within its limits."""
 
 import json
 import os
@@ -9,19 +9,20 @@ from types import FrameType
 from typing import Any
 
 SPARE_SECONDS = 1
-"""Processor time between the alarm, which this process survives, and the limit that ends it (s)."""
+"""Processor time between the alarm, which the process survives, and the limit that ends it (s)."""
 
 Answer = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""A function that answers a question; both are JSON objects."""
 
 
 class _LateError(BaseException):
-    """Time is up; no `except Exception` of a package must swallow it."""
+    """Time is up. It is no `Exception`, so that no package swallows it."""
 
 
 def serve(start: Callable[[], Answer]) -> None:
-    """Answer the questions of the parent until it is gone; `start` imports what is needed and returns the function."""
+    """Answer the parent's questions until it is gone; `start` imports what is needed and returns the function."""
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a package prints is no answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that no text a package prints is taken for an answer
     seconds, memory = json.loads(sys.argv[2])
 
     def send(content: Mapping[str, Any]) -> None:
@@ -31,7 +32,7 @@ def serve(start: Callable[[], Answer]) -> None:
     try:
         answer = start()
         _limit_memory(memory)
-    except Exception as error:  # whatever an import raises: the parent tells the user
+    except Exception as error:  # an import may raise anything, and the parent tells the user
         send({"failed": f"{type(error).__name__}: {error}"})
         return
     send({"ready": True})
@@ -40,6 +41,7 @@ def serve(start: Callable[[], Answer]) -> None:
 
 
 def _within(seconds: float, answer: Answer, question: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The answer to a question, or the limit that it exceeded."""
     late = {"exceeded": f"it took more than {seconds:g} s"}
     try:
         try:
@@ -56,7 +58,7 @@ def _within(seconds: float, answer: Answer, question: Mapping[str, Any]) -> Mapp
 
 
 def _set_alarm(seconds: float) -> None:
-    """An alarm after so much processor time, and the end of the process a little later; 0 takes the alarm back."""
+    """Set an alarm after this much processor time, and end the process a little later; 0 cancels the alarm."""
     if not hasattr(signal, "setitimer"):
         return
     import resource
@@ -80,5 +82,5 @@ def _limit_memory(size: int) -> None:
 
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (size if hard < 0 else min(size, hard), hard))
-    except (ImportError, ValueError, OSError):  # a platform without such limits: time alone is limited
+    except (ImportError, ValueError, OSError):  # on a platform without such limits, only time is limited
         return

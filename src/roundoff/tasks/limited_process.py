@@ -1,11 +1,11 @@
-"""A child process that answers questions within a hard limit of time and memory, and is replaced when it exceeds one.
+"""A child process that answers questions within hard limits of time and memory, and is replaced when it exceeds one.
 
-Computer algebra can be asked for `10^{10^{10}}`. Inside of one call into C neither a signal nor a thread can stop it,
-and signals reach the main thread alone; only the end of a process is certain, on every platform and from every thread.
-The two processes exchange one JSON object a line through pipes.
+A response can make computer algebra evaluate `10^{10^{10}}`. Neither a signal nor a thread can stop it inside a call
+into C, and signals reach only the main thread. Ending the process is the only way that works on every platform and from
+every thread. The two processes exchange JSON through pipes, one object per line.
 
-Limits of one question: processor time (an alarm, then `RLIMIT_CPU`), address space (`RLIMIT_AS`) where the platform has
-them, and on each platform the time by the clock, after which the parent kills the child.
+One question is limited in processor time (by an alarm, then by `RLIMIT_CPU`) and in address space (by `RLIMIT_AS`),
+where the platform has them, and on every platform in wall-clock time, after which the parent kills the child.
 """
 
 import json
@@ -26,33 +26,33 @@ from roundoff.config import ConfigError
 from roundoff.errors import RoundoffError
 
 START_SECONDS = 120.0
-"""By the clock, for the child to import what it needs."""
+"""Wall-clock limit for the child to import what it needs (s)."""
 CHUNK = 1 << 16
-"""Bytes read at a time."""
+"""Number of bytes read at a time."""
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {} import main; main()"
 
 
 class LimitExceededError(RoundoffError, RuntimeError):
-    """A question took too much time or memory, or ended the process that should answer it; the message says which."""
+    """A question took too much time or memory, or ended the child process; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one question may take."""
+    """Limits of one question."""
 
     seconds: float
     """Processor time (s)."""
     clock_seconds: float
-    """By the clock (s)."""
+    """Wall-clock time (s)."""
     memory: int
     """Address space of the child (bytes)."""
 
 
 class LimitedProcess:
-    """A child that runs `main` of a module (`tasks.limited_child`), started when first asked and used from then on.
+    """A child process that runs `main` of a module (`tasks.limited_child`).
 
-    Any thread may ask; questions are answered one after the other. A process that forks has no child at first and
-    starts one of its own.
+    It starts with the first question and is used from then on. Any thread may ask; questions are answered one after the
+    other. A forked copy of this process does not use the same child, but starts its own.
     """
 
     def __init__(self, module: str, limits: Limits) -> None:
@@ -64,17 +64,17 @@ class LimitedProcess:
             os.register_at_fork(after_in_child=lambda: _forget(reference))
 
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The child's answer.
+        """The child's answer to a question.
 
         Raises:
-            LimitExceededError: if it exceeded a limit; the next question goes to a new child.
+            LimitExceededError: if the question exceeded a limit; the next one goes to a new child.
             ConfigError: if the child cannot start.
         """
         line = json.dumps(question).encode() + b"\n"
         with self._lock:
             try:
                 answer = self._asked(line)
-            except BaseException:  # an interrupt too: a late answer must not be taken for that to the next question
+            except BaseException:  # also an interrupt: a late answer must not be taken for the next question's
                 self._end()
                 raise
         if "exceeded" in answer:
@@ -82,23 +82,24 @@ class LimitedProcess:
         return answer
 
     def close(self) -> None:
-        """End the child, if there is one; a later question starts another."""
+        """End the child if there is one; a later question starts another."""
         with self._lock:
             self._end()
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child, or None where there is none."""
+        """Process id of the child, or None if there is none."""
         return self._child.process.pid if self._child is not None else None
 
     def forget(self) -> None:
-        """Leave the child to the process that this one was forked from; that one alone must hold its pipes."""
+        """Leave the child to the process that this one was forked from; called in the copy, right after a fork."""
         child, self._child, self._lock = self._child, None, threading.Lock()
         if child is not None:
             child.close()
-            child.process.returncode = 0  # nothing for this process to wait for
+            child.process.returncode = 0  # so that this process does not wait for it
 
     def _asked(self, line: bytes) -> dict[str, Any]:
+        """The child's answer to a line, from a new child if the old one has ended."""
         if self._child is None or self._child.process.poll() is not None:
             self._end()
             self._child = self._started()
@@ -112,6 +113,7 @@ class LimitedProcess:
         return answer
 
     def _started(self) -> "_Child":
+        """A new child that is ready for questions."""
         limits = json.dumps([self._limits.seconds, self._limits.memory])
         path = json.dumps([str(Path(entry).absolute()) for entry in sys.path])  # the parent may have changed it
         process = subprocess.Popen(
@@ -120,12 +122,12 @@ class LimitedProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C in a terminal is for the parent, which ends the child
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the parent, which ends the child
         )
         self._child = child = _Child(process)
         ready = child.read(START_SECONDS)
         if ready is None or "failed" in ready:
-            why = ready["failed"] if ready else f"it ended, or gave no sign within {START_SECONDS:g} s"
+            why = ready["failed"] if ready else f"it ended, or did not answer within {START_SECONDS:g} s"
             raise ConfigError(f"the process that scores responses ({self._module}) cannot start: {why}")
         return child
 
@@ -145,13 +147,13 @@ def _forget(reference: "weakref.ref[LimitedProcess]") -> None:
 
 @dataclass(slots=True)
 class _Child:
-    """A process and its two pipes, read with a limit of time."""
+    """A process with its two pipes, which are read with a time limit."""
 
     process: "subprocess.Popen[bytes]"
     _rest: bytearray = field(default_factory=bytearray)
-    """Output that is no whole line yet."""
+    """Output that is not a whole line yet."""
     _chunks: "queue.SimpleQueue[bytes] | None" = None
-    """Where pipes cannot be waited for (Windows), what a thread has read from this one."""
+    """On Windows, where one cannot wait for a pipe: the output that a thread has read from it."""
 
     def __post_init__(self) -> None:
         if os.name != "posix":
@@ -159,13 +161,13 @@ class _Child:
             threading.Thread(target=self._read_on, args=(self._chunks,), daemon=True).start()
 
     def write(self, line: bytes) -> None:
-        assert self.process.stdin is not None  # a pipe was asked for
+        assert self.process.stdin is not None  # it is a pipe
         view = memoryview(line)
         while view:
             view = view[self.process.stdin.write(view) :]
 
     def read(self, seconds: float) -> dict[str, Any] | None:
-        """The next line of JSON, or None where the child ended or is late."""
+        """The next line of JSON, or None if the child ended or is late."""
         until = time.monotonic() + seconds
         while b"\n" not in self._rest:
             chunk = self._chunk(max(0.0, until - time.monotonic()))
@@ -182,14 +184,14 @@ class _Child:
                 pipe.close()
 
     def _chunk(self, seconds: float) -> bytes:
-        """What the child has written; nothing where it ended or is late."""
+        """Output of the child; empty if it ended or is late."""
         assert self.process.stdout is not None
         if self._chunks is not None:
             try:
                 return self._chunks.get(timeout=seconds)
             except queue.Empty:
                 return b""
-        poll = select.poll()  # unlike select(), it takes descriptors above 1023
+        poll = select.poll()  # unlike select(), it accepts descriptors above 1023
         poll.register(self.process.stdout, select.POLLIN)
         return os.read(self.process.stdout.fileno(), CHUNK) if poll.poll(seconds * 1000) else b""
 

@@ -1,14 +1,14 @@
-"""Words that change the number beside them, in the languages that models write most, as pieces of a pattern.
+"""Words that change the number beside them, in the languages that models write most, as parts of a pattern.
 
-A number with such a word is none that `tasks.numerals` reads: `5 Millionen` is not 5, and `moins 5` is not 5 either.
-The words are folded as the texts are (`tasks.characters`).
+`tasks.numerals` does not read a number with such a word: `5 Millionen` is not 5, and neither is `moins 5`. The words
+are folded in the same way as the texts (`tasks.characters`).
 """
 
 import re
 
 from roundoff.tasks.characters import folded
 
-# stems, whatever their ending; `mil` and `mille` are whole words, as there are miles
+# Stems match with any ending. `mil` and `mille` are among the whole words, because of miles.
 _STEMS = (
     "hundred|thousand|million|milliard|billion|billiard|trillion|lakh|crore|myriad"
     "|tausend|duizend|tusen|tuhat|tisíc|tysi[ąeę]c|miljoen|miljon|miljard|biljo|bilion|bilió|milion|milió|miliard"
@@ -31,18 +31,18 @@ MINUS = (
     r"|(?<!\w)(?:سالب|ناقص|منفی|ऋण)"
     r"|マイナス|마이너스|ลบ|[负負])"
 )
-"""A word before a number that may be its sign; `au moins` and `al menos` say "at least"."""
+"""A word before a number that may be its sign; `au moins` and `al menos` are excluded, as they mean "at least"."""
 
 FRACTION = r"(?:thirds|fifths|sixths|sevenths|eighths|ninths|tenths|twelfths)"
-"""A word after a number that divides it (`quarters` are coins as well)."""
+"""A word after a number that divides it; `quarters` is not among them, because they are coins as well."""
 
 OPERATOR = (
     r"(?:plus|minus|times|divided[ ]by|multiplied[ ]by|over|out[ ]of|mod(?:ulo)?|point|vs\.?|versus|remainder"
     r"|with[ ]a[ ]remainder[ ]of|[rR]|(?:raised[ ])?to[ ]the[ ]power[ ]of)"
 )
-"""A word between two numbers that makes one quantity of them."""
+"""A word between two numbers that joins them into one quantity."""
 
-# (larger unit, smaller unit): `1 hour 30 minutes` is one quantity, and neither 1 nor 30
+# (larger unit, smaller unit): `1 hour 30 minutes` is one quantity, neither 1 nor 30.
 _HOURS, _MINUTES, _DAYS = r"(?:hours?|hrs?\.?|h)", r"(?:minutes?|mins?\.?|m)", r"days?"
 _PAIRS = (
     (_DAYS, _HOURS),
@@ -56,12 +56,12 @@ _PAIRS = (
 )
 _AND = r",?[ ](?:and[ ])?"
 SMALLER_FOLLOWS = "|".join(rf"[ ]?{large}{_AND}[0-9./]+[ -]?{small}(?![A-Za-z])" for large, small in _PAIRS)
-"""A unit after a number, and a second number with the next smaller unit."""
+"""A unit after a number, followed by a second number with the next smaller unit."""
 _COMPILED = tuple(
     (re.compile(rf"[0-9][ ]?{large}{_AND}$"), re.compile(rf"[ -]?{small}(?![A-Za-z])")) for large, small in _PAIRS
 )
 
 
 def larger_precedes(before: str, after: str) -> bool:
-    """Whether a number is the second of such a quantity, by what stands before and after it."""
+    """Whether a number is the second one of such a quantity, judged by the text before and after it."""
     return any(large.search(before) and small.match(after) for large, small in _COMPILED)

@@ -1,9 +1,9 @@
-r"""A grammar of numbers as models write them: each is read whole or not at all, and never without its sign.
+r"""A grammar of numbers as models write them: a number is read whole or not at all, and never without its sign.
 
-Reading has two steps. `NUMERAL` takes in a number together with everything that may cling to it (`1,00,000`, `2:30`,
-`1.2.3`, `0b101`, `5{,}000`), far more than is understood; `_NUMBER` must then match all of that. What stands directly
-before and after decides on the sign, or shows that the numeral is a part of something else (`2^3`, `\sqrt{5}`,
-`5 million`).
+Reading takes two steps. First, `NUMERAL` matches a number together with everything that may belong to it (`1,00,000`,
+`2:30`, `1.2.3`, `0b101`, `5{,}000`), including much that is not understood. Then `_NUMBER` must match all of that. The
+text directly before and after decides about the sign, or shows that the numeral is part of something else (`2^3`,
+`\sqrt{5}`, `5 million`).
 
     understood    1,080   1,00,000   12'000   12{,}000   12\,000   (and a no-break or thin space as separator)
                   0.75   .5   3/4   6 / 8   1 1/2   and their forms by U+00BD or \frac{3}{4}
@@ -11,7 +11,8 @@ before and after decides on the sign, or shows that the numeral is a part of som
     no number     1e5   2^3   1.5 x 10^3   0x1F   2:30   1/2/2020   1.2.3   1,08   1.234,56   12 000   5 million
     unclear sign  - 5   --5   +-5   -(5)   minus 5   a dash that is no minus sign
 
-Every pattern looks at a bounded stretch of text or never steps back, so that time grows in proportion to the text.
+Every pattern either looks at a bounded stretch of text or never backtracks, so the time is linear in the length of the
+text.
 """
 
 import re
@@ -22,12 +23,12 @@ from typing import Literal
 from roundoff.tasks.number_words import FRACTION, MAGNITUDE, MINUS, SMALLER_FOLLOWS, larger_precedes
 
 LONGEST = 64
-"""Characters; anything longer is no answer (and Python refuses to convert thousands of digits)."""
+"""Most characters of a numeral; a longer one is no answer (and Python refuses to convert thousands of digits)."""
 CONTEXT = 48
-"""Characters before and after a numeral that are looked at."""
+"""Number of characters before and after a numeral that are looked at."""
 
 Sign = Literal[-1, 1] | None
-"""None: the sign is unclear, or the numeral is part of something else."""
+"""Sign of a numeral; None if it is unclear, or if the numeral is part of something else."""
 
 _VULGAR = "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞↉"
 _LETTER = "A-Za-zÀ-ÖØ-öø-ӿ"  # without the signs of multiplication and division
@@ -42,7 +43,7 @@ _JOIN = rf"""(?:
   | \.?[eE][-+]? | [A-Za-z]{{1,3}}                          # 1e5, 0b101, 2h30
 )"""
 NUMERAL = re.compile(rf"{_START}(?:(?:{_JOIN})?{_START})*+", re.VERBOSE)
-"""A number with all that clings to it, in folded text (`tasks.characters`)."""
+"""A number with everything that may belong to it, in folded text (`tasks.characters`)."""
 
 _SEPARATOR = r"(?:,(?:\\!)?|'|\{,\}|\\[,;:!]|~|\u00a0)"
 _GROUPED = rf"[1-9][0-9]{{0,2}}(?P<sep>{_SEPARATOR})[0-9]{{3}}(?:(?P=sep)[0-9]{{3}})*"
@@ -107,12 +108,12 @@ _GOES_ON = re.compile(r"\.\.|\.?\u2026|\.?\\[dl]?dots")
 
 
 def is_name(text: str, numeral: re.Match[str]) -> bool:
-    """Whether the digits belong to a word, as in `H2O`, `x1`, `GPT-4`: such a numeral is passed over."""
+    """Whether the digits belong to a word, as in `H2O`, `x1` and `GPT-4`; such a numeral is skipped."""
     return _NAME.search(_before(text, numeral)) is not None
 
 
 def value_of(text: str, numeral: re.Match[str]) -> Fraction | None:
-    """The number that a match of `NUMERAL` in a text is, or None where it is none, or its sign is unclear."""
+    """The value of a match of `NUMERAL` in a text; None if it is not a number or its sign is unclear."""
     written = numeral[0]
     if len(written) > LONGEST:
         return None
@@ -130,11 +131,12 @@ def value_of(text: str, numeral: re.Match[str]) -> Fraction | None:
 
 
 def _before(text: str, numeral: re.Match[str]) -> str:
+    """The text before a numeral in its line, at most `CONTEXT` characters."""
     return text[max(0, numeral.start() - CONTEXT) : numeral.start()].rpartition("\n")[2]
 
 
 def _sign(before: str, written: str) -> Sign:
-    """The sign by what stands before a numeral in its line."""
+    """The sign of a numeral, judged by the text before it in its line."""
     fraction = "/" in written or "frac" in written or any(char in _VULGAR for char in written)
     if _PART_BEFORE.search(before) or (fraction and _FRACTION_BEFORE.search(before)):
         return None
@@ -146,7 +148,7 @@ def _sign(before: str, written: str) -> Sign:
     signed = _SIGNED.search(before)
     if signed is None:
         return 1
-    # `3-5` and `10 - 2`: the sign joins two numbers, and is none of the second
+    # In `3-5` and `10 - 2` the sign joins two numbers and does not belong to the second.
     joins = before[: signed.start("sign")].rstrip(" ")[-1:].isdigit()
     if joins and bool(signed["space"]) == (signed["before"] == " "):
         return 1
@@ -159,7 +161,7 @@ def _sign(before: str, written: str) -> Sign:
 
 
 def _magnitude(number: re.Match[str]) -> Fraction | None:
-    """None for a division by zero."""
+    """The value without its sign; None for a division by zero."""
     if number["vulgar"]:
         top, _, bottom = unicodedata.normalize("NFKD", number["vulgar"]).partition("\u2044")
     else:

@@ -11,7 +11,8 @@ def make_task(profile: Profile) -> Task:
     """The task of a profile.
 
     Raises:
-        ConfigError: if there is none of that name or its settings are wrong.
+        ConfigError: if there is no task of that name, its settings are wrong, or the profile demands a chat template
+            although the task has no conversations.
     """
     located = profile.task.located()
     try:

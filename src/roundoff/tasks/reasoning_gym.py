@@ -1,10 +1,10 @@
-"""Problems from the generators of `reasoning-gym` (arXiv:2505.24760), scored by the package's own scorers.
+"""Problems from the generators of `reasoning-gym` (arXiv:2505.24760), rewarded by the package's own scorers.
 
     settings = { dataset = "gsm_symbolic", seed = 3 }
     settings = { dataset = "chain_sum", config = { min_terms = 2, max_terms = 3 } }
 
-The two sides are drawn from seeds of their own, and a training problem whose text is that of a test problem is passed
-over, so that they are disjoint. A generator that does not repeat itself under one seed is refused.
+Training and test problems are drawn from different seeds, and a training problem with the text of a test problem is
+skipped, so the two are disjoint. A generator that gives other problems when called again with the same seed is refused.
 """
 
 import math
@@ -27,38 +27,38 @@ INSTRUCTIONS = {
     "tags": "Output the final answer between <answer> and </answer>.",
     "whole": "",
 }
-"""What is appended to each question, by the form of the answer."""
+"""Text that is appended to each question, by the form of the answer."""
 SPARE = 4
-"""Problems asked of the generator for each one wanted, as some repeat one another."""
+"""Number of problems requested from the generator for each one needed, because some are equal."""
 
 _TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class ReasoningGymSettings(BaseModel):
-    """Which generator, how many problems, and how responses are read."""
+    """The generator, the number of problems, and how responses are read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str = "gsm_symbolic"
-    """Name of a generator."""
+    """Name of the generator."""
     config: dict[str, Any] = {}
-    """The generator's own settings (difficulty), except for its seed and size."""
+    """The generator's own settings (its difficulty), except for its seed and size."""
     seed: int = Field(default=0, ge=0)
-    """Which problems are drawn."""
+    """Seed that determines which problems are drawn."""
     train_problems: int = Field(default=1024, ge=1)
-    """Different training problems."""
+    """Number of different training problems."""
     test_problems: int = Field(default=256, ge=1)
-    """Different test problems."""
+    """Number of different test problems."""
     answer: Literal["strict", "tags", "whole"] = "strict"
-    """The scorer is given what follows the last `####`, the last <answer>, or the whole response."""
+    """Part of a response that the scorer gets: the text after the last `####`, the last <answer>, or all of it."""
     system_prompt: str = ""
-    """First message of the conversation; empty: the chat template's own."""
+    """First message of the conversation; if empty, the chat template's own."""
     instruction: str | None = None
-    """What is appended to each question. None: the usual one of the answer's form."""
+    """Text that is appended to each question; None appends the usual one for the form of the answer."""
 
 
 class ReasoningGymTask:
-    """The problems of one `ReasoningGymSettings`, drawn when the task is made."""
+    """The problems of one `ReasoningGymSettings`, drawn when the task is created."""
 
     name = "reasoning-gym"
 
@@ -70,25 +70,25 @@ class ReasoningGymTask:
         self._train = self._draw("train", settings.train_problems)
 
     def train(self) -> Sequence[Problem]:
-        """`train_problems` different problems."""
+        """The `train_problems` different training problems."""
         return self._train
 
     def test(self) -> Sequence[Problem]:
-        """`test_problems` different problems, none of them a training problem."""
+        """The `test_problems` different test problems, none of which is a training problem."""
         return self._test
 
     def reward(self, problem: Problem, response: str) -> float:
-        """What the package's scorer gives (0 to 1), 0.0 without a final answer, NaN where the scorer failed."""
+        """The score of the package's scorer (0 to 1); 0.0 without a final answer, NaN if the scorer failed."""
         try:
             return self.reward_or_error(problem, response)
         except RewardError:
             return math.nan
 
     def reward_or_error(self, problem: Problem, response: str) -> float:
-        """What the package's scorer gives (0 to 1), 0.0 without a final answer.
+        """The score of the package's scorer (0 to 1); 0.0 without a final answer.
 
         Raises:
-            RewardError: if the scorer raised, or gave what is no number from 0 to 1.
+            RewardError: if the scorer raised, or returned anything but a number from 0 to 1.
         """
         answer = _final_answer(response, self.settings.answer)
         if not answer or self._score is None:
@@ -97,7 +97,7 @@ class ReasoningGymTask:
             score = as_reward(self._score(answer, self._entries[problem.id]))
         except RewardError:
             raise
-        except (Exception, SystemExit) as error:  # 106 scorers, each with ways of its own to stumble over odd text
+        except (Exception, SystemExit) as error:  # each of 106 scorers may fail on odd text in its own way
             name = self.settings.dataset
             raise RewardError(f"the scorer of {name} raised {type(error).__name__}: {error}") from error
         if score < 0:
@@ -105,25 +105,26 @@ class ReasoningGymTask:
         return score
 
     def solution(self, problem: Problem) -> str | None:
-        """The right answer in the form that is read, or None where the generator gives none."""
+        """The right answer in the form of a response, or None if the generator gives none that its scorer accepts."""
         answer = self._entries[problem.id]["answer"]
         form = {"strict": "#### {}", "tags": "<answer>{}</answer>", "whole": "{}"}[self.settings.answer]
         solution = form.format(answer)
         return solution if answer is not None and self.reward(problem, solution) == 1.0 else None
 
     def _draw(self, split: str, count: int) -> tuple[Problem, ...]:
-        found: list[Problem] = []
+        """`count` different problems that no other split has."""
+        problems: list[Problem] = []
         for entry in self._candidates(split, count):
             question = str(entry["question"])
             identity = f"reasoning-gym/{self.settings.dataset}/{blake2b(question.encode(), digest_size=8).hexdigest()}"
             if identity in self._entries:
                 continue
             self._entries[identity] = entry
-            found.append(self._problem(identity, question, entry))
-            if len(found) == count:
-                return tuple(found)
+            problems.append(self._problem(identity, question, entry))
+            if len(problems) == count:
+                return tuple(problems)
         raise TaskError(
-            f"{split}_problems is {count}, but {self.settings.dataset} gave only {len(found)} different ones in "
+            f"{split}_problems is {count}, but {self.settings.dataset} gave only {len(problems)} different ones in "
             f"{SPARE * count}: lower it, or make the problems more varied by config"
         )
 
@@ -131,13 +132,13 @@ class ReasoningGymTask:
         instruction = self.settings.instruction
         if instruction is None:
             instruction = INSTRUCTIONS[self.settings.answer]
-        asked = f"{question.strip()} {instruction}".strip()
+        text = f"{question.strip()} {instruction}".strip()
         system = (Message("system", self.settings.system_prompt),) if self.settings.system_prompt else ()
-        messages = (*system, Message("user", asked))
+        messages = (*system, Message("user", text))
         return Problem(identity, "\n\n".join(m.content for m in messages) + "\n", str(entry["answer"]), messages)
 
     def _candidates(self, split: str, count: int) -> Iterator[Mapping[str, Any]]:
-        """Problems of the generator, some of which may be equal."""
+        """Entries of the generator, some of which may be equal."""
         gym = require("reasoning_gym", "reasoning-gym")
         known = tuple(require("reasoning_gym.factory", "reasoning-gym").DATASETS)
         name, size = self.settings.dataset, SPARE * count
@@ -146,7 +147,7 @@ class ReasoningGymTask:
         for fixed in ("seed", "size"):
             if fixed in self.settings.config:
                 raise TaskError(f"config.{fixed} is set by the task's own seed, train_problems and test_problems")
-        # A generator draws item i by seed + i: the seeds of the two sides must lie far apart.
+        # A generator draws item i from seed + i, so the seeds of the two sides must be far apart.
         digest = blake2b(f"{split} {self.settings.seed}".encode(), digest_size=4).digest()
         seed = int.from_bytes(digest, "big") >> 1
         try:
@@ -156,28 +157,29 @@ class ReasoningGymTask:
             raise TaskError(f"config does not suit {name}: {type(error).__name__}: {error}") from error
         for index in range(min(4, size)):
             if generator[index]["question"] != again[index]["question"]:
-                raise TaskError(f"{name} gives other problems each time under one seed, so runs could not be compared")
+                raise TaskError(f"{name} gives different problems for the same seed, so runs could not be compared")
         self._score = generator.score_answer
         for index in range(size):
-            with suppress(IndexError):  # a generator that holds fewer problems than it was asked for
+            with suppress(IndexError):  # the generator has fewer problems than requested
                 yield generator[index]
 
 
 def reasoning_gym(settings: Mapping[str, object]) -> ReasoningGymTask:
-    """The task for a mapping of `ReasoningGymSettings` fields; fields left out take their defaults.
+    """The task for a mapping of `ReasoningGymSettings` fields; absent fields take their defaults.
 
     Raises:
-        TaskError: a setting is wrong, or the generator has too few different problems.
-        ConfigError: reasoning-gym is not installed.
+        TaskError: if a setting is wrong, or the generator has too few different problems.
+        ConfigError: if reasoning-gym is not installed.
     """
     return ReasoningGymTask(checked(ReasoningGymSettings, settings, "reasoning-gym"))
 
 
 def _final_answer(response: str, form: str) -> str | None:
+    """The final answer of a response in this form, or None if it has none."""
     if form == "whole":
         return response.strip()
     if form == "tags":
-        found = _TAGS.findall(response)
-        return found[-1].strip() if found else None
+        answers = _TAGS.findall(response)
+        return answers[-1].strip() if answers else None
     _, marker, after = response.rpartition("####")
     return after.strip() if marker else None

@@ -1,4 +1,4 @@
-"""Every task that a setting can name: the packaged ones by name, and your own by the place of their class."""
+"""All tasks that a setting can name: packaged ones by their name, the user's own by the location of their class."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from roundoff.tasks.gsm8k import gsm8k
 from roundoff.tasks.reasoning_gym import reasoning_gym
 
 TASKS: dict[str, Factory] = {"arithmetic": arithmetic, "gsm8k": gsm8k, "reasoning-gym": reasoning_gym}
-"""Task factories by name; each takes the task's own settings and raises TaskError where they are wrong."""
+"""Task factories by name; each takes the task's own settings and raises TaskError if they are wrong."""
 
 
 def load_task(name: str, settings: Mapping[str, object]) -> Task:
-    """The task of an entry of `TASKS`, or of a class of your own: `module:Class` or `file.py:Class`.
+    """The task of this name, with these settings of its own.
+
+    Args:
+        name: an entry of `TASKS`, or a class of the user's own as `module:Class` or `file.py:Class`.
+        settings: the task's own settings.
 
     Raises:
-        TaskError: if there is none of that name, or its settings are wrong.
+        TaskError: if there is no such task, or its settings are wrong.
         ConfigError: if an optional package is missing.
     """
     return find_task(name, settings, TASKS)

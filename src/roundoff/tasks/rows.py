@@ -1,4 +1,4 @@
-"""Rows of a data file of problems: JSON lines or parquet, each row numbered from 1 for error messages."""
+"""Reads data files of problems, as JSON lines or parquet."""
 
 import json
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from roundoff.tasks.base import PATHS_BEGIN, TaskError
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".parquet")
+"""Suffixes of the files that can be read."""
 
 
 def read_rows(path: Path) -> list[Row]:
     """Every row of the file, in order.
 
     Raises:
-        TaskError: there is no such file, it is of another kind, or it cannot be read; JSON names the line.
-        ConfigError: it is parquet, and pyarrow is not installed.
+        TaskError: if there is no such file, it is of another kind, or it cannot be read; an error in JSON names the
+        line. ConfigError: if the file is parquet and pyarrow is not installed.
     """
     if not path.is_file():
         raise TaskError(f"there is no file {path} ({PATHS_BEGIN})")
@@ -29,30 +30,30 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def split_file(directory: Path, split: str) -> Path:
-    """The one file of a directory whose name begins with the name of the split, such as `train-00000-of-00001.parquet`.
+    """The only file of a directory whose name begins with that of the split, such as `train-00000-of-00001.parquet`.
 
     Raises:
-        TaskError: if there is none or more than one; the message lists what there is.
+        TaskError: if there is no such file or more than one; the message lists the files.
     """
     if not directory.is_dir():
         raise TaskError(f"there is no directory {directory} ({PATHS_BEGIN})")
     files = sorted(p for p in directory.iterdir() if p.suffix in SUFFIXES)
-    found = [p for p in files if p.name.startswith(split)]
-    if len(found) != 1:
+    matches = [p for p in files if p.name.startswith(split)]
+    if len(matches) != 1:
         there = ", ".join(p.name for p in files) or "none"
         raise TaskError(f"{directory} must hold one file {split}*.jsonl or {split}*.parquet, but has: {there}")
-    return found[0]
+    return matches[0]
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names of the columns that every row has, in the order of the first."""
+    """Names of the columns that every row has, in the order of the first row."""
     return tuple(name for name in rows[0] if all(name in row for row in rows)) if rows else ()
 
 
 def _json_lines(path: Path) -> list[Row]:
     rows = []
     try:
-        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON text may hold U+2028
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines, because JSON text may hold U+2028
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -1,11 +1,11 @@
-"""Rewards of responses: what a task may return, what is recorded as an error, and how long it may take.
+"""Computes the rewards of responses: what a task may return, what counts as an error, and how long it may take.
 
-A reward is a finite number of at most 1.0, also as a bool, a NumPy scalar or a tensor of one element. Only 1.0 counts
-as solved. Lower ones, penalties below 0 among them, are trained on as they are. Everything else (NaN, an infinity, more
-than 1, None, text, whatever is raised) is a reward error: the reward is 0, and the error is counted.
+A reward is a finite number of at most 1.0; it may come as a bool, a NumPy scalar or a tensor of one element. Only 1.0
+counts as solved. Lower rewards, including penalties below 0, are trained on as they are. Everything else (NaN, an
+infinity, a number above 1, None, text, any exception) is a reward error: the reward is 0, and the error is counted.
 
-A task's class may set `reward_seconds`, the time that one response may take (60 by default, None for no limit). Where
-it takes longer, the run ends (`tasks.watchdog`): code in this process cannot be taken back without harm.
+A task's class may set `reward_seconds`, the time that one response may take (60 by default, None for no limit). If a
+reward takes longer, the run ends (`tasks.watchdog`), because code in this process cannot be stopped without harm.
 """
 
 import math
@@ -19,22 +19,22 @@ from roundoff.tasks.base import Problem, RewardError, Task
 from roundoff.tasks.watchdog import StopRewardError, Watchdog
 
 REWARD_SECONDS = 60.0
-"""By the clock, for one response of a task that sets no `reward_seconds`."""
+"""Wall-clock limit for one response of a task that sets no `reward_seconds` (s)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Rewards of rollouts, and how many of them could not be computed."""
+    """Rewards of rollouts, and which of them could not be computed."""
 
     rewards: tuple[float, ...]
     errors: int
-    """Rollouts whose reward could not be computed, or is none; their reward is 0."""
+    """Number of rollouts whose reward could not be computed or is not a valid reward; their reward is 0."""
     failed: tuple[bool, ...] = field(default=(), compare=False)
-    """Whether that is so, of each rollout."""
+    """For each rollout, whether its reward failed in this way."""
 
 
 def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> Scored:
-    """Rewards of `responses` to `problems`, pair by pair; a failed reward is counted and is 0, never raised.
+    """Rewards of `responses` to `problems`, pair by pair; a reward that fails is counted and is 0, and never raises.
 
     Raises:
         RewardTimeoutError: if one response takes longer than the task's `reward_seconds`.
@@ -55,7 +55,7 @@ def score_responses(task: Task, problems: Sequence[Problem], responses: Sequence
                 _end_copy(process, error)
                 if isinstance(error, KeyboardInterrupt | StopRewardError):
                     raise
-                reward = math.nan  # a task is the user's code: that is one bad rollout, not the end of the run
+                reward = math.nan  # a task is the user's code: its failure costs one rollout, not the run
             _end_copy(process, None)
             failed.append(not -math.inf < reward <= 1.0)
             rewards.append(0.0 if failed[-1] else reward)
@@ -66,7 +66,7 @@ def checked_reward(task: Task, problem: Problem, response: str) -> float:
     """The reward of one response.
 
     Raises:
-        RewardError: if it could not be computed, or is none; the message says why.
+        RewardError: if it could not be computed, or is not a valid reward; the message says why.
     """
     process = os.getpid()
     try:
@@ -83,9 +83,9 @@ def checked_reward(task: Task, problem: Problem, response: str) -> float:
 
 
 def _end_copy(process: int, error: BaseException | None) -> None:
-    """End this process if it is a copy of `process` that a reward has forked: it would go on with the run.
+    """End this process if it is a copy of `process` that a reward has forked; otherwise it would continue the run.
 
-    `sys.exit` is how such a copy usually means to end, and where it is caught it does not.
+    Such a copy usually ends by `sys.exit`, which does not end it here, because the exception is caught.
     """
     if os.getpid() == process:
         return
@@ -94,10 +94,10 @@ def _end_copy(process: int, error: BaseException | None) -> None:
 
 
 def as_reward(value: Any) -> float:
-    """What a task or a scorer returned, as a number.
+    """The value that a task or a scorer returned, as a number.
 
     Raises:
-        RewardError: if it is none, or no reward; the message says why.
+        RewardError: if it is not a number, or not a valid reward; the message says why.
     """
     reward = _number(value)
     if not -math.inf < reward <= 1.0:
@@ -106,7 +106,7 @@ def as_reward(value: Any) -> float:
 
 
 def _reward_of(task: Task) -> Callable[[Problem, str], Any]:
-    """The task's reward; its `reward_or_error`, which says where it failed, if it has one."""
+    """The task's `reward_or_error`, which raises instead of hiding an error, if it has one; else its `reward`."""
     compute: Callable[[Problem, str], Any] = getattr(task, "reward_or_error", task.reward)
     return compute
 
@@ -121,6 +121,7 @@ def _number(reward: Any) -> float:
 
 
 def _watchdog(task: Task) -> Watchdog | None:
+    """A watchdog with the task's limit of time, or None if it sets no limit."""
     seconds = getattr(task, "reward_seconds", REWARD_SECONDS)
     if seconds is None:
         return None

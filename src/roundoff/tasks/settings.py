@@ -1,4 +1,4 @@
-"""Checking the settings of a task, with one line for each that is wrong."""
+"""Checks the settings of a task, and reports one line for each that is wrong."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -11,10 +11,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def checked(model: type[Model], settings: Mapping[str, object], task: str) -> Model:
-    """The settings as a `model`; what is left out takes its default.
+    """The settings as a `model`; settings that are left out take their defaults.
 
     Raises:
-        TaskError: with one line per offending setting: its path, the rule, its value.
+        TaskError: if settings are wrong, with one line for each: its path, the rule, and its value.
     """
     try:
         return model.model_validate(dict(settings))
@@ -24,10 +24,11 @@ def checked(model: type[Model], settings: Mapping[str, object], task: str) -> Mo
 
 
 def _explain(model: type[BaseModel], task: str, details: Mapping[str, object]) -> str:
+    """The line of one wrong setting, from pydantic's details of the error."""
     location = details["loc"]
     path = ".".join(map(str, location)) if isinstance(location, tuple) else ""
     if details["type"] == "extra_forbidden":
-        return f"{path} is no setting of the {task} task; it has {', '.join(model.model_fields)}"
+        return f"{path} is not a setting of the {task} task, which has {', '.join(model.model_fields)}"
     message = str(details["msg"]).removeprefix("Value error, ")
     if not path:  # a rule about several settings, which names them itself
         return message

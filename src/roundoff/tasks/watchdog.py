@@ -1,13 +1,13 @@
-"""Ends a run whose reward stands still, and names the problem and the response.
+"""Ends a run whose reward hangs, and names the problem and the response.
 
-A reward of the user's own runs in this process, where it may use what it likes, a model or a file that it keeps open.
-It cannot be killed alone. So, when one response has taken longer than its limit:
+A reward of the user's own runs in this process, where it may use anything it likes, such as a model or an open file. It
+cannot be killed separately. So when one response has taken longer than the limit:
 
-1. a signal stops it where it stands, if it runs in the main thread (elsewhere nothing can): `RewardTimeoutError` ends
-   the run as any error does, and its checkpoints are kept;
-2. if it does not stop within `GRACE_SECONDS`, the message is written to standard error and the process is ended;
-3. if not even that is possible, since a call into C keeps Python's lock (`10**10**10`), `faulthandler`, which needs no
-   lock, writes where each thread stands and ends the process.
+1. If the reward runs in the main thread, a signal interrupts it (in another thread nothing can). `RewardTimeoutError`
+   then ends the run as any other error does, and the checkpoints are kept.
+2. If it does not stop within `GRACE_SECONDS`, the message is written to standard error and the process ends. 3. If not
+even that is possible, because a call into C holds Python's lock (`10**10**10`), `faulthandler`, which does not
+   need the lock, writes where each thread stands and ends the process.
 """
 
 import faulthandler
@@ -21,11 +21,11 @@ from typing import Any, Self
 from roundoff.errors import RoundoffError
 
 GRACE_SECONDS = 10.0
-"""Between the signal and the end of the process."""
+"""Time between the signal and the end of the process (s)."""
 SHOWN = 80
-"""Characters of a response that an error shows."""
+"""Number of characters of a response that an error shows."""
 EXIT_CODE = 70
-"""EX_SOFTWARE of sysexits.h."""
+"""Exit status of the process (EX_SOFTWARE of sysexits.h)."""
 
 
 class RewardTimeoutError(RoundoffError, RuntimeError):
@@ -33,7 +33,7 @@ class RewardTimeoutError(RoundoffError, RuntimeError):
 
 
 class StopRewardError(BaseException):
-    """Raised by the signal; no `except Exception` of a reward must swallow it."""
+    """Raised by the signal. It is no `Exception`, so that no reward swallows it."""
 
 
 class Watchdog:
@@ -50,7 +50,7 @@ class Watchdog:
         self._signalled = hasattr(signal, "SIGUSR1") and threading.current_thread() is threading.main_thread()
 
     def begin(self, problem: str, response: str) -> None:
-        """The reward of this response is computed from now on."""
+        """Note that the reward of this response is computed from now on; called before each reward."""
         self._current = (problem, response)
         self._begun += 1
 
@@ -101,7 +101,7 @@ class Watchdog:
 
     @staticmethod
     def _ring_after(seconds: float) -> None:
-        """Have `faulthandler` end the process unless it is told so again before: it runs where this thread cannot."""
+        """Have `faulthandler`, which needs no lock, end the process after this time unless called again before."""
         if sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
@@ -109,5 +109,5 @@ class Watchdog:
         problem, response = self._current
         return (
             f"task {self._task}: the reward of problem {problem!r} took more than {self._seconds:g} s for the response "
-            f"{response[-SHOWN:]!r}: mend the reward, or set reward_seconds of the task's class (None: no limit)."
+            f"{response[-SHOWN:]!r}: fix the reward, or set reward_seconds of the task's class (None: no limit)."
         )

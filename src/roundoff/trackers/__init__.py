@@ -1,6 +1,10 @@
-"""Where a run's scalars go besides its run directory. A tracker that fails never stops a run.
+"""Sends a run's scalars to trackers (TensorBoard, W&B, a plain file) besides its run directory.
 
-`TRACKERS` is a plain dict: add a factory to it to bring your own.
+A tracker that fails never stops a run. `TRACKERS` is a plain dict; to use a tracker of your own, add a factory to it.
+What a run itself records in its directory is in `roundoff.runs`, and the commands' options are in `roundoff.commands`.
+
+Doors: `open_trackers`, `check_trackers`, `scalars`, `TRACKERS`, and the types `Tracker`, `NullTracker`, `TrackedRun`,
+`WandbSettings` and `Ended`.
 """
 
 from __future__ import annotations
@@ -57,20 +61,25 @@ TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
     "wandb": _wandb,
     "jsonl": _jsonl,
 }
-"""Tracker by name: called with the run that it is to track."""
+"""Factories of trackers by name; each is called with the run to track."""
 
 
 def open_trackers(names: str, run: TrackedRun) -> Tracker:
-    """The trackers `names` (such as `tensorboard,wandb`), each guarded so that its failure stops nothing.
+    """The trackers that `names` lists (such as `tensorboard,wandb`), each guarded so that its failure stops nothing.
+
+    Called once per run, when its directory exists.
 
     Raises:
-        ConfigError: if one is unknown.
+        ConfigError: if a name is unknown.
     """
     return SeveralTrackers([GuardedTracker(partial(TRACKERS[name], run), name) for name in _parsed(names)])
 
 
 def check_trackers(names: str, wandb: WandbSettings) -> tuple[WandbSettings, list[str]]:
-    """Make sure before anything is run that the trackers can be had; returns W&B's settings and what to tell the user.
+    """Check before any run starts that the trackers are available.
+
+    Returns:
+        The settings that W&B can be used with, and lines to tell the user.
 
     Raises:
         ConfigError: if a tracker is unknown, or its package is not installed.

@@ -1,4 +1,4 @@
-"""What a tracker is, what it is told of its run, and the guard that keeps a failing one from stopping a run."""
+"""The interface of a tracker, what it is told about its run, and a guard that keeps its failure from stopping runs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, resu
 from roundoff.errors import RoundoffWarning
 
 Ended = Literal["complete", "untrained", "interrupted", "failed"]
-"""How a run came to its end: `untrained` reached it without training anything; `interrupted` goes on later."""
+"""How a run ended. `untrained`: it took all its steps without training anything. `interrupted`: it can be resumed."""
 OPTIONAL: Mapping[str, type[BaseModel]] = {
     "aqn": AQN,
     "srdd": SRDD,
     "lora": LoRA,
     "hardware.deadzone": Deadzone,
 }
-"""Tables that an experiment may lack."""
+"""Tables that an experiment may lack, by path, each with its model."""
 NAMES = ("experiment.id", "experiment.title", "experiment.baseline", "profile.title", "profile.device")
-"""Settings that are no hyper-parameters: they name a run and change no result."""
+"""Settings that are not hyperparameters: they name a run or say where it runs, and change no result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,12 @@ class WandbSettings:
 
     project: str = "roundoff"
     online: bool = False
-    """Whether to send anything over the network; otherwise the run stays on this machine until `wandb sync`."""
+    """Whether to send data over the network; otherwise the run stays on this machine until `wandb sync`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """What a tracker is told of its run; every name comes from the configuration."""
+    """What a tracker is told about its run; every name comes from the configuration."""
 
     path: Path
     """The run's directory."""
@@ -46,12 +46,13 @@ class TrackedRun:
     profile: Profile
     seed: int
     resumed_from: int = -1
-    """Last step that is not logged again (-1: none); whatever a tracker holds of later steps is void."""
+    """Step of the checkpoint that the run resumes from (-1: none). Later steps are logged again, and what a tracker
+    already holds of them is void."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
     @property
     def group(self) -> str:
-        """Name shared by all seeds of the same settings, as in the run's path."""
+        """Name that all seeds of the same settings share, as in the run's path."""
         return f"{self.experiment.id}/{self.profile.name}-{result_hash(self.experiment, self.profile)}"
 
     @property
@@ -61,7 +62,7 @@ class TrackedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every setting of the run, nested."""
+        """Every setting of the run, as nested plain data."""
         return {
             "experiment": self.experiment.model_dump(mode="json"),
             "profile": self.profile.model_dump(mode="json"),
@@ -73,10 +74,10 @@ class Tracker(Protocol):
     """Receives the scalars of a run, step by step."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` of training step `step`."""
+        """Record the scalars of training step `step`; called after each step."""
 
     def close(self, ended: Ended) -> None:
-        """Write out what is pending, and how the run ended."""
+        """Write out what is pending and how the run ended; called once, at the end."""
 
 
 class NullTracker:
@@ -107,7 +108,7 @@ class SeveralTrackers:
 
 
 class GuardedTracker:
-    """Another tracker whose first failure is reported, after which it is left alone."""
+    """Wraps a tracker: its first failure is reported as a warning, and from then on it is not called any more."""
 
     def __init__(self, make: Callable[[], Tracker], name: str) -> None:
         self._name = name
@@ -125,7 +126,7 @@ class GuardedTracker:
     def _try(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever a third-party tracker raises must not end a run of hours
+        except Exception as error:  # nothing that a third-party tracker raises may end a run of hours
             reason = str(error) or type(error).__name__
             warnings.warn(
                 f"tracker {self._name} failed and is now off; the run goes on: {reason}", RoundoffWarning, stacklevel=3
@@ -134,7 +135,7 @@ class GuardedTracker:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as `path.to.setting: value`."""
+    """Nested settings as a flat mapping `path.to.setting: value`."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         path = f"{prefix}{key}"
@@ -143,28 +144,29 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a tracker is given of a row of `metrics.jsonl`; `x_layers` becomes one scalar `x/layer.i` a layer.
+    """The scalars that trackers receive from a row of `metrics.jsonl`.
 
-    A number that is not finite is passed on as NaN, which is how trackers show that there was none.
+    A list `x_layers` becomes one scalar `x/layer.i` per layer. A value of None, which stands for a number that was not
+    finite, becomes NaN: that is how trackers show that there was no number.
     """
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
-            found |= {f"{name.removesuffix('_layers')}/layer.{i}": _number(v) for i, v in enumerate(value)}
+            values |= {f"{name.removesuffix('_layers')}/layer.{i}": _number(v) for i, v in enumerate(value)}
         elif name not in ("step", "time"):
-            found[name] = _number(value)
-    return found
+            values[name] = _number(value)
+    return values
 
 
 def _number(value: float | None) -> float:
-    """The value as a float; None, as a row read back has it, is NaN again."""
+    """The value as a float, with NaN for None."""
     return math.nan if value is None else float(value)
 
 
 def hyper_parameters(experiment: Experiment, profile: Profile) -> dict[str, float | str | bool | None]:
-    """Every setting that changes a result as `path: value`, the experiment's first; lists are texts.
+    """Every setting that changes a result, as `path: value`; those of the experiment come first, lists become text.
 
-    An absent table is given with all its settings None, so that every run has the same paths.
+    A table that the experiment lacks is listed with all its settings None, so that every run has the same paths.
     """
     settings = experiment.model_dump(mode="json")
     for path, model in OPTIONAL.items():

@@ -1,4 +1,4 @@
-"""A plain file: one JSON object a line, for programs that follow runs and do not read run directories."""
+"""A plain file with one JSON object per line, for programs that follow runs without reading run directories."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILE = "scalars.jsonl"
 
 
 class JsonlTracker:
-    """`scalars.jsonl` in the run's directory: the settings, then a line a step, then how the run ended."""
+    """Writes `scalars.jsonl` in the run's directory: the settings, then a line per step, then how the run ended."""
 
     def __init__(self, run: TrackedRun) -> None:
         path = run.path / FILE
@@ -26,11 +26,11 @@ class JsonlTracker:
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the line of `step`."""
+        """Append the line of step `step`."""
         self._write({"step": step, **values})
 
     def close(self, ended: Ended) -> None:
-        """Add how the run ended."""
+        """Append how the run ended, and close the file."""
         self._write({"ended": ended})
         self._file.close()
 
@@ -40,7 +40,7 @@ class JsonlTracker:
 
 
 def _is_kept(line: str, resumed_from: int) -> bool:
-    """Whether a line is that of a step up to the checkpoint; one cut short by a kill is not."""
+    """Whether a line belongs to a step up to the checkpoint; a line that a kill cut short does not."""
     try:
         return bool(0 <= json.loads(line).get("step", -1) <= resumed_from)
     except ValueError:

@@ -1,7 +1,7 @@
 """TensorBoard: scalars, settings, and the HParams dashboard with the final scores of every run.
 
-The run's name on the board is its path below the log directory, which is made of the experiment's id, the profile, the
-hash of the settings and the seed. In the HParams dashboard the seeds of one experiment are one group.
+TensorBoard names a run by its path below the log directory, which consists of the experiment's id, the profile, the
+hash of the settings and the seed. In the HParams dashboard the seeds of one experiment form one group.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class TensorBoardTracker:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Every session names its first step: TensorBoard drops older events from there on, but only if the session
-        # before did so too.
+        # Every session states its first step: TensorBoard then drops older events from that step on, but only if the
+        # previous session stated its own.
         self._writer = SummaryWriter(str(run.path / DIRECTORY), purge_step=run.resumed_from + 1)
         text = "\n".join(f"    {name} = {value}" for name, value in flatten(run.settings).items())
         self._writer.add_text("settings", text, max(0, run.resumed_from))
-        # TensorBoard takes the first of each that it finds: these are the same however often the run is resumed, and
-        # the description of the columns is the same in every run.
+        # TensorBoard uses the first of each that it reads. These are the same however often the run is resumed, and the
+        # description of the columns is the same in every run.
         settings = hyper_parameters(run.experiment, run.profile)
         self._add(metadata.EXPERIMENT_TAG, HParamsPluginData(experiment=_columns(settings)))
         self._add(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=_session(run, settings)))
@@ -46,7 +46,7 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
     def close(self, ended: Ended) -> None:
-        """Flush and close the event file; a run that may go on is left open on the board."""
+        """Flush and close the event file; on the board, a run that can be resumed stays open."""
         if ended in ("complete", "untrained"):
             ending = SessionEndInfo(status=api_pb2.STATUS_SUCCESS if ended == "complete" else api_pb2.STATUS_FAILURE)
             self._add(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=ending))
@@ -61,7 +61,7 @@ class TensorBoardTracker:
 
 
 def _columns(settings: Mapping[str, float | str | bool | None]) -> api_pb2.Experiment:
-    """Columns of the dashboard: every setting, and `METRICS`."""
+    """The columns of the dashboard: every setting, then `METRICS`."""
     types = {bool: api_pb2.DATA_TYPE_BOOL, int: api_pb2.DATA_TYPE_FLOAT64, float: api_pb2.DATA_TYPE_FLOAT64}
     hparams = [
         api_pb2.HParamInfo(name=name, type=types.get(type(value), api_pb2.DATA_TYPE_STRING))
@@ -75,6 +75,7 @@ def _columns(settings: Mapping[str, float | str | bool | None]) -> api_pb2.Exper
 
 
 def _session(run: TrackedRun, settings: Mapping[str, float | str | bool | None]) -> SessionStartInfo:
+    """The run's group and settings for the dashboard; a setting of None is left out."""
     session = SessionStartInfo(group_name=run.group)
     for name, value in settings.items():
         if isinstance(value, bool):

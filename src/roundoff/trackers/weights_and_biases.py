@@ -1,6 +1,6 @@
-"""Weights & Biases, offline unless asked: nothing leaves this machine before `wandb sync` or `--wandb-online`.
+"""Weights & Biases, offline by default: nothing leaves this machine without `wandb sync` or `--wandb-online`.
 
-The id of the W&B run is kept in the run's directory, so that a run which is stopped and taken up is one run there too.
+The id of the W&B run is kept in the run's directory, so that a run which is stopped and resumed stays one run there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from roundoff.trackers.base import Ended, TrackedRun, WandbSettings
 
 EXTRA = "wandb"
 IDENTITY = "wandb.json"
-"""File in the run's directory: id and project of its W&B run."""
+"""File in the run's directory that holds the id and the project of its W&B run."""
 
 
 class WandbTracker:
@@ -44,18 +44,18 @@ class WandbTracker:
         self._run: Any = wandb.init(mode="offline", **arguments) if online is None else online
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record `values` at `step`; W&B takes no step twice, and a repeated one has the same values."""
+        """Record `values` at `step`; W&B accepts no step twice, so a repeated one (with the same values) is skipped."""
         if step >= self._run.step:
             self._run.log(dict(values), step=step)
 
     def close(self, ended: Ended) -> None:
-        """Finish the W&B run; one that failed, or trained nothing, is marked so."""
+        """Finish the W&B run; a run that failed or trained nothing is marked as failed."""
         self._run.summary["ended"] = ended
         self._run.finish(exit_code=1 if ended in ("failed", "untrained") else 0)
 
 
 def check_wandb(settings: WandbSettings) -> tuple[WandbSettings, list[str]]:
-    """The settings that can be had, and what to tell the user: without credentials W&B runs offline.
+    """The settings to use, and lines to tell the user; without credentials W&B runs offline.
 
     Raises:
         ConfigError: if the package is not installed.
@@ -72,7 +72,7 @@ def check_wandb(settings: WandbSettings) -> tuple[WandbSettings, list[str]]:
 
 
 def _online(wandb: ModuleType, arguments: Mapping[str, Any]) -> Any:
-    """The W&B run online, or None with a warning where the server cannot be had."""
+    """The W&B run online, or None with a warning if the server cannot be reached."""
     try:
         return wandb.init(mode="online", resume="allow", **arguments)
     except Exception as error:  # no network, no such project, a server that is down
@@ -82,18 +82,18 @@ def _online(wandb: ModuleType, arguments: Mapping[str, Any]) -> Any:
 
 
 def _identity(run: TrackedRun) -> dict[str, str]:
-    """Id and project of the run on W&B: those in its directory, or new ones, which are kept there."""
+    """Id and project of the W&B run: those kept in the run's directory, or new ones, which are then kept there."""
     path: Path = run.path / IDENTITY
     if path.exists():
-        known = json.loads(path.read_text("utf-8"))
-        if known["project"] != run.wandb.project:
+        kept = json.loads(path.read_text("utf-8"))
+        if kept["project"] != run.wandb.project:
             warnings.warn(
-                f"{run.path} stays in the W&B project {known['project']!r} that it began in, not "
+                f"{run.path} stays in the W&B project {kept['project']!r} that it began in, not "
                 f"{run.wandb.project!r}: remove {path} to track it as a new run there",
                 RoundoffWarning,
                 stacklevel=2,
             )
-        return {"id": str(known["id"]), "project": str(known["project"])}
+        return {"id": str(kept["id"]), "project": str(kept["project"])}
     identity = {"id": secrets.token_hex(8), "project": run.wandb.project}
     write_atomic(path, json.dumps(identity) + "\n")
     return identity
