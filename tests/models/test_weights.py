@@ -107,7 +107,7 @@ class TestTiedEmbeddings:
     def test_as_a_target_are_refused_and_leave_the_model_as_it_was(self, tied: Path, targets: tuple[str, ...]) -> None:
         model = load_model(str(tied)).model
         before = model(**INPUT).logits
-        with pytest.raises(ConfigError, match=r"lora\.targets takes in lm_head\.weight, whose weight is shared with"):
+        with pytest.raises(ConfigError, match=r"lora\.targets includes lm_head\.weight, whose weight is shared with"):
             attach(model, LoRA(rank=2, targets=targets), Key(0))
         assert torch.equal(model(**INPUT).logits, before)
 

@@ -24,7 +24,7 @@ from roundoff.models.calibration import (
     Calibration,
     calibration_batches,
     draw_of,
-    evaluation_mode,
+    frozen_evaluation,
     read_batches,
     text_kl,
 )
@@ -126,7 +126,7 @@ def preflight(
     tokens = sum(batch.count for batch in batches)
     kl = [0.0] * DRAWS
     hardware_kl = 0.0 if installed(model) is not None else None
-    with evaluation_mode(model):
+    with frozen_evaluation(model):
         for batch in batches:
             with _off(model):
                 clean = model(**batch.inputs()).logits

@@ -1,5 +1,5 @@
-"""The error of everything that is wrong with a model's files."""
+"""The error for everything that is wrong with a model's files."""
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded or asked; the message says what to do."""
+    """A model cannot be loaded, or cannot read a prompt; the message says what to do."""

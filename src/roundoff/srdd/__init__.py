@@ -3,7 +3,7 @@
 from roundoff.srdd.exact import Divergence, FrontierPoint, frontier
 from roundoff.srdd.fault_report import Alarm, FaultReport
 from roundoff.srdd.fault_search import find_faults
-from roundoff.srdd.keep import needs_scan, resolve_keep
+from roundoff.srdd.keep import keep_names_a_scan, resolve_keep
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics, rank_correlation
 from roundoff.srdd.of_experiment import experiment_scan, layer_multipliers
 from roundoff.srdd.scanning import scan
@@ -21,7 +21,7 @@ __all__ = [
     "find_faults",
     "frontier",
     "layer_multipliers",
-    "needs_scan",
+    "keep_names_a_scan",
     "rank_correlation",
     "resolve_keep",
     "scan",

@@ -15,7 +15,7 @@ from roundoff.models.calibration import (
     Calibration,
     decoder_layers,
     draw_of,
-    evaluation_mode,
+    frozen_evaluation,
     in_force_on,
     read_batches,
     text_kl,
@@ -106,7 +106,7 @@ def frontier(
         raise ConfigError("a frontier needs a format: kept layers are kept from quantization, and noise stays on them")
     texts = read_batches(batches, next(model.parameters()).device)
     decoder_layers(model)
-    with evaluation_mode(model), torch.no_grad():
+    with frozen_evaluation(model), torch.no_grad():
         clean = [model(**batch.inputs()).logits for batch in texts]
         counts = [float(v) for batch in texts for v in batch.mask.sum(1)]
         points = []

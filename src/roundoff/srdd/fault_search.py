@@ -18,7 +18,7 @@ from roundoff.config import ConfigError
 from roundoff.hardware import installed
 from roundoff.hardware.inventory import layer_index, plain_name
 from roundoff.hardware.linear import HardwareLinear
-from roundoff.models.calibration import Calibration, decoder_layers, evaluation_mode, read_batches
+from roundoff.models.calibration import Calibration, decoder_layers, frozen_evaluation, read_batches
 from roundoff.numerics.rng import Key
 from roundoff.srdd import checks
 from roundoff.srdd.fault_report import Alarm, FaultReport
@@ -66,7 +66,7 @@ def find_faults(
         )
     key = Key.from_seed(seed).fold("checksum")
     inspector = Inspector(model, decoder_layers(model), replays, key, host, stop_at_first)
-    with evaluation_mode(model), torch.no_grad(), suppress(_Stopped):
+    with frozen_evaluation(model), torch.no_grad(), suppress(_Stopped):
         for batch in read_batches(batches, next(model.parameters()).device):
             inspector.forward(batch)
     return inspector.report()

@@ -6,7 +6,7 @@ from roundoff.config import ConfigError, Hardware
 from roundoff.srdd.layer_scan import LayerScan
 
 
-def needs_scan(hardware: Hardware) -> bool:
+def keep_names_a_scan(hardware: Hardware) -> bool:
     """Whether `precision.keep` still names a scan instead of layers."""
     return isinstance(hardware.precision.keep, str)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from roundoff.config import ConfigError, Hardware, Precision, nearest, validate
 from roundoff.hardware import InstalledHardware, install, installed, uninstall
-from roundoff.models.calibration import Calibration, decoder_layers, draw_of, evaluation_mode, read_batches
+from roundoff.models.calibration import Calibration, decoder_layers, draw_of, frozen_evaluation, read_batches
 from roundoff.numerics.rng import Key
 from roundoff.srdd.damage import (
     InputErrors,
@@ -81,7 +81,7 @@ def scan(
     key = Key.from_seed(seed).fold("srdd")
     draws = (label_draws if labels == "drawn" else 1) if gradient else 0
     divergences: dict[int, list[Divergence]] = {}
-    with evaluation_mode(model):
+    with frozen_evaluation(model):
         found = install(model, hardware, seed=seed)
         try:
             found.switch(False)
