@@ -8,8 +8,9 @@ import transformers
 from roundoff.config import ConfigError, Hardware, MatmulNoise
 from roundoff.hardware import install
 from roundoff.models.logprobs import token_logprobs
+from roundoff.sampling.choice import SamplingSettings, choose
 from roundoff.sampling.rollouts import concatenate
-from roundoff.sampling.sampler import _Settings, check_sampling, choose
+from roundoff.sampling.sampler import check_sampling
 from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, plain_logprobs, same
 
 
@@ -214,7 +215,7 @@ def test_the_models_mode_is_restored_and_dropout_is_off(tokenizer):
 
 
 def chosen(probabilities, uniforms, **changes):
-    settings = _Settings(
+    settings = SamplingSettings(
         **{"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | changes, end_tokens=(), pad_token=0
     )
     logits = torch.tensor(probabilities).log().expand(len(uniforms), -1)
