@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -104,7 +104,9 @@ def calibration_batches(
     return encoded
 
 
-def read_batches(batches: Sequence[Mapping[str, Any]], device: torch.device) -> list[Calibration]:
+def read_batches(
+    batches: Sequence[Mapping[str, Shaped[Tensor, "_texts _columns"]]], device: torch.device
+) -> list[Calibration]:
     """Checked calibration batches on a device, from what a tokenizer returns.
 
     Texts without a token are dropped. A single batch of several texts is split into two.
