@@ -182,7 +182,7 @@ def spoil(model, name):
     ("name", "site", "said"),
     [
         ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj", "of the weight is NaN"),
-        ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, of finite inputs"),
+        ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, from finite inputs"),
         ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site made"),
         ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site made"),
         ("model.norm.weight", "lm_head", "no checked site made"),
