@@ -189,7 +189,7 @@ def test_problems_that_share_an_id_are_refused(small):
     task = AlwaysRight(make_task(small))
     problems = task.test()
     task.test = lambda: [*problems, problems[3]]
-    with pytest.raises(ConfigError, match=f"1 ids of test problems more than once .{re.escape(problems[3].id)}"):
+    with pytest.raises(ConfigError, match=f"has test problems that share an id .{re.escape(problems[3].id)}"):
         scored("tiny", small, task=task)
 
 

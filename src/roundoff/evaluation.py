@@ -30,6 +30,7 @@ from roundoff.aqn.noise import is_aqn_active
 from roundoff.config import ConfigError
 from roundoff.hardware import hardware_off, installed
 from roundoff.models.prompts import text
+from roundoff.models.weights import few
 from roundoff.numerics.rng import Key
 from roundoff.parallel.ranks import ALONE, Ranks
 from roundoff.runs.health import FailedRewardsError, NonFiniteOutputError, Tally, flaw_of
@@ -290,7 +291,7 @@ def _problems(model: PreTrainedModel, task: Task) -> Sequence[Problem]:
     repeated = sorted(name for name, count in Counter(problem.id for problem in problems).items() if count > 1)
     if repeated:
         raise ConfigError(
-            f"task {task.name!r} uses {len(repeated)} ids for more than one test problem ({', '.join(repeated[:3])}): "
-            "scores are paired by id, so each must be unique"
+            f"task {task.name!r} has test problems that share an id ({few(repeated)}): scores are paired by id, so each "
+            "id must be unique"
         )
     return problems

@@ -183,9 +183,9 @@ def spoil(model, name):
     [
         ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj", "of the weight is NaN"),
         ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, from finite inputs"),
-        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site made"),
-        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site made"),
-        ("model.norm.weight", "lm_head", "no checked site made"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site produced"),
+        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site produced"),
+        ("model.norm.weight", "lm_head", "no checked site produced"),
     ],
 )
 def test_a_nan_in_memory_is_named_and_what_it_spoils_is_not_called_checked(name, site, said, hardware):

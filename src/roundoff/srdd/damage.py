@@ -34,7 +34,7 @@ class Tally:
     total: float = 0.0
     count: float = 0.0
 
-    def add(self, total: Shaped[Tensor, ""] | float, count: Shaped[Tensor, ""] | float) -> None:
+    def add(self, total: Shaped[Tensor, ""] | int | float, count: Shaped[Tensor, ""] | int | float) -> None:
         """Add to both sums."""
         self.total += float(total)
         self.count += float(count)
@@ -55,7 +55,7 @@ class Tallies:
 
     by_name: dict[str, Tally] = field(default_factory=dict)
 
-    def add(self, name: str, total: Shaped[Tensor, ""] | float, count: Shaped[Tensor, ""] | float) -> None:
+    def add(self, name: str, total: Shaped[Tensor, ""] | int | float, count: Shaped[Tensor, ""] | int | float) -> None:
         """Add to the sums of one metric."""
         self.by_name.setdefault(name, Tally()).add(total, count)
 

@@ -109,7 +109,7 @@ class LayerScan:
     layers: tuple[LayerMetrics, ...]
     """Damage of every decoder layer, in the model's order."""
     halves: tuple[tuple[LayerMetrics, ...], ...]
-    """Damage of every layer on each of two disjoint halves of the calibration text; empty if there was just one text."""
+    """Damage of every layer on each of two disjoint halves of the calibration text; empty for a single text."""
     linears: tuple[LinearMetrics, ...]
     """Damage of every Linear, in the model's order."""
     rank_by: str
