@@ -291,7 +291,7 @@ def _problems(model: PreTrainedModel, task: Task) -> Sequence[Problem]:
     repeated = sorted(name for name, count in Counter(problem.id for problem in problems).items() if count > 1)
     if repeated:
         raise ConfigError(
-            f"task {task.name!r} has test problems that share an id ({few(repeated)}): scores are paired by id, so each "
-            "id must be unique"
+            f"task {task.name!r} has test problems that share an id ({few(repeated)}): scores are paired by id, so "
+            "each id must be unique"
         )
     return problems

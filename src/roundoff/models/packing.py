@@ -105,8 +105,8 @@ def packed(
         return None
     inputs = (lengths - 1).clamp(min=0)
     written = [tuple(text[:n]) for text, n in zip(tokens[:, start:].tolist(), inputs.tolist(), strict=True)]
-    texts = _Texts.of(written, [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()])
-    rows = _rows(texts, start - first, last - first, hidden)
+    texts = DistinctTexts.of(written, [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()])
+    rows = plan_rows(texts, start - first, last - first, hidden)
     if rows is None:
         return None
     number, writer, row, offset = (
@@ -144,7 +144,7 @@ def packed(
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
+class DistinctTexts:
     """The distinct responses to each prompt, in order of appearance."""
 
     number: list[int]
@@ -152,11 +152,12 @@ class _Texts:
     writer: list[int]
     """For each text, the first rollout that wrote it."""
     length: list[int]
+    """For each text, its number of input tokens."""
     opens: list[bool]
     """For each text, whether it is the first one for its prompt."""
 
     @classmethod
-    def of(cls, written: list[tuple[int, ...]], is_new: list[bool]) -> _Texts:
+    def of(cls, written: list[tuple[int, ...]], is_new: list[bool]) -> DistinctTexts:
         """The distinct texts among those `written` by the rollouts; `is_new` marks where the prompt changes."""
         texts = cls([], [], [], [])
         known: dict[tuple[int, ...], int] = {}
@@ -173,7 +174,7 @@ class _Texts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class RowPlan:
     """How the texts are distributed over rows."""
 
     row: list[int]
@@ -184,17 +185,24 @@ class _Rows:
     """Columns after the prompt."""
 
 
-def _rows(texts: _Texts, prompt: int, plain_columns: int, hidden: int) -> _Rows | None:
-    """The cheapest distribution of the texts over rows; None if the plain layout is cheaper still."""
+def plan_rows(texts: DistinctTexts, prompt: int, plain_columns: int, hidden: int) -> RowPlan | None:
+    """The cheapest distribution of the texts over rows; None if the plain layout is cheaper still.
+
+    Args:
+        texts: the distinct responses.
+        prompt: columns of the longest prompt.
+        plain_columns: columns of the plain layout.
+        hidden: the model's hidden size.
+    """
 
     def cost(rows: int, columns: int) -> int:
         return rows * columns * (COLUMN * hidden + columns)
 
     rollouts, longest = len(texts.number), max(texts.length)
-    unsplit = _filled(texts, sum(texts.length))
+    unsplit = fill_rows(texts, sum(texts.length))
     best, least = None, cost(rollouts, plain_columns)
     for limit in dict.fromkeys(max(longest, round(unsplit.extra / split)) for split in SPLITS):
-        rows = _filled(texts, limit)
+        rows = fill_rows(texts, limit)
         count, columns = rows.row[-1] + 1, prompt + rows.extra
         row_cost = cost(count, columns)
         if row_cost < least and count * columns**2 <= MOST_PAIRS * rollouts * plain_columns**2:
@@ -202,7 +210,7 @@ def _rows(texts: _Texts, prompt: int, plain_columns: int, hidden: int) -> _Rows 
     return best
 
 
-def _filled(texts: _Texts, limit: int) -> _Rows:
+def fill_rows(texts: DistinctTexts, limit: int) -> RowPlan:
     """Rows filled in order; a new row begins with each prompt, and where a text would exceed `limit` columns."""
     row, offset = [], []
     current, used, extra = -1, 0, 0
@@ -213,7 +221,7 @@ def _filled(texts: _Texts, limit: int) -> _Rows:
         offset.append(used)
         used += length
         extra = max(extra, used)
-    return _Rows(row, offset, extra)
+    return RowPlan(row, offset, extra)
 
 
 def _used_columns(mask: Tensor, response_length: int) -> tuple[int, int]:
