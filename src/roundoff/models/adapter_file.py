@@ -98,7 +98,7 @@ def read_adapter(directory: Path) -> AdapterFile:
         raise ConfigError(f"{where} changes the base's biases (bias = {settings['bias']!r} in {ADAPTER_CONFIG})")
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read from safetensors alone")
+        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read only from safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

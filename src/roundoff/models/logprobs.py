@@ -38,7 +38,7 @@ LOGIT_BYTES = 1 << 26
 """Bytes of logits held at once; in float32 that is 341 tokens of a vocabulary of 49,152, or 110 of one of 152,000."""
 
 PROBED = 4
-"""Number of tokens on which the output layer over the decoder is compared with the whole model."""
+"""Number of tokens on which the output layer over the decoder is compared with the complete model."""
 
 
 def token_logprobs(
@@ -155,8 +155,8 @@ def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.
     single = torch.unique(layout.tokens)[-PROBED:, None]
     with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(single)):
         token = {"input_ids": single, "use_cache": False}
-        whole, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
-    return head if torch.equal(whole, lean) else None
+        complete, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
+    return head if torch.equal(complete, lean) else None
 
 
 def _in_parts(

@@ -2,7 +2,7 @@
 
     y = hardware(x, W) + (alpha / rank) * B A x
 
-- The hardware computes the base as usual (`Q(W)` once for the whole run, since W never changes). A and B are plain
+- The hardware computes the base as usual (`Q(W)` once for the entire run, since W never changes). A and B are plain
   Linears in float32, even on a bfloat16 base: neither quantized nor noisy, in rollouts, training and evaluation alike.
 - PEFT draws A (`U(-1/sqrt(in), 1/sqrt(in))`) from the run's seed, and B is zero: the first policy is the base.
 - The reference policy is the base with its adapters disabled, so there is no second model in memory.

@@ -14,16 +14,16 @@ BATCHES = 4
 """Number of calibration batches."""
 
 
-def layer_multipliers(experiment: Experiment, found: LayerScan | None, progress: float) -> dict[int, float] | None:
+def layer_multipliers(experiment: Experiment, layer_scan: LayerScan | None, progress: float) -> dict[int, float] | None:
     """The factor on AQN's sigma of each decoder layer, at a fraction `progress` of the run; None if all are 1.
 
     Raises:
-        ConfigError: if the scan `found` does not allow the mode that `aqn.layers` names.
+        ConfigError: if the scan does not allow the mode that `aqn.layers` names.
     """
     aqn = experiment.aqn
-    if aqn is None or aqn.layers == "all" or found is None:
+    if aqn is None or aqn.layers == "all" or layer_scan is None:
         return None
-    return found.multipliers(aqn.layers, direction=(experiment.srdd or SRDD()).direction, progress=progress)
+    return layer_scan.multipliers(aqn.layers, direction=(experiment.srdd or SRDD()).direction, progress=progress)
 
 
 def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, seed: int) -> LayerScan:

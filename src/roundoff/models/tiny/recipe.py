@@ -30,7 +30,7 @@ from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 
 SEED = 0
 STEPS = 1850
-BATCH = 128  # problems a step
+BATCH = 128  # problems per step
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100  # the learning rate rises linearly over these steps, then stays constant
 WEIGHT_DECAY = 0.01
