@@ -27,7 +27,7 @@ def overflowing_model(directory: Path) -> Path:
 
 
 def wide_model(directory: Path) -> Path:
-    """The embedded model, the same function up to rounding, with activations beyond the range of fp16."""
+    """The embedded model rescaled: the same function up to rounding, with activations beyond the range of fp16."""
 
     def widen(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.1.mlp.up_proj.weight"] *= 2.0**20

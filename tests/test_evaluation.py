@@ -70,7 +70,7 @@ def test_samples_differ_from_each_other_and_under_noise_from_clean_ones(small):
     assert [o.id for o in outcomes] == [p.id for p in make_task(small).test()]
 
 
-def test_samples_of_a_plain_model_are_one_and_the_same(small):
+def test_deployed_and_clean_samples_of_a_plain_model_are_the_same(small):
     policy = load_policy(load_experiment("quickstart-clean"), small, 0)
     assert all(o.deployed == o.clean for o in sampled(policy, small))
 
@@ -137,7 +137,7 @@ def test_hardware_that_computes_nothing_has_no_score_and_names_the_layer(tmp_pat
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_what_hardware_does_not_compute_is_counted_and_solves_nothing(small, options):
-    """Whatever comes after a "7" is not a number, with the hardware on alone."""
+    """The output after a "7" is not finite, but only with the hardware on."""
     experiment = load_experiment("quickstart-noise")
     policy = load_policy(experiment, small, 0)
     model, seven = policy.model, policy.loaded.tokenizer("7")["input_ids"][0]
@@ -189,7 +189,7 @@ def test_problems_that_share_an_id_are_refused(small):
     task = AlwaysRight(make_task(small))
     problems = task.test()
     task.test = lambda: [*problems, problems[3]]
-    with pytest.raises(ConfigError, match=f"1 ids of test problems more than once .{re.escape(problems[3].id)}"):
+    with pytest.raises(ConfigError, match=f"has test problems that share an id .{re.escape(problems[3].id)}"):
         scored("tiny", small, task=task)
 
 

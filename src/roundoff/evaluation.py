@@ -1,15 +1,20 @@
 """The only scorer: accuracy of a model on a test set, with the hardware on (deployed) and off (clean).
 
-`evaluate` decodes greedily: the score of training curves and of the report. `evaluate_samples` draws several responses
-to each problem and gives pass@k, the probability that at least one of k is right.
+Here: `evaluate`, which decodes greedily and gives the score of training curves and of the report, and
+`evaluate_samples`, which draws several responses to each problem for pass@k, the probability that at least one of k is
+right. Not here: what an evaluation holds (`roundoff.runs.outcomes`) and the options of `roundoff eval`
+(`roundoff.actions.evaluate`).
 
-The noise of an evaluation is keyed by the run's seed and the number of the draw, not by the step: two steps, or two
-arms with one seed, meet the same draws, so that their difference is that of the models. Training noise has other keys.
+Doors: `evaluate`, `evaluate_samples`, `SampledOutcome` and `pass_at_k`.
 
-**What was not computed.** A response whose logits were not finite solves nothing: that is the true result of the chip,
-and it is counted beside the score (`roundoff.runs.health`). Where no response could be computed, there is an error
-instead of a score. The same holds where the hardware is off and a single response could not be computed: then the model
-itself is broken.
+The noise of an evaluation is keyed by the run's seed and the number of the draw, not by the step. Two steps, or two
+arms with one seed, therefore meet the same draws, and their difference is that of the models. Training noise has other
+keys.
+
+**Responses that could not be computed.** A response whose logits were not finite solves nothing: that is the true
+result of the chip, and it is counted beside the score (`roundoff.runs.health`). If no response could be computed, there
+is an error instead of a score. If even one response could not be computed with the hardware off, there is an error,
+too, because the model itself is broken.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from roundoff.aqn.noise import is_aqn_active
 from roundoff.config import ConfigError
 from roundoff.hardware import hardware_off, installed
 from roundoff.models.prompts import text
+from roundoff.models.weights import few
 from roundoff.numerics.rng import Key
 from roundoff.parallel.ranks import ALONE, Ranks
 from roundoff.runs.health import FailedRewardsError, NonFiniteOutputError, Tally, flaw_of
@@ -50,20 +56,20 @@ def evaluate(
     """Outcome of every test problem under greedy decoding, deployed and clean.
 
     Args:
-        model: with its hardware installed, or plain (both scores are then the same pass).
+        model: with its hardware installed, or plain; without hardware, one pass gives both scores.
         tokenizer: of the model.
         task: whose test problems are answered.
-        key: of the run; the draws are folded from it.
-        max_new_tokens: length limit of a response (tokens).
-        noise_draws: deployed passes over the test set, each under its own noise.
-        noisy: whether passes differ at all; without noise one pass is all there is.
+        key: of the run; the keys of the draws are folded from it.
+        max_new_tokens: length limit of a response, in tokens.
+        noise_draws: deployed passes over the test set, each under noise of its own.
+        noisy: whether deployed passes differ at all; if not, there is only one.
         step: training steps taken so far.
-        ranks: processes that share the problems out among them; every one returns the whole evaluation.
+        ranks: processes that divide the problems among them; each returns the complete evaluation.
 
     Raises:
-        RuntimeError: if AQN is in force: its noise belongs to rollouts alone.
-        ConfigError: if two test problems have one id.
-        NonFiniteOutputError: if no response could be computed with the hardware on, or not every one with it off.
+        RuntimeError: if the model is inside `aqn_noise`, whose noise belongs to rollouts only.
+        ConfigError: if two test problems have the same id.
+        NonFiniteOutputError: if no response could be computed with the hardware on, or not all with it off.
         FailedRewardsError: if the reward of every response failed.
     """
     problems = _problems(model, task)
@@ -97,26 +103,29 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class SampledOutcome:
-    """What became of the sampled responses to one test problem."""
+    """The sampled responses to one test problem, scored."""
 
     id: str
+    """Id of the problem."""
     prompt: str
+    """Text that the model read."""
     answer: str
+    """Correct answer."""
     deployed: tuple[int, ...]
-    """1 where solved with the hardware on, one entry a sample, each under noise of its own."""
+    """For each sample with the hardware on, under noise of its own: 1 if it is solved, else 0."""
     clean: tuple[int, ...]
-    """1 where solved with the hardware off, one entry a sample."""
+    """For each sample with the hardware off: 1 if it is solved, else 0."""
     flaws: tuple[str, ...] = ()
-    """What was wrong with each sample with the hardware on (`roundoff.runs.health`), empty where nothing was."""
+    """Flaw of each sample with the hardware on (`roundoff.runs.health`); empty if it has none."""
     clean_flaws: tuple[str, ...] = ()
-    """The same with the hardware off."""
+    """Flaw of each sample with the hardware off; empty if it has none."""
 
 
 def pass_at_k(samples: int, solved: int, k: int) -> float:
-    """Probability that at least one of k of the samples, drawn without replacement, is among the solved ones.
+    """Probability that at least one of k samples, drawn without replacement, is a solved one.
 
-    The unbiased estimator `1 - C(n - c, k) / C(n, k)` of pass@k (Chen et al. 2021, arXiv:2107.03374, equation 1);
-    k = 1 is the mean. `1 - (1 - c/n)^k`, which one meets as well, is biased downwards.
+    This is the unbiased estimator `1 - C(n - c, k) / C(n, k)` of pass@k (Chen et al. 2021, arXiv:2107.03374,
+    equation 1); for k = 1 it is the mean. The alternative `1 - (1 - c/n)^k`, which is also in use, is biased downwards.
 
     Raises:
         ValueError: unless 1 <= k <= samples and 0 <= solved <= samples.
@@ -138,10 +147,10 @@ def evaluate_samples(
 ) -> tuple[SampledOutcome, ...]:
     """Outcomes of `samples` responses to every test problem at a temperature, deployed and clean.
 
-    Deployed and clean responses are drawn by the same uniform numbers: where they differ, the hardware did it.
+    Deployed and clean responses are drawn with the same uniform numbers, so that any difference is due to the hardware.
 
     Raises:
-        RuntimeError, ConfigError, NonFiniteOutputError, FailedRewardsError: as `evaluate`.
+        RuntimeError, ConfigError, NonFiniteOutputError, FailedRewardsError: as in `evaluate`.
     """
     problems, own = _problems(model, task), key.fold("evaluation", "samples")
 
@@ -169,14 +178,14 @@ def evaluate_samples(
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """Responses to the test problems, `samples` to each, next to each other."""
+    """Responses to the test problems; the samples of one problem are adjacent."""
 
     texts: list[str]
     solved: tuple[int, ...]
     truncated: list[bool]
     flaws: tuple[str, ...]
     nonfinite_at: str
-    """Where a response left the finite numbers; empty where none did."""
+    """The first module whose output was not finite, in words; empty if all were."""
 
 
 def _answers(
@@ -210,7 +219,7 @@ def _answered(
     samples: int,
     temperature: float,
 ) -> _Answers:
-    """This rank's responses to its problems, the first of which has this number."""
+    """This rank's responses to its own problems; `first` is the number of the first of them."""
     if not mine:  # more ranks than problems
         return _Answers([], (), [], (), "")
     rollouts = sample(
@@ -245,7 +254,7 @@ def _joined(parts: Sequence[_Answers]) -> _Answers:
 
 
 def _check_scored(task: Task, deployed: Sequence[_Answers], clean: _Answers, *, plain: bool) -> None:
-    """Refuse a score where nothing was computed; `plain`: there is no hardware, and both are the same answers."""
+    """Refuse a score if too little was computed. `plain` says that there is no hardware: both are the same answers."""
     tally = Tally.of(clean.flaws)
     if tally.nonfinite:
         how = "in plain arithmetic" if plain else "with the hardware off"
@@ -270,7 +279,7 @@ def _check_scored(task: Task, deployed: Sequence[_Answers], clean: _Answers, *, 
 def _all_rewards_failed(task: Task, tally: Tally) -> FailedRewardsError:
     return FailedRewardsError(
         f"task {task.name!r}: the reward failed for every one of {tally.responses:,} responses (it raised, or gave no "
-        "finite number), so that there is no score: try task.reward on one of them"
+        "finite number), so there is no score: try task.reward on one of them"
     )
 
 
@@ -279,10 +288,10 @@ def _problems(model: PreTrainedModel, task: Task) -> Sequence[Problem]:
     if is_aqn_active(model):
         raise RuntimeError("the model is inside aqn_noise: a score must never carry the noise of a remedy")
     problems = task.test()
-    twice = sorted(name for name, count in Counter(problem.id for problem in problems).items() if count > 1)
-    if twice:
+    repeated = sorted(name for name, count in Counter(problem.id for problem in problems).items() if count > 1)
+    if repeated:
         raise ConfigError(
-            f"task {task.name!r} has {len(twice)} ids of test problems more than once ({', '.join(twice[:3])}): scores "
-            "are paired by id, so that each must be its own"
+            f"task {task.name!r} has test problems that share an id ({few(repeated)}): scores are paired by id, so "
+            "each id must be unique"
         )
     return problems

@@ -25,13 +25,13 @@ def test_targeted_and_variable_take_the_published_shares_of_28_layers():
     assert all(variable[layer] == 1.0 for layer in [*range(10), *range(22, 28)])
 
 
-def test_direction_turns_the_ranking_round_and_ties_go_to_the_earlier_layer():
+def test_direction_reverses_the_ranking_and_ties_go_to_the_earlier_layer():
     assert multipliers(FOUR, "targeted") == {0: 0.0, 1: 1.0, 2: 0.0, 3: 0.0}
     assert multipliers(FOUR, "targeted", direction="robust") == {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0}
     assert multipliers(FOUR, "targeted", direction="robust", share=0.5) == {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
 
 
-def test_zones_change_places_half_way():
+def test_zones_swap_halfway():
     # Eight layers: the edge is 0, 1, 6, 7. Its mean damage is larger, so it comes first.
     values = {layer: 2.0 if layer in (0, 7) else 0.5 for layer in range(8)}
     edge = {layer: float(layer in (0, 1, 6, 7)) for layer in range(8)}
@@ -56,7 +56,7 @@ def test_zones_change_places_half_way():
         ({}, "proportional", {}, "finite damage"),
     ],
 )
-def test_what_cannot_be_done_is_an_error(values, mode, options, message):
+def test_unusable_arguments_are_errors(values, mode, options, message):
     with pytest.raises(ConfigError, match=message):
         multipliers(values, mode, **options)
 

@@ -33,7 +33,7 @@ def test_targets_of_qwen2_are_its_five_norms():
     assert names == [f"model.layers.{i}.{n}" for i in (0, 1) for n in layer] + ["model.norm"]
 
 
-def test_targets_take_in_query_and_key_norms():
+def test_targets_include_query_and_key_norms():
     names = {t.name.rpartition(".")[2] for t in aqn_targets(build("qwen3"), ABSOLUTE)}
     assert {"q_norm", "k_norm"} <= names
 

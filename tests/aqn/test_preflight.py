@@ -43,7 +43,7 @@ def test_it_grows_with_sigma_and_is_small_where_noise_is_small(tiny):
     assert len(set(small.kl_draws)) == 4
 
 
-def test_hardware_is_off_under_aqn_and_measured_apart(tiny):
+def test_hardware_is_off_under_aqn_and_measured_separately(tiny):
     plain = measured(tiny)
     install(tiny.model, Hardware.model_validate({"precision": {"weight": "mxfp4", "activation": "mxfp4"}}), seed=0)
     deployed = measured(tiny)
@@ -86,7 +86,7 @@ def test_multipliers_scale_the_noise_of_their_layer(tiny):
         assert share == pytest.approx(factor * plain[name])
 
 
-def test_noise_that_the_dtype_rounds_away_is_said(small):
+def test_noise_that_the_dtype_rounds_away_is_reported(small):
     # norm weights of tiny lie around 1, where bfloat16 has steps of 1/256 and 1/128: sigma 0.05 is felt, 0.0005 is not
     model = load_model("tiny", dtype=torch.bfloat16).model
     assert rounded_away(model, 0.05, None, KEY, ABSOLUTE) < 0.1

@@ -37,12 +37,12 @@ def test_epoch_by_hand():
     assert sigma_curve(6, 3, aqn) == pytest.approx([0, 1, 0.1, 0, 0.1, 0.01], rel=1e-12)
 
 
-def test_unfinished_epoch_counts_as_whole():
+def test_an_unfinished_epoch_counts_as_a_full_one():
     aqn = AQN(sigma_start=1.0, sigma_end=0.01, schedule="epoch", stages=2)
     assert sigma_curve(5, 3, aqn) == sigma_curve(6, 3, aqn)[:5]
 
 
-def test_one_stage_an_epoch_takes_the_start_of_the_share():
+def test_one_stage_per_epoch_takes_the_start_of_the_share():
     aqn = AQN(sigma_start=1.0, sigma_end=0.01, schedule="epoch", stages=1)
     assert sigma_curve(4, 2, aqn) == pytest.approx([0, 1, 0, 0.1], rel=1e-12)
 
@@ -70,7 +70,7 @@ def test_a_curve_of_zeros_is_an_error(schedule, total, per_epoch):
 
 
 @pytest.mark.parametrize(("step", "total", "per_epoch"), [(-1, 4, 2), (4, 4, 2), (0, 0, 2), (0, 4, 0)])
-def test_steps_outside_of_the_run_are_errors(step, total, per_epoch):
+def test_steps_outside_the_run_are_errors(step, total, per_epoch):
     with pytest.raises(ValueError, match=r"step"):
         aqn_sigma(step, total, per_epoch, AQN(sigma_start=0.1, sigma_end=0.1))
 

@@ -1,4 +1,4 @@
-"""Saved adapters: read whole, or refused before anything is computed with them."""
+"""Saved adapters are read completely, or refused before anything is computed with them."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def adapter(tmp_path):
 
 
 def change(directory, edit):
-    """Replace the tensors of an adapter by `edit` of them, its header left as it is."""
+    """Apply `edit` to the tensors of an adapter; the header of its file stays as it is."""
     path = directory / "adapter_model.safetensors"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -148,12 +148,12 @@ def test_settings_that_change_the_function_are_refused(adapter, settings):
         load_adapters(load_model("tiny").model, adapter)
 
 
-def test_settings_of_a_newer_peft_that_are_off_are_passed_over(adapter):
+def test_settings_of_a_newer_peft_that_are_off_are_ignored(adapter):
     configure(adapter, use_tomorrow=False, tomorrow_config=None, lora_alpha=16)
     load_adapters(load_model("tiny").model, adapter)
 
 
-def test_an_adapter_that_changes_nothing_is_said_to(adapter):
+def test_an_adapter_that_changes_nothing_gives_a_warning(adapter):
     change(adapter, lambda tensors: {n: t * 0 if "lora_B" in n else t for n, t in tensors.items()})
     with pytest.warns(UserWarning, match="changes nothing"):
         load_adapters(load_model("tiny").model, adapter)
@@ -175,7 +175,7 @@ def test_a_second_adapter_is_refused(adapter):
             put()
 
 
-class TestOfARun:
+class TestAdapterOfARun:
     @pytest.fixture
     def own(self, tmp_path):
         """An adapter that roundoff has saved, as a run would leave it."""
@@ -212,7 +212,7 @@ class TestOfARun:
         load_adapters(load_model(str(directory)).model, own)  # the same weights, elsewhere
         change_model["model.norm.weight"][0] += 1
         save_file(change_model, directory / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ConfigError, match="was trained over other weights"):
+        with pytest.raises(ConfigError, match="was trained on weights other than"):
             load_adapters(load_model(str(directory)).model, own)
         with pytest.raises(ConfigError, match=r"a base in float32, but the model is in bfloat16: set profile\.dtype"):
             load_adapters(load_model("tiny", dtype=torch.bfloat16).model, own)

@@ -1,4 +1,4 @@
-"""A run whose tensors are all on an accelerator, which is pretended: nothing of it is left behind on the CPU."""
+"""A run on a pretended accelerator: all of its tensors are there, and none stays on the CPU."""
 
 from importlib import import_module
 
@@ -68,6 +68,6 @@ def test_a_run_stays_on_its_device(monkeypatch, tmp_path, small, name):
         ("ratio-clean-one", {}),
     ],
 )
-def test_so_does_one_with_everything_else(monkeypatch, tmp_path, small, name, changes):
+def test_a_run_with_adapters_and_the_other_features_stays_on_its_device(monkeypatch, tmp_path, small, name, changes):
     with pretended():
         assert small_run(monkeypatch, tmp_path, small, name, **changes).is_final

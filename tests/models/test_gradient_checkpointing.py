@@ -48,7 +48,7 @@ def same(a, b):
 
 
 def hardware_for(family, hardware):
-    """Experts see some tokens only, which row ids do not allow: noise is for dense models here."""
+    """Experts see only some of the tokens, which row ids do not allow, so noise is tested on dense models only."""
     return None if "moe" in family and hardware in (NOISE, LINEAR_NOISE) else hardware
 
 
@@ -78,7 +78,7 @@ def test_adapters_with_dropout_over_any_base(hardware):
     assert not torch.equal(gradients(model, enabled=False, key=Key.from_seed(2))[0], plain[0])  # dropout is in force
 
 
-def test_noise_of_the_call_counters_is_met_again_too():
+def test_noise_of_the_call_counters_is_repeated_too():
     """Without a key each product counts its calls, and a layer that is computed again must not count on."""
     found = []
     for enabled in (True, False):
@@ -104,7 +104,7 @@ def test_a_pass_with_the_hardware_off_is_computed_again_without_it():
 
 
 def saved_bytes(model, enabled):
-    """Bytes of the tensors that autograd keeps for backward, each storage once, parameters left out."""
+    """Bytes of the tensors that autograd keeps for backward: each storage once, without parameters."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

@@ -70,37 +70,39 @@ def test_a_directory_gives_the_same_weights(directory: Path) -> None:
         ("owner/model", "downloading is off.*allow_download=True"),
     ],
 )
-def test_names_that_lead_nowhere(name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_names_that_lead_nowhere_are_refused(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=message):
         load_model(name)
 
 
-def test_a_file_is_no_model(tmp_path: Path) -> None:
+def test_a_file_is_refused_as_a_model(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
     with pytest.raises(ModelError, match="is a file; name the directory"):
         load_model(str(path))
 
 
-def test_a_directory_without_configuration(tmp_path: Path) -> None:
+def test_a_directory_without_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         load_model(str(tmp_path))
 
 
-def test_a_configuration_that_is_not_json(directory: Path) -> None:
+def test_a_configuration_that_is_not_json_is_refused(directory: Path) -> None:
     (directory / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not JSON"):
         load_model(str(directory))
 
 
-def test_an_unknown_architecture(directory: Path) -> None:
+def test_an_unknown_architecture_is_refused(directory: Path) -> None:
     edit(directory / "config.json", model_type="no_such_type")
     with pytest.raises(ModelError, match="could not be loaded from"):
         load_model(str(directory))
 
 
-def test_no_weights(directory: Path) -> None:
+def test_a_directory_without_weights_is_refused(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="holds no weights"):
         load_model(str(directory))
@@ -113,7 +115,7 @@ def test_pickle_weights_are_refused_unread(directory: Path) -> None:
         load_model(str(directory))
 
 
-def test_truncated_weights(directory: Path) -> None:
+def test_truncated_weights_are_refused(directory: Path) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ModelError, match="could not be loaded from"):
@@ -129,7 +131,7 @@ def test_missing_weights_are_not_left_random(directory: Path) -> None:
         load_model(str(directory))
 
 
-def test_weights_of_another_shape(directory: Path) -> None:
+def test_weights_of_another_shape_are_refused(directory: Path) -> None:
     edit(directory / "config.json", intermediate_size=96)
     with pytest.raises(ModelError, match=r"mismatched_keys: .*mlp"):
         load_model(str(directory))
@@ -153,7 +155,7 @@ def test_the_end_token_pads_where_there_is_no_other(directory: Path) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
 
 
-def test_a_tokenizer_without_end_or_padding(directory: Path) -> None:
+def test_a_tokenizer_without_end_or_padding_token_is_refused(directory: Path) -> None:
     edit(directory / "tokenizer_config.json", pad_token=None, eos_token=None)
     with pytest.raises(ModelError, match="neither a padding nor an end token"):
         load_model(str(directory))

@@ -1,4 +1,4 @@
-"""`token_logprobs` beside plain torch and beside what the sampler recorded; rollouts cut and joined."""
+"""`token_logprobs` agrees with plain torch and with what the sampler recorded; rollouts are trimmed and joined."""
 
 import peft
 import pytest
@@ -91,7 +91,7 @@ def test_log_probabilities_entropy_and_gradients_are_those_of_plain_torch(tokeni
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-4 * parameter.grad.abs().max().item(), rtol=0)
 
 
-def test_logits_are_computed_for_response_tokens_alone(model, tokenizer):
+def test_logits_are_computed_for_response_tokens_only(model, tokenizer):
     rollouts = draw(model, tokenizer, group_size=1)
     T = rollouts.response_mask.shape[1]
     seen = []
@@ -124,7 +124,7 @@ def test_logits_that_are_capped_are_never_computed_in_parts(tokenizer):
     whole_padded, parts = (token_logprobs(*padded, temperature=1.0, chunk=chunk)[0] for chunk in (None, 3))
     torch.testing.assert_close(whole_padded, parts, **ROUNDING)
     config.final_logit_softcapping = None
-    assert (token_logprobs(*arguments, temperature=1.0)[0] - whole).abs().max() > 1e-3  # the cap is felt
+    assert (token_logprobs(*arguments, temperature=1.0)[0] - whole).abs().max() > 1e-3  # the cap has an effect
 
 
 def test_columns_that_are_padding_throughout_are_skipped_and_come_back_as_zeros(model, tokenizer):
@@ -166,7 +166,7 @@ def test_selected_rollouts_lose_the_columns_they_do_not_need(model, tokenizer):
         ({"key": KEY}, "rows must be given with key"),
     ],
 )
-def test_log_probabilities_of_what_does_not_fit_are_refused(model, tokenizer, changes, message):
+def test_arguments_that_do_not_fit_are_refused(model, tokenizer, changes, message):
     rollouts = draw(model, tokenizer)
     arguments = {"attention_mask": rollouts.attention_mask, "response_length": 12, "temperature": 1.0}
     with pytest.raises(ValueError, match=message):

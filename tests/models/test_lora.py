@@ -164,7 +164,7 @@ def test_a_target_that_matches_nothing_is_an_error(targets, message):
         adapted(LoRA(targets=targets))
 
 
-def test_quantized_weights_are_computed_once_for_ever():
+def test_the_base_is_quantized_only_once():
     model, _ = adapted(hardware=Hardware(precision=Precision(weight="mxfp4")))
     optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
     for _ in range(3):
@@ -209,7 +209,7 @@ class TestDropout:
             y = layer(ones)
             assert torch.equal(y, layer(ones))
             with dropout_draws(model, Key(1), rows[1:, 100:]):
-                assert torch.equal(layer(ones[1:, 100:]), y[1:, 100:])  # by row, wherever it lies in the batch
+                assert torch.equal(layer(ones[1:, 100:]), y[1:, 100:])  # by row, wherever it is in the batch
             with dropout_draws(model, Key(2), rows):
                 assert not torch.equal(layer(ones), y)
         assert set(y.unique().tolist()) == {0.0, float(torch.tensor(1) / 0.75)}

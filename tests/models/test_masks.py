@@ -1,4 +1,4 @@
-"""Models whose order of tokens is not that of our masks and positions are refused, and as decoders they are not."""
+"""Models whose order of tokens is not that of our masks and positions are refused, unless they run as decoders."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Packed rows beside the plain layout: same log-probabilities, entropies and gradients, fewer tokens."""
+"""Packed rows give the log-probabilities, entropies and gradients of the plain layout, with fewer tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def model():
 
 
 def batch(tokenizer, prompts, responses):
-    """Tokens and mask [N, P+T] of prompts and responses given as text; a response ends with the end token."""
+    """Tokens and mask [rollouts, columns] of prompts and responses given as text, each followed by the end token."""
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     written = [[*tokenizer(response)["input_ids"], 1] for response in responses]
     P, T = max(map(len, encoded)), max(map(len, written))
@@ -50,19 +50,19 @@ def test_the_layout_of_the_documented_example(tokenizer, model):
 
 def test_long_groups_are_split_and_short_prompts_stay_plain():
     is_new = [True, *[False] * 7]
-    texts = packing._Texts.of([(n,) * 10 for n in range(8)], is_new)
-    filled = packing._filled(texts, 25)
+    texts = packing.DistinctTexts.of([(n,) * 10 for n in range(8)], is_new)
+    filled = packing.fill_rows(texts, 25)
     assert (filled.row, filled.offset, filled.extra) == ([0, 0, 1, 1, 2, 2, 3, 3], [0, 10] * 4, 20)
     # A prompt of 1,000 tokens is worth sharing by all 8; one of a single token by none, as packing only adds pairs.
-    assert packing._rows(texts, 1000, 1010, 64).row == [0] * 8
-    long = packing._Texts.of([(n,) * 1000 for n in range(8)], is_new)
-    assert packing._rows(long, 1, 1001, 64) is None
+    assert packing.plan_rows(texts, 1000, 1010, 64).row == [0] * 8
+    long = packing.DistinctTexts.of([(n,) * 1000 for n in range(8)], is_new)
+    assert packing.plan_rows(long, 1, 1001, 64) is None
 
 
-def test_equal_responses_to_one_prompt_stand_once_whatever_lies_between():
-    texts = packing._Texts.of([(1, 2), (3,), (1, 2), (1, 2), ()], [True, False, False, True, False])
-    assert texts == packing._Texts([0, 1, 0, 2, 3], [0, 1, 3, 4], [2, 1, 2, 0], [True, False, True, False])
-    assert packing._filled(texts, 2) == packing._Rows([0, 1, 2, 2], [0, 0, 0, 2], 2)
+def test_equal_responses_to_one_prompt_appear_once_even_if_not_adjacent():
+    texts = packing.DistinctTexts.of([(1, 2), (3,), (1, 2), (1, 2), ()], [True, False, False, True, False])
+    assert texts == packing.DistinctTexts([0, 1, 0, 2, 3], [0, 1, 3, 4], [2, 1, 2, 0], [True, False, True, False])
+    assert packing.fill_rows(texts, 2) == packing.RowPlan([0, 1, 2, 2], [0, 0, 0, 2], 2)
 
 
 def both(monkeypatch, model, rollouts, chunk=None):
@@ -144,7 +144,7 @@ def test_quantized_hardware_packs(monkeypatch, tokenizer):
     assert rows[0] < rows[1] == 20
 
 
-def test_noisy_hardware_does_not(monkeypatch, tokenizer):
+def test_noisy_hardware_does_not_pack(monkeypatch, tokenizer):
     model = make()
     for noise in (MatmulNoise(relative_std=0.05), MatmulNoise(relative_std=0.05, forward=False)):
         noisy = make()

@@ -1,4 +1,4 @@
-"""Rotary embeddings that depend on the batch are kept within the length up to which they do not, or refused by name."""
+"""Rotary embeddings that can depend on the batch are used only up to the length where they do not, or are refused."""
 
 import pytest
 import torch

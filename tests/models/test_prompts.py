@@ -1,4 +1,4 @@
-"""One way to put a problem to a model, whoever does it."""
+"""Every caller puts a problem to a model in the same way."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from roundoff.runs.checkpoint import load_checkpoint
 from roundoff.runs.record import read_run
 from roundoff.srdd import experiment_scan
 from roundoff.tasks import Message, Problem, make_task
-from roundoff.tasks.find import _from_file as find_module
+from roundoff.tasks.find import find_task
 from roundoff.training.preparation import prepare
 from tests.small_models import make_tokenizer
 from tests.training.test_loop import run, with_training
@@ -33,7 +33,7 @@ PLAIN = Problem("b", "9=", "9")
 
 @pytest.fixture
 def tokenizer():
-    """Characters, a BOS token that it puts before every text by itself, and a template that writes another."""
+    """A tokenizer of characters that puts a BOS token before every text, with a template that writes another one."""
     made = make_tokenizer()
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="> $A", special_tokens=[(">", 15)])
     return made
@@ -69,7 +69,7 @@ def test_a_worked_problem_is_the_prompt_and_then_the_response(tokenizer):
     assert text(tokenizer, Worked(ASKED, "19")) == "-12+7>19"
 
 
-def test_a_template_is_told_the_same_date_for_ever(tokenizer):
+def test_a_template_always_gets_the_same_date(tokenizer):
     tokenizer.chat_template = "{% set day = strftime_now('%d %b') %}{{ day }} {{ strftime_now( \"%Y\" ) }}"
     assert text(tokenizer, ASKED) == "26 Jul 2024"
     tokenizer.chat_template = "{{ strftime_now(form) }}"
@@ -77,7 +77,7 @@ def test_a_template_is_told_the_same_date_for_ever(tokenizer):
         text(tokenizer, ASKED)
 
 
-def test_a_template_that_refuses_is_said(tokenizer):
+def test_a_template_that_refuses_a_conversation_is_an_error(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(ModelError, match=r"conversation of a: System role not supported.*profile\.chat = false"):
         encode(tokenizer, [ASKED])
@@ -113,7 +113,7 @@ def profile(small, tmp_path):
 
 @pytest.fixture
 def read(monkeypatch):
-    """Every sequence of two tokens or more that a model was given, as text without padding."""
+    """Every sequence of two or more tokens that a model reads, as text without padding."""
     seen = []
     plain = PreTrainedModel.__call__
     characters = {i: c for c, i in load_model("tiny").tokenizer.get_vocab().items()}
@@ -131,7 +131,7 @@ def read(monkeypatch):
 
 
 @pytest.mark.parametrize(("chat", "form"), [("auto", "-{0}+{0}>"), (True, "-{0}+{0}>"), (False, "{0}+{0}=")])
-def test_training_evaluation_scan_and_the_eval_command_ask_alike(tmp_path, profile, read, chat, form):
+def test_training_evaluation_scan_and_the_eval_command_use_the_same_prompts(tmp_path, profile, read, chat, form):
     profile = profile.model_copy(update={"chat": chat})
     train, test = ([form.format(n) for n in numbers] for numbers in (range(1, 17), range(20, 30)))
 
@@ -154,12 +154,12 @@ def test_training_evaluation_scan_and_the_eval_command_ask_alike(tmp_path, profi
     asked(train)
 
 
-def test_lengths_are_those_of_what_is_asked(profile):
+def test_prompt_lengths_are_those_of_the_encoded_prompts(profile):
     with pytest.raises(ConfigError, match=r"max_prompt_tokens is 5.*longer \(up to 7 tokens\)"):
         prepare(load_experiment("quickstart-clean"), with_training(profile, max_prompt_tokens=5), 0)
 
 
-def test_a_template_that_is_insisted_on_must_be_there_and_be_used(profile, small):
+def test_a_required_template_must_exist_and_is_used(profile, small):
     always = {"chat": True}
     with pytest.raises(ModelError, match="tokenizer of model 'tiny' has no chat template"):
         prepare(load_experiment("quickstart-clean"), profile.model_copy(update={**always, "model": "tiny"}), 0)
@@ -174,7 +174,7 @@ def test_a_character_that_the_model_cannot_read_is_refused_before_training(profi
         prepare(load_experiment("quickstart-clean"), profile, 0)
 
 
-def test_a_run_does_not_go_on_with_other_problems_or_another_template(tmp_path, profile):
+def test_a_run_does_not_resume_with_other_problems_or_another_template(tmp_path, profile):
     profile = with_training(profile, prompts_per_step=8)
     run(tmp_path / "runs", load_experiment("quickstart-clean"), profile, stop_after=1)
     own, settings = tmp_path / "own.py", tmp_path / "model" / "tokenizer_config.json"
@@ -183,8 +183,10 @@ def test_a_run_does_not_go_on_with_other_problems_or_another_template(tmp_path, 
     with pytest.raises(ConfigError, match="problems of task 'sums', or how they are asked, have changed"):
         run(tmp_path / "runs", load_experiment("quickstart-clean"), profile)
     settings.write_text(before)
-    (tmp_path / "other.py").write_text(OWN.replace("str(2 * n)", "str(3 * n)"))
-    sys.modules[str(own.resolve())] = find_module(tmp_path / "other.py")
+    other = tmp_path / "other.py"
+    other.write_text(OWN.replace("str(2 * n)", "str(3 * n)"))
+    find_task(f"{other}:Sums", {}, {})
+    sys.modules[str(own.resolve())] = sys.modules[str(other.resolve())]  # as if own.py had been edited
     with pytest.raises(ConfigError, match="problems of task 'sums'"):
         run(tmp_path / "runs", load_experiment("quickstart-clean"), profile)
     del sys.modules[str(own.resolve())]

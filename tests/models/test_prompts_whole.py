@@ -1,4 +1,4 @@
-"""A chat template writes down what it is given; one that leaves the question out is refused."""
+"""A chat template must keep every message; one that leaves the question out is refused."""
 
 import warnings
 
@@ -15,7 +15,7 @@ LOSING = [
     "1+1=",
     "{{ messages[0]['content'] }}",
     "{% for m in messages %}{{ (m['content'] | trim)[:3] }}{% endfor %}",
-    # of models that see pictures: content must be a list of parts
+    # as vision models have: content must be a list of parts
     "1={% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}",
 ]
 
@@ -32,14 +32,14 @@ def test_a_template_that_loses_the_question_is_refused(template):
         check_asked(loaded(template), [PROBLEM])
 
 
-def test_a_system_message_that_is_left_out_is_said():
+def test_a_system_message_that_is_left_out_gives_a_warning():
     with pytest.warns(UserWarning, match="leaves out what the system says"):
         check_asked(
             loaded(BOTH.replace("{{", "{% if m['role'] == 'user' %}{{").replace("}}", "}}{% endif %}")), [PROBLEM]
         )
 
 
-def test_a_template_that_writes_all_down_is_used_in_silence():
+def test_a_template_that_keeps_every_message_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_asked(loaded(BOTH), [PROBLEM])

@@ -93,7 +93,7 @@ def test_build_is_deterministic_and_leaves_the_global_state_alone(tmp_path: Path
     assert torch.get_num_threads() == threads
     assert [point.step for point in first] == [2, 3]
     assert points == first
-    again = recipe.build(tmp_path / "b", steps=3, evaluate_every=3)  # scoring in between must not change the course
+    again = recipe.build(tmp_path / "b", steps=3, evaluate_every=3)  # scoring in between must not affect training
     assert again == first[1:]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
@@ -117,10 +117,10 @@ def test_build_never_overwrites(tmp_path: Path) -> None:
 def test_the_recipe_rebuilds_the_shipped_model(tmp_path: Path, task: ArithmeticTask) -> None:
     """Three to four minutes on an idle core; `pytest -s` shows the learning curve.
 
-    On the machine type and torch version that made the shipped model, its very bits come out. Elsewhere rounding
-    differs and the courses part, as they do between neighbouring steps: 44 % was measured at step 1,700 and 72 % at
-    2,050 (docs/tiny-model.md), and 29.8 % at the end on an Intel Xeon with AMX. A recipe that is broken or much slower
-    or faster to learn falls outside (an untrained model solves nothing).
+    On the machine type and torch version that made the shipped model, the recipe gives the same bits. Elsewhere,
+    rounding differs and training diverges as much as it varies between neighbouring steps: 44 % was measured at step
+    1,700 and 72 % at step 2,050 (docs/tiny-model.md), and 29.8 % at the end on an Intel Xeon with AMX. A recipe that is
+    broken, or learns much more slowly or faster, falls outside these bounds (an untrained model solves nothing).
     """
     curve = recipe.build(tmp_path / "tiny", progress=print)
     rebuilt = load_model(str(tmp_path / "tiny"))

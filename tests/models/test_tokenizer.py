@@ -63,7 +63,7 @@ def greedy(loaded, prompts):
 
 
 class TestAddedTokens:
-    def test_an_appended_end_token_is_left_away_everywhere(self, directory):
+    def test_an_appended_end_token_is_removed_everywhere(self, directory):
         rebuild(directory, processor("$A <eos>", *EOS))
         loaded, plain = load_model(str(directory)), load_model("tiny")
         assert loaded.tokenizer("1+2=")["input_ids"][-1] == 1  # the tokenizer itself does append it
@@ -76,7 +76,7 @@ class TestAddedTokens:
         scores = [evaluate(m.model, m.tokenizer, task, key=Key(0), max_new_tokens=12).outcomes for m in (loaded, plain)]
         assert scores[0] == scores[1]
 
-    def test_what_stands_before_the_text_stays(self, directory):
+    def test_tokens_before_the_text_stay(self, directory):
         rebuild(directory, processor("> - $A <eos>", *EOS, (">", 15), ("-", 13)))
         assert encode(load_model(str(directory)).tokenizer, ["1+2="]) == [[15, 13, *ids("1+2=")]]
 
@@ -86,7 +86,7 @@ class TestAddedTokens:
         with pytest.raises(ModelError, match=r"appends '>' \(id 15\) to every text.*post_processor in tokenizer\.json"):
             load_model(str(directory))
 
-    def test_and_where_the_tokenizer_is_the_caller_s_own(self):
+    def test_another_appended_token_is_refused_in_sampling_too(self):
         tokenizer = make_tokenizer()
         processor("$A >", (">", 15))(tokenizer.backend_tokenizer)
         with pytest.raises(ModelError, match=r"appends '>'"):
@@ -130,7 +130,7 @@ class TestAddedTokens:
 
 
 class TestEmbeddings:
-    def test_of_the_padding_token(self, directory):
+    def test_a_padding_token_without_one_is_refused(self, directory):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         tokenizer.save_pretrained(directory)
@@ -139,7 +139,7 @@ class TestEmbeddings:
         ):
             load_model(str(directory))
 
-    def test_of_the_end_token(self, directory):
+    def test_an_end_token_without_one_is_refused(self, directory):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         tokenizer.add_special_tokens({"eos_token": "[END]"})
         tokenizer.save_pretrained(directory)
@@ -147,12 +147,12 @@ class TestEmbeddings:
             load_model(str(directory))
 
     @pytest.mark.parametrize("ends", [16, [1, 99], -1, [1, "<eos>"]])
-    def test_of_the_end_tokens_of_generation_config(self, directory, ends):
+    def test_end_tokens_of_generation_config_without_one_are_refused(self, directory, ends):
         settings(directory, "generation_config.json", eos_token_id=ends)
         with pytest.raises(ModelError, match=r"eos_token_id of generation_config\.json|could not be loaded"):
             load_model(str(directory))
 
-    def test_of_tokens_in_a_prompt_and_unused_ones_may_be_there(self, directory):
+    def test_only_tokens_that_occur_in_a_prompt_need_one(self, directory):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         tokenizer.add_special_tokens({"additional_special_tokens": ["=+=", "=-="]})
         tokenizer.chat_template = "{% for m in messages %}=+={{ m.content }}{% endfor %}=-="
@@ -180,7 +180,7 @@ class TestEnds:
                 refused()
         check_prompts(load_model(str(directory), chat=False), ASKED)
 
-    def test_so_is_a_blank_after_it(self):
+    def test_a_blank_after_the_end_token_does_not_help(self):
         tokenizer = make_tokenizer()
         tokenizer.add_tokens(["\n"])
         tokenizer.chat_template = "{{ messages[0].content }}<eos>\n"
@@ -189,7 +189,7 @@ class TestEnds:
         tokenizer.chat_template = "{{ messages[0].content }}<eos>\n>"  # the header of an answer
         assert encode(tokenizer, ASKED[:1])[0][-3:] == [1, 16, 15]
 
-    def test_so_is_an_end_token_of_generation_config(self, directory):
+    def test_an_end_token_of_generation_config_closes_the_turn_too(self, directory):
         settings(directory, "generation_config.json", eos_token_id=[1, 14])  # "="
         loaded = load_model(str(directory))
         with pytest.raises(ModelError, match=r"ends with the end token '=' \(id 14\)"):
@@ -197,7 +197,7 @@ class TestEnds:
         with pytest.raises(ModelError, match=r"prompt 0 ends with the end token '=' \(id 14\)"):
             greedy(loaded, ["1+2="])
 
-    def test_so_is_a_task_that_writes_it(self):
+    def test_a_task_that_writes_an_end_token_is_refused(self):
         loaded = load_model("tiny")
         with pytest.raises(ModelError, match=r"prompt of a ends with.*change the task's prompt"):
             check_prompts(loaded, [Problem("a", "1+2=<eos>", "3")])
@@ -206,7 +206,7 @@ class TestEnds:
 
 
 class TestLoss:
-    def test_an_unknown_word_of_known_characters(self):
+    def test_an_unknown_word_of_known_characters_is_refused(self):
         tokenizer = make_tokenizer()
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\d+|."), "isolated")
         tokenizer.unk_token = "<pad>"
@@ -215,7 +215,7 @@ class TestLoss:
         with pytest.raises(ModelError, match=r"no token for a part of '12\+3='"):
             check_asked(loaded, ["12+3="])
 
-    def test_a_normalizer_that_takes_away(self):
+    def test_a_normalizer_that_removes_characters_is_refused(self):
         tokenizer = make_tokenizer()
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"(?<=\d)\+"), "")
         loaded = LoadedModel(make(), tokenizer, "small", "here")

@@ -1,4 +1,4 @@
-"""Weights of a model directory: all there, of the right shape, numbers; and torch's global state left out of it."""
+"""Weights of a model directory are complete, of the right shape and finite, whatever torch's global state is."""
 
 import json
 import warnings
@@ -38,7 +38,7 @@ def test_a_tensor_that_the_architecture_has_no_place_for_is_refused(directory: P
         load_model(str(directory))
 
 
-def test_constants_that_old_versions_saved_are_passed_over(directory: Path) -> None:
+def test_constants_that_old_versions_saved_are_ignored(directory: Path) -> None:
     change(directory, **{"model.layers.0.self_attn.masked_bias": torch.tensor(-1e9)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,7 +51,7 @@ def test_fewer_layers_than_the_files_hold_are_refused(directory: Path) -> None:
         load_model(str(directory))
 
 
-def test_a_part_of_another_kind_is_said(directory: Path) -> None:
+def test_tensors_of_a_part_that_the_model_lacks_give_a_warning(directory: Path) -> None:
     change(directory, **{"vision_tower.patches.weight": torch.zeros(16)})
     with pytest.warns(UserWarning, match=r"were not read: vision_tower\.patches\.weight"):
         load_model(str(directory))
@@ -81,7 +81,7 @@ def test_a_shard_that_is_listed_and_absent_is_named(directory: Path) -> None:
         load_model(str(directory))
 
 
-def test_the_digest_is_that_of_the_base_whatever_lies_over_it() -> None:
+def test_the_digest_is_that_of_the_base_under_adapters() -> None:
     model = load_model("tiny").model
     expected = weights_digest(model)
     adapters = attach(model, LoRA(rank=2), Key(0))
@@ -107,7 +107,7 @@ class TestTiedEmbeddings:
     def test_as_a_target_are_refused_and_leave_the_model_as_it_was(self, tied: Path, targets: tuple[str, ...]) -> None:
         model = load_model(str(tied)).model
         before = model(**INPUT).logits
-        with pytest.raises(ConfigError, match=r"lora\.targets takes in lm_head\.weight, whose weight is shared with"):
+        with pytest.raises(ConfigError, match=r"lora\.targets includes lm_head\.weight, whose weight is shared with"):
             attach(model, LoRA(rank=2, targets=targets), Key(0))
         assert torch.equal(model(**INPUT).logits, before)
 
@@ -141,7 +141,7 @@ class TestTiedEmbeddings:
         other = load_model(str(tied)).model
         with torch.no_grad():
             other.lm_head.weight[0] += 1
-        if "modules_to_save" not in settings:  # PEFT has saved a copy of the weight that the adapter lies over
+        if "modules_to_save" not in settings:  # PEFT has saved a copy of the weight that is adapted
             with pytest.raises(ConfigError, match="which differs from the base's own"):
                 load_adapters(other, tmp_path / "adapter")
         with pytest.raises(ConfigError, match=r"lm_head\.weight cannot be merged: the weight is shared"):

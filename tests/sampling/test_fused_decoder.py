@@ -1,4 +1,4 @@
-"""The fused pass beside the model's own: where it is used, what it computes, when it is refused."""
+"""The fused pass compared with the model's own: where it is used, what it computes, when it is refused."""
 
 import logging
 
@@ -35,7 +35,7 @@ def small(**changes):
 
 
 def used(calls):
-    """Whether the fused pass sampled: the trial makes two calls of it, and one if its answer is no."""
+    """Whether the fused pass sampled. The trial calls it twice, or once if the passes disagree."""
     return len(calls) > 2
 
 
@@ -67,7 +67,7 @@ def test_rollouts_are_those_of_the_models_own_pass(monkeypatch, tokenizer, name)
 
 
 @pytest.mark.parametrize("window", [5, 7, None])  # the trial's six columns do not show a window of seven
-def test_mistral_too(monkeypatch, tokenizer, window):
+def test_rollouts_of_mistral_are_those_of_its_own_pass(monkeypatch, tokenizer, window):
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -96,7 +96,7 @@ def test_a_window_that_the_model_does_not_have_is_none(monkeypatch, tokenizer):
         Hardware(faults=(Fault(kind="gain", layer=1, amount=0.2),)),
     ],
 )
-def test_hardware_is_felt_alike_in_both(monkeypatch, tokenizer, hardware):
+def test_hardware_has_the_same_effect_in_both_passes(monkeypatch, tokenizer, hardware):
     model = small()
     clean = draw(model, tokenizer)
     install(model, hardware, seed=0)
@@ -106,7 +106,7 @@ def test_hardware_is_felt_alike_in_both(monkeypatch, tokenizer, hardware):
     assert fused.texts != clean.texts
 
 
-def test_quantized_activations_are_felt_alike(monkeypatch, tokenizer):
+def test_quantized_activations_have_the_same_effect_in_both_passes(monkeypatch, tokenizer):
     model = small()
     install(model, Hardware(precision=Precision(weight="mxfp4", activation="mxfp8_e4m3")), seed=0)
     fused, own, calls = by_both(monkeypatch, model, tokenizer)
@@ -116,7 +116,7 @@ def test_quantized_activations_are_felt_alike(monkeypatch, tokenizer):
     assert (fused.logprobs[:, :width] - own.logprobs[:, :width]).abs().median() < 1e-4
 
 
-def test_adapters_are_called(monkeypatch, tokenizer):
+def test_the_fused_pass_calls_the_adapters(monkeypatch, tokenizer):
     model = small()
     before = draw(model, tokenizer)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False))
@@ -164,13 +164,13 @@ def test_a_shared_row_is_copied_where_texts_part():
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}},
     ],
 )
-def test_what_is_not_known_is_left_to_the_model(tokenizer, changes):
+def test_an_unknown_kind_of_model_uses_its_own_pass(tokenizer, changes):
     assert FusedDecoder.of(small(), 20) is not None
     assert FusedDecoder.of(small(**changes), 20) is None
     draw(small(**changes), tokenizer)
 
 
-def test_a_model_that_is_watched_or_in_bfloat16_is_left_to_itself():
+def test_a_model_with_hooks_or_in_bfloat16_uses_its_own_pass():
     model = small()
     handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     assert FusedDecoder.of(model, 20) is None
@@ -206,7 +206,7 @@ def test_long_prompts_are_read_by_the_models_own_pass(monkeypatch, tokenizer):
     assert {*seen} == {1}
 
 
-def test_the_embedded_model_is_sampled_this_way():
+def test_the_embedded_model_is_sampled_by_the_fused_pass():
     loaded = load_model("tiny")
     assert FusedDecoder.of(loaded.model, 40) is not None
     tokens = torch.tensor([[4, 12, 5, 15, 3]])

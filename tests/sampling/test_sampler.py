@@ -1,3 +1,5 @@
+"""The sampler: its text is that of `generate`, its draws depend on the key alone, and bad input is refused."""
+
 import copy
 import math
 
@@ -9,7 +11,7 @@ from roundoff.config import ConfigError, Hardware, MatmulNoise
 from roundoff.hardware import install
 from roundoff.models.logprobs import token_logprobs
 from roundoff.sampling.rollouts import concatenate
-from roundoff.sampling.sampler import _Settings, check_sampling, choose
+from roundoff.sampling.sampler import check_sampling
 from tests.small_models import KEY, PROMPTS, ROUNDING, draw, generated, make, plain_logprobs, same
 
 
@@ -213,36 +215,6 @@ def test_the_models_mode_is_restored_and_dropout_is_off(tokenizer):
     assert not model.lm_head.training
 
 
-def chosen(probabilities, uniforms, **changes):
-    settings = _Settings(
-        **{"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0} | changes, end_tokens=(), pad_token=0
-    )
-    logits = torch.tensor(probabilities).log().expand(len(uniforms), -1)
-    tokens, logprobs = choose(logits, torch.tensor(uniforms), settings)
-    return tokens.tolist(), logprobs.exp()
-
-
-def test_inverse_transform():
-    # Cumulative 0.2, 0.2, 0.7, 1.0; a token of probability 0 is never chosen, not even at u = 0.2 or the largest u.
-    uniforms = [0.0, 0.19, 0.2001, 0.69, 0.71, 1 - 2**-24]
-    tokens, probabilities = chosen([0.2, 0.0, 0.5, 0.3], uniforms)
-    assert tokens == [0, 0, 2, 2, 3, 3]
-    torch.testing.assert_close(probabilities, torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]))
-    assert chosen([0.5, 0.5, 0.0], [1 - 2**-24])[0] == [1]
-
-
-def test_top_k_and_top_p_cut_before_the_draw_but_not_the_log_probability():
-    p = [0.1, 0.4, 0.2, 0.3]
-    # Top 2: tokens 1 and 3, of 4/7 and 3/7 of what is left: the boundary lies at 0.571.
-    assert chosen(p, [0.0, 0.57, 0.58, 0.99], top_k=2)[0] == [1, 1, 3, 3]
-    # Top-p 0.5: token 1 holds 0.4, so token 3 is needed: the same set. Top-p 0.39: token 1 alone.
-    assert chosen(p, [0.0, 0.57, 0.58, 0.99], top_p=0.5)[0] == [1, 1, 3, 3]
-    assert chosen(p, [0.0, 0.99], top_p=0.39)[0] == [1, 1]
-    # Top-k first, then top-p of what is left: of 4/9, 3/9, 2/9 the first two hold 7/9 >= 0.7.
-    assert chosen(p, [0.0, 0.571, 0.572, 0.99], top_k=3, top_p=0.7)[0] == [1, 1, 3, 3]
-    assert chosen(p, [0.99], top_k=1)[1].item() == pytest.approx(0.4)
-
-
 def test_top_k_of_one_is_greedy(model, tokenizer):
     greedy = draw(model, tokenizer, temperature=0.0)
     assert draw(model, tokenizer, top_k=1).texts == greedy.texts
@@ -250,11 +222,11 @@ def test_top_k_of_one_is_greedy(model, tokenizer):
 
 
 @pytest.mark.parametrize("size", [32, 64], ids=["own pass", "fused pass"])
-def test_output_that_is_not_finite_ends_the_rollout_and_nothing_else(tokenizer, size):
+def test_output_that_is_not_finite_ends_that_rollout_only(tokenizer, size):
     model = make(hidden_size=size)
     healthy = draw(model, tokenizer)
     with torch.no_grad():
-        model.model.embed_tokens.weight[8] = math.nan  # the token "6": whoever writes it is lost
+        model.model.embed_tokens.weight[8] = math.nan  # the token "6": a rollout that writes it is lost
     rollouts = draw(model, tokenizer)
     bad = rollouts.nonfinite
     assert 0 < int(bad.sum()) < len(rollouts)
@@ -312,7 +284,7 @@ def test_a_tokenizer_without_special_tokens_is_refused(tokenizer, name, message)
         draw(model, broken)
 
 
-def test_what_cannot_be_sampled_is_known_before(tokenizer):
+def test_what_cannot_be_sampled_is_refused_before_sampling(tokenizer):
     model = make()
     check_sampling(model, tokenizer, [1, 52], 12)  # 64 positions
     with pytest.raises(ConfigError, match=r"a prompt of 53 tokens and .*max_new_tokens = 12 do not fit into the 64"):

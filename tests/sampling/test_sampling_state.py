@@ -90,7 +90,7 @@ def test_adapters_in_training_mode_drop_nothing(outer):
     assert {name: module.training for name, module in wrapped.named_modules()} == modes
 
 
-def test_each_module_has_its_own_mode_back():
+def test_each_module_gets_its_own_mode_back():
     model = make().train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]

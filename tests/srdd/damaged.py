@@ -1,4 +1,4 @@
-"""Small models of which one layer is known to suffer most, and texts for them."""
+"""Small models with one layer that is known to be damaged most, and texts for them."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel

@@ -1,4 +1,4 @@
-"""Fault finding: every kind of fault located, no alarm on healthy models, and the checks on numbers done by hand."""
+"""Every kind of fault is located, healthy models raise no alarm, and the checks agree with sums done by hand."""
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_an_unusual_residual_is_unchecked_instead_of_an_alarm():
     assert any(line.startswith("residual identity") for line in report.unchecked)
 
 
-def test_dead_channels_and_equal_tokens_are_no_faults():
+def test_dead_channels_and_equal_tokens_are_not_faults():
     model = plain_model()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:10] = 0.0
@@ -129,7 +129,7 @@ def test_declared_noise_is_refused():
         find_faults(nn.ModuleDict({"head": nn.Linear(4, 4)}), texts())
 
 
-def test_hooks_are_taken_away():
+def test_hooks_are_removed():
     model = plain_model()
     find_faults(model, texts(), stop_at_first=True)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -182,13 +182,13 @@ def spoil(model, name):
     ("name", "site", "said"),
     [
         ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj", "of the weight is NaN"),
-        ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, of finite inputs"),
-        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site made"),
-        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site made"),
-        ("model.norm.weight", "lm_head", "no checked site made"),
+        ("model.layers.1.mlp.up_proj.bias", "model.layers.1.mlp.up_proj", "outputs are NaN or Inf, from finite inputs"),
+        ("model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.q_proj", "no checked site produced"),
+        ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj", "no checked site produced"),
+        ("model.norm.weight", "lm_head", "no checked site produced"),
     ],
 )
-def test_a_nan_in_memory_is_named_and_what_it_spoils_is_not_called_checked(name, site, said, hardware):
+def test_a_nan_in_memory_is_named_and_what_follows_is_not_reported_as_checked(name, site, said, hardware):
     model = plain_model()
     if name.endswith("bias"):
         up = model.model.layers[1].mlp.up_proj
@@ -210,7 +210,7 @@ def test_a_nan_in_memory_is_named_and_what_it_spoils_is_not_called_checked(name,
 @pytest.mark.parametrize(
     ("dtype", "scale"), [(torch.float32, 1e-40), (torch.float32, 1e-44), (torch.bfloat16, 1e-38), (torch.float16, 1e-6)]
 )
-def test_products_below_the_normal_numbers_are_no_fault_and_not_checked(dtype, scale):
+def test_products_below_the_normal_numbers_are_neither_faults_nor_checked(dtype, scale):
     model = build()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(scale)

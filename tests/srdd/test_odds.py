@@ -91,7 +91,7 @@ def test_odds_of_missing_an_error_are_those_of_the_docstring():
     assert missed == 0  # expected 400 * 2e-8
 
 
-def test_odds_of_an_error_that_comes_and_goes():
+def test_odds_of_an_intermittent_error():
     report = FaultReport((), (), (), calls=12)
     assert report.odds(0.01) == pytest.approx(1 - 0.99**12)
     found = find_faults(plain_model(), texts(), replays=4)

@@ -67,7 +67,7 @@ def test_zone_moves_at_half_of_the_run(small):
     assert not zones[0] & zones[2]
 
 
-def test_rollouts_are_noisy_in_the_targeted_layer_alone(small, monkeypatch):
+def test_rollouts_are_noisy_in_the_targeted_layer_only(small, monkeypatch):
     session = prepare(TARGETED, small, 0)
     session.aqn = replace(session.aqn, curve=(0.05, 0.05))
     before = {name: p.detach().clone() for name, p in session.model.named_parameters()}
@@ -94,7 +94,7 @@ def test_true_sigma_of_each_layer_is_logged(tmp_path, small):
     assert "sigma_layers" not in run(tmp_path, load_experiment("quickstart-noise-aqn"), small).metrics[2]
 
 
-def test_trackers_are_given_one_scalar_a_layer():
+def test_trackers_receive_one_scalar_per_layer():
     row = {"step": 3, "time": "now", "sigma": 0.1, "trained": True, "sigma_layers": [0.1, 0.0]}
     assert scalars(row) == {"sigma": 0.1, "trained": 1.0, "sigma/layer.0": 0.1, "sigma/layer.1": 0.0}
 

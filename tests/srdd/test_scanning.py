@@ -59,7 +59,7 @@ def test_exact_is_the_kl_of_a_model_installed_on_that_layer_alone():
         assert (row.exact, row.exact_se) == (pytest.approx(expected.kl), pytest.approx(expected.se))
 
 
-def test_half_the_gradient_score_forecasts_the_exact_kl():
+def test_half_the_gradient_score_predicts_the_exact_kl():
     # To second order in the error; 1 % noise is small, 2 x 96 tokens leave about 20 % of sampling error.
     hardware = Hardware(matmul_noise=MatmulNoise(relative_std=0.01))
     found = scan(plain_model(), texts(), hardware, exact=True, label_draws=32)

@@ -1,4 +1,4 @@
-"""Multipliers of AQN's sigma per decoder layer, from one damage value a layer.
+"""Multipliers of AQN's sigma per decoder layer, from one damage value per layer.
 
 | mode | multiplier of a layer with damage `d` (mean over layers: `m`, smallest: `low`) |
 |---|---|
@@ -7,13 +7,13 @@
 | proportional | `d / m` |
 | inverse | `m / d` |
 | ceiling | `low / d`: inverse, scaled so that none exceeds 1 |
-| zone | 1 in one half of the layers, 0 in the other; they change places at a fraction of the run |
+| zone | 1 in one half of the layers, 0 in the other; the halves swap at a fraction of the run |
 
-The two halves of `zone` are the edge (the first and the last quarter of the layers) and the middle; the one with the
-larger mean damage comes first. The published runs had 28 layers, 14 to 17 "targeted" and 10 to 13 and 18 to 21 in the
-second tier of "variable"; the shares above are theirs.
+The two halves of `zone` are the edge (the first and the last quarter of the layers) and the middle; the half with the
+larger mean damage comes first. The published runs had 28 layers, of which 14 to 17 were "targeted", and 10 to 13 and
+18 to 21 were in the second tier of "variable"; the shares above are taken from them.
 
-`direction = "robust"` turns the ranking round: `targeted`, `variable` and `zone` start at the least damaged layer.
+`direction = "robust"` reverses the ranking: `targeted`, `variable` and `zone` then start at the least damaged layer.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ from roundoff.config import ConfigError, nearest
 MODES = ("targeted", "variable", "proportional", "inverse", "ceiling", "zone")
 DIRECTIONS = ("sensitive", "robust")
 TARGETED_SHARE = 1 / 7
+"""Default share of the layers in `targeted`, and in the first tier of `variable`."""
 SECOND_TIER_SHARE = 2 / 7
+"""Share of the layers in the second tier of `variable`."""
 TIERS = (1.5, 1.2, 1.0)
+"""Multipliers of the three tiers of `variable`."""
 EDGE_SHARE = 1 / 4
-"""Share of the layers at either end that is the edge."""
+"""Share of the layers at either end that belongs to the edge."""
 ZONE_SWITCH = 0.5
-"""Fraction of the run's steps at which the zones change places."""
+"""Fraction of the run's steps at which the zones swap."""
 
 
 def check_mode(mode: str, direction: str = DIRECTIONS[0]) -> None:
-    """Refuse what is no mode or direction.
+    """Check that the mode and the direction exist.
 
     Raises:
         ConfigError: naming the alternatives.
@@ -47,7 +50,7 @@ def check_mode(mode: str, direction: str = DIRECTIONS[0]) -> None:
 
 
 def ranking(values: Mapping[int, float], direction: str = "sensitive") -> list[int]:
-    """Layers by falling damage (`robust`: by rising damage); among equals the earlier layer first.
+    """Layers by falling damage (`robust`: by rising damage); of equal ones the earlier layer comes first.
 
     Raises:
         ConfigError: if there is no such direction.
@@ -70,12 +73,12 @@ def multipliers(
     Args:
         values: damage of each layer, 0 or more, in any unit.
         mode: one of `MODES`.
-        direction: which end of the ranking `targeted`, `variable` and `zone` start at.
-        share: of the layers that are `targeted`, or in the first tier of `variable` (fraction; one layer at least).
+        direction: the end of the ranking at which `targeted`, `variable` and `zone` start.
+        share: fraction of the layers that are `targeted`, or in the first tier of `variable`; at least one layer is.
         progress: fraction of the run's steps that are done; only `zone` depends on it.
 
     Raises:
-        ConfigError: if mode, direction or share cannot be used, or the values do not allow the mode.
+        ConfigError: if the mode, direction, share or progress is out of range, or the values do not allow the mode.
     """
     check_mode(mode, direction)
     if not 0 < share < 1:
@@ -104,7 +107,7 @@ def multipliers(
 
 
 def _scaled(values: Mapping[int, float], layers: Sequence[int], mode: str) -> dict[int, float]:
-    """Multipliers that follow the damage itself."""
+    """Multipliers that are a function of the damage itself rather than of the ranking."""
     mean = sum(values.values()) / len(values)
     if mode == "proportional":
         if mean == 0:
@@ -118,7 +121,7 @@ def _scaled(values: Mapping[int, float], layers: Sequence[int], mode: str) -> di
 
 
 def _zone(values: Mapping[int, float], layers: Sequence[int], direction: str, progress: float) -> dict[int, float]:
-    """1 in the zone that is due, 0 in the other."""
+    """1 in the zone whose turn it is, 0 in the other."""
     width = max(1, round(EDGE_SHARE * len(layers)))
     edge, middle = [*layers[:width], *layers[len(layers) - width :]], layers[width : len(layers) - width]
     if not middle:
@@ -128,5 +131,5 @@ def _zone(values: Mapping[int, float], layers: Sequence[int], direction: str, pr
         return sum(values[layer] for layer in zone) / len(zone)
 
     edge_first = (mean(edge) >= mean(middle)) == (direction == "sensitive")
-    due = edge if edge_first == (progress < ZONE_SWITCH) else middle
-    return {layer: float(layer in due) for layer in layers}
+    noisy = edge if edge_first == (progress < ZONE_SWITCH) else middle
+    return {layer: float(layer in noisy) for layer in layers}

@@ -1,17 +1,17 @@
 """AQN, Adaptive Quantization Noise: noise on the model's weights during rollouts (QeRL, arXiv:2510.11696).
 
-`absolute` noise, as published, sets `w + sigma * m * eps`; `relative` noise multiplies the gain by
-`1 + sigma * m * eps`. The gain of an RMSNorm is its weight `w`, or `1 + w` where the model's norm is written so
-(Gemma); which one it is, is measured by passing ones through the norm. `m` is the layer's multiplier, `eps ~ N(0, 1)`
+`absolute` noise, as published, sets the weight to `w + sigma * m * eps`; `relative` noise multiplies the gain by
+`1 + sigma * m * eps`. The gain of an RMSNorm is its weight `w`, or `1 + w` where the model defines its norm that way
+(Gemma); passing ones through the norm shows which one it is. `m` is the layer's multiplier, and `eps ~ N(0, 1)` is
 drawn from (key, parameter).
 
-What is perturbed (`aqn_targets` lists it):
+`aqn.target` decides what is perturbed (`aqn_targets` lists it):
 - `rmsnorm`: the weight of every module whose class name ends in RMSNorm: norms before and after attention and MLP,
-  q_norm and k_norm, the final norm. A norm right in front of a mixture-of-experts router is left out, because there
-  the noise would first of all change which experts are asked.
-- `linear`: the weight of every Linear within the decoder layers, LoRA adapters left out.
+  q_norm and k_norm, and the final norm. A norm right in front of a mixture-of-experts router is left out, because
+  there the noise would mainly change which experts are chosen.
+- `linear`: the weight of every Linear inside the decoder layers, except LoRA adapters.
 
-Modules outside of the decoder layers (the final norm) and layers that the multipliers do not name have multiplier 1.
+Modules outside the decoder layers (the final norm) and layers that the multipliers do not name have multiplier 1.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from roundoff.config import AQN, ConfigError
@@ -30,30 +31,30 @@ from roundoff.hardware.inventory import layer_index, plain_name
 from roundoff.numerics.rng import Key, normal
 
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
-"""Names of the norm whose output the MLP of a decoder layer reads; the first that a layer has is the one."""
+"""Possible names of the norm whose output a decoder layer's MLP reads; the first one that a layer has is used."""
 
 _ACTIVE = "_roundoff_aqn_active"
-"""Where a perturbed module, and its weight, count the `aqn_noise` blocks that they are inside of.
+"""Attribute of a perturbed module, and of its weight: the number of open `aqn_noise` blocks around them.
 
-The module's count reaches every model that holds the module, under whatever wrapper, and stays on a copy made inside
-the block, which keeps the noise. The weight's count reaches other modules that share the weight.
+The module's count is visible from every model that holds the module, under whatever wrapper, and stays on a copy made
+inside the block, which keeps the noise. The weight's count is visible from other modules that share the weight.
 """
 
 _SAVED = "_roundoff_aqn_saved"
-"""Where a perturbed weight holds what its open `aqn_noise` blocks restore, in the order in which they were entered."""
+"""Attribute of a perturbed weight: what its open `aqn_noise` blocks will restore, in the order they were entered."""
 
 
 @dataclass(eq=False, slots=True)
 class _Saved:
-    """What one block restores of one weight.
+    """What one block will restore of one weight.
 
-    Blocks of generators that were left open are closed in any order. A block that is not the innermost leaves the
-    weight as it is, and hands its original to the one entered after it.
+    Blocks inside generators that were left open may close in any order. A block that is not the innermost does not
+    touch the weight when it closes; it hands its original to the block that was entered after it.
     """
 
     original: Tensor
     noisy: int = 0
-    """Sum of the bits with the block's noise."""
+    """Sum of the weight's bits with the block's noise, to detect writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,13 @@ class AqnTarget:
     """One weight that AQN perturbs."""
 
     name: str
-    """Dotted name of the module, without what PEFT adds."""
+    """Dotted name of the module, without what PEFT adds to it."""
     layer: int | None
-    """Decoder layer, from 0; None outside of the layers (the final norm)."""
+    """Index of the decoder layer, from 0; None outside the layers (the final norm)."""
     module: nn.Module
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Float[Tensor, "*shape"]:
         """The parameter itself."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
@@ -75,21 +76,22 @@ class AqnTarget:
 
 
 def aqn_targets(model: nn.Module, aqn: AQN, *, router_norms: bool = False) -> list[AqnTarget]:
-    """The weights that AQN perturbs, in the model's order; `router_norms` takes in norms in front of a router.
+    """The weights that AQN perturbs, in the model's order.
 
-    A weight that two modules share counts once, as the first one's.
+    A weight that two modules share is listed once, under the first of them. `router_norms` includes the norms in front
+    of a router.
 
     Raises:
         ConfigError: if there is none.
     """
     modules = {plain_name(name): module for name, module in model.named_modules()}
-    left_out = set() if router_norms else set(_norms_before_routers(modules))
-    found = [
+    excluded = set() if router_norms else set(_norms_before_routers(modules))
+    candidates = [
         AqnTarget(name, layer_index(name), module)
         for name, module in modules.items()
-        if _is_target(name, module, aqn) and name not in left_out
+        if _is_target(name, module, aqn) and name not in excluded
     ]
-    targets = list({id(target.weight): target for target in reversed(found)}.values())[::-1]
+    targets = list({id(target.weight): target for target in reversed(candidates)}.values())[::-1]
     if not targets:
         classes = sorted({type(m).__name__ for m in modules.values() if any(True for _ in m.parameters(recurse=False))})
         raise ConfigError(
@@ -107,53 +109,59 @@ def _is_target(name: str, module: nn.Module, aqn: AQN) -> bool:
 
 
 def _norms_before_routers(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Names of the norms that feed a mixture of experts: those of the layers that hold a module named `experts`."""
+    """Names of the norms that feed a mixture of experts: those of layers that hold a module named `experts`."""
     for name in modules:
-        layer, found, inner = name.rpartition(".experts")
-        if not found or inner:
+        layer, separator, inner = name.rpartition(".experts")
+        if not separator or inner:
             continue
         block = layer.rpartition(".")[0]
         yield from [f"{block}.{norm}" for norm in _BEFORE_MLP if f"{block}.{norm}" in modules][:1]
 
 
 def check_multipliers(model: nn.Module, aqn: AQN, multipliers: Mapping[int, float] | None) -> None:
-    """Refuse what `aqn_noise` would refuse, before anything is computed.
+    """Refuse what `aqn_noise` would refuse; called before anything is computed.
 
     Raises:
-        ConfigError: if a multiplier cannot be used or names a layer without a target, or nothing would be perturbed.
+        ConfigError: if a multiplier is invalid or names a layer without a target, or if nothing would be perturbed.
     """
     _factors(aqn_targets(model, aqn), multipliers)
 
 
 def noise_shares(model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, aqn: AQN) -> dict[str, float]:
-    """Noise over weight (RMS, fraction) of every target, by module name; the weight of a norm is its gain."""
+    """Ratio of noise to weight (both RMS) of every target, by module name. For a norm, the weight is its gain."""
     targets = aqn_targets(model, aqn)
-    found = {}
+    shares = {}
     with torch.no_grad():
         for target, factor in zip(targets, _factors(targets, multipliers), strict=True):
             size = 1.0
             if aqn.noise == "absolute":
                 gain = target.module(torch.ones_like(target.weight)[None]) if aqn.target == "rmsnorm" else target.weight
                 size = float(gain.to(torch.float32).square().mean().sqrt())
-            found[target.name] = sigma * factor / size if size else math.inf
-    return found
+            shares[target.name] = sigma * factor / size if size else math.inf
+    return shares
 
 
 @contextmanager
 def aqn_noise(
     model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN
 ) -> Iterator[None]:
-    """The model with noisy weights inside; leaving it, also by an exception, restores every bit from a saved copy.
+    """Inside the block, the model's weights are noisy. Leaving it restores every bit, even after an exception.
 
-    (With several open blocks, the last one to be left restores.)
+    If several blocks are open, the last one to be left restores the weights.
 
-    `sigma` is the step's standard deviation (of the weight, or relative to its gain), `multipliers` maps a decoder
-    layer to its factor on sigma. The same key gives the same noise.
+    Args:
+        model: whose weights are perturbed in place.
+        sigma: the step's standard deviation, of the weight or relative to its gain. Skip the block at a silent step
+            (sigma 0).
+        multipliers: factor on sigma of each decoder layer; None: 1 in all layers.
+        key: of the noise; the same key gives the same noise.
+        aqn: what is perturbed, and whether sigma is absolute or relative.
 
     Raises:
-        ConfigError: if sigma or a multiplier cannot be used, a multiplier names a layer without a target, or nothing
-            would be perturbed. At a silent step (sigma 0) do not enter.
-        RuntimeError: on leaving, if the weights were written to inside (by an optimizer, say), which is lost.
+        ConfigError: if sigma or a multiplier is invalid, if a multiplier names a layer without a target, or if nothing
+            would be perturbed.
+        RuntimeError: on leaving, if the weights were written to inside the block (by an optimizer, say). Such a write
+            is lost.
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise ConfigError(f"sigma of AQN must be above 0 and finite, but is {sigma}: skip AQN at silent steps")
@@ -189,7 +197,7 @@ def aqn_noise(
 
 
 def _written(saved: list[tuple[Tensor, _Saved]]) -> int:
-    """How many weights lost the noise of their block; not those perturbed later, or of another dtype."""
+    """Number of weights that no longer hold their block's noise; those perturbed again or cast are not counted."""
     pairs = [(weight, own) for weight, own in saved if weight.dtype is own.original.dtype]
     last = [(weight, own) for weight, own in pairs if weight.__dict__[_SAVED][-1] is own]
     now = bit_sums([weight for weight, _ in last])
@@ -209,7 +217,7 @@ def _restore(weight: Tensor, own: _Saved) -> None:
 
 
 def is_aqn_active(model: nn.Module) -> bool:
-    """Whether a weight of the model is inside `aqn_noise`, so that a score would carry the noise of a remedy."""
+    """Whether a weight of the model is inside an `aqn_noise` block, so that a score would include that noise."""
     places = (*model.modules(), *model.parameters())
     return any(place.__dict__.get(_ACTIVE, 0) for place in places)
 
@@ -223,22 +231,22 @@ def _count(places: list[nn.Module | Tensor], change: int) -> None:
 
 def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) -> list[float]:
     """The factor on sigma of each target."""
-    given = dict(multipliers or {})
-    bad = {layer: value for layer, value in given.items() if not (math.isfinite(value) and value >= 0)}
+    by_layer = dict(multipliers or {})
+    bad = {layer: value for layer, value in by_layer.items() if not (math.isfinite(value) and value >= 0)}
     if bad:
         raise ConfigError(f"multipliers of AQN must be finite and not negative, but are {bad}")
     layers = {target.layer for target in targets if target.layer is not None}
-    unknown = sorted(set(given) - layers)
+    unknown = sorted(set(by_layer) - layers)
     if unknown:
         raise ConfigError(f"multipliers of AQN name layers {unknown}, which have no target (layers: {sorted(layers)})")
-    factors = [1.0 if target.layer is None else given.get(target.layer, 1.0) for target in targets]
+    factors = [1.0 if target.layer is None else by_layer.get(target.layer, 1.0) for target in targets]
     if not any(factors):
         raise ConfigError("every multiplier of AQN is 0, so it would do nothing")
     return factors
 
 
 def _perturb(target: AqnTarget, sigma: float, key: Key, aqn: AQN) -> None:
-    """Noise on one weight, in place; computed in float32 and rounded once to the weight's dtype."""
+    """Add noise to one weight in place, computed in float32 and rounded once to the weight's dtype."""
     weight = target.weight
     eps = normal(key, weight.shape, device=weight.device)
     value = weight.to(torch.float32)
@@ -251,12 +259,15 @@ def _perturb(target: AqnTarget, sigma: float, key: Key, aqn: AQN) -> None:
 
 
 def _gain_offset(target: AqnTarget) -> float:
-    """0 for a norm that multiplies by `w`, 1 for one that multiplies by `1 + w`: ones have RMS 1, so they show it."""
+    """0 for a norm that multiplies by `w`, 1 for one that multiplies by `1 + w`.
+
+    Ones have RMS 1, so that the norm of ones is its gain.
+    """
     weight = target.weight
     gain = target.module(torch.ones_like(weight)[None])[0].to(torch.float32)
     shift = gain - weight.to(torch.float32)
     for offset in (0.0, 1.0):
-        # The norm's epsilon (1e-6 to 1e-5 next to 1) and bfloat16 (2^-8) shift the gain a little.
+        # The norm's epsilon (1e-6 to 1e-5, added to 1) and rounding to bfloat16 (2^-8) shift the gain a little.
         if bool(((shift - offset).abs() <= 0.02 * (1.0 + weight.abs())).all()):
             return offset
     raise ConfigError(

@@ -1,8 +1,8 @@
-"""Before training: what AQN's largest sigma does to the model on the task's own texts, next to what the hardware does.
+"""Before training: what AQN's largest sigma does to the model on the task's own texts, compared with the hardware.
 
-An absolute sigma is not portable between models: 0.05 is a tremor where norm weights have RMS 1 and drowns them where
-they have RMS 0.04. Two measurements tell before a run is spent: the KL divergence to the clean model per token of the
-task's training texts, averaged over noise draws, and the size of the noise over that of each weight.
+An absolute sigma does not carry over between models: 0.05 is slight where norm weights have RMS 1, and drowns them
+where they have RMS 0.04. Two measurements show this before a run is spent: the KL divergence to the clean model per
+token of the task's training texts, averaged over noise draws, and the ratio of the noise to each weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from roundoff.models.calibration import (
     Calibration,
     calibration_batches,
     draw_of,
-    evaluation_mode,
+    frozen_evaluation,
     read_batches,
     text_kl,
 )
@@ -33,15 +33,15 @@ from roundoff.models.prompts import Asked
 from roundoff.numerics.rng import Key
 
 DRAWS = 4
-"""Draws of AQN's noise that the divergence is averaged over."""
+"""Number of draws of AQN's noise that the divergence is averaged over."""
 TOKENS = 512
-"""Tokens of the task's training texts."""
+"""Number of tokens taken from the task's training texts."""
 KL_LIMIT = 1.0
-"""Divergence above which a sigma is warned about (nats per token: the likely next tokens are others)."""
+"""Divergence, in nats per token, above which a warning is given: the likely next tokens have changed."""
 DROWNED = 0.5
-"""Noise over weight (RMS) above which a weight is called drowned (fraction; 6 dB of signal over noise)."""
+"""Ratio of noise to weight (RMS) above which a weight counts as drowned: less than 6 dB of signal to noise."""
 ROUNDED_AWAY = 0.5
-"""Share of the perturbed weights that keep their bits above which noise is said to be lost in rounding (fraction)."""
+"""Share of perturbed weights with unchanged bits above which the noise counts as lost in rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,48 +49,49 @@ class Preflight:
     """What AQN will do to the model at its largest sigma."""
 
     sigma: float
-    """The largest of the run."""
+    """Largest sigma of the run."""
     kl: float
-    """KL(clean || with AQN) at that sigma, hardware off (nats per token), mean over draws."""
+    """KL(clean || with AQN) at that sigma with hardware off: mean over draws, in nats per token."""
     kl_draws: tuple[float, ...]
-    """The same for each draw."""
+    """KL(clean || with AQN) of each draw, in nats per token."""
     hardware_kl: float | None
-    """KL(clean || on the hardware) without AQN (nats per token); None for plain arithmetic."""
+    """KL(clean || on the hardware) without AQN, in nats per token; None for plain arithmetic."""
     tokens: int
+    """Number of tokens measured, padding not counted."""
     noise_share: dict[str, float]
-    """Noise over weight (RMS, fraction) of each weight that AQN perturbs, by module."""
+    """Ratio of noise to weight (both RMS) of each weight that AQN perturbs, by module name."""
 
     @property
     def drowned(self) -> dict[str, float]:
         """Weights that are lost in the noise, the worst first."""
-        found = {name: share for name, share in self.noise_share.items() if share > DROWNED}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        shares = {name: share for name, share in self.noise_share.items() if share > DROWNED}
+        return dict(sorted(shares.items(), key=lambda item: -item[1]))
 
     def warnings(self) -> tuple[str, ...]:
-        """What should be changed before a run is spent on it."""
-        said = []
+        """What should be changed before a run is spent."""
+        messages = []
         advice = "lower aqn.sigma_start, or set aqn.noise = 'relative'"
         if self.drowned:
             name, share = next(iter(self.drowned.items()))
-            said.append(
+            messages.append(
                 f"AQN at sigma {self.sigma:g} drowns {len(self.drowned)} of {len(self.noise_share)} weights "
                 f"(noise over weight up to {share:.2g}, in {name}): {advice}"
             )
         if not math.isfinite(self.kl):
-            said.append(
+            messages.append(
                 f"AQN at sigma {self.sigma:g} makes the model's output on the task's texts NaN or infinite: {advice}"
             )
         if self.hardware_kl is not None and not math.isfinite(self.hardware_kl):
-            said.append("the hardware alone makes the model's output on the task's texts NaN or infinite")
+            messages.append("the hardware alone makes the model's output on the task's texts NaN or infinite")
         if KL_LIMIT < self.kl < math.inf:
-            said.append(
+            messages.append(
                 f"AQN at sigma {self.sigma:g} moves the model by {self.kl:.2f} nats per token on the task's texts "
                 f"(more than {KL_LIMIT:g}): {advice}"
             )
-        return tuple(said)
+        return tuple(messages)
 
     def lines(self) -> list[str]:
-        """The same as text."""
+        """The measurements and warnings as lines of text."""
         worst = max(self.noise_share.items(), key=lambda item: item[1])
         hardware = "" if self.hardware_kl is None else f"; the hardware alone: {self.hardware_kl:.3g}"
         return [
@@ -115,18 +116,26 @@ def preflight(
     multipliers: Mapping[int, float] | None,
     key: Key,
 ) -> Preflight:
-    """Measured on `texts` with the hardware that is installed, if any; the model is left as it was, bit for bit.
+    """Measure what AQN at `sigma` does to a model, and what its hardware does, if any is installed.
+
+    Args:
+        loaded: the model, which is unchanged afterwards, and its tokenizer.
+        texts: what to measure on: the first `TOKENS` tokens of them.
+        aqn: the settings of AQN.
+        sigma: largest sigma of the run.
+        multipliers: factor on sigma of each decoder layer; None: 1 in all layers.
+        key: of the noise draws.
 
     Raises:
-        ConfigError: if the texts hold no token, or AQN cannot be applied.
+        ConfigError: if the texts hold no token, or AQN cannot be applied to this model.
     """
     model = loaded.model
-    chosen = calibration_batches(loaded.tokenizer, texts, max_tokens=TOKENS, batches=1)
-    batches = read_batches(chosen, next(model.parameters()).device)
+    encoded = calibration_batches(loaded.tokenizer, texts, max_tokens=TOKENS, batches=1)
+    batches = read_batches(encoded, next(model.parameters()).device)
     tokens = sum(batch.count for batch in batches)
     kl = [0.0] * DRAWS
     hardware_kl = 0.0 if installed(model) is not None else None
-    with evaluation_mode(model):
+    with frozen_evaluation(model):
         for batch in batches:
             with _off(model):
                 clean = model(**batch.inputs()).logits
@@ -142,10 +151,10 @@ def preflight(
 
 @torch.no_grad()
 def rounded_away(model: nn.Module, sigma: float, multipliers: Mapping[int, float] | None, key: Key, aqn: AQN) -> float:
-    """Share of the weights under AQN that rounding to their dtype gives back as they were (fraction).
+    """Share of the perturbed weights that are unchanged, because rounding to their dtype removes the noise.
 
-    A bfloat16 weight of 1 has neighbours at a distance of 2^-8 and 2^-7: noise of 0.001 reaches the middle of that way
-    with probability 0.03.
+    A bfloat16 weight of 1 has neighbours at a distance of 2^-8 below and 2^-7 above. Noise of standard deviation 0.001
+    carries it more than halfway to one of them with probability 0.03.
     """
     shares = noise_shares(model, sigma, multipliers, aqn)
     weights = [target.weight for target in aqn_targets(model, aqn) if shares[target.name]]
@@ -160,5 +169,5 @@ def _off(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def _divergence(clean: torch.Tensor, model: nn.Module, batch: Calibration) -> float:
-    """KL sum (nats) over the tokens of a batch."""
+    """KL divergence from clean logits, summed over the tokens of a batch, in nats."""
     return sum(text_kl(clean, model(**batch.inputs()).logits, batch.mask))

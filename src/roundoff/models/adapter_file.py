@@ -1,10 +1,11 @@
-"""A saved adapter, read whole or refused: its settings, its tensors, and the base that it was trained over.
+"""Reads a saved adapter completely or refuses it: its settings, its tensors, and the base it was trained on.
 
-PEFT is silent about tensors that an adapter's file lacks or has too many, and then computes with the first values of A
-and with B = 0: the base model is scored under the adapter's name (huggingface/peft#2699). Everything is compared here.
+PEFT does not report tensors that are missing from an adapter's file or that do not belong there. It then computes with
+the initial values of A and with B = 0, so that the base model is scored under the adapter's name
+(huggingface/peft#2699). The functions below compare everything.
 
-An adapter that roundoff has saved carries a record in the header of `adapter_model.safetensors`, where other tools do
-not look: the SHA-256 and dtype of its base, and the settings that its tensors do not show.
+When roundoff saves an adapter, it writes a record into the header of `adapter_model.safetensors`, which other tools
+ignore: the SHA-256 and dtype of the base, and the settings that cannot be recovered from the tensors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""File that makes a directory an adapter of PEFT's."""
+"""File whose presence makes a directory a PEFT adapter."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RECORD = "roundoff"
-"""Entry of the header of an adapter's file that holds the record."""
+"""Header entry of the adapter's file that holds the record."""
 
 _PLAIN_SETTINGS = frozenset(
     (
@@ -44,24 +46,24 @@ _PLAIN_SETTINGS = frozenset(
         *("lora_ga_config", "qalora_group_size", "runtime_config", "lora_bias", "ensure_weight_tying"),
     )
 )
-"""Settings of PEFT's with which a layer computes `hardware(x, W) + scale * B A x`, once its tensors are read; any other
-one that is set (DoRA, say, or one that this PEFT does not know) may have it compute something else."""
+"""PEFT settings under which a layer, once its tensors are loaded, computes `hardware(x, W) + scale * B A x`. Any other
+setting (DoRA, say, or one that this version of PEFT does not know) may make it compute something else."""
 _INITIAL_VALUES = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
-"""Values of `init_lora_weights` that leave the base as it is."""
+"""Values of `init_lora_weights` that do not change the base."""
 _RECORDED = ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """What an adapter directory holds, checked by itself."""
+    """The contents of an adapter directory, checked without reference to a model."""
 
     directory: Path
     config: LoraConfig
-    tensors: dict[str, Tensor]
-    """By the names that PEFT gives them."""
+    tensors: dict[str, Shaped[Tensor, " ..."]]
+    """Tensors by PEFT's names."""
     record: dict[str, Any] | None
-    """What roundoff recorded when it saved the adapter; None for an adapter of another tool."""
+    """What roundoff recorded when it saved the adapter; None if another tool saved it."""
 
     def error(self, what: str) -> ConfigError:
         """An error about this adapter."""
@@ -72,8 +74,8 @@ def read_adapter(directory: Path) -> AdapterFile:
     """The LoRA adapter in a directory.
 
     Raises:
-        ConfigError: if a file is missing or cannot be read, it is no LoRA adapter, it needs arithmetic other than
-            LoRA's, it is empty, or a tensor holds NaN or infinity.
+        ConfigError: if a file is missing or cannot be read, or if the adapter is not LoRA, needs arithmetic other than
+            plain LoRA's, is empty, or holds NaN or infinity.
     """
     from peft import LoraConfig
     from safetensors import SafetensorError, safe_open
@@ -97,7 +99,7 @@ def read_adapter(directory: Path) -> AdapterFile:
         raise ConfigError(f"{where} changes the base's biases (bias = {settings['bias']!r} in {ADAPTER_CONFIG})")
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read from safetensors alone")
+        raise ConfigError(f"{where} has no {ADAPTER_WEIGHTS}: weights are read only from safetensors")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -108,11 +110,13 @@ def read_adapter(directory: Path) -> AdapterFile:
         raise ConfigError(f"{where} cannot be read: {error}") from None
     for name, alpha in (("lora_alpha", settings.get("lora_alpha", 8)), *(settings.get("alpha_pattern") or {}).items()):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < math.inf:
-            raise ConfigError(f"{where} has {name} = {alpha!r} ({ADAPTER_CONFIG}): it must be a finite number but 0")
-    found = AdapterFile(directory, config, tensors, record)
-    _check_tensors(found)
-    _check_record(found, settings)
-    return found
+            raise ConfigError(
+                f"{where} has {name} = {alpha!r} ({ADAPTER_CONFIG}): it must be a finite number other than 0"
+            )
+    adapter = AdapterFile(directory, config, tensors, record)
+    _check_tensors(adapter)
+    _check_record(adapter, settings)
+    return adapter
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -120,115 +124,118 @@ def _settings(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{directory} is no adapter: it has no {ADAPTER_CONFIG}")
     try:
-        found = json.loads(path.read_text("utf-8"))
+        settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise ConfigError(f"{path} must hold a JSON object")
-    return found
+    return settings
 
 
-def _check_tensors(found: AdapterFile) -> None:
-    if not found.tensors:
-        raise found.error("is empty: its file holds no tensor")
-    for name, tensor in found.tensors.items():
+def _check_tensors(adapter: AdapterFile) -> None:
+    if not adapter.tensors:
+        raise adapter.error("is empty: its file holds no tensor")
+    for name, tensor in adapter.tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
         if tensor.dtype not in _DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise found.error(f"holds {name} in {str(tensor.dtype).removeprefix('torch.')}: it must be one of {kinds}")
+            raise adapter.error(f"holds {name} in {dtype}: it must be one of {kinds}")
         if not bool(torch.isfinite(tensor).all()):
-            raise found.error(f"holds NaN or infinity in {name}, so every result would be worthless")
-    if not any(bool(tensor.any()) for name, tensor in found.tensors.items() if _adds(name)):
+            raise adapter.error(f"holds NaN or infinity in {name}, so every result would be worthless")
+    if not any(bool(tensor.any()) for name, tensor in adapter.tensors.items() if _adds(name)):
         warnings.warn(
-            f"the adapter in {found.directory} changes nothing (every B is 0): scores are those of its base",
+            f"the adapter in {adapter.directory} changes nothing (every B is 0): scores are those of its base",
             RoundoffWarning,
             stacklevel=4,
         )
 
 
 def _adds(name: str) -> bool:
-    """Whether an adapter changes nothing where this tensor is zero."""
+    """Whether this part of the adapter changes nothing when the tensor is zero (it is a B, not an A)."""
     return ".lora_A." not in name and ".lora_embedding_A" not in name
 
 
-def _check_record(found: AdapterFile, settings: dict[str, Any]) -> None:
-    """Compare `adapter_config.json` with what was recorded when the adapter was saved, and with its run's settings."""
-    if found.record is not None:
-        for name, recorded in found.record["settings"].items():
+def _check_record(adapter: AdapterFile, settings: dict[str, Any]) -> None:
+    """Compare `adapter_config.json` with the record written when the adapter was saved, and with the run's settings."""
+    if adapter.record is not None:
+        for name, recorded in adapter.record["settings"].items():
             if (value := _plain(settings.get(name))) != recorded:
-                raise found.error(
-                    f"has {name} = {value!r} in {ADAPTER_CONFIG}, but was saved with {recorded!r}: bring the old "
-                    f"{ADAPTER_CONFIG} back"
+                raise adapter.error(
+                    f"has {name} = {value!r} in {ADAPTER_CONFIG}, but was saved with {recorded!r}: restore the old "
+                    f"{ADAPTER_CONFIG}"
                 )
-    path = found.directory.resolve().parent / "experiment.toml"
-    if found.directory.resolve().name != "adapter" or not path.is_file():
+    path = adapter.directory.resolve().parent / "experiment.toml"
+    if adapter.directory.resolve().name != "adapter" or not path.is_file():
         return
     try:
         lora = tomllib.loads(path.read_text("utf-8"))["experiment"].get("lora")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     if lora is None:
-        raise found.error(f"lies in the directory of a run without adapters ({path} has no table [experiment.lora])")
+        raise adapter.error(f"is in the directory of a run without adapters ({path} has no table [experiment.lora])")
     for name, key in (("r", "rank"), ("lora_alpha", "alpha")):
         if key in lora and settings.get(name) != lora[key]:
-            raise found.error(f"has {name} = {settings.get(name)!r}, but its run has lora.{key} = {lora[key]} ({path})")
+            raise adapter.error(
+                f"has {name} = {settings.get(name)!r}, but its run has lora.{key} = {lora[key]} ({path})"
+            )
 
 
-def check_base(found: AdapterFile, model: PreTrainedModel) -> None:
-    """Check that the plain model, with or without hardware, is the one that the adapter was trained over.
+def check_base(adapter: AdapterFile, model: PreTrainedModel) -> None:
+    """Check that the plain model, with or without hardware, is the one that the adapter was trained on.
 
-    Only an adapter that roundoff has saved says which that was; tensors of another tool's must fit, nothing more.
+    Only an adapter that roundoff saved records its base. For an adapter from another tool nothing is checked here.
 
     Raises:
         ConfigError: if its weights or their dtype differ.
     """
-    if found.record is None:
+    if adapter.record is None:
         return
-    trained, dtype = found.record["dtype"], str(model.dtype).removeprefix("torch.")
+    trained, dtype = adapter.record["dtype"], str(model.dtype).removeprefix("torch.")
     if dtype != trained:
-        raise found.error(f"was trained over a base in {trained}, but the model is in {dtype}: set profile.dtype")
-    if found.record["base"] != weights_digest(model):
-        raise found.error(
-            f"was trained over other weights than those of {model.name_or_path!r}: name the model of its run"
+        raise adapter.error(f"was trained on a base in {trained}, but the model is in {dtype}: set profile.dtype")
+    if adapter.record["base"] != weights_digest(model):
+        raise adapter.error(
+            f"was trained on weights other than those of {model.name_or_path!r}: name the model of its run"
         )
 
 
-def check_complete(found: AdapterFile, expected: dict[str, Tensor]) -> None:
-    """Check that the file holds the tensors that its settings call for on this model, and no others.
+def check_complete(adapter: AdapterFile, expected: dict[str, Shaped[Tensor, " ..."]]) -> None:
+    """Check that the file holds exactly the tensors that its settings call for on this model.
 
     Raises:
-        ConfigError: naming tensors that are missing, too many, or of another shape.
+        ConfigError: naming tensors that are missing, superfluous, or of the wrong shape.
     """
-    missing, extra = sorted(expected.keys() - found.tensors), sorted(found.tensors.keys() - expected)
+    missing, extra = sorted(expected.keys() - adapter.tensors), sorted(adapter.tensors.keys() - expected)
     if missing or extra:
         parts = [f"lacks {few(missing)}"] if missing else []
         parts += [f"holds {few(extra)}, which this model and {ADAPTER_CONFIG} have no place for"] if extra else []
-        raise found.error(" and ".join(parts))
+        raise adapter.error(" and ".join(parts))
     for name, tensor in expected.items():
-        if tensor.shape != found.tensors[name].shape:
-            raise found.error(
-                f"holds {name} of shape {list(found.tensors[name].shape)}, but on this model, at the rank in "
+        if tensor.shape != adapter.tensors[name].shape:
+            raise adapter.error(
+                f"holds {name} of shape {list(adapter.tensors[name].shape)}, but on this model, at the rank in "
                 f"{ADAPTER_CONFIG}, it must be {list(tensor.shape)}"
             )
 
 
-def drop_copies(found: AdapterFile, parameters: Mapping[str, Tensor]) -> None:
-    """Leave out copies of the base's own weights: PEFT saves those of embeddings and output layers that it adapts.
+def drop_copies(adapter: AdapterFile, parameters: Mapping[str, Shaped[Tensor, " ..."]]) -> None:
+    """Remove copies of the base's own weights, which PEFT saves for adapted embeddings and output layers.
 
     Raises:
-        ConfigError: if such a copy differs from the base, which is then another one.
+        ConfigError: if such a copy differs from the base: the adapter then belongs to another base.
     """
-    for name in found.tensors.keys() & {n for n in parameters if ".lora_" not in n and ".modules_to_save." not in n}:
-        own, copy = parameters[name].detach().cpu(), found.tensors[name]
+    for name in adapter.tensors.keys() & {n for n in parameters if ".lora_" not in n and ".modules_to_save." not in n}:
+        own, copy = parameters[name].detach().cpu(), adapter.tensors[name]
         if own.shape != copy.shape or not torch.equal(own, copy.to(own.dtype)):
-            raise found.error(f"holds {name}, which differs from the base's own: it was trained over another base")
-        del found.tensors[name]
+            raise adapter.error(f"holds {name}, which differs from the base's own: it was trained on another base")
+        del adapter.tensors[name]
 
 
 def write_record(directory: Path, model: PreTrainedModel) -> None:
-    """Put the record into the adapter that PEFT has just saved of `model`.
+    """Add the record to an adapter of `model`; called right after PEFT has saved it.
 
-    The header is written here, as safetensors writes several entries in an order that changes from call to call, and
-    equal adapters are to be equal files.
+    The header is written here because safetensors orders several entries differently from call to call, and equal
+    adapters must be equal files.
     """
     settings = _settings(directory)
     record = {
@@ -246,5 +253,5 @@ def write_record(directory: Path, model: PreTrainedModel) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A setting in which the order of names does not count: PEFT writes sets."""
+    """A setting without the order of its names, which is arbitrary because PEFT writes sets."""
     return sorted(value) if isinstance(value, list) else value

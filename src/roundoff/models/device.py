@@ -8,10 +8,10 @@ from roundoff.config import ConfigError
 
 
 def resolve_device(name: str) -> str:
-    """The device meant by `name`; `auto` takes an accelerator if there is one.
+    """The device that `name` means; `auto` means the accelerator if there is one, and `cpu` otherwise.
 
     Raises:
-        ConfigError: if the device is not there.
+        ConfigError: if this machine does not have the device.
     """
     present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":

@@ -1,10 +1,11 @@
-"""The random draws of a forward pass: those of the hardware and those of the adapters' dropout, under one key."""
+"""The random draws of a forward pass, under one key: the hardware's noise and the dropout of the adapters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,8 +15,13 @@ from roundoff.numerics.rng import Key
 
 
 @contextmanager
-def noise_context(model: PreTrainedModel, key: Key | None, rows: Tensor | None) -> Iterator[None]:
-    """Inside, the hardware and adapters' dropout draw by `key` and row ids [N, S]; without a key nothing changes."""
+def noise_context(
+    model: PreTrainedModel, key: Key | None, rows: Int[Tensor, "rollouts columns"] | None
+) -> Iterator[None]:
+    """Inside the block, the hardware and the adapters' dropout draw by `key` and the row ids `rows`.
+
+    Without a key the block changes nothing.
+    """
     if key is None:
         yield
         return
@@ -25,6 +31,6 @@ def noise_context(model: PreTrainedModel, key: Key | None, rows: Tensor | None) 
 
 
 def is_noisy(model: PreTrainedModel) -> bool:
-    """Whether two passes of the model over one input differ: hardware is in force, and it draws."""
-    found = installed(model)
-    return found is not None and found.is_on and found.hardware.is_noisy
+    """Whether two passes over one input can differ because the installed hardware is on and draws noise."""
+    state = installed(model)
+    return state is not None and state.is_on and state.hardware.is_noisy

@@ -1,9 +1,10 @@
-"""Gradient checkpointing: the forward pass keeps the input of each decoder layer, and backward computes the rest again.
+"""Gradient checkpointing: the forward pass keeps each decoder layer's input, and backward recomputes the rest.
 
-It costs about a third more time and changes no bit of loss or gradient: a layer that is computed again meets the same
-noise, the same dropout masks and the same hardware (on or off) as the first time, also after the block that keyed them
-was left. transformers' own layers do it, but only in training mode, in which they would drop attention weights, too;
-so inside the block the layers themselves are in training mode, and nothing within them is.
+It takes about a third more time and changes no bit of loss or gradient: a recomputed layer meets the same noise, the
+same dropout masks and the same hardware (on or off) as in the forward pass, even if backward runs outside the block
+that set their keys. The layers of transformers support checkpointing, but only in training mode, in which attention
+dropout would be active too. Inside the block, therefore, the layers themselves are in training mode and their
+submodules are not.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _SWITCHED = ("gradient_checkpointing", "_gradient_checkpointing_func", "training
 
 
 def check_layers(model: nn.Module) -> None:
-    """Check that gradient checkpointing would do something.
+    """Check that gradient checkpointing would have an effect.
 
     Raises:
         ConfigError: if no layer of the model supports it.
@@ -40,15 +41,18 @@ def check_layers(model: nn.Module) -> None:
 
 @contextmanager
 def checkpointed(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Forward passes inside keep little for backward, which may run outside; nothing changes without gradients."""
+    """Inside the block, forward passes keep only the inputs of the decoder layers for backward.
+
+    Backward may run outside the block. Where gradients are off, the block changes nothing.
+    """
     if not (enabled and torch.is_grad_enabled()):
         yield
         return
-    found, draws = installed(model), draws_of(model)
+    hardware, draws = installed(model), draws_of(model)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """Around the first computation of a layer, and around the second: how things stand now."""
-        return nullcontext(), _again(found, draws)
+        """Contexts for the first computation of a layer and for the second, which restores the state of the first."""
+        return nullcontext(), _current_state(hardware, draws)
 
     function = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     before = [(layer, {name: layer.__dict__.get(name) for name in _SWITCHED}) for layer in _layers(model)]
@@ -69,9 +73,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def _again(found: InstalledHardware | None, draws: DropoutDraws | None) -> AbstractContextManager[Any]:
-    """A block in which hardware and dropout are as they are at this call."""
-    contexts = [state.as_now() for state in (found, draws) if state is not None]
+def _current_state(hardware: InstalledHardware | None, draws: DropoutDraws | None) -> AbstractContextManager[Any]:
+    """A block, to be entered later, in which hardware and dropout are in the state they have at this call."""
+    contexts = [state.as_now() for state in (hardware, draws) if state is not None]
 
     @contextmanager
     def entered() -> Iterator[None]:

@@ -1,9 +1,8 @@
-"""Dropout of LoRA's inputs whose masks can be replayed: drawn by key, module and row id, like the hardware's noise.
+"""Dropout on LoRA's inputs with masks that can be replayed: drawn by key, module and row id, like the hardware's noise.
 
-A mask belongs to the key of its pass. In rollouts and evaluations dropout is off. In the passes of an update it is on,
-and with `ratio = "replayed"` old and new log-probabilities meet the same masks, so that the ratio is still exactly 1
-before the first update; with `recomputed` they meet different ones. The reference policy has no adapter, hence no
-dropout.
+The key of a pass determines its masks. Dropout is off in rollouts and evaluations, and on in the passes of an update.
+With `ratio = "replayed"`, old and new log-probabilities use the same masks, so that the ratio is still exactly 1 before
+the first update; with `recomputed`, they use different ones. The reference policy has no adapter and hence no dropout.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundoff.numerics.rng import Key, uniform
@@ -23,15 +23,15 @@ MARK = "lora_dropout_draws"
 
 @dataclass(eq=False, slots=True)
 class DropoutDraws:
-    """What all dropout modules of a model draw by."""
+    """State shared by all dropout modules of a model: what they draw by, and whether they are on."""
 
     key: Key | None = None
-    rows: Tensor | None = None
-    """[N, S] int64: identity of each token of the pass."""
+    rows: Int[Tensor, "rollouts columns"] | None = None
+    """Row id of each token of the pass, int64."""
     on: bool = False
 
     def as_now(self) -> AbstractContextManager[None]:
-        """A block, to be entered once and later, in which draws are made as they would be at this call."""
+        """A block, to be entered once and later, in which this state is what it is at this call."""
         then = self.key, self.rows, self.on
 
         @contextmanager
@@ -47,9 +47,9 @@ class DropoutDraws:
 
 
 def draws_of(model: nn.Module) -> DropoutDraws | None:
-    """What the dropout of a model draws by; None on a model without it."""
-    found: DropoutDraws | None = model.__dict__.get(MARK)
-    return found
+    """The state that the model's dropout modules share; None if it has none."""
+    draws: DropoutDraws | None = model.__dict__.get(MARK)
+    return draws
 
 
 class KeyedDropout(nn.Module):
@@ -60,8 +60,13 @@ class KeyedDropout(nn.Module):
         self.share, self.name = share, name
         self.__dict__["draws"] = draws
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [N, S, K], as it is unless dropout is on."""
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """`x` [rollouts, columns, in_features] after dropout, or unchanged while dropout is off.
+
+        Raises:
+            RuntimeError: if dropout is on, but no key and row ids are set.
+            ValueError: if `x` does not hold one vector per token.
+        """
         draws: DropoutDraws = self.__dict__["draws"]
         if not draws.on:
             return x
@@ -70,27 +75,27 @@ class KeyedDropout(nn.Module):
         rows = draws.rows
         if x.dim() != 3 or x.shape[0] != rows.shape[0] or x.shape[1] > rows.shape[1]:
             raise ValueError(
-                f"{self.name}: lora.dropout needs an input of one vector a token, but its shape is {list(x.shape)} for "
+                f"{self.name}: lora.dropout needs one input vector per token, but the shape is {list(x.shape)} for "
                 f"{list(rows.shape)} tokens: set lora.dropout = 0 or leave this module out of lora.targets"
             )
-        rows = rows[:, rows.shape[1] - x.shape[1] :]  # an output layer is given the last tokens alone
+        rows = rows[:, rows.shape[1] - x.shape[1] :]  # an output layer receives only the last tokens
         kept = uniform(draws.key.fold(self.name, "dropout"), x.shape, rows=rows, device=x.device) >= self.share
         return torch.where(kept, x / (1 - self.share), 0.0)
 
     def extra_repr(self) -> str:
-        """For `print(model)`."""
+        """What `print(model)` shows of this module."""
         return f"share={self.share}"
 
 
 def is_dropping(model: nn.Module) -> bool:
-    """Whether dropout is in force on the model."""
+    """Whether the model has dropout and it is on."""
     draws = draws_of(model)
     return draws is not None and draws.on
 
 
 @contextmanager
 def dropout_on(model: nn.Module) -> Iterator[None]:
-    """Dropout in force inside, for the passes of an update; nothing on a model without it."""
+    """Inside the block, dropout is on, as the passes of an update need it. No effect on a model without dropout."""
     draws = draws_of(model)
     if draws is None:
         yield
@@ -103,8 +108,8 @@ def dropout_on(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def dropout_draws(model: nn.Module, key: Key, rows: Tensor | None) -> Iterator[None]:
-    """Dropout inside draws by `key` and row ids [N, S]; nothing on a model without it."""
+def dropout_draws(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> Iterator[None]:
+    """Inside the block, dropout draws by `key` and the row ids `rows`. No effect on a model without dropout."""
     draws = draws_of(model)
     if draws is None:
         yield

@@ -1,7 +1,7 @@
-"""Loading a language model with its tokenizer: the embedded one, a local directory, or (if allowed) a hub model.
+"""Loads a language model with its tokenizer: the embedded one, a local directory, or (if allowed) a hub model.
 
-Nothing that a model directory holds is ever run: code in it is not trusted, and weights are read from safetensors
-only, never from pickle files.
+Nothing in a model directory is ever executed: its code is not trusted, and weights are read only from safetensors,
+never from pickle files.
 """
 
 import json
@@ -41,7 +41,7 @@ class LoadedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
-    """The name that was asked for."""
+    """The name passed to `load_model`."""
     source: str
     """Where the files came from: a directory, or `hub:<name>`."""
 
@@ -55,20 +55,20 @@ def load_model(
     allow_download: bool = False,
     chat: Literal["auto"] | bool = "auto",
 ) -> LoadedModel:
-    """The model of this name, in evaluation mode.
+    """The model of this name, in evaluation mode, with its tokenizer.
 
     Args:
         name: `tiny`, a local directory, or a hub name such as `Qwen/Qwen2.5-1.5B-Instruct`.
         dtype: of the weights.
         device: where the weights go.
-        attention: an attention implementation known to transformers; None leaves the model's default.
-        allow_download: whether a name that is no directory may be fetched from the hub.
-        chat: `auto` keeps the tokenizer's chat template, False takes it away, True insists on one.
+        attention: an attention implementation that transformers knows; None keeps the model's default.
+        allow_download: whether a name that is not a directory may be fetched from the hub.
+        chat: `auto` keeps the tokenizer's chat template, False removes it, True requires one.
 
     Raises:
-        ModelError: there is no such model, it has no safetensors weights, its weights do not fit its architecture,
-            its tokenizer has neither a padding nor an end token, names a token that the model has no embedding for,
-            appends a token to prompts, or has no chat template where one is insisted on.
+        ModelError: if there is no such model, it has no safetensors weights, or its weights do not fit its
+            architecture; or if its tokenizer has neither a padding nor an end token, names a token that the model has
+            no embedding for, appends a token to prompts, or lacks a chat template that is required.
     """
     location, source = check_model(name, allow_download=allow_download)
     local = not source.startswith("hub:")
@@ -81,7 +81,7 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=local,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # check_weights refuses them by name
                 output_loading_info=True,
                 **options,
             )
@@ -89,7 +89,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(
                 location, trust_remote_code=False, local_files_only=local, padding_side="left"
             )
-        except Exception as error:  # transformers, safetensors and tokenizers each raise kinds of their own
+        except Exception as error:  # transformers, safetensors and tokenizers each raise errors of their own
             raise ModelError(f"model {name!r} could not be loaded from {source}: {error}") from error
     check_weights(model, info, name)
     _set_padding(tokenizer, model, name)
@@ -106,10 +106,13 @@ def load_model(
 
 
 def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
-    """Check that a model of this name is there, without reading its weights; what to load, and where it lies.
+    """Check that a model of this name exists, without reading its weights.
+
+    Returns:
+        The name or path to hand to transformers, and the source to report (as in `LoadedModel.source`).
 
     Raises:
-        ModelError: if there is none, or its directory lacks what a model needs.
+        ModelError: if there is no such model, or its directory is incomplete.
     """
     location, source = _locate(name, allow_download)
     if not source.startswith("hub:"):
@@ -119,17 +122,18 @@ def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
 
 
 def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
-    """Raise where the tokenizer would drop a character of a prompt without a word.
+    """Check that the tokenizer silently drops no character of any prompt.
 
     Raises:
-        ModelError: a character has no token; the message shows the first such prompt.
+        ModelError: if a character has no token; the message shows the first such prompt.
     """
     known: dict[str, bool] = {}
     unknown_id = loaded.tokenizer.unk_token_id
-    tokens = sorted(loaded.tokenizer.get_added_vocab(), key=len, reverse=True)  # read whole, not by character
-    whole = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    # The tokenizer reads an added token in one piece, so its characters need no tokens of their own.
+    added_tokens = sorted(loaded.tokenizer.get_added_vocab(), key=len, reverse=True)
+    added_pattern = re.compile("|".join(map(re.escape, added_tokens)) or "(?!)")
     for prompt in prompts:
-        for character in whole.sub("", prompt):
+        for character in added_pattern.sub("", prompt):
             if character not in known:
                 ids = loaded.tokenizer(character, add_special_tokens=False)["input_ids"]
                 known[character] = any(token != unknown_id for token in ids)
@@ -141,7 +145,7 @@ def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
 
 
 def _locate(name: str, allow_download: bool) -> tuple[str, str]:
-    """What transformers is given, and the source that is reported."""
+    """The name or path to hand to transformers, and the source to report."""
     if name == TINY:
         return str(TINY_DIRECTORY), str(TINY_DIRECTORY)
     directory = Path(name).expanduser()
@@ -153,7 +157,7 @@ def _locate(name: str, allow_download: bool) -> tuple[str, str]:
         raise ModelError(f"model {name!r} is neither {TINY!r}, nor an existing directory, nor a hub name (owner/model)")
     if not allow_download:
         raise ModelError(
-            f"model {name!r} is no directory here, and downloading is off; "
+            f"model {name!r} is not a directory on this machine, and downloading is off; "
             "download it yourself and name its directory, or set profile.allow_download = true (`roundoff scan`: "
             "--allow-download; in Python: allow_download=True)"
         )
@@ -161,7 +165,7 @@ def _locate(name: str, allow_download: bool) -> tuple[str, str]:
 
 
 def _check_directory(directory: Path, name: str) -> None:
-    """Raise for what transformers would report obscurely."""
+    """Catch what transformers would report obscurely."""
     config = directory / "config.json"
     if not config.is_file():
         raise ModelError(f"model {name!r}: {directory} holds no config.json")
@@ -190,15 +194,15 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, nam
 
 
 def _tokenizer_settings(directory: Path) -> dict[str, Any]:
-    """Content of tokenizer_config.json; transformers has read it, so that it is JSON."""
+    """Content of tokenizer_config.json, which is known to be JSON because transformers has read it."""
     path = directory / "tokenizer_config.json"
-    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    return found
+    settings: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return settings
 
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Hides the bars of transformers while it loads or saves weights, and restores what was set before."""
+    """Inside the block, transformers shows no progress bars while it loads or saves weights."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -1,14 +1,15 @@
-"""Log-probabilities of given responses: the pass that training differentiates.
+"""Log-probabilities of existing responses: the pass that training differentiates.
 
-Positions, masks and row ids are those of sampling (`masks.py`), so that on clean arithmetic the result equals what the
-sampler recorded up to float32 rounding, and on noisy hardware too, given the sampler's key. Where nothing draws,
-rollouts of one prompt share its pass (`packing.py`).
+Positions, masks and row ids are those of sampling (`roundoff.models.masks`). On clean arithmetic the result therefore
+equals what the sampler recorded, up to float32 rounding; on noisy hardware it does so under the sampler's key. Where
+nothing draws, the rollouts of one prompt share one pass over it (`roundoff.models.packing`).
 
-**Memory.** Prompt tokens and the last token never reach the output layer. Where the logits of all response tokens are
-more than `LOGIT_BYTES`, the output layer itself is computed for some tokens at a time, and again in the backward pass:
-what stays is one hidden vector a token. Models that do more to their logits than one matrix product (soft caps, scales)
-are found out by comparing bits on a few tokens, and keep `[K, V]` logits and their gradient; so do noisy output layers,
-whose draws belong to a pass as a whole.
+**Memory.** Prompt tokens and the last token never reach the output layer. If the logits of all response tokens take
+more than `LOGIT_BYTES`, the output layer is computed for a chunk of tokens at a time, and once more in the backward
+pass, so that only one hidden vector per token is kept. This is not possible for models that do more to their logits
+than one matrix product (soft caps, scales), which a comparison of bits on a few tokens detects, nor for noisy output
+layers, whose draws belong to a pass as a whole. Both keep all logits, [response tokens, vocabulary], and their
+gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -33,41 +35,43 @@ from roundoff.numerics.rng import Key
 from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
 
 LOGIT_BYTES = 1 << 26
-"""Logits held at once (bytes): 341 tokens of a vocabulary of 49,152 in float32, 110 of one of 152,000."""
+"""Bytes of logits held at once; in float32 that is 341 tokens of a vocabulary of 49,152, or 110 of one of 152,000."""
 
 PROBED = 4
-"""Tokens on which the output layer alone is compared with the model."""
+"""Number of tokens on which the output layer over the decoder is compared with the complete model."""
 
 
 def token_logprobs(
     model: PreTrainedModel,
-    tokens: Tensor,
-    attention_mask: Tensor,
+    tokens: Int[Tensor, "rollouts columns"],
+    attention_mask: Shaped[Tensor, "_rollouts _columns"],
     response_length: int,
     *,
     temperature: float,
-    rows: Tensor | None = None,
+    rows: Int[Tensor, "_rollouts _columns"] | None = None,
     key: Key | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [N, T] float32 of the last `response_length` = T columns of `tokens` (nats).
+) -> tuple[Float[Tensor, "rollouts tokens"], Float[Tensor, "rollouts tokens"]]:
+    """Log-probabilities and entropies of the last `response_length` columns of `tokens`: float32, in nats.
 
     Both are those of `softmax(logits / temperature)` over the full vocabulary, and 0 on padding. The gradient flows
     through both.
 
     Args:
-        model: called as it is, with its hardware, in the mode (training or evaluation) it is in.
-        tokens: [N, P+T] int64, left-padded prompts then responses. Equal prompts that are adjacent share their pass
-            where nothing draws.
-        attention_mask: [N, P+T], non-zero on tokens.
-        response_length: T.
+        model: called in the state it is in: its hardware on or off, in training or evaluation mode.
+        tokens: [rollouts, columns] int64, left-padded prompts followed by responses. Where nothing draws, adjacent
+            rollouts of one prompt share one pass over it.
+        attention_mask: [rollouts, columns], non-zero on tokens.
+        response_length: number of columns that hold the responses.
         temperature: of sampling, above 0.
-        rows: [N, P+T] int64 row ids that key the hardware's noise; needed with `key`.
-        key: under which every noisy product (and dropout) inside draws. None: the hardware's own call counter.
-        chunk: tokens whose logits are computed at once; changes memory, not the result. None: `LOGIT_BYTES` of them.
+        rows: [rollouts, columns] int64 row ids, which key the hardware's noise; required with `key`.
+        key: under which every noisy product (and dropout) draws. None: by the hardware's own call counter.
+        chunk: tokens whose logits are computed at once; it changes memory, not the result. None: as many as
+            `LOGIT_BYTES` hold.
 
     Raises:
-        ValueError: on shapes that do not fit, a temperature that logits cannot be divided by, or a key without row ids.
+        ValueError: if shapes do not fit, the logits cannot be divided by the temperature, or a key comes without row
+            ids.
         RuntimeError: under `torch.autocast`.
     """
     _check(tokens, attention_mask, response_length, temperature, rows, key)
@@ -93,22 +97,22 @@ def _token_logprobs(
     shared = None if _draws(model) else packed(tokens, mask, response_length, pattern, model.dtype, hidden)
     layout = shared or plain(tokens, mask, response_length, rows, pattern, model.dtype)
     targets = tokens[layout.rollout, tokens.shape[1] - response_length + layout.index]
-    order = layout.source.argsort(stable=True)  # the logits one after the other, each with the tokens it predicts
+    order = layout.source.argsort(stable=True)  # sorted by logits: each row of logits with the tokens it predicts
     source, targets = layout.source[order], targets[order]
-    found = None
+    results = None
     with noise_context(model, None if shared else key, layout.rows):
         head = _lean_head(model, layout, chunk)
         if head is not None:
             hidden = _decoder(model)(**_inputs(layout)).last_hidden_state[:, -layout.kept :].flatten(0, 1)
-            found = _in_parts(head, hidden, source, targets, float(temperature), chunk)
+            results = _in_parts(head, hidden, source, targets, float(temperature), chunk)
         else:
             logits = model(**_inputs(layout), logits_to_keep=layout.kept).logits[:, -layout.kept :].flatten(0, 1)
-    if found is None:
+    if results is None:
         size = chunk or _tokens_at_once(logits.shape[1])
-        found = _LogProbs.apply(logits, source, targets, float(temperature), size)  # type: ignore[no-untyped-call]
+        results = _LogProbs.apply(logits, source, targets, float(temperature), size)  # type: ignore[no-untyped-call]
     place = layout.rollout[order], layout.index[order]
     empty = torch.zeros(len(tokens), response_length, dtype=torch.float32, device=tokens.device)
-    return empty.index_put(place, found[0]), empty.index_put(place, found[1])
+    return empty.index_put(place, results[0]), empty.index_put(place, results[1])
 
 
 def _inputs(layout: Layout) -> dict[str, Any]:
@@ -125,20 +129,20 @@ def _tokens_at_once(vocabulary: int) -> int:
 
 
 def _draws(model: PreTrainedModel) -> bool:
-    """Whether anything in a training pass draws by row id: then every rollout passes over its prompt itself."""
-    found = installed(model)
-    noisy = found is not None and found.is_on and (found.hardware.matmul_noise.relative_std or found.hardware.faults)
+    """Whether anything in a training pass draws by row id, so that every rollout needs its own pass over its prompt."""
+    state = installed(model)
+    noisy = state is not None and state.is_on and (state.hardware.matmul_noise.relative_std or state.hardware.faults)
     return bool(noisy) or is_dropping(model)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
     """The model without its output layer."""
-    found: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    return found
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
+    return decoder
 
 
 def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.Module | None:
-    """The output layer if it is to be computed some tokens at a time: many logits, and nothing else done to them."""
+    """The output layer if it can and should be computed in chunks: many logits, and nothing else done to them."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) not in (nn.Linear, HardwareLinear):
         return None
@@ -146,29 +150,29 @@ def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.
         return None
     if type(head) is HardwareLinear and (head.hardware_state.forward_std or head.hardware_state.backward_std):
         return None
-    # On single tokens, under one draw: `model` and the output layer over its decoder must give the same bits. Several,
-    # because the logits of one may be zeros (the embedding of padding), which a cap leaves as they are.
+    # The model and its output layer over its decoder must give the same bits on single tokens, under one draw. Several
+    # tokens are tried because one may have logits of zero (the embedding of padding), which a soft cap does not change.
     single = torch.unique(layout.tokens)[-PROBED:, None]
     with torch.no_grad(), noise_context(model, Key.from_seed(0), torch.zeros_like(single)):
         token = {"input_ids": single, "use_cache": False}
-        whole, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
-    return head if torch.equal(whole, lean) else None
+        complete, lean = model(**token).logits, head(_decoder(model)(**token).last_hidden_state)
+    return head if torch.equal(complete, lean) else None
 
 
 def _in_parts(
     head: nn.Module, hidden: Tensor, source: Tensor, targets: Tensor, temperature: float, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [K] of `targets` from hidden states [M, H]; logits live for `chunk` at a time."""
+    """Log-probabilities and entropies [K] of `targets` from hidden states [M, H], with logits for `chunk` at a time."""
 
-    def part(some: Tensor, at: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return _LogProbs.apply(head(some), at, wanted, temperature, len(some))  # type: ignore
+    def part(states: Tensor, at: Tensor, part_targets: Tensor) -> tuple[Tensor, Tensor]:
+        return _LogProbs.apply(head(states), at, part_targets, temperature, len(states))  # type: ignore
 
     size = chunk or _tokens_at_once(head.out_features)  # type: ignore[arg-type]
     parts = []
-    for start, some, (first, last) in _chunks(hidden, source, size):
+    for start, states, (first, last) in _chunks(hidden, source, size):
         if first < last:  # padding has no targets
-            one = some, source[first:last] - start, targets[first:last]
-            parts.append(checkpoint(part, *one, use_reentrant=False, preserve_rng_state=False))
+            arguments = states, source[first:last] - start, targets[first:last]
+            parts.append(checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False))
     if not parts:
         return hidden.new_zeros(0), hidden.new_zeros(0)
     logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -176,19 +180,19 @@ def _in_parts(
 
 
 def _chunks(values: Tensor, source: Tensor, size: int) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-    """Parts of `values` [M, ...]: where each begins, the part, and the range of the ascending `source` it serves."""
+    """Chunks of `values` [M, ...]: where each begins, the chunk, and its range of the ascending `source`."""
     starts = torch.arange(0, len(values), size)
     bounds = torch.searchsorted(source, torch.cat([starts, torch.tensor([len(values)])]).to(source.device)).tolist()
-    for number, some in enumerate(torch.split(values, size)):
-        yield number * size, some, (bounds[number], bounds[number + 1])
+    for number, part in enumerate(torch.split(values, size)):
+        yield number * size, part, (bounds[number], bounds[number + 1])
 
 
 class _LogProbs(torch.autograd.Function):
-    """Log-softmax at the targets, and entropy, chunk by chunk: keeps the logits and two numbers a token.
+    """Log-softmax at the targets, and entropy, chunk by chunk: keeps the logits and two numbers per token.
 
-    With z = logits[source] / temperature, p = softmax(z): logprob = z_target - logsumexp(z), entropy
+    With z = logits[source] / temperature and p = softmax(z): logprob = z_target - logsumexp(z) and entropy
     H = logsumexp(z) - sum p*z; d logprob / d z = onehot(target) - p, and d H / d z = -p * (log p + H). Several targets
-    may share their logits (the first tokens of the rollouts of one prompt); `source` [K] ascends.
+    may share a row of logits (the first tokens of the rollouts of one prompt); `source` [K] is in ascending order.
     """
 
     @staticmethod
@@ -197,11 +201,11 @@ class _LogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(source), dtype=torch.float32, device=logits.device)
         entropy = torch.empty_like(logprobs)
-        for start, some, (first, last) in _chunks(logits, source, chunk):
+        for start, part, (first, last) in _chunks(logits, source, chunk):
             at = source[first:last] - start
-            log_softmax = torch.log_softmax(some.float() / temperature, dim=-1)  # [chunk, V]
+            log_softmax = torch.log_softmax(part.float() / temperature, dim=-1)  # [chunk, V]
             logprobs[first:last] = log_softmax[at, targets[first:last]]
-            # 0*log(0) is 0: a token of probability zero has log-probability -inf or a huge negative number
+            # 0*log(0) counts as 0: a token of probability zero has log-probability -inf or a huge negative number
             surprise = log_softmax.exp().mul_(log_softmax.clamp_(min=torch.finfo(torch.float32).min))
             entropy[first:last] = -surprise.sum(dim=-1)[at]
         ctx.save_for_backward(logits, source, targets)
@@ -211,30 +215,30 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx: Any, gradient: Tensor | None, of_entropy: Tensor | None
+        ctx: Any, gradient: Tensor | None, entropy_gradient: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
         logits, source, targets = ctx.saved_tensors
-        if gradient is None and of_entropy is None:
+        if gradient is None and entropy_gradient is None:
             return None, None, None, None, None
         if gradient is None:
             gradient = torch.zeros(len(source), dtype=torch.float32, device=logits.device)
         else:
             gradient = gradient / ctx.temperature
         result = torch.empty_like(logits)
-        for start, some, (first, last) in _chunks(logits, source, ctx.chunk):
-            at, g = source[first:last] - start, gradient[first:last]
-            total = g.new_zeros(len(some)).index_add_(0, at, g)
-            log_softmax = torch.log_softmax(some.float() / ctx.temperature, dim=-1)
+        for start, part, (first, last) in _chunks(logits, source, ctx.chunk):
+            at, target_gradient = source[first:last] - start, gradient[first:last]
+            total = target_gradient.new_zeros(len(part)).index_add_(0, at, target_gradient)
+            log_softmax = torch.log_softmax(part.float() / ctx.temperature, dim=-1)
             softmax = log_softmax.exp()
-            found = softmax * -total[:, None]
-            found.view(-1).scatter_add_(0, at * some.shape[1] + targets[first:last], g)
-            if of_entropy is not None:
-                share = total.zero_().index_add_(0, at, of_entropy[first:last] / ctx.temperature)
-                # 0*log(0) is 0, as in the forward pass
+            logit_gradient = softmax * -total[:, None]
+            logit_gradient.view(-1).scatter_add_(0, at * part.shape[1] + targets[first:last], target_gradient)
+            if entropy_gradient is not None:
+                share = total.zero_().index_add_(0, at, entropy_gradient[first:last] / ctx.temperature)
+                # 0*log(0) counts as 0, as in the forward pass
                 log_softmax.clamp_(min=torch.finfo(torch.float32).min)
                 entropy = -(softmax * log_softmax).sum(dim=-1, keepdim=True)
-                found -= share[:, None] * softmax * (log_softmax + entropy)
-            result[start : start + len(some)] = found
+                logit_gradient -= share[:, None] * softmax * (log_softmax + entropy)
+            result[start : start + len(part)] = logit_gradient
         return result, None, None, None, None
 
 

@@ -2,11 +2,11 @@
 
     y = hardware(x, W) + (alpha / rank) * B A x
 
-- The base is computed by the hardware as ever (`Q(W)` once for the whole run, as it never changes). A and B are plain
-  Linears in float32, also over a bfloat16 base: neither quantized nor noisy, in rollouts, training and evaluation.
-- A is drawn by PEFT (`U(-1/sqrt(in), 1/sqrt(in))`) from the run's seed, B is zero: the first policy is the base.
-- The reference policy is the base with its adapters disabled: no second model in memory.
-- The adapters are put into the given model in place. It keeps its class, its config and its forward; names gain
+- The hardware computes the base as usual (`Q(W)` once for the entire run, since W never changes). A and B are plain
+  Linears in float32, even on a bfloat16 base: neither quantized nor noisy, in rollouts, training and evaluation alike.
+- PEFT draws A (`U(-1/sqrt(in), 1/sqrt(in))`) from the run's seed, and B is zero: the first policy is the base.
+- The reference policy is the base with its adapters disabled, so there is no second model in memory.
+- The adapters are added to the model in place. It keeps its class, its config and its forward; parameter names gain
   PEFT's `.base_layer` and `.lora_A.default`.
 - Adapters are saved as PEFT saves them, and plain PEFT loads them onto the plain base.
 """
@@ -47,21 +47,21 @@ __all__ = ["ADAPTER_CONFIG", "Adapters", "attach", "load_adapters"]
 
 @dataclass(frozen=True)
 class Adapters:
-    """The adapters of a model, which is changed in place."""
+    """The adapters of a model, which attaching them changed in place."""
 
     peft: PeftModel
     """PEFT's view of the model."""
     modules: tuple[str, ...]
-    """Dotted names of the Linears that have one, as in the plain model."""
+    """Dotted names, as in the plain model, of the Linears that have an adapter."""
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base alone inside: the reference policy."""
+        """Inside the block, the model is its base alone: the reference policy."""
         with self.peft.disable_adapter():
             yield
 
     def save(self, directory: Path) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, into an existing directory."""
+        """Write `adapter_config.json` and `adapter_model.safetensors` into an existing directory, as PEFT does."""
         self.peft.save_pretrained(str(directory), save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # a model card with every field left to fill in
         write_record(directory, self.peft.get_base_model())  # type: ignore[arg-type]
@@ -69,12 +69,12 @@ class Adapters:
     def merge(self) -> PreTrainedModel:
         """The plain model with `W + (alpha / rank) * B A` in place of W; the adapters are gone afterwards.
 
-        Each sum is rounded once to the model's dtype: in bfloat16, what an adapter adds is lost where it is below
-        about 1/500 of a weight.
+        Each sum is rounded once to the model's dtype. In bfloat16, an adapter's contribution is lost where it is below
+        about 1/500 of the weight.
 
         Raises:
-            ConfigError: if hardware is installed (it would go on with the quantized weights of before), a merged weight
-                is shared with another module, which would change with it, or a sum is not finite.
+            ConfigError: if hardware is installed (it would keep using the old quantized weights), if a merged weight
+                is shared with another module, which would change with it, or if a sum is not finite.
         """
         from roundoff.hardware import installed
 
@@ -95,11 +95,11 @@ class Adapters:
 
 
 def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
-    """Fresh adapters on `model`, in place; afterwards they alone require gradients.
+    """Add fresh adapters to `model` in place; afterwards only they require gradients.
 
     Raises:
-        ConfigError: if a target matches no Linear or a weight that is shared with another module, or the model has
-            adapters already.
+        ConfigError: if a target matches no Linear, or one whose weight is shared with another module, or if the model
+            already has adapters.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -118,39 +118,39 @@ def attach(model: PreTrainedModel, lora: LoRA, key: Key) -> Adapters:
     if (shared := _shared_with(model)) is not None:
         peft.base_model.unload()  # type: ignore[operator]
         raise ConfigError(
-            f"lora.targets takes in {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merged "
-            "into it, the adapter would change both, so leave it out of lora.targets"
+            f"lora.targets includes {shared[0]}, whose weight is shared with {shared[1]} (tied embeddings): merging "
+            "the adapter would change both, so leave it out of lora.targets"
         )
     return _finished(model, peft, lora.dropout)
 
 
 def load_adapters(model: PreTrainedModel, directory: Path) -> Adapters:
-    """Saved adapters on `model`, in place, for evaluation (nothing requires gradients).
+    """Add saved adapters to `model` in place, for evaluation: nothing requires gradients.
 
     Raises:
-        ConfigError: if the adapter is no plain LoRA, does not fit the model tensor by tensor, or says that it
-            belongs to another base; the model is then as it was.
+        ConfigError: if the adapter is not plain LoRA, does not fit the model tensor by tensor, or records another
+            base. The model is then unchanged.
     """
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     _check_none(model)
-    found = read_adapter(directory)
-    check_base(found, model)
-    config = found.config
+    adapter = read_adapter(directory)
+    check_base(adapter, model)
+    config = adapter.config
     config.base_model_name_or_path, config.init_lora_weights, config.inference_mode = model.name_or_path, True, True
     try:
         with _peft_at_work():
             peft: PeftModel = get_peft_model(model, config)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise found.error(f"does not fit the model: {error}") from error
+        raise adapter.error(f"does not fit the model: {error}") from error
     try:
-        drop_copies(found, dict(peft.named_parameters(remove_duplicate=False)))
-        check_complete(found, get_peft_model_state_dict(peft, save_embedding_layers=False))
+        drop_copies(adapter, dict(peft.named_parameters(remove_duplicate=False)))
+        check_complete(adapter, get_peft_model_state_dict(peft, save_embedding_layers=False))
         with own_defaults():
-            set_peft_model_state_dict(peft, dict(found.tensors))
+            set_peft_model_state_dict(peft, dict(adapter.tensors))
         for name, tensor in get_peft_model_state_dict(peft, save_embedding_layers=False).items():
-            if not torch.equal(tensor.detach().cpu().double(), found.tensors[name].double()):
-                raise found.error(f"does not fit the model: {name} would be rounded to {tensor.dtype}")
+            if not torch.equal(tensor.detach().cpu().double(), adapter.tensors[name].double()):
+                raise adapter.error(f"does not fit the model: {name} would be rounded to {tensor.dtype}")
     except ConfigError:
         peft.base_model.unload()  # type: ignore[operator]
         raise
@@ -164,7 +164,7 @@ def _check_none(model: PreTrainedModel) -> None:
 
 
 def _shared_with(model: nn.Module) -> tuple[str, str] | None:
-    """A weight that merging would change and that is shared with another module, and the other's name."""
+    """A weight that merging would change although another module shares it, and that module's name for it."""
     changed = [f"{name}." for name, module in model.named_modules() if _is_changed(module)]
     for name, other in shared_weights(model).items():
         if name.startswith(tuple(changed)):
@@ -179,10 +179,10 @@ def _is_changed(module: nn.Module) -> bool:
 
 @contextmanager
 def _peft_at_work() -> Iterator[None]:
-    """The global generator of the CPU, from which PEFT draws A (also where it then reads it), is restored afterwards,
-    and so are torch's defaults.
+    """Restores the CPU's global generator afterwards, and torch's defaults.
 
-    PEFT 0.21 asks transformers 5.23 by a name that is going out of use; no user can do anything about that.
+    PEFT draws A from that generator, even when it then loads A from a file. PEFT 0.21 also uses a deprecated name of
+    transformers 5.23; users can do nothing about that warning, so it is hidden.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), own_defaults():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -190,23 +190,23 @@ def _peft_at_work() -> Iterator[None]:
 
 
 def _finished(model: PreTrainedModel, peft: PeftModel, dropout: float) -> Adapters:
-    """Evaluation mode throughout (new modules begin in training mode), and dropout that can be replayed."""
+    """Put all modules into evaluation mode (new ones start in training mode), with dropout that can be replayed."""
     draws = DropoutDraws()
-    found = []
+    adapted = []
     for name, module in model.named_modules():
         if not hasattr(module, "lora_A"):
             continue
-        found.append(plain_name(name))
+        adapted.append(plain_name(name))
         if dropout:
             module.lora_dropout["default"] = KeyedDropout(dropout, plain_name(name), draws)
     if dropout:
         model.__dict__[MARK] = draws
     peft.eval()
-    return Adapters(peft, tuple(found))
+    return Adapters(peft, tuple(adapted))
 
 
 def _check_targets(model: PreTrainedModel, lora: LoRA) -> str | list[str]:
-    """What PEFT is told to wrap; PEFT itself is silent about one of several targets that matches nothing."""
+    """The target modules for PEFT, which does not report a target that matches nothing if another one matches."""
     if lora.targets == "all-linear":
         return "all-linear"
     if not lora.targets:

@@ -1,15 +1,15 @@
 """Positions, row ids and attention masks of left-padded rollouts: one source for sampling and for training passes.
 
-Axes: N rollouts, S = P + T columns (prompt and response). Row n holds `left[n]` padding columns, its prompt, its
-response, then padding again. A position counts without padding, so that it is the same in any batch:
+The columns of a rollout are `left` columns of padding, its prompt, its response, then padding again. A position is
+counted without padding, so that it is the same in any batch:
 
     column    0    1    2    3    4    5    6
     token   pad  pad    3    -    1    =    2          left = 2
     position  0    0    0    1    2    3    4
 
-Masks are additive 4-D tensors prepared here; `transformers` would build them anew for each decode step.
-They forbid attention to later columns, to padding, and (sliding-window layers) to columns `sliding_window` or more
-back, as `transformers.masking_utils.sliding_window_overlay` has it.
+Masks are additive 4-D tensors, prepared here because `transformers` would rebuild them for each decode step. They
+forbid attention to later columns, to padding, and in sliding-window layers to columns that are `sliding_window` or more
+columns back, as `transformers.masking_utils.sliding_window_overlay` defines it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from inspect import signature
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
-from roundoff.hardware import POSITIONS
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
-Masks = Tensor | Mapping[str, Tensor]
+Masks = Float[Tensor, "_rows 1 _queries _keys"] | Mapping[str, Float[Tensor, "_rows 1 _queries _keys"]]
 """What a model takes as `attention_mask`: one additive mask, or one for each kind of layer."""
 
 
@@ -39,15 +39,15 @@ class AttentionPattern:
     kinds: frozenset[str]
     """`full_attention`, `sliding_attention` or both."""
     window: int
-    """Columns that a sliding-window layer sees, its own included (0: none slides)."""
+    """Columns that a sliding-window layer sees, the query's own included; 0 if the model has no such layer."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> AttentionPattern:
         """The pattern of a causal `transformers` model.
 
         Raises:
-            ConfigError: if it has other layers (linear, chunked), takes no prepared mask (Bloom, flash attention),
-                attends to later tokens (BERT), or counts positions from another number than 0 (RoBERTa).
+            ConfigError: if the model has layers of another kind (linear, chunked), does not take a prepared mask
+                (Bloom, flash attention), attends to later tokens (BERT), or does not count positions from 0 (RoBERTa).
         """
         config = model.config.get_text_config(decoder=True)
         window = getattr(config, "sliding_window", None) or 0
@@ -76,29 +76,35 @@ class AttentionPattern:
         return cls(frozenset(kinds), window if _SLIDING in kinds else 0)
 
     def windows(self, config: Any) -> tuple[int, ...]:
-        """Columns that each layer of the model with this config sees, the query's own included (0: all)."""
+        """Columns that each layer sees in a model with this config, the query's own included; 0 means all."""
         kinds = getattr(config, "layer_types", None) or [next(iter(self.kinds))] * config.num_hidden_layers
         return tuple(self.window if kind == _SLIDING else 0 for kind in kinds)
 
     def slides(self, columns: int) -> bool:
-        """Whether a sequence of so many columns is longer than the window."""
+        """Whether a sequence of this many columns is longer than the window."""
         return 0 < self.window < columns
 
-    def masks(self, queries: Tensor, left: Tensor, columns: int, dtype: torch.dtype) -> Masks:
-        """Additive masks [N, 1, Q, columns] of query columns [Q] under left padding [N]."""
+    def masks(
+        self, queries: Int[Tensor, " queries"], left: Int[Tensor, " rollouts"], columns: int, dtype: torch.dtype
+    ) -> Masks:
+        """Additive masks [rollouts, 1, queries, columns] for some query columns, given each rollout's left padding."""
         keys = torch.arange(columns, device=left.device)
-        seen = (keys <= queries[:, None]) & (keys >= left[:, None, None])  # [N, Q, columns]
+        seen = (keys <= queries[:, None]) & (keys >= left[:, None, None])  # [rollouts, queries, columns]
         return self._of_each_kind(seen, queries[:, None] - keys, columns, dtype)
 
-    def packed_masks(self, segment: Tensor, position: Tensor, dtype: torch.dtype) -> Masks:
-        """Additive masks [R, 1, L, L] of rows that hold a prompt and several responses to it, one after the other.
+    def packed_masks(
+        self, segment: Int[Tensor, "rows columns"], position: Int[Tensor, "rows columns"], dtype: torch.dtype
+    ) -> Masks:
+        """Additive masks [rows, 1, columns, columns] of rows that hold a prompt and several responses to it.
 
-        `segment` [R, L] is -1 on padding, 0 on the prompt, another number for each response; `position` [R, L] counts
-        within the prompt and on from its end in each response.
+        Args:
+            segment: -1 on padding, 0 on the prompt, and a number of its own for each response.
+            position: position within the prompt; each response continues from the prompt's end.
+            dtype: of the masks.
         """
         columns = segment.shape[1]
         query, key = segment[:, :, None], segment[:, None, :]
-        seen = ((key == 0) | ((key > 0) & (key == query))).tril_()  # [R, L, L]
+        seen = ((key == 0) | ((key > 0) & (key == query))).tril_()  # [rows, columns, columns]
         return self._of_each_kind(seen, position[:, :, None] - position[:, None, :], columns, dtype)
 
     def _of_each_kind(self, seen: Tensor, distance: Tensor, columns: int, dtype: torch.dtype) -> Masks:
@@ -109,12 +115,12 @@ class AttentionPattern:
 
 
 def _check_order(model: PreTrainedModel, kind: str) -> None:
-    """Refuse what our masks and positions would run in another way than the model was trained."""
+    """Refuse models that our masks and positions would run in another way than they were trained."""
     for module in model.modules():
         if getattr(module, "is_causal", True) is False:
             raise ConfigError(
                 f"{kind} attends to later tokens as well (an encoder, or use_bidirectional_attention), so it cannot "
-                "write one token after the other; if it was trained as a decoder, say is_decoder = true in config.json"
+                "write one token after the other; if it was trained as a decoder, set is_decoder = true in config.json"
             )
         table = getattr(module, "position_embeddings", None)
         if isinstance(table, nn.Embedding) and table.padding_idx is not None:
@@ -125,27 +131,29 @@ def _check_order(model: PreTrainedModel, kind: str) -> None:
 
 
 def _knows_windows(config: Any) -> bool:
-    """Whether models of this config have windows: a config.json may set `sliding_window` for a model without, Llama."""
+    """Whether the class of this config has a window at all; a config.json may set one for a model without (Llama)."""
     kind = type(config)
     names = [field.name for field in fields(kind)] if is_dataclass(kind) else signature(kind.__init__).parameters
     return "sliding_window" in names
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    # The smallest number rather than -inf: a padding row attends to nothing and must not become NaN.
+    # The lowest finite number rather than -inf: padding attends to nothing, and -inf everywhere would give NaN.
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def left_padding(attention_mask: Tensor) -> Tensor:
-    """Padding columns before each rollout's first token, [N], from an attention mask [N, S]."""
+def left_padding(attention_mask: Shaped[Tensor, "rollouts columns"]) -> Int[Tensor, " rollouts"]:
+    """Number of padding columns before each rollout's first token."""
     return attention_mask.bool().to(torch.uint8).argmax(dim=1)
 
 
-def positions(left: Tensor, columns: int) -> Tensor:
-    """Position [N, columns] of each column, counted without left padding (0 within it)."""
+def positions(left: Int[Tensor, " rollouts"], columns: int) -> Int[Tensor, "rollouts columns"]:
+    """Position of each column, counted without left padding (0 within it)."""
     return (torch.arange(columns, device=left.device) - left[:, None]).clamp(min=0)
 
 
-def row_ids(rollout_ids: Tensor, position: Tensor) -> Tensor:
-    """Row ids [N, S] of tokens at positions [N, S] of rollouts [N]: what keys the hardware's noise."""
+def row_ids(
+    rollout_ids: Int[Tensor, " rollouts"], position: Int[Tensor, "rollouts columns"]
+) -> Int[Tensor, "rollouts columns"]:
+    """Row id of each token, which keys the hardware's noise, from its rollout and its position there."""
     return rollout_ids[:, None] * POSITIONS + position

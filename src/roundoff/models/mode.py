@@ -1,6 +1,6 @@
-"""Evaluation mode: a property of every module, not of the model's root.
+"""Evaluation mode, which is a property of every module and not only of the model's root.
 
-PEFT's adapters begin in training mode within a model in evaluation mode, and `model.training` does not tell.
+PEFT's adapters start in training mode even inside a model in evaluation mode, and `model.training` does not show it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No module of the model is in training mode inside (no dropout); each has its own mode back afterwards."""
+    """Inside the block, no module is in training mode (no dropout); afterwards each module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:

@@ -1,20 +1,20 @@
-"""How the tokens of a training pass are laid out: one rollout a row, or the rollouts of one prompt behind one another.
+"""How the tokens of a training pass are laid out: one rollout per row, or the rollouts of one prompt in a shared row.
 
-The G rollouts of a prompt share it. In a packed row it stands once and is computed once; a response token attends to
-the prompt and to its own response alone, at the positions it had when it was sampled. The last token of a response
-predicts nothing and is no input; responses of equal inputs stand once. Four rollouts of "3-1=" that wrote a: "2", end;
-b: "12", end; c: "13", end; d: "2", end:
+All rollouts of a group have the same prompt. A packed row holds it once, so it is computed once. Each response token
+attends only to the prompt and to its own response, at the positions it had when it was sampled. The last token of a
+response predicts nothing and is not an input; responses with equal inputs appear once. Take four rollouts of "3-1="
+that wrote a: "2", end; b: "12", end; c: "13", end; d: "2", end:
 
     column     0    1    2    3    4    5    6    7    8    9
     token    pad    3    -    1    =    2    1    2    1    3
     response                            ad   b    b    c    c
     position   0    0    1    2    3    4    4    5    4    5
 
-The result is that of the plain layout up to float32 rounding: the same sums in another order. Packing is only for
-arithmetic that does not draw: on noisy hardware every rollout makes its own pass over its prompt, as in sampling.
+The result equals that of the plain layout up to float32 rounding: the same sums in another order. Packing is only for
+arithmetic without random draws: on noisy hardware every rollout has its own pass over its prompt, as in sampling.
 
-How many responses share a row is chosen by cost: a column costs as much as `COLUMN` query-key pairs for each number of
-the hidden size. Long responses to short prompts stay plain.
+The number of responses in a row minimizes an estimated cost, in which a column costs as much as `COLUMN * hidden`
+query-key pairs. Long responses to short prompts keep the plain layout.
 """
 
 from __future__ import annotations
@@ -22,48 +22,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from roundoff.models.masks import AttentionPattern, Masks, left_padding, positions
 
 COLUMN = 6
-"""A decoder layer of hidden size h has about 12*h*h weights, and attention 2*h multiplications a pair: 6*h pairs."""
+"""Cost of a column in query-key pairs, per unit of hidden size h. A decoder layer has about 12*h*h weights, and
+attention takes 2*h multiplications per pair, so a column costs 6*h pairs."""
 MOST_PAIRS = 2.0
-"""Packed query-key pairs over plain ones at most: masks take their memory."""
+"""Largest allowed ratio of packed to plain query-key pairs; it bounds the memory of the masks."""
 SPLITS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Parts of the longest group that are tried as the length of a row."""
+"""Divisors of the longest group's length that are tried as the length of a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Inputs of one pass, and where each response token's logits are found; R rows, L columns, K response tokens."""
+    """Inputs of one pass, and where to find the logits of each of its `targets` (the response tokens)."""
 
-    tokens: Tensor
-    """[R, L] int64."""
-    position: Tensor
-    """[R, L] int64."""
+    tokens: Int[Tensor, "rows columns"]
+    """Token ids, int64."""
+    position: Int[Tensor, "rows columns"]
+    """Position of each token, int64."""
     masks: Masks
     kept: int
-    """Columns at the end whose logits are needed."""
-    rollout: Tensor
-    """[K]: row of each response token in the N given."""
-    index: Tensor
-    """[K]: its column among the T given."""
-    source: Tensor
-    """[K]: place among the R * kept logits of those that predict it."""
-    rows: Tensor | None
-    """[R, L]: row ids for the hardware's draws (plain layout alone)."""
+    """Number of columns at the end of each row whose logits are needed."""
+    rollout: Int[Tensor, " targets"]
+    """Index of the target's rollout."""
+    index: Int[Tensor, " targets"]
+    """Index of the target within its response."""
+    source: Int[Tensor, " targets"]
+    """Index, among the `rows * kept` rows of logits, of those that predict the target."""
+    rows: Int[Tensor, "rows columns"] | None
+    """Row ids for the hardware's draws; None in a packed layout."""
 
 
 def plain(
-    tokens: Tensor,
-    mask: Tensor,
+    tokens: Int[Tensor, "rollouts columns"],
+    mask: Bool[Tensor, "rollouts columns"],
     response_length: int,
-    rows: Tensor | None,
+    rows: Int[Tensor, "rollouts columns"] | None,
     pattern: AttentionPattern,
     dtype: torch.dtype,
 ) -> Layout:
-    """One rollout a row: tokens and mask [N, P+T] without the columns that are padding in all."""
+    """The layout with one rollout per row, without the columns that are padding in every rollout."""
     first, last = _used_columns(mask, response_length)
     columns = slice(first, last)  # of the input: the last token predicts nothing
     left = left_padding(mask[:, columns])
@@ -84,16 +86,16 @@ def plain(
 
 
 def packed(
-    tokens: Tensor,
-    mask: Tensor,
+    tokens: Int[Tensor, "rollouts columns"],
+    mask: Bool[Tensor, "rollouts columns"],
     response_length: int,
     pattern: AttentionPattern,
     dtype: torch.dtype,
     hidden: int,
 ) -> Layout | None:
-    """Adjacent rollouts of one prompt in one row or a few; None where that does not pay, or a response has gaps.
+    """The layout with adjacent rollouts of one prompt in one row or a few.
 
-    `hidden` is the model's hidden size.
+    `hidden` is the model's hidden size. Returns None where packing does not pay, or where a response has gaps.
     """
     start = tokens.shape[1] - response_length
     first, last = _used_columns(mask, response_length)
@@ -103,8 +105,8 @@ def packed(
         return None
     inputs = (lengths - 1).clamp(min=0)
     written = [tuple(text[:n]) for text, n in zip(tokens[:, start:].tolist(), inputs.tolist(), strict=True)]
-    texts = _Texts.of(written, [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()])
-    rows = _rows(texts, start - first, last - first, hidden)
+    texts = DistinctTexts.of(written, [True, *(prompts[1:] != prompts[:-1]).any(dim=1).tolist()])
+    rows = plan_rows(texts, start - first, last - first, hidden)
     if rows is None:
         return None
     number, writer, row, offset = (
@@ -142,20 +144,21 @@ def packed(
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
-    """The distinct responses to each prompt, one after the other."""
+class DistinctTexts:
+    """The distinct responses to each prompt, in order of appearance."""
 
     number: list[int]
-    """Which of them each rollout wrote."""
+    """For each rollout, the index of the text that it wrote."""
     writer: list[int]
-    """The first rollout that wrote it."""
+    """For each text, the first rollout that wrote it."""
     length: list[int]
+    """For each text, its number of input tokens."""
     opens: list[bool]
-    """Whether it is the first to its prompt."""
+    """For each text, whether it is the first one for its prompt."""
 
     @classmethod
-    def of(cls, written: list[tuple[int, ...]], is_new: list[bool]) -> _Texts:
-        """`written` by the rollouts, whose prompt `is_new` where it differs from the one before."""
+    def of(cls, written: list[tuple[int, ...]], is_new: list[bool]) -> DistinctTexts:
+        """The distinct texts among those `written` by the rollouts; `is_new` marks where the prompt changes."""
         texts = cls([], [], [], [])
         known: dict[tuple[int, ...], int] = {}
         for rollout, (response, new) in enumerate(zip(written, is_new, strict=True)):
@@ -171,34 +174,44 @@ class _Texts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """Which row each text is in, where it begins there, and the columns after the prompt."""
+class RowPlan:
+    """How the texts are distributed over rows."""
 
     row: list[int]
+    """For each text, its row."""
     offset: list[int]
+    """For each text, the column where it begins, counted from the prompt's end."""
     extra: int
+    """Columns after the prompt."""
 
 
-def _rows(texts: _Texts, prompt: int, plain_columns: int, hidden: int) -> _Rows | None:
-    """The cheapest distribution of the texts over rows; None if the plain layout is cheaper."""
+def plan_rows(texts: DistinctTexts, prompt: int, plain_columns: int, hidden: int) -> RowPlan | None:
+    """The cheapest distribution of the texts over rows; None if the plain layout is cheaper still.
+
+    Args:
+        texts: the distinct responses.
+        prompt: columns of the longest prompt.
+        plain_columns: columns of the plain layout.
+        hidden: the model's hidden size.
+    """
 
     def cost(rows: int, columns: int) -> int:
         return rows * columns * (COLUMN * hidden + columns)
 
     rollouts, longest = len(texts.number), max(texts.length)
-    whole = _filled(texts, sum(texts.length))
+    unsplit = fill_rows(texts, sum(texts.length))
     best, least = None, cost(rollouts, plain_columns)
-    for limit in dict.fromkeys(max(longest, round(whole.extra / split)) for split in SPLITS):
-        rows = _filled(texts, limit)
+    for limit in dict.fromkeys(max(longest, round(unsplit.extra / split)) for split in SPLITS):
+        rows = fill_rows(texts, limit)
         count, columns = rows.row[-1] + 1, prompt + rows.extra
-        found = cost(count, columns)
-        if found < least and count * columns**2 <= MOST_PAIRS * rollouts * plain_columns**2:
-            best, least = rows, found
+        row_cost = cost(count, columns)
+        if row_cost < least and count * columns**2 <= MOST_PAIRS * rollouts * plain_columns**2:
+            best, least = rows, row_cost
     return best
 
 
-def _filled(texts: _Texts, limit: int) -> _Rows:
-    """Texts one after the other; a row begins with each prompt, and where `limit` columns would be passed."""
+def fill_rows(texts: DistinctTexts, limit: int) -> RowPlan:
+    """Rows filled in order; a new row begins with each prompt, and where a text would exceed `limit` columns."""
     row, offset = [], []
     current, used, extra = -1, 0, 0
     for length, opens in zip(texts.length, texts.opens, strict=True):
@@ -208,11 +221,11 @@ def _filled(texts: _Texts, limit: int) -> _Rows:
         offset.append(used)
         used += length
         extra = max(extra, used)
-    return _Rows(row, offset, extra)
+    return RowPlan(row, offset, extra)
 
 
 def _used_columns(mask: Tensor, response_length: int) -> tuple[int, int]:
-    """First column that holds a token, and the last one (at least the first response column)."""
+    """First and last column that hold a token, the last being at least the first response column."""
     used = mask.any(dim=0).nonzero()
     start = mask.shape[1] - response_length
     if not len(used):

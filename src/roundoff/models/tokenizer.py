@@ -1,11 +1,11 @@
-"""What a tokenizer does to a prompt, judged by ids: what it adds, what it loses, and whether the model can read it.
+"""Checks, by token ids, what a tokenizer adds to a prompt, what it loses, and whether the model can read the result.
 
 A prompt is to be continued, so it must not end with a token that ends a response. Many tokenizers append their end
-token to every text, which is right for training on whole texts and wrong here: `beginning` leaves it away. Any other
-token that a tokenizer appends is an error, as nobody can tell what the model makes of it.
+token to every text, which is right for training on whole texts and wrong here: `beginning` removes it. Any other token
+that a tokenizer appends is an error, because its effect on the model is unknown.
 
-A tokenizer may hold more tokens than the model has embeddings, and Gemma 3's does. What counts is that no such token is
-used: neither for padding, nor for the end of a response, nor in a prompt.
+A tokenizer may have more tokens than the model has embeddings, as Gemma 3's does. What matters is that no such token is
+used, be it for padding, for the end of a response or in a prompt.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from roundoff.errors import RoundoffWarning
 from roundoff.models.errors import ModelError
 
 _PROBES = ("1", "a", " ", "1+1", "a b")
-"""Texts of which a tokenizer has a token for at least one, we hope."""
+"""Short texts; any useful tokenizer should have a token for at least one of them."""
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: Sequence[Sequence[int]]) -> list[int]:
-    """Ids that the tokenizer puts before every text; end tokens that it appends are left away.
+    """The ids that the tokenizer puts before every text. End tokens that it appends are ignored.
 
     Args:
         tokenizer: of a model that is to continue the texts.
-        texts: any texts; the first that holds a token is looked at.
-        plain: ids of each without special tokens.
+        texts: any texts; the first that has a token is examined.
+        plain: ids of each text without special tokens.
 
     Raises:
-        ModelError: if it appends another token than its end token, or changes the text's own tokens.
+        ModelError: if the tokenizer appends any token but its end token, or changes the text's own tokens.
     """
     text, own = next(((t, list(ids)) for t, ids in zip(texts, plain, strict=True) if ids), (texts[0], list(plain[0])))
-    whole = list(tokenizer(text, padding=False, truncation=False, add_special_tokens=True)["input_ids"])
-    splits = [k for k in range(len(whole) - len(own), -1, -1) if whole[k : k + len(own)] == own]
+    extended = list(tokenizer(text, padding=False, truncation=False, add_special_tokens=True)["input_ids"])
+    splits = [k for k in range(len(extended) - len(own), -1, -1) if extended[k : k + len(own)] == own]
     for k in splits:
-        if all(token == tokenizer.eos_token_id for token in whole[k + len(own) :]):
-            return whole[:k]
+        if all(token == tokenizer.eos_token_id for token in extended[k + len(own) :]):
+            return extended[:k]
     if not splits:
         raise ModelError(
-            f"the tokenizer encodes {text[:40]!r} as {whole} with special tokens, but as {own} without them: its "
+            f"the tokenizer encodes {text[:40]!r} as {extended} with special tokens, but as {own} without them: its "
             "post_processor (tokenizer.json) must put special tokens around a text and leave the text alone"
         )
-    last = whole[-1]
+    last = extended[-1]
     raise ModelError(
         f"the tokenizer appends {_shown(tokenizer, last)} to every text, and a prompt that is to be continued must not "
         "end with it: take it out of post_processor in tokenizer.json"
@@ -54,7 +54,10 @@ def beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], plain: S
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> list[int]:
-    """Check that the model can read and end what this tokenizer writes; returns the ids put before every plain text.
+    """Check that the tokenizer's special tokens fit the model.
+
+    Returns:
+        The ids that the tokenizer puts before every plain text.
 
     Raises:
         ModelError: naming the setting that is wrong.
@@ -68,9 +71,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
         known = number is not None and tokenizer.convert_ids_to_tokens(number) == str(token)
         if not known or not 0 <= number < rows:
             why = f"has no embedding (the model has {rows})" if known else "is not in the tokenizer's vocabulary"
-            meant = "the end token" if role == "eos" else "the padding token"
+            label = "the end token" if role == "eos" else "the padding token"
             raise ModelError(
-                f"{where}{meant} {str(token)!r} (id {number}) {why}: name another {role}_token in "
+                f"{where}{label} {str(token)!r} (id {number}) {why}: name another {role}_token in "
                 "tokenizer_config.json, or give the model an embedding for it (resize_token_embeddings)"
             )
     for number in _configured_ends(model):
@@ -97,20 +100,22 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, 
 def check_added_bos(
     tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], added: Sequence[int], name: str
 ) -> None:
-    """Check that `add_bos_token` of tokenizer_config.json is what tokenizer.json does; transformers ignores the former.
+    """Check that `add_bos_token` in tokenizer_config.json agrees with what tokenizer.json does.
 
-    A conversation has the special tokens of its template alone, so that with a template this is a warning.
+    transformers ignores the former. With a chat template a disagreement is only a warning, because a conversation has
+    no special tokens but those of its template.
 
     Raises:
         ModelError: if they disagree and the tokenizer has no chat template.
     """
-    said = settings.get("add_bos_token")
+    setting = settings.get("add_bos_token")
     bos = tokenizer.bos_token_id
-    if not isinstance(said, bool) or bos is None or said == (list(added[:1]) == [bos]):
+    if not isinstance(setting, bool) or bos is None or setting == (list(added[:1]) == [bos]):
         return
     message = (
-        f"model {name!r}: tokenizer_config.json says add_bos_token = {str(said).lower()}, but post_processor of "
-        f"tokenizer.json {'does not put' if said else 'puts'} {_shown(tokenizer, bos)} before a text: make them agree"
+        f"model {name!r}: tokenizer_config.json says add_bos_token = {str(setting).lower()}, but post_processor of "
+        f"tokenizer.json {'does not put' if setting else 'puts'} {_shown(tokenizer, bos)} before a text: make them "
+        "agree"
     )
     if tokenizer.chat_template is None:
         raise ModelError(message)
@@ -118,13 +123,13 @@ def check_added_bos(
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token that ends a response: the tokenizer's, and those of the model's generation_config."""
+    """Ids of every token that ends a response: the tokenizer's, and those in the model's generation_config."""
     own = tokenizer.eos_token_id
     return frozenset([*([] if own is None else [own]), *_configured_ends(model)])
 
 
 def embeddings(model: PreTrainedModel) -> int:
-    """Tokens that the model has an input embedding for."""
+    """Number of tokens that the model has an input embedding for."""
     layer: Any = model.get_input_embeddings()
     return int(getattr(layer, "num_embeddings", None) or layer.weight.shape[0])
 
@@ -132,7 +137,7 @@ def embeddings(model: PreTrainedModel) -> int:
 def check_embedded(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: Iterable[Sequence[int]], what: str = "a prompt"
 ) -> None:
-    """Check that the model has an embedding for every token of some texts.
+    """Check that the model has an embedding for every token of the encoded texts.
 
     Raises:
         ModelError: naming the first token without one.
@@ -151,17 +156,16 @@ def check_embedded(
 def check_open(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Iterable[int | None], what: str, fix: str
 ) -> None:
-    """Check that a prompt does not end with an end token; blanks after it do not count.
+    """Check that a prompt does not end with an end token, nor with one that only white space follows.
 
     Raises:
-        ModelError: if it does; the message says what to do, in the words of `fix`.
+        ModelError: if it does; `fix` is the part of the message that says what to do.
     """
     closing = set(ends)
     for token in reversed(ids):
         if token in closing:
             raise ModelError(
-                f"{what} ends with the end token {_shown(tokenizer, token)}, so that nothing is left to be answered: "
-                f"{fix}"
+                f"{what} ends with the end token {_shown(tokenizer, token)}, so that nothing is left to answer: {fix}"
             )
         if str(tokenizer.decode([token])).strip():
             return
@@ -182,12 +186,12 @@ def check_begun_once(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], wha
 
 
 def check_kept(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> None:
-    """Check that the ids of a text (without what the tokenizer adds) hold all of it.
+    """Check that the ids of a text, without what the tokenizer adds, hold all of the text.
 
-    Forms of one character (NFKC), capitals, accents and blanks are not told apart: what is looked for is loss.
+    Only loss counts: variants of a character (NFKD), case, accents and white space may change.
 
     Raises:
-        ModelError: if some of it became the unknown token, or is gone.
+        ModelError: if a part of the text became the unknown token, or is gone.
     """
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids and str(tokenizer.unk_token) not in text:

@@ -1,4 +1,4 @@
-"""Whether the weights in a model directory are all there, fit the architecture, and are numbers."""
+"""Checks that a model directory's weights are complete, fit the architecture and are finite."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ INDEX = "model.safetensors.index.json"
 """File that says which shard holds which tensor."""
 
 _FORMER_BUFFERS = ("masked_bias", "inv_freq")
-"""Constants that old versions of transformers saved with every layer."""
+"""Names of constants that old versions of transformers saved with every layer."""
 
 
 def check_files(directory: Path, name: str) -> None:
-    """Check that every shard that the index lists is there, and that no index contradicts a single file.
+    """Check that every shard that the index lists is there. A single weights file makes the index irrelevant.
 
     Raises:
-        ModelError: naming what is missing.
+        ModelError: if the index cannot be read, or naming the shards that are missing.
     """
     path = directory / INDEX
     if not path.is_file() or (directory / "model.safetensors").is_file():  # transformers reads the single file first
@@ -44,14 +44,19 @@ def check_files(directory: Path, name: str) -> None:
 def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) -> None:
     """Check that every weight of the model came from its files, and that no tensor of its layers was left over.
 
-    Tensors of whole parts that the model lacks (the vision tower of a model that is loaded for text) give a warning.
+    Tensors of entire parts that the model lacks (the vision tower of a model loaded for text) give a warning.
+
+    Args:
+        model: as transformers has loaded it.
+        info: the loading information that transformers returned with it.
+        name: of the model, for messages.
 
     Raises:
-        ModelError: naming tensors that are missing, of another shape or unknown, or hold NaN or infinity.
+        ModelError: naming tensors that are missing, unknown or of the wrong shape, or that hold NaN or infinity.
     """
     for key in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := info.get(key):
-            names = sorted(map(str, found))  # type: ignore[call-overload]
+        if problems := info.get(key):
+            names = sorted(map(str, problems))  # type: ignore[call-overload]
             raise ModelError(f"model {name!r}: its weights do not fit its architecture ({key}: {few(names)})")
     unknown = sorted(map(str, info.get("unexpected_keys") or ()))  # type: ignore[call-overload]
     if inside := [key for key in unknown if _is_inside(model, key)]:
@@ -72,7 +77,7 @@ def check_weights(model: PreTrainedModel, info: dict[str, object], name: str) ->
 
 
 def _is_inside(model: PreTrainedModel, key: str) -> bool:
-    """Whether a tensor belongs to a module that the model has, or to one more of the layers that it numbers."""
+    """Whether a tensor belongs to a module that the model has, or to one more layer of a numbered list in it."""
     if key.rpartition(".")[2] in _FORMER_BUFFERS:
         return False
     names = {name: module for name, module in model.named_modules() if name}
@@ -88,7 +93,7 @@ def few(names: list[str]) -> str:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over names and bytes of all parameters but those of adapters, under the names of the plain model."""
+    """SHA-256 over names (those of the plain model) and bytes of all parameters except those of adapters."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
@@ -104,7 +109,7 @@ def plain_parameter(name: str) -> str:
 
 
 def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Names of parameters whose memory another one uses as well (tied embeddings), and the other's name."""
+    """Parameters that share memory with another one (tied embeddings): each one's name with the other's."""
     owners: dict[tuple[torch.device, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel() and parameter.device.type != "meta":

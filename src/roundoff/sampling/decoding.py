@@ -1,9 +1,10 @@
 """The batch that is being decoded: which rows the model computes, and which rollouts read their logits.
 
-Two kinds. `RolloutRows`: one row a rollout; on any model, and wherever passes draw noise. `PrefixRows`: one row for
-each distinct text so far; rollouts of one prompt share a row until they write different tokens. It needs the pass that
-reads its cache by index (`fused_decoder.py`), and arithmetic that does not draw: then equal texts have equal logits.
-Three rollouts of a prompt, with the row of each:
+There are two kinds. `RolloutRows` has one row per rollout; it works on any model, and is used wherever passes draw
+noise. `PrefixRows` has one row for each distinct text so far, so that rollouts of one prompt share a row until they
+write different tokens. It needs the pass that reads its cache by index (`roundoff.sampling.fused_decoder`), and
+arithmetic that does not draw, under which equal texts have equal logits. Three rollouts of a prompt, with their rows
+after each token:
 
     token        1   2   3
     rollout 0    a   b   end         rows  {0,1,2} -> {0,1}, {2} -> {0}, {1}, {2}
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,39 +29,39 @@ from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.kv_cache import KVCache, SharedCache
 
 COMPACT_SHARE = 0.125
-"""Rows leave the batch once this share of it has ended: moving rows costs less than computing them."""
+"""Ended rows are removed once they make up this share of the batch: moving rows costs less than computing them."""
 
 
 class DecodingBatch(Protocol):
-    """Rollouts that are decoded together, b of them at a time."""
+    """Rollouts that are decoded together."""
 
-    def logits(self) -> Tensor:
-        """Logits [b, V] of the next token of each rollout."""
+    def logits(self) -> Float[Tensor, "rollouts vocabulary"]:
+        """Logits of the next token of each rollout."""
         ...
 
-    def leave(self, running: Tensor) -> Tensor:
-        """Drop rollouts that are not `running` [b], now or later; the index [b'] of those that stay for now."""
+    def leave(self, running: Bool[Tensor, " rollouts"]) -> Int[Tensor, " remaining"]:
+        """Drop rollouts that are not `running`, now or later; returns the index of those that stay for now."""
         ...
 
-    def feed(self, tokens: Tensor) -> None:
-        """Compute the logits after `tokens` [b]."""
+    def feed(self, tokens: Int[Tensor, " rollouts"]) -> None:
+        """Compute the logits that follow `tokens`."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts of a batch, left-padded to P columns; those that are alike and adjacent are one of its R rows."""
+    """The prompts of a batch, left-padded to one width; adjacent rollouts of equal prompts share a row."""
 
-    tokens: Tensor
-    """[R, P]."""
-    left: Tensor
-    """[R] columns of left padding."""
-    counts: Tensor
-    """[R] rollouts of each."""
+    tokens: Int[Tensor, "rows columns"]
+    """Token ids."""
+    left: Int[Tensor, " rows"]
+    """Columns of left padding in each row."""
+    counts: Int[Tensor, " rows"]
+    """Number of rollouts of each row."""
 
     @classmethod
     def of(cls, encoded: list[list[int]], pad: int, device: torch.device, *, alone: bool) -> Prompts:
-        """The prompts of rollouts; `alone`: each a row of its own, as passes that draw noise need."""
+        """The prompts of rollouts. With `alone`, each rollout has a row of its own, as passes that draw noise need."""
         first = [i for i in range(len(encoded)) if alone or i == 0 or encoded[i] != encoded[i - 1]]
         width = max(map(len, encoded))
         rows = [[pad] * (width - len(encoded[i])) + encoded[i] for i in first]
@@ -72,28 +74,34 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """Forward passes of one call of `sample`."""
+    """The forward passes of one call of `sample`."""
 
     model: PreTrainedModel
     pattern: AttentionPattern
     noise: Key | None
-    """Under which passes draw; None on hardware that is not noisy."""
+    """Key under which passes draw; None on hardware that is not noisy."""
     fused: FusedDecoder | None
-    """None: the model's own forward pass."""
+    """The fused pass; None where the model's own forward pass is used."""
     max_new_tokens: int
+    """Length limit of a response."""
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return int(self.model.config.get_text_config(decoder=True).num_hidden_layers)
 
-    def batch(self, prompts: Prompts, ids: Tensor) -> DecodingBatch:
-        """A batch after its prompts, for rollouts of these ids [b]."""
+    def batch(self, prompts: Prompts, ids: Int[Tensor, " rollouts"]) -> DecodingBatch:
+        """A batch that has read its prompts, for rollouts with these ids."""
         shares = self.fused is not None and self.noise is None and not self.fused.noisy_attention
         return PrefixRows(self, prompts) if shares else RolloutRows(self, prompts, ids)
 
-    def read(self, prompts: Prompts, ids: Tensor, capacity: int) -> tuple[KVCache, Tensor]:
-        """A cache of `capacity` columns after the prompts, and their last logits [R, V]; `ids` [R] key the noise."""
+    def read(
+        self, prompts: Prompts, ids: Int[Tensor, " rows"], capacity: int
+    ) -> tuple[KVCache, Float[Tensor, "rows vocabulary"]]:
+        """Read the prompts. Returns a cache with `capacity` columns and the logits that follow each prompt.
+
+        `ids` are the rollout ids that key the noise, one for each row.
+        """
         left, width = prompts.left, prompts.tokens.shape[1]
         cache = KVCache(self.layers, capacity)
         if self.fused is not None and self.fused.reads(width):
@@ -102,8 +110,15 @@ class Passes:
         masks = self.pattern.masks(torch.arange(width, device=left.device), left, width, self.model.dtype)
         return cache, self.own(prompts.tokens, masks, positions(left, width), ids, cache)
 
-    def own(self, tokens: Tensor, masks: Masks, position: Tensor, ids: Tensor, cache: KVCache) -> Tensor:
-        """Logits [b, V] of the last column by the model's own forward pass."""
+    def own(
+        self,
+        tokens: Int[Tensor, "rows columns"],
+        masks: Masks,
+        position: Int[Tensor, "rows columns"],
+        ids: Int[Tensor, " rows"],
+        cache: KVCache,
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of the last column, by the model's own forward pass."""
         with noise_context(self.model, self.noise, row_ids(ids, position)):
             output = self.model(
                 input_ids=tokens,
@@ -118,38 +133,39 @@ class Passes:
 
 
 class RolloutRows:
-    """One row a rollout."""
+    """A batch with one row per rollout."""
 
-    def __init__(self, passes: Passes, prompts: Prompts, ids: Tensor) -> None:
+    def __init__(self, passes: Passes, prompts: Prompts, ids: Int[Tensor, " rollouts"]) -> None:
         width = prompts.tokens.shape[1]
         capacity = width + passes.max_new_tokens - 1
-        whole = len(prompts.counts) == len(ids)
+        one_each = len(prompts.counts) == len(ids)
         self.passes, self.ids, self.column = passes, ids, width
         first = prompts.counts.cumsum(0) - prompts.counts
-        self.cache, self._logits = passes.read(prompts, ids[first], capacity if whole else width)
+        self.cache, self._logits = passes.read(prompts, ids[first], capacity if one_each else width)
         self.left = prompts.left.repeat_interleave(prompts.counts)
-        if not whole:
+        if not one_each:
             self.cache = self.cache.repeated(prompts.counts, capacity)
             self._logits = self._logits.repeat_interleave(prompts.counts, dim=0)
-        # [b, 1, 1, P+T] of the last column; those of earlier ones are its leading parts, unless they slide
+        # Mask [rollouts, 1, 1, capacity + 1] of the last column; without a sliding window, a part of it serves
+        # every earlier column
         self.mask: Tensor | None = None
         if not passes.pattern.slides(capacity + 1):
             mask = self._masks(capacity)
             assert isinstance(mask, Tensor)
             self.mask = mask
 
-    def logits(self) -> Tensor:
-        """Logits [b, V] of the next token of each rollout."""
+    def logits(self) -> Float[Tensor, "rollouts vocabulary"]:
+        """Logits of the next token of each rollout."""
         return self._logits
 
-    def leave(self, running: Tensor) -> Tensor:
-        """Drop rollouts once they are enough to pay; the index of those that stay."""
+    def leave(self, running: Bool[Tensor, " rollouts"]) -> Int[Tensor, " remaining"]:
+        """Drop ended rollouts once there are enough of them to pay; returns the index of those that stay."""
         rows = len(running)
         index = running.nonzero()[:, 0]
         count = len(index)
         if count and rows - count < COMPACT_SHARE * rows:
             return torch.arange(rows, device=running.device)
-        # Running rows from beyond `count` move into the places of ended rows before it; the others stay where they are.
+        # Running rows from `count` on move into the places of ended rows before it; the others stay where they are.
         holes, tails = (~running[:count]).nonzero()[:, 0], index[index >= count]
         keep = torch.arange(count, device=index.device)
         keep[holes] = tails
@@ -158,8 +174,8 @@ class RolloutRows:
         self.mask = None if self.mask is None else self.mask[keep]
         return keep
 
-    def feed(self, tokens: Tensor) -> None:
-        """Compute the logits after `tokens` [b]."""
+    def feed(self, tokens: Int[Tensor, " rollouts"]) -> None:
+        """Compute the logits that follow `tokens`."""
         column, passes = self.column, self.passes
         self.column += 1
         mask = self._masks(column) if self.mask is None else self.mask.narrow(3, 0, column + 1)
@@ -176,30 +192,31 @@ class RolloutRows:
 
 
 class PrefixRows:
-    """One row for each distinct text so far, n of them for b rollouts."""
+    """A batch with one row for each distinct text so far."""
 
     def __init__(self, passes: Passes, prompts: Prompts) -> None:
         assert passes.fused is not None
         self.fused = passes.fused
-        read, self._logits = passes.read(prompts, prompts.counts, prompts.tokens.shape[1])
+        prompt_cache, self._logits = passes.read(prompts, prompts.counts, prompts.tokens.shape[1])
         rows = torch.arange(len(prompts.counts))
-        self.row = rows.repeat_interleave(prompts.counts)  # [b] row of each rollout
-        self.left = prompts.left  # [n]
-        self.cache = SharedCache(read, KVCache(passes.layers, passes.max_new_tokens - 1), len(self.row), rows, rows)
+        self.row = rows.repeat_interleave(prompts.counts)  # row of each rollout
+        self.left = prompts.left  # left padding of each row
+        own_cache = KVCache(passes.layers, passes.max_new_tokens - 1)
+        self.cache = SharedCache(prompt_cache, own_cache, len(self.row), rows, rows)
 
-    def logits(self) -> Tensor:
-        """Logits [b, V] of the next token of each rollout."""
+    def logits(self) -> Float[Tensor, "rollouts vocabulary"]:
+        """Logits of the next token of each rollout."""
         each_its_own = torch.equal(self.row, torch.arange(len(self._logits)))
         return self._logits if each_its_own else self._logits[self.row]
 
-    def leave(self, running: Tensor) -> Tensor:
-        """Drop ended rollouts at once; the index of those that stay."""
+    def leave(self, running: Bool[Tensor, " rollouts"]) -> Int[Tensor, " remaining"]:
+        """Drop ended rollouts at once; returns the index of those that stay."""
         index = running.nonzero()[:, 0]
         self.row = self.row[index]
         return index
 
-    def feed(self, tokens: Tensor) -> None:
-        """Compute the logits after `tokens` [b]: rollouts whose text is still the same stay in one row."""
+    def feed(self, tokens: Int[Tensor, " rollouts"]) -> None:
+        """Compute the logits that follow `tokens`; rollouts whose text is still the same stay in one row."""
         parent, token = self.row, tokens
         if len(self.row) > 1:
             base = self._logits.shape[1]

@@ -1,4 +1,4 @@
-"""Where a forward pass left the finite numbers: the first module whose output is NaN or infinite."""
+"""Where a forward pass stopped being finite: the first module whose output holds NaN or infinity."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from roundoff.models.mode import evaluation_mode
 from roundoff.sampling.rollouts import Rollouts
 
 UNSEEN = "a module that a second pass over the response does not show"
+"""What `first_nonfinite` returns if the second pass is finite."""
 
 
 @torch.no_grad()
 def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
-    """The first module, in order of execution, whose output is not finite, in words; empty where no rollout needs it.
+    """The first module, in order of execution, whose output is not finite, in words; empty if all rollouts are finite.
 
-    The first rollout that ended for this reason is computed again with the arithmetic that is in force and under the
-    noise that it met.
+    The first rollout that ended for this reason is computed again, with the current arithmetic and under the noise that
+    it met when it was sampled.
     """
     bad = rollouts.nonfinite.nonzero()[:, 0].tolist()
     if not bad:
         return ""
-    one = rollouts.select(bad[:1])  # of a single rollout no column is padding, so that every output counts
-    inside = one.attention_mask[0]
-    tokens, rows = one.tokens[:, inside], one.rows[:, inside]
-    found: list[str] = []
+    rollout = rollouts.select(bad[:1])
+    inside = rollout.attention_mask[0]  # without padding, every output counts
+    tokens, rows = rollout.tokens[:, inside], rollout.rows[:, inside]
+    modules: list[str] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if found or _is_finite(output):
+            if modules or _is_finite(output):
                 return
             why = ", whose weights hold NaN or Inf" if _has_bad_weights(module) else ""
-            if not why and not _is_finite(inputs):  # made by no module, such as the products of attention
+            if not why and not _is_finite(inputs):  # computed outside of any module, such as the products of attention
                 why = ", whose input was not finite already"
-            found.append(name + why)
+            modules.append(name + why)
 
         return hook
 
@@ -50,22 +51,22 @@ def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else UNSEEN
+    return modules[0] if modules else UNSEEN
 
 
 @torch.no_grad()
 def nonfinite_parameters(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Names of the parameters that hold NaN or Inf; each is read once."""
+    """Names of the parameters that hold NaN or infinity."""
     if not parameters:
         return []
-    # A sum is NaN or infinite if a term is, and costs a tenth of `isfinite`; one that overflows is looked at again.
+    # A sum is not finite if a term is not, and costs a tenth of `isfinite`; a sum may also overflow, so check again.
     sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters.values()])
     suspects = [name for name, ok in zip(parameters, sums.isfinite().tolist(), strict=True) if not ok]
     return [name for name in suspects if not bool(parameters[name].isfinite().all())]
 
 
 def _is_finite(output: Any) -> bool:
-    """Whether the tensor, or the first of several, is finite."""
+    """Whether the tensor, or the first one of a tuple, is finite; anything else counts as finite."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return not (isinstance(output, Tensor) and output.is_floating_point()) or bool(output.isfinite().all())

@@ -1,15 +1,15 @@
 """A forward pass for sampling that calls the model's own Linears and fuses everything between them.
 
-On small models most of a decode step is spent between the matrix products: a layer of the Llama kind makes about sixty
+On small models, most of a decode step is spent between the matrix products: a Llama-like layer performs about sixty
 small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
 attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
-with the hardware, adapters or faults on them, and noisy attention goes through its own function, so that what the chip
-does to the arithmetic is the same code in every pass.
+with their hardware, adapters or faults, and noisy attention goes through its own function. What the chip does to the
+arithmetic is therefore the same code in every pass.
 
-It is used where it is known to compute what the model computes, and nowhere else: on a CPU in float32, for the model
-classes of `FAMILIES` with the activation, norm and rotary embedding that those have by default, without forward hooks.
-Before its first use on a model both passes are compared on a few tokens; they must agree to float32 rounding. If they
-do not, a warning says so and the model's own pass is used. Where no compiler is found, too.
+The fused pass is used only where it is known to compute what the model computes: on a CPU in float32, for the model
+classes in `FAMILIES` with their default activation, norm and rotary embedding, and without forward hooks. Before its
+first use on a model, both passes are compared on a few tokens; they must agree to float32 rounding. If they do not, a
+warning says so and the model's own pass is used, as it is where no compiler is found.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,40 +32,44 @@ from roundoff.numerics.backend import Kernels, kernels_for
 from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
 
 FAMILIES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+"""Model classes that the fused pass can compute."""
 HEAD_SIZES = (16, 32, 64, 128)
+"""Head sizes that the kernels are compiled for."""
 MOST_COLUMNS = 64
-"""Longest prompts that are read this way: attention here is one query at a time, good for short ones."""
+"""Longest prompt, in tokens, that the fused pass reads: its attention takes one query at a time."""
 ROUNDING = 1e-4
-"""Largest difference of logits between both passes, relative to the largest logit: about 50 layers of float32."""
+"""Largest accepted difference of logits between the passes, relative to the largest logit: that of about 50 layers in
+float32."""
 MARK = "fused_decoder_agrees"
-"""Attribute of a model on which both passes were compared: whether they agree."""
+"""Attribute that a model gets when both passes were compared on it: whether they agree."""
 
 
 @dataclass(eq=False, slots=True)
 class FusedDecoder:
-    """The fused pass of one model; `table` holds cosines and sines of the positions of one call."""
+    """The fused pass of one model, for the positions of one call of `sample`."""
 
     model: PreTrainedModel
     kernels: Kernels
     layers: tuple[_Layer, ...]
     noisy_attention: bool
     """Whether attention goes through the hardware's function."""
-    cosine: Tensor
-    """[positions, D]."""
-    sine: Tensor
+    cosine: Float[Tensor, "positions head_size"]
+    """Cosines of the rotary embedding."""
+    sine: Float[Tensor, "positions head_size"]
+    """Sines of the rotary embedding."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, columns: int) -> FusedDecoder | None:
-        """The fused pass for sequences of at most so many columns; None where the model's own is to be used."""
+        """The fused pass for sequences of up to `columns` tokens; None where the model's own pass must be used."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         kernels = kernels_for(next(base.parameters()))
         if kernels is None or not _is_known(base):
             return None
-        found = cls._on(base, kernels, columns)
+        decoder = cls._on(base, kernels, columns)
         agrees = base.__dict__.get(MARK)
         if agrees is None:
-            agrees = base.__dict__[MARK] = found._agrees()
-        return found if agrees else None
+            agrees = base.__dict__[MARK] = decoder._agrees()
+        return decoder if agrees else None
 
     @classmethod
     def _on(cls, base: PreTrainedModel, kernels: Kernels, columns: int) -> FusedDecoder:
@@ -76,13 +81,23 @@ class FusedDecoder:
         return cls(base, kernels, layers, noisy, cosine[0].contiguous(), sine[0].contiguous())
 
     def reads(self, columns: int) -> bool:
-        """Whether prompts of so many columns are read this way (otherwise by the model's own pass)."""
+        """Whether the fused pass reads prompts of this many columns; if not, the model's own pass does."""
         return columns <= MOST_COLUMNS and not self.noisy_attention
 
-    def logits(self, tokens: Tensor, left: Tensor, cache: KVCache | SharedCache, mask: Any) -> Tensor:
-        """Logits [B, V] after the last of the new columns `tokens` [B, Q], which go into the cache.
+    def logits(
+        self,
+        tokens: Int[Tensor, "rows columns"],
+        left: Int[Tensor, " rows"],
+        cache: KVCache | SharedCache,
+        mask: Any,
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits that follow the last column of `tokens`, the new columns. They are added to the cache.
 
-        `left` [B] counts columns of left padding; `mask` is what the hardware's attention is given.
+        Args:
+            tokens: ids of the new tokens.
+            left: columns of left padding.
+            cache: holds the columns so far.
+            mask: for the hardware's attention; ignored where attention is not noisy.
         """
         decoder = self.model.model
         B, Q = tokens.shape
@@ -102,7 +117,7 @@ class FusedDecoder:
         return _linear(self.model.lm_head, x.view(B, Q, -1)[:, -1] if Q > 1 else x)
 
     def _norm(self, hidden: Tensor, delta: Tensor | None, norm: Any) -> Tensor:
-        """hidden += delta, in place; the norm of the sum."""
+        """Add `delta` to `hidden` in place, and return the norm of the sum."""
         out = torch.empty_like(hidden)
         self.kernels.norm(
             hidden.data_ptr(),
@@ -124,7 +139,7 @@ class FusedDecoder:
         shape: tuple[int, int],
         mask: Any,
     ) -> Tensor:
-        """Mixed values [B*Q, H*D] of new columns; their keys and values are in the cache afterwards."""
+        """Attention output [B*Q, H*D] of the new columns, whose keys and values are added to the cache."""
         B, Q = shape
         module = layer.attention
         q, D, own = qkv[0], module.head_dim, place.own
@@ -152,7 +167,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def _agrees(self) -> bool:
-        """Whether this and the model's own pass agree on a padded batch, a prompt and one step, hardware off."""
+        """Whether both passes agree on a padded batch, for a prompt and one step, with hardware off."""
         if installed(self.model) is not None:
             with hardware_off(self.model):
                 return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
@@ -173,9 +188,9 @@ class FusedDecoder:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            found = self.logits(tokens[:, start:end].contiguous(), left, fused, masks)
+            logits = self.logits(tokens[:, start:end].contiguous(), left, fused, masks)
             tolerance = ROUNDING * float(expected.abs().nan_to_num(0.0, 0.0).max())
-            if not torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True):
+            if not torch.allclose(logits, expected, rtol=0, atol=tolerance, equal_nan=True):
                 logging.getLogger("roundoff").warning(
                     "roundoff: the fused pass does not compute what %s computes; using the model's own, slower one",
                     type(self.model).__name__,
@@ -186,7 +201,7 @@ class FusedDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The modules of a decoder layer, found once."""
+    """The modules of a decoder layer, looked up once."""
 
     norm_before: nn.Module
     attention: Any
@@ -199,7 +214,7 @@ class _Layer:
     up: nn.Module
     down: nn.Module
     window: int
-    """Columns that its attention sees, the query's own included (0: all)."""
+    """Columns that its attention sees, the query's own included; 0 means all."""
 
     @classmethod
     def of(cls, layer: Any, window: int) -> _Layer:
@@ -211,11 +226,11 @@ class _Layer:
 
 @dataclass(eq=False, slots=True)
 class _Place:
-    """Where one layer finds keys and values, and puts new ones."""
+    """Where one layer reads keys and values, and writes new ones."""
 
     own: KVCacheLayer
     start: int
-    """Columns already there, prompt included."""
+    """Columns that the cache already holds, prompt included."""
     prompt: KVCacheLayer | None = None
     prompt_row: Tensor | None = None
     own_row: Tensor | None = None
@@ -233,16 +248,16 @@ class _Place:
 
 
 def _pointers(*tensors: Tensor | None) -> Any:
-    """Addresses as a C array; null for None."""
+    """Addresses as a C array, with null for None."""
     return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    """The product of a Linear as it is (with hardware or adapters), without the detours of a plain one."""
+    """The product of a Linear with its hardware or adapters; a plain Linear is computed without module overhead."""
     if type(module) is nn.Linear:
         return F.linear(x, module.weight, module.bias)
-    found: Tensor = module(x)
-    return found.contiguous()
+    product: Tensor = module(x)
+    return product.contiguous()
 
 
 def _threads(x: Tensor) -> int:
@@ -250,7 +265,7 @@ def _threads(x: Tensor) -> int:
 
 
 def _is_known(base: PreTrainedModel) -> bool:
-    """Whether the model is one of `FAMILIES` as transformers builds it, in float32, and nothing looks into it."""
+    """Whether the model is one of `FAMILIES` as transformers builds it, in float32 and without forward hooks."""
     name, config = type(base).__name__, base.config
     if name not in FAMILIES or not type(base).__module__.startswith("transformers.models."):
         return False

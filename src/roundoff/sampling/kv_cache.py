@@ -1,7 +1,7 @@
-"""A key-value cache that is allocated once, grows by copying one column, and gives up rows that have finished.
+"""A key-value cache that is allocated once, grows by one column per step, and drops rows that have finished.
 
-`transformers.DynamicCache` concatenates, so that each step copies the whole cache; `StaticCache` attends over its full
-length from the first step. This one is allocated at its final length and shows the model a view of the used part.
+`transformers.DynamicCache` concatenates, so that each step copies the entire cache. `StaticCache` attends over its full
+length from the first step on. This one is allocated at its final length and shows the model a view of the used part.
 """
 
 from __future__ import annotations
@@ -10,32 +10,43 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 
 class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of one layer: storage [B, heads, capacity, D], of which `rows` x `length` are in use."""
+    """Keys and values of one layer, of which the first `length` columns are in use."""
 
-    keys: Tensor
-    values: Tensor
-    is_sliding = False  # a sliding window is in the prepared mask, the storage keeps every column
+    keys: Float[Tensor, "rows heads capacity head_size"]
+    values: Float[Tensor, "rows heads capacity head_size"]
+    is_sliding = False  # the prepared mask applies a sliding window; the storage keeps every column
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Allocate the storage in the shape of the first keys and values."""
+    def lazy_initialization(
+        self,
+        key_states: Float[Tensor, "rows heads new head_size"],
+        value_states: Float[Tensor, "rows heads new head_size"] | None = None,
+    ) -> None:
+        """Allocate the storage; called with the first keys and values, whose shape it takes."""
         values = key_states if value_states is None else value_states
         self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[3]))
         self.values = values.new_empty((*values.shape[:2], self.capacity, values.shape[3]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new columns [B, heads, n, D]; views of all columns so far."""
+    def update(
+        self,
+        key_states: Float[Tensor, "rows heads new head_size"],
+        value_states: Float[Tensor, "rows heads new head_size"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "rows heads keys head_size"], Float[Tensor, "rows heads keys head_size"]]:
+        """Write the new columns, and return views of all columns so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
@@ -44,15 +55,15 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.values.narrow(2, start, new).copy_(value_states)
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
-    def repeated(self, counts: Tensor, capacity: int) -> KVCacheLayer:
+    def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCacheLayer:
         """A layer with row i repeated `counts[i]` times, and room for `capacity` columns."""
         layer = KVCacheLayer(capacity)
         layer.length, layer.is_initialized = self.length, True
         layer.keys, layer.values = (_repeated(x, self.length, counts, capacity) for x in (self.keys, self.values))
         return layer
 
-    def keep(self, holes: Tensor, tails: Tensor, rows: int) -> None:
-        """Move rows `tails` into rows `holes`, then keep the first `rows`: copies as little as there is to move."""
+    def keep(self, holes: Int[Tensor, " moved"], tails: Int[Tensor, " moved"], rows: int) -> None:
+        """Copy rows `tails` into rows `holes`, then keep only the first `rows`; nothing else is copied."""
         for name in ("keys", "values"):
             storage = getattr(self, name)
             if len(holes):
@@ -60,7 +71,7 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 used[holes] = used[tails]
             setattr(self, name, storage.narrow(0, 0, rows))
 
-    def copy_rows(self, source: Tensor, target: Tensor) -> None:
+    def copy_rows(self, source: Int[Tensor, " moved"], target: Int[Tensor, " moved"]) -> None:
         """Copy the columns in use of rows `source` to rows `target`."""
         if self.length:
             for storage in (self.keys, self.values):
@@ -72,22 +83,22 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask for `query_length` new columns covers."""
+        """Length and offset of the keys that a mask for `query_length` new columns must cover."""
         return self.length + query_length, 0
 
     def get_max_length(self) -> int:
-        """Columns that fit."""
+        """Columns that fit into the storage."""
         return self.capacity
 
     def get_max_cache_shape(self) -> int:
-        """`get_max_length` under the name that `transformers` 4 has for it."""
+        """The name of `get_max_length` in `transformers` 4."""
         return self.capacity
 
 
 def _repeated(storage: Tensor, length: int, counts: Tensor, capacity: int) -> Tensor:
     rows, heads, _, size = storage.shape
     used, times = storage.narrow(2, 0, length), int(counts[0])
-    if bool((counts == times).all()):  # whole groups: one pass, without an index
+    if bool((counts == times).all()):  # groups of equal size are copied in one pass, without an index
         copies = storage.new_empty((rows, times, heads, capacity, size))
         copies.narrow(3, 0, length).copy_(used.unsqueeze(1))
         return copies.flatten(0, 1)
@@ -98,26 +109,27 @@ def _repeated(storage: Tensor, length: int, counts: Tensor, capacity: int) -> Te
 
 @dataclass(eq=False, slots=True)
 class SharedCache:
-    """Prompts that several rows share, and the columns after them of each; row i of the batch is found by index.
+    """Prompts that several rows of the batch share, and each row's own columns after its prompt, both found by index.
 
-    Nothing is copied where rows begin or end, only where one becomes several. For attention that reads by index
-    (`fused_decoder.py`).
+    Columns are copied only where one row becomes several, not where rows begin or end. This needs attention that reads
+    its cache by index (`roundoff.sampling.fused_decoder`).
     """
 
     prompts: KVCache
     """One row for each distinct prompt."""
     own: KVCache
+    """Columns after the prompts."""
     capacity: int
-    """Rows of `own`: the most there can be."""
-    prompt_row: Tensor
-    """[n] row of the prompt in `prompts`."""
-    own_row: Tensor
-    """[n] row in `own`; distinct."""
+    """Number of rows of `own`: the most there can be."""
+    prompt_row: Int[Tensor, " rows"]
+    """For each row of the batch, its prompt's row in `prompts`."""
+    own_row: Int[Tensor, " rows"]
+    """For each row of the batch, its row in `own`; no two are equal."""
 
-    def descend(self, parent: Tensor) -> None:
-        """Row i now goes on from what row `parent[i]` was; `parent` [n'] ascends, and rows not in it are gone.
+    def descend(self, parent: Int[Tensor, " rows"]) -> None:
+        """Make row i continue row `parent[i]`. Called at every step, with `parent` in ascending order.
 
-        The first row that follows a parent takes over its columns, the others get copies.
+        The first child of a parent takes over its columns, the others get copies. Rows without children are gone.
         """
         first = torch.ones_like(parent, dtype=torch.bool)
         torch.ne(parent[1:], parent[:-1], out=first[1:])
@@ -134,7 +146,7 @@ class SharedCache:
 
 
 class KVCache(Cache):
-    """One `KVCacheLayer` for each decoder layer."""
+    """The cache of a model: one `KVCacheLayer` for each decoder layer."""
 
     stack: list[KVCacheLayer]
 
@@ -142,14 +154,14 @@ class KVCache(Cache):
         self.stack = [KVCacheLayer(capacity) for _ in range(layers)]
         super().__init__(layers=list(self.stack))
 
-    def repeated(self, counts: Tensor, capacity: int) -> KVCache:
+    def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCache:
         """A cache with row i repeated `counts[i]` times, and room for `capacity` columns."""
         cache = KVCache(0, capacity)
         cache.stack = [layer.repeated(counts, capacity) for layer in self.stack]
         cache.layers = list(cache.stack)
         return cache
 
-    def keep(self, holes: Tensor, tails: Tensor, rows: int) -> None:
-        """Move rows `tails` into rows `holes` in every layer, then keep the first `rows`."""
+    def keep(self, holes: Int[Tensor, " moved"], tails: Int[Tensor, " moved"], rows: int) -> None:
+        """In every layer, copy rows `tails` into rows `holes`, then keep only the first `rows`."""
         for layer in self.stack:
             layer.keep(holes, tails, rows)

@@ -1,15 +1,17 @@
 """Sampled completions as padded tensors.
 
-Axes: N rollouts, P prompt columns, T response columns. Row n is padding, its prompt up to column P, its response from
-there on, padding. The G rollouts of a prompt (a group) lie next to each other.
+A row holds padding, the prompt, which ends at column `prompt_length`, the response, and padding again. The rollouts of
+one prompt (a group) are adjacent. `columns` means prompt and response together; `tokens` means response columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from roundoff.numerics.rng import Key
@@ -17,50 +19,51 @@ from roundoff.numerics.rng import Key
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions sampled from a model, with what is needed to train on them."""
+    """Completions sampled from a model, with everything that training on them needs."""
 
-    tokens: Tensor
-    """[N, P+T] int64: left-padded prompt, then response, padded to the right."""
-    attention_mask: Tensor
-    """[N, P+T] bool: True on tokens, False on padding."""
+    tokens: Int[Tensor, "rollouts columns"]
+    """Token ids, int64: left-padded prompt, then response, padded on the right."""
+    attention_mask: Bool[Tensor, "rollouts columns"]
+    """True on tokens, False on padding."""
     prompt_length: int
-    """P, tokens of the longest prompt."""
-    response_mask: Tensor
-    """[N, T] bool: True on sampled tokens, the end token included."""
-    logprobs: Tensor
-    """[N, T] float32: log-probability of each sampled token at the sampling temperature (nats), 0 on padding."""
+    """Number of tokens of the longest prompt, and thus of prompt columns."""
+    response_mask: Bool[Tensor, "rollouts tokens"]
+    """True on sampled tokens, the end token included."""
+    logprobs: Float[Tensor, "rollouts tokens"]
+    """Log-probability of each sampled token at the sampling temperature, float32, in nats; 0 on padding."""
     texts: list[str]
-    """N responses without special tokens."""
-    truncated: Tensor
-    """[N] bool: no end token within the limit."""
-    nonfinite: Tensor
-    """[N] bool: ended early because the model's output was not finite (these are `truncated` too)."""
-    rows: Tensor
-    """[N, P+T] int64: row ids of the tokens, `rollout_id * 2**20 + position`."""
+    """Each response as text, without special tokens."""
+    truncated: Bool[Tensor, " rollouts"]
+    """Whether the response has no end token within the length limit."""
+    nonfinite: Bool[Tensor, " rollouts"]
+    """Whether the response ended early because the model's output was not finite; such a one is `truncated` too."""
+    rows: Int[Tensor, "rollouts columns"]
+    """Row id of each token, int64: `rollout_id * 2**20 + position`."""
     group_size: int
-    """G: the group of rollout n is `n // group_size`, as long as whole groups are selected."""
+    """Number of rollouts per prompt. Rollout n is in group `n // group_size`, as long as entire groups are selected."""
     noise_key: Key
-    """Key of the hardware's draws: `token_logprobs(..., rows=rows, key=noise_key)` meets them again."""
+    """Key of the hardware's draws; `token_logprobs(..., rows=rows, key=noise_key)` repeats them."""
     pad_token_id: int
+    """Id of the padding token."""
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @property
-    def lengths(self) -> Tensor:
-        """[N] tokens of each response, the end token included."""
+    def lengths(self) -> Int[Tensor, " rollouts"]:
+        """Number of tokens of each response, the end token included."""
         return self.response_mask.sum(dim=1)
 
-    def select(self, index: Tensor | Sequence[int], *, trim: bool = True) -> Rollouts:
+    def select(self, index: Int[Tensor, " selected"] | Sequence[int], *, trim: bool = True) -> Rollouts:
         """The rollouts at `index`, in that order; with `trim`, without columns that are padding in all of them."""
-        chosen = torch.as_tensor(index, dtype=torch.int64, device=self.tokens.device)
-        taken = {f.name: getattr(self, f.name) for f in fields(self)}
-        taken = {name: value[chosen] for name, value in taken.items() if isinstance(value, Tensor)}
-        picked = replace(self, texts=[self.texts[i] for i in chosen.tolist()], **taken)
-        return picked.trimmed() if trim else picked
+        places = torch.as_tensor(index, dtype=torch.int64, device=self.tokens.device)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: value[places] for name, value in values.items() if isinstance(value, Tensor)}
+        selection = replace(self, texts=[self.texts[i] for i in places.tolist()], **tensors)
+        return selection.trimmed() if trim else selection
 
     def trimmed(self) -> Rollouts:
-        """The same rollouts without columns that are padding in all (one prompt and one response column stay)."""
+        """The same rollouts without columns that are padding in all; one prompt and one response column always stay."""
         used = self.attention_mask.any(dim=0)
         left = min(int(used.to(torch.uint8).argmax()), self.prompt_length - 1)
         response = max(1, int(self.lengths.amax())) if len(self) else 1
@@ -77,11 +80,12 @@ class Rollouts:
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """All rollouts of `parts`, one after the other, padded to common widths.
+    """All rollouts of `parts`, one part after the other, padded to common widths.
+
+    Noise is keyed by row ids, so the parts must share one key and have rollout ids of their own.
 
     Raises:
-        ValueError: if there is none, or if they were not sampled under one key with one group size: noise is keyed by
-            row ids, so parts of one batch share a key and have rollout ids of their own.
+        ValueError: if there are no parts, or if they differ in noise key or group size.
     """
     if not parts or any((p.group_size, p.noise_key) != (parts[0].group_size, parts[0].noise_key) for p in parts):
         raise ValueError("parts must be one or more rollouts sampled under one key with one group size")

@@ -1,25 +1,25 @@
 """Sampling rollouts from a causal `transformers` model: batched, with a key-value cache, under any hardware.
 
 Prompts are sorted by length, left-padded and decoded together; a rollout that has ended leaves the batch. Results come
-back in the order of the prompts, the G rollouts of a prompt next to each other.
+back in the order of the prompts, with the rollouts of a prompt next to each other.
 
 **Randomness.** The token of rollout r at response index t is drawn by inverse transform from one uniform number that
 depends on (key, rollout id of r, t) and nothing else: `token = min{i : p_0 + ... + p_i > u}`, summed in float64. A
-batch that is split, sorted or thinned out otherwise gives the same text, with one caveat: a matrix product over another
-number of rows may round differently, and a token whose `u` lies within that rounding (about 1e-6) of a boundary then
-changes.
+batch that is split, sorted or thinned out in another way gives the same text, with one caveat: a matrix product over
+another number of rows may round differently, and a token changes if its `u` is within that rounding (about 1e-6) of a
+boundary.
 
-**Hardware.** The model's products run with whatever arithmetic is installed, by its own forward pass or by the fused
-one (`fused_decoder.py`). Noise is keyed by row ids (`masks.row_ids`) under `key.fold("noise")`, which
-`Rollouts.noise_key` records. On noisy hardware each rollout makes its own pass over its prompt, as on the chip;
-otherwise the rollouts of a prompt share one, and with the fused pass every beginning that they have in common
-(`decoding.py`).
+**Hardware.** The model's products run with whatever arithmetic is installed, in its own forward pass or in the fused
+one (`roundoff.sampling.fused_decoder`). Noise is keyed by row ids (`roundoff.models.masks.row_ids`) under
+`key.fold("noise")`, which `Rollouts.noise_key` records. On noisy hardware each rollout has its own pass over its
+prompt, as on the chip. Otherwise the rollouts of a prompt share one pass, and with the fused pass they share every
+beginning that they have in common (`roundoff.sampling.decoding`).
 
-**Log-probabilities** are those of the tokens under `softmax(logits / temperature)` over the full vocabulary, before
-top-k and top-p cut it (with temperature 0, greedy decoding: at temperature 1), as in trl and verl. With top_p = 1 and
-top_k = 0 that is the distribution sampled from.
+**Log-probabilities** are those of the tokens under `softmax(logits / temperature)` over the full vocabulary, before the
+cut by top-k and top-p, as in trl and verl. Greedy decoding (temperature 0) reports them at temperature 1. With
+top_p = 1 and top_k = 0 this is the distribution that is sampled from.
 
-**A bad rollout is data.** Where the distribution is not finite the rollout ends before that token, with `nonfinite` and
+**A bad rollout is data.** Where the distribution is not finite, the rollout ends before that token with `nonfinite` and
 `truncated` set; what it wrote before stays.
 """
 
@@ -29,10 +29,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from roundoff.config import TEMPERATURE_RULE, ConfigError, is_temperature
+from roundoff.config import ConfigError
 from roundoff.models.draws import is_noisy
 from roundoff.models.logprobs import token_logprobs
 from roundoff.models.masks import AttentionPattern, positions, row_ids
@@ -42,6 +43,7 @@ from roundoff.models.prompts import Asked, encode
 from roundoff.models.tokenizer import check_embedded, check_open, end_tokens
 from roundoff.numerics.rng import Key, uniform
 from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
+from roundoff.sampling.choice import SamplingSettings, choose
 from roundoff.sampling.decoding import DecodingBatch, Passes, Prompts
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.rollouts import Rollouts, concatenate
@@ -50,28 +52,6 @@ __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
 
 MAX_ROWS = 512
 """Rollouts decoded together; more are split into batches of similar prompt length."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """How tokens are chosen, checked."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    end_tokens: tuple[int, ...]
-    pad_token: int
-
-    def __post_init__(self) -> None:
-        for name, value, holds, rule in (
-            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
-            ("temperature", self.temperature, is_temperature(self.temperature), TEMPERATURE_RULE),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (the whole vocabulary) or more"),
-        ):
-            if not holds:
-                raise ValueError(f"{name} must be {rule}, but is {value}")
 
 
 @torch.no_grad()
@@ -86,33 +66,34 @@ def sample(
     top_p: float = 1.0,
     top_k: int = 0,
     key: Key,
-    rollout_ids: Tensor | Sequence[int] | None = None,
+    rollout_ids: Int[Tensor, " rollouts"] | Sequence[int] | None = None,
     max_rows: int = MAX_ROWS,
 ) -> Rollouts:
     """Rollouts of `prompts`, `group_size` of each, in the order of the prompts.
 
     Args:
-        model: called as it is, with its hardware, in evaluation mode (its mode is restored).
+        model: called with its hardware as it is, in evaluation mode; its own mode is restored afterwards.
         tokenizer: encodes the prompts; its end token and those of the model's `generation_config` end a response.
-        prompts: any number of texts or problems, equal ones included; `roundoff.models.prompts` says how they are
-            put. Lists of token ids are taken as they are.
-        group_size: rollouts of each prompt.
-        max_new_tokens: length limit of a response, end token included (tokens).
+        prompts: one or more texts or problems, which may repeat; `roundoff.models.prompts` defines how they are
+            encoded. Lists of token ids are taken as they are.
+        group_size: rollouts per prompt.
+        max_new_tokens: length limit of a response in tokens, end token included.
         temperature: 0 takes the most likely token.
         top_p: samples from the smallest set of most likely tokens that holds this share of the probability.
-        top_k: samples from the k most likely tokens (and those that tie with the last); 0: from all.
-        key: of every draw inside. The same key and rollout ids give the same rollouts.
-        rollout_ids: [N] whole numbers in [0, 2**43), by default 0 to N-1; calls under one key need ids of their own.
-        max_rows: rollouts decoded together at most; changes memory and speed, not the result.
+        top_k: samples from the k most likely tokens (and those that tie with the last of them); 0 means all.
+        key: of every draw. The same key and rollout ids give the same rollouts.
+        rollout_ids: one whole number in [0, 2**43) for each rollout, by default 0, 1, 2, and so on. Calls under one key
+            need ids of their own.
+        max_rows: most rollouts decoded together; it changes memory and speed, not the result.
 
     Raises:
-        ConfigError: for a model or tokenizer that cannot be sampled, a prompt that encodes to nothing, or one that
-            leaves no room for the response within `max_position_embeddings`.
-        ValueError: on an argument out of range.
+        ConfigError: if the model or tokenizer cannot be sampled from, or if a prompt encodes to nothing or leaves no
+            room for the response within `max_position_embeddings`.
+        ValueError: if an argument is out of range.
     """
     refuse_autocast("sampling", model.device)
     with own_torch_state(), evaluation_mode(model):
-        settings = _Settings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
+        settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
         encoded = _encode(model, tokenizer, prompts, max_new_tokens)
         return _sampled(model, tokenizer, encoded, settings, group_size, key, rollout_ids, max_rows)
 
@@ -121,13 +102,13 @@ def _sampled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: list[list[int]],
-    settings: _Settings,
+    settings: SamplingSettings,
     group_size: int,
     key: Key,
     rollout_ids: Tensor | Sequence[int] | None,
     max_rows: int,
 ) -> Rollouts:
-    """The rollouts of encoded prompts."""
+    """Sample from encoded prompts; see `sample`."""
     max_new_tokens = settings.max_new_tokens
     count = len(encoded) * group_size
     if group_size < 1 or max_rows < 1:
@@ -137,7 +118,7 @@ def _sampled(
         raise ValueError(f"rollout_ids must be {count} whole numbers in [0, 2**43), but is {ids.tolist()[:4]}...")
     written = _Written.empty(count, settings, model.device)
     noise_key = key.fold("noise")
-    # Equal prompts next to each other, short before long: little padding, and one prefill for equal prompts.
+    # Short prompts first and equal ones next to each other: little padding, and one prefill for equal prompts.
     order = sorted(range(count), key=lambda n: (len(encoded[n // group_size]), encoded[n // group_size], n))
     passes = Passes(
         model=model,
@@ -147,32 +128,32 @@ def _sampled(
         max_new_tokens=max_new_tokens,
     )
     for start in range(0, count, max_rows):
-        chosen = order[start : start + max_rows]
-        numbers = ids[chosen].to(model.device)
-        texts = [encoded[n // group_size] for n in chosen]
-        read = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
-        shape = len(chosen), max_new_tokens
+        places = order[start : start + max_rows]
+        batch_ids = ids[places].to(model.device)
+        texts = [encoded[n // group_size] for n in places]
+        batch_prompts = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
+        shape = len(places), max_new_tokens
         uniforms = None
         if settings.temperature > 0:
-            uniforms = uniform(key.fold("sample"), shape, rows=numbers).to(model.device)
-        slots = torch.tensor(chosen, device=model.device)
-        _decode(passes.batch(read, numbers), written, slots, uniforms, settings)
+            uniforms = uniform(key.fold("sample"), shape, rows=batch_ids).to(model.device)
+        slots = torch.tensor(places, device=model.device)
+        _decode(passes.batch(batch_prompts, batch_ids), written, slots, uniforms, settings)
     return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
 
 
 @dataclass(slots=True)
 class _Written:
-    """What has been sampled, by rollout; columns beyond `length` hold leavings."""
+    """What has been sampled so far; columns beyond a rollout's `length` hold arbitrary values."""
 
-    tokens: Tensor  # [N, T]
-    logprobs: Tensor  # [N, T]
-    length: Tensor  # [N]
-    truncated: Tensor  # [N]
-    nonfinite: Tensor  # [N]
+    tokens: Int[Tensor, "rollouts tokens"]
+    logprobs: Float[Tensor, "rollouts tokens"]
+    length: Int[Tensor, " rollouts"]
+    truncated: Bool[Tensor, " rollouts"]
+    nonfinite: Bool[Tensor, " rollouts"]
     pad_token: int
 
     @classmethod
-    def empty(cls, count: int, settings: _Settings, device: torch.device) -> _Written:
+    def empty(cls, count: int, settings: SamplingSettings, device: torch.device) -> _Written:
         T = settings.max_new_tokens
         return cls(
             tokens=torch.full((count, T), settings.pad_token, device=device),
@@ -184,7 +165,7 @@ class _Written:
         )
 
     def end(self, slots: Tensor, stopped: Tensor, finite: Tensor, t: int) -> None:
-        """Record that the `stopped` of the rollouts in `slots` end with token t, or before it if it is not `finite`."""
+        """Record that the `stopped` rollouts among `slots` end with token t, or before it where it is not `finite`."""
         ended, proper = slots[stopped], finite[stopped]
         self.length[ended] = t + proper.long()
         self.truncated[ended] = ~proper
@@ -192,9 +173,12 @@ class _Written:
 
 
 def _decode(
-    batch: DecodingBatch, written: _Written, slots: Tensor, uniforms: Tensor | None, settings: _Settings
+    batch: DecodingBatch, written: _Written, slots: Tensor, uniforms: Tensor | None, settings: SamplingSettings
 ) -> None:
-    """Decode the rollouts of `slots` [b] to their ends; `uniforms` [b, T] choose (None: greedily)."""
+    """Decode the rollouts in `slots` to their ends.
+
+    `uniforms` [rollouts, max_new_tokens] choose the tokens; without them decoding is greedy.
+    """
     running = torch.ones_like(slots, dtype=torch.bool)
     is_end: Tensor | None = None
     for t in range(settings.max_new_tokens):
@@ -219,47 +203,19 @@ def _decode(
         batch.feed(tokens)
 
 
-def choose(logits: Tensor, uniforms: Tensor | None, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """Tokens [b] drawn from logits [b, V] with one uniform number each (None: greedily), and log-probabilities [b]."""
-    if uniforms is None:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        chosen = logprobs.argmax(dim=-1, keepdim=True)
-    else:
-        logprobs = torch.log_softmax(logits / settings.temperature, dim=-1)
-        probabilities = _cut(logprobs.exp(), settings)
-        # float64: the product below stays under the total, so that no token of probability 0 is ever chosen
-        cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-        thresholds = uniforms[:, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, thresholds, right=True).clamp_(max=logits.shape[-1] - 1)
-    return chosen[:, 0], logprobs.gather(1, chosen)[:, 0]
-
-
-def _cut(probabilities: Tensor, settings: _Settings) -> Tensor:
-    """Probabilities [b, V] with 0 outside the top k and then, of what is left, outside the top-p set."""
-    if 0 < settings.top_k < probabilities.shape[-1]:
-        smallest = probabilities.topk(settings.top_k, dim=-1).values[:, -1:]
-        probabilities = torch.where(probabilities >= smallest, probabilities, 0.0)
-    if settings.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
-        inside = before < settings.top_p * ordered.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        probabilities = torch.zeros_like(probabilities).scatter(1, order, torch.where(inside, ordered, 0.0))
-    return probabilities
-
-
 def check_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_tokens: Sequence[int], max_new_tokens: int
 ) -> None:
-    """Check, before anything is sampled, that prompts of so many tokens can be answered.
+    """Check that prompts of these lengths, in tokens, can be answered; called before anything is sampled.
 
     Raises:
-        ConfigError: as `sample`.
+        ConfigError: as in `sample`.
     """
     AttentionPattern.of(model)
     _special_tokens(model, tokenizer)
     (limit, reason), longest = position_limit(model), max(prompt_tokens, default=0)
     if not all(prompt_tokens):
-        raise ConfigError("a prompt of the task encodes to no token at all: the model would have nothing to go on from")
+        raise ConfigError("a prompt of the task encodes to no token at all: the model would have nothing to continue")
     if limit is not None and longest + max_new_tokens > limit:
         raise ConfigError(
             f"a prompt of {longest} tokens and profile.training.max_new_tokens = {max_new_tokens} do not fit into the "
@@ -288,17 +244,17 @@ def _encode(
     """Token ids of each prompt."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be one or more texts in a list, but is {prompts!r}")
-    given = [prompt for prompt in prompts if isinstance(prompt, list)]
-    asked = [prompt for prompt in prompts if not isinstance(prompt, list)]
-    if given and asked:
+    token_lists = [prompt for prompt in prompts if isinstance(prompt, list)]
+    texts = [prompt for prompt in prompts if not isinstance(prompt, list)]
+    if token_lists and texts:
         raise ValueError("prompts must all be texts or problems, or all be lists of token ids")
-    encoded = given or encode(tokenizer, asked)
+    encoded = token_lists or encode(tokenizer, texts)
     check_embedded(model, tokenizer, encoded)
-    ends = () if given else end_tokens(model, tokenizer)
+    ends = () if token_lists else end_tokens(model, tokenizer)
     limit, reason = position_limit(model)
     for number, tokens in enumerate(encoded):
         if tokens and tokens[-1] in ends:
-            check_open(tokenizer, tokens, ends, f"prompt {number}", "take it away")
+            check_open(tokenizer, tokens, ends, f"prompt {number}", "remove it")
         if not tokens:
             raise ConfigError(f"prompt {number} must encode to at least one token, but is {prompts[number]!r}")
         if limit is not None and len(tokens) + max_new_tokens > limit:
@@ -317,7 +273,7 @@ def _assemble(
     noise_key: Key,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rollouts:
-    """The rollouts, with the padding and the columns that they need."""
+    """The finished rollouts, padded to the columns that they need."""
     device = written.tokens.device
     P, T = max(map(len, prompts)), max(1, int(written.length.max()))
     left = torch.tensor([P - len(prompt) for prompt in prompts], device=device)

@@ -1,9 +1,9 @@
 """Tallies of quantization error: sums over tokens from which the metrics of a scan are computed.
 
-**Sink tokens.** In trained models a few tokens, above all the first, carry nearly all of the residual stream's energy:
-attention uses them as a place to look at when there is nothing to see. A mean over the whole tensor then describes that
-one token. A token counts as a sink of a layer where its energy |h_t|^2 at the layer's input or output is more than
-`SINK_FACTOR` times the median over the batch's tokens.
+**Sink tokens.** In trained models a few tokens, mainly the first, carry nearly all of the residual stream's energy,
+because attention uses them as a place to look when there is nothing to see. A mean over the entire tensor would
+describe just that token. A token counts as a sink of a layer if its energy |h_t|^2 at the layer's input or output is
+more than `SINK_FACTOR` times the median over the batch's tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from roundoff.hardware import InstalledHardware
@@ -23,42 +24,43 @@ from roundoff.numerics.formats import E4M3, get_format
 from roundoff.numerics.quantize import quantize
 
 SINK_FACTOR = 100.0
+"""Multiple of the median token's energy above which a token is a sink."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums of one metric's numerator and denominator."""
+    """Running sums of one metric's numerator and denominator."""
 
     total: float = 0.0
     count: float = 0.0
 
-    def add(self, total: Tensor | float, count: Tensor | float) -> None:
-        """Count in a further sum."""
+    def add(self, total: Shaped[Tensor, ""] | int | float, count: Shaped[Tensor, ""] | int | float) -> None:
+        """Add to both sums."""
         self.total += float(total)
         self.count += float(count)
 
     def merged(self, other: Tally) -> Tally:
-        """Both sums together."""
+        """The sums of both tallies."""
         return Tally(self.total + other.total, self.count + other.count)
 
     @property
     def mean(self) -> float | None:
-        """The quotient; None if nothing was counted."""
+        """Numerator over denominator; None if nothing was counted."""
         return self.total / self.count if self.count else None
 
 
 @dataclass(slots=True)
 class Tallies:
-    """The tallies of one layer or one Linear by metric name."""
+    """The tallies of one layer or one Linear, by metric name."""
 
     by_name: dict[str, Tally] = field(default_factory=dict)
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
-        """Count into one metric."""
+    def add(self, name: str, total: Shaped[Tensor, ""] | int | float, count: Shaped[Tensor, ""] | int | float) -> None:
+        """Add to the sums of one metric."""
         self.by_name.setdefault(name, Tally()).add(total, count)
 
     def merged(self, other: Tallies) -> Tallies:
-        """The tallies of both together."""
+        """The sums of both, metric by metric."""
         names = {**self.by_name, **other.by_name}
         empty = Tally()
         return Tallies({n: self.by_name.get(n, empty).merged(other.by_name.get(n, empty)) for n in names})
@@ -71,18 +73,20 @@ class Tallies:
 
 @dataclass(frozen=True, slots=True)
 class InputErrors:
-    """Errors of one Linear's input [T, K], token by token (float64 [T])."""
+    """Errors of one Linear's input, token by token."""
 
-    energy: Tensor
-    """|Q(x_t) - x_t|^2 / |x_t|^2 (fraction), 0 for a token of zeros."""
-    nonzero: Tensor
-    dead: Tensor
-    saturated: Tensor
-    """Counts of elements."""
+    energy: Float[Tensor, " tokens"]
+    """|Q(x_t) - x_t|^2 / |x_t|^2, float64; 0 for a token of zeros."""
+    nonzero: Int[Tensor, " tokens"]
+    """Number of elements that are not zero."""
+    dead: Int[Tensor, " tokens"]
+    """Number of elements that quantization turns into zero."""
+    saturated: Int[Tensor, " tokens"]
+    """Number of elements beyond the largest number that their block can hold."""
 
 
-def input_errors(x: Tensor, fmt: str) -> InputErrors:
-    """Errors of tokens `x` [T, K] quantized as activations are: one tensor scale a token."""
+def input_errors(x: Float[Tensor, "tokens in_features"], fmt: str) -> InputErrors:
+    """Errors of tokens that are quantized like activations, with a tensor scale per token."""
     q = quantize(x, fmt, tensor_scale="row").to(torch.float32)
     x = x.to(torch.float32)
     nonzero = (x != 0).sum(-1)
@@ -96,8 +100,8 @@ def input_errors(x: Tensor, fmt: str) -> InputErrors:
     )
 
 
-def saturated(x: Tensor, fmt: str) -> Tensor:
-    """Where `x` [T, K] (float32) lies beyond the largest number that its block can hold, bool [T, K]."""
+def saturated(x: Float[Tensor, "tokens in_features"], fmt: str) -> Bool[Tensor, "tokens in_features"]:
+    """Which elements of `x` (float32) are beyond the largest number that their block can hold."""
     spec = get_format(fmt)
     if spec.element is None:
         return x.isfinite() & ~quantize(x, fmt).isfinite()
@@ -116,7 +120,7 @@ def saturated(x: Tensor, fmt: str) -> Tensor:
         scale = round_to_grid(amax / spec.divisor / torch.where(tensor == 0, 1.0, tensor), E4M3) * tensor
     else:
         scale = amax / (spec.tensor_divisor or spec.divisor)
-    limit = spec.element.high * scale * (1 + 1e-6)  # a float32 scale is rounded: amax itself must not count
+    limit = spec.element.high * scale * (1 + 1e-6)  # a float32 scale is rounded, and amax itself must not count
     over = (blocks > limit) | (-blocks > limit * (-spec.element.low / spec.element.high))
     return over.reshape(x.shape[0], -1)[:, :columns]
 
@@ -126,15 +130,16 @@ class WeightDamage:
     """Energy of a weight and of its quantization error."""
 
     layer: int | None
+    """Index of the decoder layer; None outside the layers."""
     noise: float
-    """|Q(W) - W|^2"""
+    """|Q(W) - W|^2."""
     signal: float
-    """|W|^2"""
+    """|W|^2."""
 
 
 def weight_damage(installed: InstalledHardware) -> dict[str, WeightDamage]:
-    """The damage to every quantized weight by the Linear's name."""
-    found = {}
+    """The damage to every quantized weight, by the Linear's name."""
+    damages = {}
     for entry, module in zip(installed.entries, installed.modules, strict=True):
         if entry.weight is None:
             continue
@@ -143,12 +148,12 @@ def weight_damage(installed: InstalledHardware) -> dict[str, WeightDamage]:
             error = quantized.to(torch.float32) - weight.to(torch.float32)
             noise += float(error.square_().sum(dtype=torch.float64))
             signal += float(weight.to(torch.float32).square().sum(dtype=torch.float64))
-        found[entry.name] = WeightDamage(entry.layer, noise, max(signal, 1e-300))
-    return found
+        damages[entry.name] = WeightDamage(entry.layer, noise, max(signal, 1e-300))
+    return damages
 
 
 def _weights(module: nn.Module, fmt: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weights of an installed module [out, in], each with `Q(W)`."""
+    """The weights [out_features, in_features] of an installed module, each with `Q(W)`."""
     if isinstance(module, HardwareLinear):
         weight = module.weight.detach()
         yield weight, module.hardware_state.quantized_weight(weight)
@@ -158,8 +163,8 @@ def _weights(module: nn.Module, fmt: str) -> Iterator[tuple[Tensor, Tensor]]:
             yield weight, quantize(weight, fmt)
 
 
-def add_classic(tallies: Tallies, h: Tensor, fmt: str) -> None:
-    """The classic columns of a layer's output `h` [T, D]: element-wise relative error, noise over signal."""
+def add_classic(tallies: Tallies, h: Float[Tensor, "tokens hidden"], fmt: str) -> None:
+    """Add the classic metrics of a layer's output `h`: element-wise relative error, and noise over signal."""
     h = h.to(torch.float32)
     noise = (quantize(h, fmt, tensor_scale="row") - h).abs_()
     nonzero = h != 0
@@ -169,13 +174,15 @@ def add_classic(tallies: Tallies, h: Tensor, fmt: str) -> None:
 
 
 def decibel(noise_to_signal: float | None) -> float | None:
-    """`-10 log10` of noise over signal (dB); infinite without noise."""
+    """Signal-to-noise ratio in dB, `-10 log10(noise_to_signal)`; infinite without noise."""
     if noise_to_signal is None:
         return None
     return math.inf if noise_to_signal == 0 else -10.0 * math.log10(noise_to_signal)
 
 
-def sink_tokens(before: Tensor, after: Tensor) -> Tensor:
-    """Which tokens are attention sinks of a layer, bool [T], from its input and output [T, D]."""
+def sink_tokens(
+    before: Float[Tensor, "tokens hidden"], after: Float[Tensor, "tokens hidden"]
+) -> Bool[Tensor, " tokens"]:
+    """Which tokens are attention sinks of a layer, from its input and its output."""
     energy = torch.maximum(before.float().square().sum(-1), after.float().square().sum(-1))
     return energy > SINK_FACTOR * energy.median()

@@ -1,4 +1,4 @@
-"""Exact sensitivity: the KL to the clean model when one layer alone, or all but the kept ones, are perturbed."""
+"""Exact sensitivity: the KL to the clean model when only one layer is perturbed, or all layers but the kept ones."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from roundoff.config import ConfigError, Hardware
@@ -15,7 +16,7 @@ from roundoff.models.calibration import (
     Calibration,
     decoder_layers,
     draw_of,
-    evaluation_mode,
+    frozen_evaluation,
     in_force_on,
     read_batches,
     text_kl,
@@ -26,25 +27,29 @@ from roundoff.srdd.layer_scan import LayerScan
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """KL(clean || perturbed) per token (nats), with its standard error over texts; None for one text."""
+    """A KL divergence from the clean to the perturbed model."""
 
     kl: float
+    """KL(clean || perturbed), in nats per token."""
     se: float | None
+    """Standard error over texts, in nats per token; None for a single text."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrontierPoint:
-    """KL of the whole model on the hardware with the k most sensitive layers kept in high precision."""
+    """KL of the entire model on the hardware, with the most sensitive layers kept in high precision."""
 
     k: int
+    """Number of kept layers."""
     kept: tuple[int, ...]
+    """Indices of the kept layers."""
     divergence: Divergence
 
 
 def divergence(totals: Sequence[float], counts: Sequence[float]) -> Divergence:
-    """KL per token of texts with these KL sums (nats) and token counts.
+    """KL per token, from the KL sums (in nats) and the token counts of the texts.
 
-    The standard error is that of a ratio with whole texts as the sampling unit, because tokens of one text are not
+    The standard error is that of a ratio, with texts as the sampling unit because the tokens of one text are not
     independent: `sqrt(n / (n - 1) * sum (total - kl * count)^2) / sum count`.
     """
     tokens = sum(counts)
@@ -64,12 +69,13 @@ def exact_divergences(
     batches: Sequence[Calibration],
     key: Key,
 ) -> dict[int, list[Divergence]]:
-    """KL when each layer alone is perturbed: over all batches, over the even and over the odd ones.
+    """KL when each layer alone is perturbed: over all batches, over the even ones and over the odd ones.
 
-    The hardware of `installed` must cover the layers; it is left switched off.
+    With a single batch, only the first of the three is given. The hardware of `installed` must cover the layers; it is
+    off afterwards.
     """
     sums: dict[int, list[list[float]]] = {index: [] for index in layers}
-    counts = [[float(v) for v in batch.mask.sum(1)] for batch in batches]
+    counts = [[float(count) for count in batch.mask.sum(1)] for batch in batches]
     for batch in batches:
         installed.switch(False)
         clean = model(**batch.inputs()).logits
@@ -77,38 +83,44 @@ def exact_divergences(
             with in_force_on(installed, [layer]), draw_of(model, key, batch):
                 sums[index].append(text_kl(clean, model(**batch.inputs()).logits, batch.mask))
 
-    def over(parts: list[list[float]], which: slice) -> Divergence:
-        return divergence([v for part in parts[which] for v in part], [v for part in counts[which] for v in part])
+    def over(totals: list[list[float]], part: slice) -> Divergence:
+        return divergence([t for batch in totals[part] for t in batch], [c for batch in counts[part] for c in batch])
 
-    whole, even, odd = slice(None), slice(0, None, 2), slice(1, None, 2)
-    chosen = [whole, even, odd] if len(batches) > 1 else [whole]
-    return {index: [over(parts, which) for which in chosen] for index, parts in sums.items()}
+    everything, even, odd = slice(None), slice(0, None, 2), slice(1, None, 2)
+    parts = [everything, even, odd] if len(batches) > 1 else [everything]
+    return {index: [over(totals, part) for part in parts] for index, totals in sums.items()}
 
 
 def frontier(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Shaped[Tensor, "_texts _columns"]]],
     scan: LayerScan,
     ks: Sequence[int],
     *,
     metric: str | None = None,
     seed: int = 0,
 ) -> list[FrontierPoint]:
-    """KL of the whole model on the scan's hardware against the number k of kept layers (0: none).
+    """KL of the entire model on the scan's hardware, for each number k of kept layers.
 
-    The layers are chosen by `scan`; to judge the choice fairly, pass texts that it did not see.
+    Args:
+        model: without hardware installed; unchanged afterwards.
+        batches: what a tokenizer returns. To judge the choice of layers fairly, pass texts that the scan did not see.
+        scan: ranks the layers, and names the hardware.
+        ks: numbers of layers to keep; 0 keeps none.
+        metric: of the scan, by which to rank; None: the scan's own choice.
+        seed: of matmul noise.
 
     Raises:
-        ConfigError: if the hardware has no format, so that keeping layers changes nothing, or a k is out of range.
+        ConfigError: if the hardware has no format, so that keeping layers changes nothing, or if a k is out of range.
     """
     precision = scan.hardware.precision
     if not (precision.weight or precision.activation):
         raise ConfigError("a frontier needs a format: kept layers are kept from quantization, and noise stays on them")
     texts = read_batches(batches, next(model.parameters()).device)
     decoder_layers(model)
-    with evaluation_mode(model), torch.no_grad():
+    with frozen_evaluation(model), torch.no_grad():
         clean = [model(**batch.inputs()).logits for batch in texts]
-        counts = [float(v) for batch in texts for v in batch.mask.sum(1)]
+        counts = [float(count) for batch in texts for count in batch.mask.sum(1)]
         points = []
         for k in ks:
             kept = scan.most_sensitive(k, metric) if k else ()
@@ -121,7 +133,7 @@ def frontier(
 def _sums(
     model: nn.Module, hardware: Hardware, texts: Sequence[Calibration], clean: Sequence[Tensor], seed: int
 ) -> list[float]:
-    """KL sums of every text on the hardware; 0 where every layer is kept and nothing else is left."""
+    """KL sum of every text on the hardware, in nats; 0 if all layers are kept and the hardware does nothing else."""
     kept_all = len(hardware.precision.keep) == len(decoder_layers(model))
     if kept_all and hardware.model_copy(update={"precision": type(hardware.precision)()}).changes_nothing:
         return [0.0 for batch in texts for _ in batch.tokens]

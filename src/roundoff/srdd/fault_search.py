@@ -1,7 +1,8 @@
-"""Fault finding without a reference machine: one forward pass in which every Linear and every layer is checked.
+"""Finds faults without a reference machine: a forward pass in which every Linear and every decoder layer is checked.
 
-Sites are visited in forward order and the checks of a site in the order of `roundoff.srdd.checks`. Every check judges a
-site by its own inputs, so an error made upstream does not raise alarms downstream; the first alarm names the suspect.
+Sites are visited in forward order, and the checks of a site run in the order of `roundoff.srdd.checks`. Every check
+judges a site by its own inputs, so that an error made upstream raises no alarms downstream. The first alarm names the
+suspect.
 """
 
 from __future__ import annotations
@@ -12,68 +13,71 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from roundoff.config import ConfigError
 from roundoff.hardware import installed
 from roundoff.hardware.inventory import layer_index, plain_name
 from roundoff.hardware.linear import HardwareLinear
-from roundoff.models.calibration import Calibration, decoder_layers, evaluation_mode, read_batches
+from roundoff.models.calibration import Calibration, decoder_layers, frozen_evaluation, read_batches
 from roundoff.numerics.rng import Key
 from roundoff.srdd import checks
 from roundoff.srdd.fault_report import Alarm, FaultReport
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
+"""Names under which a decoder layer may hold its attention."""
 MLP_NAMES = ("mlp", "feed_forward", "block_sparse_moe")
+"""Names under which a decoder layer may hold its MLP."""
 POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-"""In models that have the second of them, these are what a layer adds to its input (Gemma 2 and 3, OLMo 2)."""
+"""Norms whose outputs a layer adds to its input, in models that have the second one (Gemma 2 and 3, OLMo 2)."""
 _NOT_FINITE = " and what follows it: the input is not finite"
 
 
 def find_faults(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Shaped[Tensor, "_texts _columns"]]],
     *,
     replays: int = 2,
     seed: int = 0,
     host: bool = True,
     stop_at_first: bool = False,
 ) -> FaultReport:
-    """Alarms of every Linear and decoder layer on the machine that the model runs on, in forward order.
+    """Check every Linear and decoder layer on the machine that the model runs on.
 
-    The model runs as it is: on the device it lies on, with the hardware that is installed and in force.
+    The model runs as it is: on its device, with the hardware that is installed and on.
 
     Args:
         model: a causal model.
-        batches: what a tokenizer returns (`input_ids` [N, S], `attention_mask` [N, S]).
-        replays: how often each product is repeated with the same input. An error in a share f of the calls of a unit is
-            met with probability `1 - (1 - f)^(batches * (1 + replays))`.
+        batches: what a tokenizer returns (`input_ids` and `attention_mask`, both [texts, columns]).
+        replays: how often each product is repeated with the same input. An error in a share f of a unit's calls is met
+            with probability `1 - (1 - f)^(batches * (1 + replays))`.
         seed: of the random weights of the checksums.
         host: compute the checks on the CPU.
-        stop_at_first: leave after the first site with an alarm; what comes after it is not checked.
+        stop_at_first: stop after the first site with an alarm; what follows it is not checked.
 
     Raises:
-        ConfigError: if there is no decoder layer or no token, or if matmul noise is installed, which a check could not
-            tell from a fault.
+        ConfigError: if the model has no decoder layers or the batches no tokens, or if matmul noise is installed, which
+            a check could not tell from a fault.
         ValueError: if `replays` is negative.
     """
     if replays < 0:
         raise ValueError(f"replays must be 0 or more, but is {replays}")
-    found = installed(model)
-    if found is not None and found.is_on and found.hardware.matmul_noise.relative_std > 0:
+    state = installed(model)
+    if state is not None and state.is_on and state.hardware.matmul_noise.relative_std > 0:
         raise ConfigError(
             "hardware.matmul_noise is installed: declared noise cannot be told from a fault, so take it off first"
         )
     key = Key.from_seed(seed).fold("checksum")
     inspector = Inspector(model, decoder_layers(model), replays, key, host, stop_at_first)
-    with evaluation_mode(model), torch.no_grad(), suppress(_Stopped):
+    with frozen_evaluation(model), torch.no_grad(), suppress(_Stopped):
         for batch in read_batches(batches, next(model.parameters()).device):
             inspector.forward(batch)
     return inspector.report()
 
 
 class _Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Leaves a forward pass after the first site with an alarm."""
+    """Ends a forward pass after the first site with an alarm."""
 
 
 @dataclass(eq=False)
@@ -100,19 +104,19 @@ class Inspector:
         self._contributions = {index: _contributions(layer) for index, layer in self.layers.items()}
 
     def forward(self, batch: Calibration) -> None:
-        """One pass over a batch, with every check."""
+        """Run the model on a batch, with every check."""
         self._mask = batch.mask
         self.passes += 1
         with self._hooks():
             self.model(**batch.inputs())
 
     def report(self) -> FaultReport:
-        """What was found so far; alarms in the order in which the sites are computed."""
+        """The findings so far, with alarms in the order in which the sites are computed."""
         order = list(self._order)
         alarms = sorted(self.alarms.values(), key=lambda alarm: order.index(alarm.site))
         failed = [alarm for alarm in alarms if alarm.check == "residual"]
         unchecked = list(self.unchecked)
-        if len(failed) == len(self.layers) > 1:  # not a fault: these layers add something else
+        if len(failed) == len(self.layers) > 1:  # no fault fails everywhere: these layers add something else
             alarms = [alarm for alarm in alarms if alarm.check != "residual"]
             unchecked.append("residual identity: no layer's output is the sum of its input, attention and MLP")
         return FaultReport(tuple(alarms), tuple(self.checked), tuple(unchecked), self.passes * (1 + self.replays))
@@ -149,7 +153,7 @@ class Inspector:
         self.checked.setdefault(name)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """[T, K] without padding, on the CPU if asked for."""
+        """`x` as [tokens, features] without padding, and on the CPU if `host` is set."""
         flat = x.detach().reshape(-1, x.shape[-1])
         if flat.shape[0] == self._mask.numel():
             flat = flat[self._mask.flatten()]
@@ -173,13 +177,13 @@ class Inspector:
         return hook
 
     def _leave(self, name: str) -> None:
-        """The site is done; with `stop_at_first` so is the pass, if it raised an alarm."""
+        """Called when a site is done: with `stop_at_first`, end the pass if the site raised an alarm."""
         if self.stop_at_first and any(site == name for _, site in self.alarms):
             raise _Stopped
 
-    def _check_linear(self, name: str, module: nn.Linear, given: Tensor, output: Tensor) -> None:
-        x, weight = _operands(module, given)
-        self._replay(name, lambda: module.forward(given), output)
+    def _check_linear(self, name: str, module: nn.Linear, inputs: Tensor, output: Tensor) -> None:
+        x, weight = _operands(module, inputs)
+        self._replay(name, lambda: module.forward(inputs), output)
         x, y = self._tokens(x), self._tokens(output)
         weight = weight.cpu() if self.host else weight
         bias = None if module.bias is None else module.bias.detach().to(weight.device)
@@ -210,13 +214,13 @@ class Inspector:
             h = output[0] if isinstance(output, tuple) else output
             before = args[0] if args else kwargs["hidden_states"]
             inner = any(check == "replay" and site.startswith(f"{name}.") for check, site in self.alarms)
-            if not inner:  # one of its Linears would make the layer differ, too
+            if not inner:  # a Linear that differs when repeated makes its layer differ, too
                 self._replay(name, lambda: layer.forward(*args, **kwargs), h)
             x, y = self._tokens(before), self._tokens(h)
             live = torch.ones(y.shape[-1], dtype=torch.bool, device=y.device)
-            spoilt = any(check == "nonfinite" and site.startswith(f"{name}.") for check, site in self.alarms)
-            fine = self._takes_numbers(name, x) and not spoilt and self._statistics(name, x, y, live)
-            if fine and self._contributions[index] is not None:
+            nonfinite_inside = any(check == "nonfinite" and site.startswith(f"{name}.") for check, site in self.alarms)
+            finite = self._takes_numbers(name, x) and not nonfinite_inside and self._statistics(name, x, y, live)
+            if finite and self._contributions[index] is not None:
                 parts = [self._tokens(part) for part in self._parts.values()]
                 excess = checks.residual_excess(x, parts, y)
                 if excess > checks.RESIDUAL_LIMIT:
@@ -228,12 +232,15 @@ class Inspector:
         return hook
 
     def _takes_numbers(self, name: str, x: Tensor) -> bool:
-        """Whether the inputs [T, K] of a site are finite; if not, it is not checked, and somebody is to blame."""
+        """Whether the inputs [tokens, in_features] of a site are finite. If not, the site is not checked.
+
+        If no site before it raised an alarm for such numbers, this one does, because their origin was not checked.
+        """
         if bool(x.isfinite().all()):
             return True
         if not any(check == "nonfinite" for check, _ in self.alarms):
             bad = float((~x.isfinite()).double().mean())
-            text = f"{bad:.2%} of the input is NaN or Inf, which no checked site made: look right before it"
+            text = f"{bad:.2%} of the input is NaN or Inf, which no checked site produced: look right before it"
             self._alarm("nonfinite", name, bad, 0.0, text)
         if not any(line.endswith(_NOT_FINITE) for line in self.unchecked):
             self.unchecked[f"{name}{_NOT_FINITE}"] = None
@@ -241,28 +248,28 @@ class Inspector:
         return False
 
     def _replay(self, name: str, again: Callable[[], Any], output: Tensor) -> None:
-        """Compare with the same computation repeated."""
+        """Repeat a computation, and compare the results to the bit."""
         self._listening = False
         try:
             for _ in range(self.replays):
-                found = again()
-                found = found[0] if isinstance(found, tuple) else found
-                if not checks.same_bits(found, output):
-                    share = float((found != output).double().mean())
+                repeated = again()
+                repeated = repeated[0] if isinstance(repeated, tuple) else repeated
+                if not checks.same_bits(repeated, output):
+                    share = float((repeated != output).double().mean())
                     self._alarm("replay", name, share, 0.0, f"{share:.2%} of outputs differ when repeated")
         finally:
             self._listening = True
 
     def _statistics(self, name: str, x: Tensor, y: Tensor, live: Tensor, *, coarse: bool = False) -> bool:
-        """Zero, constant and tie statistics of outputs [T, N]; False if there are outputs that are not finite.
+        """Check outputs [tokens, out_features] for zeros, constant channels and ties; False if they are not finite.
 
-        Products of coarse numbers (4 bits) are exactly zero, and equal, now and then: zeros and ties say nothing there.
+        Products of `coarse` numbers (4 bits) are exactly zero or equal now and then, so zeros and ties prove nothing.
         """
         bad = float((~y.isfinite()).double().mean())
         if bad:
-            self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, of finite inputs")
+            self._alarm("nonfinite", name, bad, 0.0, f"{bad:.2%} of outputs are NaN or Inf, from finite inputs")
             return False
-        different = torch.unique(y, dim=0)  # a text that repeats itself gives one product many times
+        different = torch.unique(y, dim=0)  # a repetitive text gives the same product many times
         if bool((x != x[:1]).any()):
             constant = int(checks.constant_channels(different, live).sum())
             if constant:
@@ -282,7 +289,7 @@ class Inspector:
 
 
 def _operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What is multiplied: on installed hardware the quantized input and weight."""
+    """The input and the weight that are multiplied: quantized where hardware is on."""
     if isinstance(module, HardwareLinear) and module.hardware_state.runtime.on:
         state = module.hardware_state
         return state.quantized_input(x), state.quantized_weight(module.weight)
@@ -290,7 +297,7 @@ def _operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_coarse(module: nn.Linear) -> bool:
-    """Whether installed hardware multiplies numbers of a format."""
+    """Whether hardware that is on multiplies quantized numbers."""
     if not (isinstance(module, HardwareLinear) and module.hardware_state.runtime.on):
         return False
     return bool(module.hardware_state.weight_format or module.hardware_state.activation_format)
@@ -301,7 +308,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 
 def _contributions(layer: nn.Module) -> dict[str, nn.Module] | None:
-    """The modules whose outputs a decoder layer adds to its input; None where they are not recognized."""
+    """The modules whose outputs a decoder layer adds to its input, by name; None if they are not recognized."""
     children = dict(layer.named_children())
     if POST_NORMS[1] in children:
         names = [name for name in POST_NORMS if name in children]

@@ -1,4 +1,4 @@
-"""`hardware.precision.keep = "srdd:k"` turned into the layers that a scan found most sensitive."""
+"""Turns `hardware.precision.keep = "srdd:k"` into the k layers that a scan found most sensitive."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from roundoff.config import ConfigError, Hardware
 from roundoff.srdd.layer_scan import LayerScan
 
 
-def needs_scan(hardware: Hardware) -> bool:
-    """Whether `precision.keep` still names a scan instead of layers."""
+def keep_names_a_scan(hardware: Hardware) -> bool:
+    """Whether `precision.keep` names a scan that has yet to choose the layers, rather than the layers themselves."""
     return isinstance(hardware.precision.keep, str)
 
 
 def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = None) -> Hardware:
-    """The same hardware with `precision.keep` as a list of layer indices; unchanged if it is one already.
+    """The same hardware with `precision.keep` as layer indices; unchanged if it already holds indices.
+
+    `metric` ranks the layers; None means the scan's own choice.
 
     Raises:
-        ConfigError: if k exceeds the model's layers or there is no format for kept layers to be kept from.
+        ConfigError: if k exceeds the number of layers, or if the hardware has no format, so that keeping has no effect.
     """
     keep = hardware.precision.keep
     if not isinstance(keep, str):

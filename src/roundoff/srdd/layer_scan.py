@@ -1,4 +1,4 @@
-"""What a scan found: damage per decoder layer and per Linear, in several metrics, each with its unit and label."""
+"""The result of a scan: damage per decoder layer and per Linear, in several metrics with their units and titles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roundoff.aqn.multipliers import TARGETED_SHARE, multipliers, ranking
 from roundoff.config import ConfigError, Hardware, nearest, validate
 
 AGREEMENT_WARNING = 0.8
-"""Rank correlation of the two halves of the calibration text below which a ranking is warned about."""
+"""Rank correlation between the two halves of the calibration text below which a scan warns about its ranking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,14 @@ class Metric:
     """One column of a scan."""
 
     title: str
+    """Short name to show."""
     unit: str
     meaning: str
+    """Definition in one line."""
     classic: bool = False
-    """Kept because published work uses it; misleading (see docs/srdd.md)."""
+    """Whether the metric is misleading and kept only because published work uses it (see docs/srdd.md)."""
     decibel: bool = False
-    """The value is a signal-to-noise ratio: the damage is `10^(-value/10)`."""
+    """Whether the value is a signal-to-noise ratio, so that the damage is `10^(-value/10)`."""
 
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -61,9 +63,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class LayerMetrics:
-    """Damage of one decoder layer; units and definitions in `METRICS`.
+    """Damage of one decoder layer; `METRICS` defines the metrics and their units.
 
-    A metric is None where the scan did not measure it or the hardware does not touch it.
+    A metric is None if the scan did not measure it, or if the hardware has no effect on it.
     """
 
     layer: int
@@ -77,17 +79,19 @@ class LayerMetrics:
     relative_error: float | None = None
     sqnr: float | None = None
     exact_se: float | None = None
-    """Standard error of `exact` over calibration texts (nats/token)."""
+    """Standard error of `exact` over calibration texts, in nats per token."""
     sink_share: float = 0.0
-    """Share of tokens left out of `energy_error` because they are attention sinks (fraction)."""
+    """Share of tokens left out of `energy_error` because they are attention sinks."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearMetrics:
-    """Damage at the operands of one Linear (fractions); None where the hardware leaves that operand alone."""
+    """Damage to the operands of one Linear, as fractions; None if the hardware does not change that operand."""
 
     name: str
+    """Dotted name of the Linear."""
     layer: int
+    """Index of its decoder layer."""
     weight_error: float | None
     energy_error: float | None
     deadzone_ratio: float | None
@@ -99,18 +103,20 @@ class LayerScan:
     """The result of `scan`."""
 
     hardware: Hardware
-    """What the layers were scanned under (with nothing kept in high precision)."""
+    """Hardware that the layers were scanned under, with no layer kept in high precision."""
     tokens: int
-    """Calibration tokens, padding not counted."""
+    """Number of calibration tokens, padding not counted."""
     layers: tuple[LayerMetrics, ...]
+    """Damage of every decoder layer, in the model's order."""
     halves: tuple[tuple[LayerMetrics, ...], ...]
-    """The same measured on two disjoint halves of the calibration text; empty if there was one text only."""
+    """Damage of every layer on each of two disjoint halves of the calibration text; empty for a single text."""
     linears: tuple[LinearMetrics, ...]
+    """Damage of every Linear, in the model's order."""
     rank_by: str
-    """The metric that ranks where no other is named."""
+    """Metric that ranks the layers unless another one is named."""
 
     def metric_names(self) -> tuple[str, ...]:
-        """Metrics that this scan measured."""
+        """Names of the metrics that this scan measured."""
         return tuple(name for name in METRICS if all(getattr(row, name) is not None for row in self.layers))
 
     def values(self, metric: str | None = None) -> dict[int, float]:
@@ -122,14 +128,18 @@ class LayerScan:
         return self._column(self.layers, metric)
 
     def damage(self, metric: str | None = None) -> dict[int, float]:
-        """The metric of each layer, larger meaning worse, 0 or more (a ratio in dB as noise over signal)."""
+        """Damage of each layer by a metric: 0 or more, larger is worse. A ratio in dB becomes noise over signal.
+
+        Raises:
+            ConfigError: if the scan does not have this metric.
+        """
         return self._damage(self.layers, metric)
 
     def ranking(self, metric: str | None = None, direction: str = "sensitive") -> tuple[int, ...]:
         """All decoder layers, the most damaged first (`robust`: last).
 
         Raises:
-            ConfigError: if the scan does not have this metric, or it is not finite in some layer.
+            ConfigError: if the scan does not have this metric, or if it is not finite in some layer.
         """
         damage = self.damage(metric)
         bad = [layer for layer, value in damage.items() if not math.isfinite(value)]
@@ -145,7 +155,7 @@ class LayerScan:
         """The k most damaged layers, in the model's order.
 
         Raises:
-            ConfigError: if k is not in 1 .. number of layers.
+            ConfigError: if k is below 1 or above the number of layers, or if nothing can be ranked (see `ranking`).
         """
         if not 1 <= k <= len(self.layers):
             raise ConfigError(f"k must be in 1 to {len(self.layers)} (the model's decoder layers), but is {k}")
@@ -164,29 +174,29 @@ class LayerScan:
         return multipliers(self.damage(metric), mode, direction=direction, share=share, progress=progress)
 
     def agreement(self, metric: str | None = None) -> float | None:
-        """Spearman's rank correlation of the metric on the two halves; None for one text, or a constant metric."""
+        """Spearman's rank correlation of the metric between the two halves; None for a single text or a constant."""
         if len(self.halves) < 2:
             return None
         first, second = (self._damage(half, metric) for half in self.halves)
         return rank_correlation(list(first.values()), list(second.values()))
 
     def warnings(self) -> tuple[str, ...]:
-        """What a reader of the ranking must know."""
-        found = self.agreement()
+        """What a reader of the ranking must know; empty if there is nothing."""
+        agreement = self.agreement()
         title = METRICS[self.rank_by].title
         if not self.halves:
             return (f"calibrated on one text: whether the ranking by {title} is stable is not known; give more texts",)
-        if found is None:
+        if agreement is None:
             return (f"{title} is the same for every layer of a half: it ranks nothing",)
-        if found < AGREEMENT_WARNING:
+        if agreement < AGREEMENT_WARNING:
             return (
-                f"the two halves of the calibration text rank the layers differently by {title} (Spearman {found:.2f}, "
-                f"below {AGREEMENT_WARNING}): give more text",
+                f"the two halves of the calibration text rank the layers differently by {title} (Spearman "
+                f"{agreement:.2f}, below {AGREEMENT_WARNING}): give more text",
             )
         return ()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """The scan as plain data, with its ranking, agreement and warnings."""
         return {
             "hardware": self.hardware.model_dump(mode="json"),
             "tokens": self.tokens,
@@ -235,7 +245,7 @@ class LayerScan:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None where either side is constant or not finite."""
+    """Spearman's rank correlation, with ties at their mean rank; None if a side is constant or not finite."""
     if len(first) < 2 or not all(map(math.isfinite, (*first, *second))):
         return None
     ranks = np.stack([rankdata(first), rankdata(second)])

@@ -1,4 +1,4 @@
-"""The scan that an experiment rests on: its task's training texts, on the hardware that its `[srdd]` table names."""
+"""The scan that an experiment uses: on its task's training texts, under the hardware that its `[srdd]` table names."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from roundoff.srdd.scanning import scan
 from roundoff.tasks import Task
 
 BATCHES = 4
+"""Number of calibration batches."""
 
 
-def layer_multipliers(experiment: Experiment, found: LayerScan | None, progress: float) -> dict[int, float] | None:
-    """Factors on AQN's sigma by decoder layer after a fraction `progress` of the run; None where all are 1.
+def layer_multipliers(experiment: Experiment, layer_scan: LayerScan | None, progress: float) -> dict[int, float] | None:
+    """The factor on AQN's sigma of each decoder layer, at a fraction `progress` of the run; None if all are 1.
 
     Raises:
         ConfigError: if the scan does not allow the mode that `aqn.layers` names.
     """
     aqn = experiment.aqn
-    if aqn is None or aqn.layers == "all" or found is None:
+    if aqn is None or aqn.layers == "all" or layer_scan is None:
         return None
-    return found.multipliers(aqn.layers, direction=(experiment.srdd or SRDD()).direction, progress=progress)
+    return layer_scan.multipliers(aqn.layers, direction=(experiment.srdd or SRDD()).direction, progress=progress)
 
 
 def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, seed: int) -> LayerScan:
-    """Damage of every layer of a plain model, as the experiment's `[srdd]` asks; the same for the same arguments.
+    """Scan a plain model as the experiment's `[srdd]` table asks; equal arguments give equal scans.
 
     Raises:
         ConfigError: if the model has no decoder layers, the texts hold no token, or the hardware changes nothing.
@@ -34,7 +35,7 @@ def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, see
     """
     settings = experiment.srdd or SRDD()
     texts = calibration_texts(task)
-    check_asked(loaded, texts[: settings.tokens])  # a text holds at least one token
+    check_asked(loaded, texts[: settings.tokens])  # every text holds at least one token, so no more are needed
     batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=BATCHES)
     return scan(
         loaded.model,

@@ -1,8 +1,8 @@
-"""The scan: one clean forward pass (and one backward pass) a batch, with hooks that measure on the way.
+"""The scan: one clean forward pass per batch (and backward passes), with hooks that measure on the way.
 
-At each Linear a hook quantizes the input and counts; at each decoder layer a hook runs the layer a second time on the
-same clean input, with the hardware in force (the shadow), and takes the difference of the two outputs as the layer's
-error e_t. Nothing that the hooks do reaches the clean pass.
+At each Linear, a hook quantizes the input and counts its errors. At each decoder layer, a hook runs the layer a second
+time on the same clean input with the hardware on (the shadow), and takes the difference of the two outputs as the
+layer's error e_t. The hooks do not affect the clean pass.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from roundoff.config import ConfigError, Hardware, Precision, nearest, validate
 from roundoff.hardware import InstalledHardware, install, installed, uninstall
-from roundoff.models.calibration import Calibration, decoder_layers, draw_of, evaluation_mode, read_batches
+from roundoff.models.calibration import Calibration, decoder_layers, draw_of, frozen_evaluation, read_batches
 from roundoff.numerics.rng import Key
 from roundoff.srdd.damage import (
     InputErrors,
@@ -34,12 +35,12 @@ from roundoff.srdd.gradient import layer_gradients, summed_loss, token_scores
 from roundoff.srdd.layer_scan import METRICS, LayerMetrics, LayerScan, LinearMetrics
 
 LABEL_DRAWS = 4
-"""Backward passes of the gradient score, each with labels of its own (docs/srdd.md: 4 rank better than 1)."""
+"""Number of backward passes of the gradient score, each with labels of its own; 4 rank better than 1 (docs/srdd.md)."""
 
 
 def scan(
     model: nn.Module,
-    batches: Sequence[Mapping[str, Tensor]],
+    batches: Sequence[Mapping[str, Shaped[Tensor, "_texts _columns"]]],
     fmt: str | Hardware,
     *,
     gradient: bool = True,
@@ -52,20 +53,20 @@ def scan(
     """Damage of every decoder layer and every Linear of a plain causal model under a format or hardware.
 
     Args:
-        model: without hardware installed; left as it was, bit for bit.
-        batches: what a tokenizer returns (`input_ids` [N, S], `attention_mask` [N, S]); padding may lie on either side.
-            Even and odd batches (or texts of a single batch) are the two halves whose rankings are compared.
-        fmt: a format name (weights and activations both), or hardware; its `precision.keep` is left aside.
-        gradient: measure the gradient score (one backward pass a batch).
-        exact: measure the KL when each layer alone is perturbed (one forward pass a layer and batch).
-        rank_by: the metric that ranks; None: the gradient score, without it the shadow score.
+        model: without hardware installed; unchanged afterwards, bit for bit.
+        batches: what a tokenizer returns (`input_ids` and `attention_mask`, both [texts, columns]), padded on either
+            side. Even and odd batches (or texts of a single batch) are the two halves whose rankings are compared.
+        fmt: a format for weights and activations, or hardware, of which `precision.keep` is ignored.
+        gradient: measure the gradient score (backward passes for each batch).
+        exact: measure the KL when each layer alone is perturbed (one forward pass per layer and batch).
+        rank_by: metric that ranks the layers; None: the gradient score or, without it, the shadow score.
         labels: of the gradient score's loss: `drawn` from the model, or the next tokens of the `text`.
-        label_draws: backward passes with labels drawn anew, over which the gradient score is averaged.
+        label_draws: number of backward passes, each with newly drawn labels, over which the score is averaged.
         seed: of matmul noise and drawn labels.
 
     Raises:
-        ConfigError: if the model has no decoder layers or hardware on it already, the texts hold no token, or the
-            hardware would change nothing.
+        ConfigError: if the model has no decoder layers or already has hardware installed, if the texts hold no token,
+            if the hardware would change nothing, or if an argument is out of range or cannot be combined.
     """
     if installed(model) is not None:
         raise ConfigError("hardware is installed on this model: scan it before install, or call uninstall first")
@@ -74,18 +75,18 @@ def scan(
     hardware = scanned_hardware(fmt)
     if label_draws < 1:
         raise ConfigError(f"label_draws must be at least 1, but is {label_draws} (gradient=False leaves the score out)")
-    chosen = rank_by or ("gradient" if gradient else "shadow")
-    _check_ranked(chosen, hardware, gradient=gradient, exact=exact)
+    ranking_metric = rank_by or ("gradient" if gradient else "shadow")
+    _check_ranked(ranking_metric, hardware, gradient=gradient, exact=exact)
     layers = decoder_layers(model)
     texts = read_batches(batches, next(model.parameters()).device)
     key = Key.from_seed(seed).fold("srdd")
     draws = (label_draws if labels == "drawn" else 1) if gradient else 0
     divergences: dict[int, list[Divergence]] = {}
-    with evaluation_mode(model):
-        found = install(model, hardware, seed=seed)
+    with frozen_evaluation(model):
+        state = install(model, hardware, seed=seed)
         try:
-            found.switch(False)
-            halves = [Probe(model, found, layers) for _ in texts[:2]]
+            state.switch(False)
+            halves = [Probe(model, state, layers) for _ in texts[:2]]
             for number, batch in enumerate(texts):
                 with torch.set_grad_enabled(gradient), draw_of(model, key, batch):
                     logits = halves[number % 2].forward(batch)
@@ -93,33 +94,33 @@ def scan(
                         label_key = key.fold("labels", draw) if labels == "drawn" else None
                         halves[number % 2].backward(logits, batch, label_key, last=draw + 1 == draws)
                     del logits
-            weights = weight_damage(found)
+            weights = weight_damage(state)
             if exact:
-                divergences = exact_divergences(model, found, layers, texts, key)
+                divergences = exact_divergences(model, state, layers, texts, key)
         finally:
             uninstall(model)
-    whole = halves[0] if len(halves) == 1 else halves[0].merged(halves[1])
+    both = halves[0] if len(halves) == 1 else halves[0].merged(halves[1])
     parts = [_layer_metrics(probe.by_layer, weights, divergences, part) for part, probe in enumerate(halves, 1)]
     result = LayerScan(
         hardware,
         sum(batch.count for batch in texts),
-        _layer_metrics(whole.by_layer, weights, divergences, 0),
+        _layer_metrics(both.by_layer, weights, divergences, 0),
         tuple(parts) if len(parts) == 2 else (),
-        _linear_metrics(whole, weights),
-        chosen,
+        _linear_metrics(both, weights),
+        ranking_metric,
     )
     result.ranking()  # a metric that is not finite is an error here, not at first use
     return result
 
 
 def _check_ranked(metric: str, hardware: Hardware, *, gradient: bool, exact: bool) -> None:
-    """Refuse to rank by what the scan will not measure."""
+    """Check that the scan will measure the metric that it is to rank by."""
     if metric not in METRICS:
         raise ConfigError(f"rank_by must be one of {', '.join(METRICS)}, but is {metric!r}{nearest(metric, METRICS)}")
     reason = {
         "gradient": None if gradient else "gradient is off",
         "shadow": None,
-        "exact": None if exact else "it is measured with exact=True (--exact) only",
+        "exact": None if exact else "it is measured only with exact=True (--exact)",
         "weight_error": None if hardware.precision.weight else "no format of weights is set",
     }.get(metric, None if hardware.precision.activation else "no format of activations is set")
     if reason is not None:
@@ -127,10 +128,10 @@ def _check_ranked(metric: str, hardware: Hardware, *, gradient: bool, exact: boo
 
 
 def scanned_hardware(fmt: str | Hardware) -> Hardware:
-    """The hardware that a scan puts layers on, one at a time.
+    """The hardware that a scan runs layers on, one at a time.
 
     Raises:
-        ConfigError: for an unknown format, or hardware that changes nothing or draws nothing in the forward pass.
+        ConfigError: if the format is unknown, or if the hardware changes nothing in the forward pass.
     """
     if isinstance(fmt, str):
         return Hardware(precision=validate(Precision, {"weight": fmt, "activation": fmt}, source="scan"))
@@ -144,7 +145,7 @@ def scanned_hardware(fmt: str | Hardware) -> Hardware:
 
 @dataclass(eq=False)
 class Probe:
-    """Hooks on a model, and the tallies that they fill, for one half of the calibration texts."""
+    """Hooks on a model and the tallies that they fill, for one half of the calibration texts."""
 
     model: nn.Module
     installed: InstalledHardware
@@ -165,18 +166,23 @@ class Probe:
 
     @property
     def format(self) -> str | None:
-        """Of activations."""
+        """The format of activations; None if they are not quantized."""
         return self.installed.hardware.precision.activation
 
-    def forward(self, batch: Calibration) -> Tensor:
-        """Logits [N, S, V] of the clean pass; fills every tally but that of the gradient."""
+    def forward(self, batch: Calibration) -> Float[Tensor, "texts columns vocabulary"]:
+        """Run the clean pass and return its logits; fills every tally except the gradient score's."""
         self._batch, self._hidden, self._errors = batch, [], []
         with self._hooks():
             logits: Tensor = self.model(**batch.inputs()).logits
         return logits
 
-    def backward(self, logits: Tensor, batch: Calibration, key: Key | None, *, last: bool) -> None:
-        """Fills the tally of the gradient score; labels are drawn from the key, or those of the text."""
+    def backward(
+        self, logits: Float[Tensor, "texts columns vocabulary"], batch: Calibration, key: Key | None, *, last: bool
+    ) -> None:
+        """Run a backward pass and fill the gradient score's tally; called after `forward` on the same batch.
+
+        Labels are drawn under `key`; without one they are those of the text. `last` frees the graph.
+        """
         loss = summed_loss(logits, batch, key)
         gradients = layer_gradients(self._hidden, loss, keep_graph=not last)
         for index, gradient, error in zip(self.layers, gradients, self._errors, strict=True):
@@ -184,11 +190,11 @@ class Probe:
             self.by_layer[index].add("gradient", scores.sum(), len(scores))
 
     def merged(self, other: Probe) -> Probe:
-        """The tallies of both."""
-        whole = Probe(self.model, self.installed, self.layers)
-        whole.by_layer = {k: v.merged(other.by_layer[k]) for k, v in self.by_layer.items()}
-        whole.by_linear = {k: v.merged(other.by_linear[k]) for k, v in self.by_linear.items()}
-        return whole
+        """A probe with the tallies of both."""
+        both = Probe(self.model, self.installed, self.layers)
+        both.by_layer = {index: tallies.merged(other.by_layer[index]) for index, tallies in self.by_layer.items()}
+        both.by_linear = {name: tallies.merged(other.by_linear[name]) for name, tallies in self.by_linear.items()}
+        return both
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -213,9 +219,9 @@ class Probe:
                 assert self.format is not None and self._batch is not None
                 x = inputs[0].detach()
                 if self._last is None or self._last[0] is not inputs[0]:
-                    whole = x.shape[:-1].numel() == self._batch.mask.numel()
+                    sees_all = x.shape[:-1].numel() == self._batch.mask.numel()  # an expert sees only some tokens
                     flat = x.reshape(-1, x.shape[-1])
-                    tokens = flat[self._batch.mask.flatten()] if whole else flat  # experts see some tokens only
+                    tokens = flat[self._batch.mask.flatten()] if sees_all else flat
                     self._last = (inputs[0], input_errors(tokens, self.format))
                 self._inputs[name] = self._last[1]
 
@@ -238,7 +244,7 @@ class Probe:
 
     @torch.no_grad()
     def _shadow(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The layer's output [N, S, D] on the same clean input with the hardware in force."""
+        """The layer's output [texts, columns, hidden] on the same clean input with the hardware on."""
         self._listening = False
         self.installed.switch(True)
         try:
@@ -259,18 +265,18 @@ class Probe:
         tallies.add("shadow", (error[mask].double().norm(dim=-1) / size).sum(), len(sinks))
         if self.format is not None:
             add_classic(tallies, h, self.format)
-        for name, found in self._inputs.items():
-            known = len(found.energy) == len(sinks)
-            energy = found.energy[~sinks] if known else found.energy
+        for name, errors in self._inputs.items():
+            sees_all = len(errors.energy) == len(sinks)
+            energy = errors.energy[~sinks] if sees_all else errors.energy
             for part in (tallies, self.by_linear[name]):
                 part.add("energy_error", energy.sum(), len(energy))
-                part.add("deadzone_ratio", found.dead.sum(), found.nonzero.sum())
-                part.add("saturation_ratio", found.saturated.sum(), found.nonzero.sum())
+                part.add("deadzone_ratio", errors.dead.sum(), errors.nonzero.sum())
+                part.add("saturation_ratio", errors.saturated.sum(), errors.nonzero.sum())
         self._inputs = {}
 
 
 def _grow_graph(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """The first layer's input as a leaf that needs a gradient, so that autograd follows the layers."""
+    """Make the first layer's input a leaf that requires a gradient, so that autograd records the layers."""
     if args:
         return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
@@ -282,12 +288,12 @@ def _layer_metrics(
     divergences: Mapping[int, list[Divergence]],
     part: int,
 ) -> tuple[LayerMetrics, ...]:
-    """One row a layer; `part` 0 is the whole text, 1 and 2 its halves."""
+    """One row per layer; `part` 0 is the entire text, 1 and 2 are its halves."""
     rows = []
     for index, tally in tallies.items():
         exact = divergences[index][part] if index in divergences else None
-        own = [w for w in weights.values() if w.layer == index]
-        signal = sum(w.signal for w in own)
+        damages = [damage for damage in weights.values() if damage.layer == index]
+        signal = sum(damage.signal for damage in damages)
         rows.append(
             LayerMetrics(
                 index,
@@ -296,7 +302,7 @@ def _layer_metrics(
                 shadow=tally.mean("shadow"),
                 deadzone_ratio=tally.mean("deadzone_ratio"),
                 saturation_ratio=tally.mean("saturation_ratio"),
-                weight_error=sum(w.noise for w in own) / signal if signal else None,
+                weight_error=sum(damage.noise for damage in damages) / signal if signal else None,
                 exact=None if exact is None else exact.kl,
                 relative_error=tally.mean("relative_error"),
                 sqnr=decibel(tally.mean("sqnr")),

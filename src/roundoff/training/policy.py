@@ -15,7 +15,7 @@ from roundoff.models.lora import Adapters, attach
 from roundoff.models.weights import weights_digest
 from roundoff.numerics.rng import Key
 from roundoff.runs.checkpoint import Checkpoint, DamagedCheckpointError
-from roundoff.srdd import LayerScan, experiment_scan, needs_scan, resolve_keep
+from roundoff.srdd import LayerScan, experiment_scan, keep_names_a_scan, resolve_keep
 from roundoff.tasks import make_task
 
 
@@ -49,7 +49,7 @@ def load_policy(experiment: Experiment, profile: Profile, seed: int, *, scan: La
         ConfigError: naming the setting that cannot be used.
     """
     loaded = load_plain(profile)
-    if scan is None and needs_scan(experiment.hardware):
+    if scan is None and keep_names_a_scan(experiment.hardware):
         scan = experiment_scan(experiment, loaded, make_task(profile), seed)
     return make_policy(experiment, loaded, seed, scan)
 

@@ -1,1 +1,7 @@
-"""The embedded model: a Hugging Face directory with the recipe that makes it."""
+"""The embedded model `tiny`: a Hugging Face directory, and the recipe that builds it.
+
+This directory holds the weights, the configuration and the tokenizer. They are loaded like any local model
+(`roundoff.models.load`).
+
+Doors: `recipe.build`.
+"""

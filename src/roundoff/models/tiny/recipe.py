@@ -1,15 +1,15 @@
-"""The recipe of the embedded model `tiny`: a supervised warm start, stopped in the middle of its learning.
+"""The recipe of the embedded model `tiny`: a supervised warm start that is stopped midway.
 
 The model is a Qwen2 (`ARCHITECTURE`) with a character-level tokenizer. It learns to write the worked solutions of the
-`arithmetic` task from an endless stream of problems of the training side; no test problem is ever among them. The
-loss is the cross-entropy of the response and the end token; the prompt is given, not learned.
+`arithmetic` task from an endless stream of training problems, which never contains a test problem. The loss is the
+cross-entropy of the response and the end token; prompt tokens do not count.
 
-It is stopped at `STEPS`, on the steep part of its learning curve, with the learning rate never lowered. Both leave
-reinforcement learning room: lowering the rate would raise the score at once, but to weights that the updates of
-reinforcement learning then destroy (docs/tiny-model.md has the measurements).
+Training stops at `STEPS`, on the steep part of the learning curve, and the learning rate is never lowered. Both leave
+room for reinforcement learning: lowering the rate would raise the score at once, but would lead to weights that the
+updates of reinforcement learning then destroy (docs/tiny-model.md has the measurements).
 
-One thread and an explicit seed: on one machine type and one version of torch the same call gives the same bits;
-elsewhere, a score near it (docs/tiny-model.md).
+Training uses one thread and an explicit seed. On one machine type and one version of torch, the same call gives the
+same bits; elsewhere it gives a similar score (docs/tiny-model.md).
 """
 
 import math
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
@@ -29,17 +30,17 @@ from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 
 SEED = 0
 STEPS = 1850
-BATCH = 128  # problems a step
+BATCH = 128  # problems per step
 LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100  # of linear rise of the learning rate, which is constant afterwards
+WARMUP_STEPS = 100  # the learning rate rises linearly over these steps, then stays constant
 WEIGHT_DECAY = 0.01
 GRADIENT_CLIP = 1.0
 EVALUATE_EVERY = 100  # steps
-MAX_RESPONSE = 8  # tokens, end token included: the longest solution of the default task is "-49>-99"
+MAX_RESPONSE = 8  # tokens with the end token; the longest solution of the default task is "-49>-99"
 
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = (PAD, EOS, *"0123456789", "+", "-", "=", ">")
-_IGNORED = -100  # label of tokens outside the loss (the default of torch's cross_entropy)
+_IGNORED = -100  # label of tokens outside the loss, as in torch's cross_entropy
 
 ARCHITECTURE: Mapping[str, Any] = {
     "vocab_size": len(VOCABULARY),
@@ -79,19 +80,19 @@ def build(
     evaluate_every: int = EVALUATE_EVERY,
     progress: Callable[[Point], None] | None = None,
 ) -> list[Point]:
-    """The learning curve of a model trained from `seed`, which is then saved to `out_dir`.
+    """Train a model from `seed`, save it to `out_dir`, and return its learning curve.
 
-    The default arguments rebuild the shipped model in about four minutes on one core.
+    The default arguments rebuild the embedded model in about four minutes on one core.
 
     Args:
         out_dir: becomes a Hugging Face model directory (weights in safetensors, configuration, tokenizer).
         seed: of the initial weights and of the problems.
         steps: optimizer steps.
         evaluate_every: steps between two points of the curve; the last step is always one.
-        progress: called with each point as it is measured.
+        progress: called with each point as soon as it is measured.
 
     Raises:
-        ModelError: `out_dir` exists and is not an empty directory, or `steps` or `evaluate_every` is below 1.
+        ModelError: if `out_dir` exists and is not an empty directory, or if `steps` or `evaluate_every` is below 1.
     """
     if steps < 1 or evaluate_every < 1:
         raise ModelError(f"steps and evaluate_every must be at least 1, but are {steps} and {evaluate_every}")
@@ -119,7 +120,7 @@ def train(
     curve: list[Point] = []
     for step in range(1, steps + 1):
         tokens, labels = encode(tokenizer, task, islice(stream, BATCH))
-        logits = model(input_ids=tokens).logits  # [B, T, V]; right padding needs no mask under causal attention
+        logits = model(input_ids=tokens).logits  # right padding needs no mask under causal attention
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
         )
@@ -147,8 +148,9 @@ def save(model: Qwen2ForCausalLM, out_dir: Path) -> None:
 def make_tokenizer() -> Qwen2Tokenizer:
     """One token per character of `VOCABULARY`: the byte-pair encoding of Qwen2 without a single merge.
 
-    It has to be of Qwen2's own kind: for a model of type `qwen2`, AutoTokenizer of transformers 5 builds that kind
-    whatever the files say. Like it, it drops characters it does not know; `models.load.check_readable` finds them.
+    It has to be a Qwen2Tokenizer: for a model of type `qwen2`, AutoTokenizer of transformers 5 builds that class
+    whatever the files say. Like every Qwen2Tokenizer, it drops characters that it does not know;
+    `roundoff.models.load.check_readable` finds them.
     """
     return Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(VOCABULARY)},
@@ -164,15 +166,15 @@ def make_tokenizer() -> Qwen2Tokenizer:
 
 def make_model(seed: int) -> Qwen2ForCausalLM:
     """The untrained model."""
-    with torch.random.fork_rng(devices=[]):  # transformers initializes from the global generator
+    with torch.random.fork_rng(devices=[]):  # transformers initializes weights from the global generator
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(Qwen2Config(**ARCHITECTURE))
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, problems: Iterable[Problem]
-) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [B, T] of prompts with their solutions, padded on the right."""
+) -> tuple[Int[Tensor, "texts columns"], Int[Tensor, "texts columns"]]:
+    """Token ids and labels of prompts with their solutions, padded on the right."""
     texts = [(problem.prompt, task.solution(problem)) for problem in problems]
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     responses = tokenizer([response for _, response in texts])["input_ids"]
@@ -189,7 +191,7 @@ def encode(
 def greedy_accuracy(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, problems: Sequence[Problem]
 ) -> float:
-    """Share of the problems [0, 1] that the model solves with greedy decoding, all in one batch."""
+    """Share of the problems, from 0 to 1, that the model solves with greedy decoding in one batch."""
     batch = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt")
     tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_RESPONSE)  # type: ignore[misc]
     responses = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
