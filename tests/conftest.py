@@ -1,11 +1,44 @@
-"""Fixtures that several test modules share."""
+"""What every test run does first, the order of the tests, and fixtures that several test modules share."""
+
+import contextlib
+import os
+import random
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start; before torch is imported
 
 import pytest
 import torch
 
 from roundoff.config import Profile
 from roundoff.experiments import load_profile
+from roundoff.numerics.backend import BuildError, build
 from tests.small_models import make_tokenizer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--order-seed", type=int, metavar="N", help="run the tests in a random order; the same number, the same order"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels before xdist starts its workers, so that no test waits for the compiler."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(BuildError):
+            build()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("order_seed")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # a hook of xdist, which plain pytest does without
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: the cores that this process may use; xdist would count those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from scipy import stats
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.noise import gaussian, matmul_noise
 from roundoff.numerics.rng import Key, normal, philox_bits, uniform
+from tests.compiler import BACKENDS
 
 KEY = Key.from_seed(7)
 
@@ -50,7 +51,7 @@ class TestKey:
             Key(-1)
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     with use_backend(request.param):
         yield

@@ -14,7 +14,10 @@ from roundoff.numerics.backend import use_backend
 from roundoff.sampling import fused_decoder
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.kv_cache import KVCache, SharedCache
+from tests.compiler import needs_compiler
 from tests.small_models import PROMPTS, ROUNDING, draw, make, same
+
+pytestmark = needs_compiler
 
 MODELS = {
     "heads of 16": ("qwen2", {"hidden_size": 64}),
