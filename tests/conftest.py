@@ -1,8 +1,11 @@
 """What every test run does first, the order of the tests, and fixtures that several test modules share."""
 
 import contextlib
+import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start; before torch is imported
 
@@ -14,6 +17,9 @@ from roundoff.experiments import load_profile
 from roundoff.numerics.backend import BuildError, build
 from tests.small_models import make_tokenizer
 
+FORKING = ("tests/launch/test_local.py", "tests/launch/test_survival.py", "tests/commands/test_cli.py")
+"""Tests that make runs in processes of their own."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -23,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the kernels before xdist starts its workers, so that no test waits for the compiler."""
+    torch.set_num_threads(1)  # for fixtures of a module, too
     if not hasattr(config, "workerinput"):
         with contextlib.suppress(BuildError):
             build()
@@ -33,6 +40,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     seed = config.getoption("order_seed")
     if seed is not None:
         random.Random(seed).shuffle(items)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server that runs are forked from: it imports torch for seconds, here while other tests run."""
+    if sys.platform != "win32" and any(item.nodeid.startswith(FORKING) for item in session.items):
+        multiprocessing.set_forkserver_preload(["roundoff.training.loop"])  # as `roundoff.launch.local` does
+        multiprocessing.forkserver.ensure_running()
 
 
 @pytest.hookimpl(optionalhook=True)  # a hook of xdist, which plain pytest does without
@@ -50,7 +64,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Profile:
     """Two steps on the embedded model in about a second: 16 training problems, 32 test problems."""
     profile = load_profile("tiny")
