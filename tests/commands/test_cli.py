@@ -86,14 +86,14 @@ def test_a_scan_is_written_into_a_new_directory(tmp_path):
 
 
 def test_run_report_and_runs_from_end_to_end(tmp_path):
-    names = ["quickstart-noise", "quickstart-noise-aqn"]
+    names = ["quickstart-clean", "quickstart-mxfp4"]
     done = roundoff("run", *names, "--seeds", "0-1", *SMALL, cwd=tmp_path)
     changed = "prompts_per_step=8,train_problems=16,test_problems=16"
-    assert f"quickstart-noise ({changed}) seed 0: step 2/2 deployed" in done.stdout
+    assert f"quickstart-mxfp4 ({changed}) seed 0: step 2/2 deployed" in done.stdout
     again = roundoff("run", *names, "--seeds", "0-1", *SMALL, cwd=tmp_path)
     assert again.stdout.count("complete (was complete)") == 4
     table = roundoff("report", cwd=tmp_path).stdout
-    assert "10 % matmul noise, with AQN" in table
+    assert "MXFP4 weights and activations" in table
     for name in ("summary.md", "results.csv", "results.json", "report.html"):
         assert (tmp_path / "report" / name).stat().st_size > 0
     rows = {row["id"]: row for row in csv.DictReader((tmp_path / "report" / "results.csv").open())}
