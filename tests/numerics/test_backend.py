@@ -11,7 +11,8 @@ import torch
 
 from roundoff.numerics import backend
 from roundoff.numerics.quantize import quantize
-from tests.compiler import COMPILER, needs_compiler
+
+COMPILER = backend.find_compiler(backend.COMPILERS)
 
 
 def test_no_compiler_is_said():
@@ -49,7 +50,6 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         backend._kernels.cache_clear()
 
 
-@needs_compiler
 def test_the_choice_is_restored_and_checked():
     x = torch.ones(4)
     with backend.use_backend("torch"):
@@ -81,7 +81,6 @@ def test_the_library_is_built_once_and_named_after_what_it_depends_on(tmp_path, 
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_processes_may_build_at_once(tmp_path):
     program = (
         "import torch; from roundoff.numerics.backend import build; from roundoff.numerics.quantize import quantize;"
@@ -112,7 +111,6 @@ def test_a_user_without_a_home_gets_a_private_directory(tmp_path, monkeypatch):
     assert backend.cache_directory().parent == tmp_path
 
 
-@needs_compiler
 def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -125,7 +123,6 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_a_private_directory_is_not_left_behind(tmp_path):
     # A temporary directory for each process that runs under a read-only home would fill the disk.
     (tmp_path / "file").write_text("")
@@ -140,7 +137,6 @@ def test_a_private_directory_is_not_left_behind(tmp_path):
 
 
 @pytest.mark.slow
-@needs_compiler
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory by what /proc says of it")
 def test_a_thread_that_cannot_be_started_is_done_without():
     # No memory for the stack of a further thread: the process must not end for that.
@@ -165,7 +161,6 @@ assert torch.equal(out, expected)
 
 
 @pytest.mark.slow
-@needs_compiler
 def test_generic_code_without_avx512_gives_the_same_bits(tmp_path, monkeypatch):
     # A machine without -march=native extensions runs the same source lowered to SSE2.
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))

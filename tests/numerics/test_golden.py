@@ -8,7 +8,6 @@ import torch
 
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.quantize import quantize
-from tests.compiler import BACKENDS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FILES = {
@@ -43,7 +42,7 @@ def test_every_golden_file_has_a_format():
     assert {path.stem for path in GOLDEN.glob("*.npz")} == set(FILES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize("file", sorted(FILES))
 def test_golden(file, backend):
     data = np.load(GOLDEN / f"{file}.npz")

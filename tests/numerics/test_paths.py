@@ -8,9 +8,6 @@ from roundoff.numerics.formats import E2M1, E4M3, FORMATS, Element, Format
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
-from tests.compiler import needs_compiler
-
-pytestmark = needs_compiler
 
 KEY = Key.from_seed(11)
 BLOCKS = [name for name, fmt in FORMATS.items() if fmt.element is not None]
