@@ -217,7 +217,7 @@ def test_variance_components_are_recovered() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_rates_in_short(seeds: int) -> None:
+def test_error_rate_and_coverage_of_intervals_are_near_what_they_promise(seeds: int) -> None:
     """500 repeats: a rate of 5 % is seen between 2.1 and 7.9 % in 99.7 % of cases."""
     rejected, held, score_held = rates(WORLDS["typical"], seeds, repeats=500, problems=256, start=7)
     assert 0.021 <= rejected <= 0.079
@@ -228,7 +228,7 @@ def test_rates_in_short(seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 @pytest.mark.parametrize("world", WORLDS)
-def test_rates_at_length(world: str, seeds: int) -> None:
+def test_error_rate_and_coverage_of_intervals_are_kept_in_every_world(world: str, seeds: int) -> None:
     """The figures promised: rejection in [3, 7] %, coverage in [93, 97] %; 6,000 repeats err by 0.3 points (1 sd)."""
     rejected, held, score_held = rates(WORLDS[world], seeds, repeats=6000, problems=512, start=11)
     assert 0.03 <= rejected <= 0.07
