@@ -27,7 +27,9 @@ from tests.simulated import WORLDS, World, collapse_rates
         ([0.80, 0.55, 0.40], [0.5] * 3, ()),  # no farther from the others than these are from each other
     ],
 )
-def test_a_run_far_below_the_others_and_its_start_has_collapsed(scores: list[float], starts: list[float] | None, expected: tuple[int, ...]) -> None:
+def test_a_run_far_below_the_others_and_its_start_has_collapsed(
+    scores: list[float], starts: list[float] | None, expected: tuple[int, ...]
+) -> None:
     assert stats.collapsed_runs(scores, problems=1000, starts=starts) == expected
 
 
