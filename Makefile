@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench real lint format clean
+.PHONY: demo test test-fast test-slow bench real lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "roundoff needs Python 3.11 or later")'
@@ -16,8 +16,18 @@ demo: $(STAMP)
 	$(BIN)/roundoff run quickstart
 	$(BIN)/roundoff report
 
+# Workers take tests in the order of the files, so that fixtures of a module are rarely made twice; the one that is
+# through first takes from the other's end.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+# Rooms in which next to nothing is trained and no process is started: most tests, in less than a minute.
+FAST := $(addprefix tests/,aqn config experiments hardware numerics planning runs sampling stats tasks trackers)
+FAST += tests/training/test_advantage.py tests/training/test_loss.py
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) --durations 20 --durations-min 0.5
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(PARALLEL) $(FAST)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

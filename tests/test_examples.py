@@ -1,8 +1,7 @@
 """The examples run as they stand, and the README shows the same code."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 from roundoff.experiments import load_experiment, load_profile
@@ -11,11 +10,9 @@ from tests.training.test_loop import run
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_example_in_python_prints_both_scores():
-    done = subprocess.run(
-        [sys.executable, "examples/from_python.py"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    deployed, clean = map(float, re.findall(r"(\d+\.\d)%", done.stdout))
+def test_the_example_in_python_prints_both_scores(capsys):
+    runpy.run_path(str(ROOT / "examples" / "from_python.py"), run_name="__main__")
+    deployed, clean = map(float, re.findall(r"(\d+\.\d)%", capsys.readouterr().out))
     assert 0 < deployed < clean < 100
 
 

@@ -28,7 +28,9 @@ def extend(parent, epochs, **options):
 @pytest.mark.parametrize("lora", [None, LoRA(rank=4, dropout=0.1)])
 def test_one_epoch_extended_is_two_from_scratch_to_the_bit(tmp_path, small, lora):
     experiment = load_experiment("quickstart-noise").model_copy(update={"lora": lora})
-    profile = with_training(small, evaluate_every=2)  # so that the end of the first epoch is evaluated in both
+    task = small.task.model_copy(update={"settings": {**small.task.settings, "train_problems": 8, "test_problems": 16}})
+    # The end of the first epoch, of two steps, is evaluated in both.
+    profile = with_training(small.model_copy(update={"task": task}), prompts_per_step=4, evaluate_every=2)
     scratch = run(tmp_path / "scratch", experiment.model_copy(update={"epochs": 2}), profile)
     parent = run(tmp_path / "parts", experiment, profile)
     before = content(parent.path)

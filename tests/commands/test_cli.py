@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,25 +15,23 @@ from roundoff.cli import main
 from roundoff.commands.options import parse_seeds
 from roundoff.config import ConfigError
 from roundoff.experiments import experiment_ids, families, load_experiment
+from tests.program import roundoff
 from tests.training.test_loop import run as make_run
 
 SMALL = [
     "--set=profile.training.prompts_per_step=8",
-    "--set=profile.task.settings={train_problems = 16, test_problems = 32}",
+    "--set=profile.task.settings={train_problems = 16, test_problems = 16}",
 ]
 
 
-def roundoff(*arguments: str, cwd: Path, check: int = 0) -> subprocess.CompletedProcess:
+def in_its_own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Of commands that import no torch; others take seconds for that, and are called by `roundoff` in this process."""
     command = [sys.executable, "-m", "roundoff", *arguments]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"}
-    )
-    assert done.returncode == check, done.stdout + done.stderr
-    return done
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
-    listed = roundoff("list", cwd=tmp_path).stdout
+    listed = in_its_own_process("list", cwd=tmp_path).stdout
     assert all(name in listed for name in experiment_ids())
     code = (
         "import sys; from roundoff.cli import cli; cli(['list'], standalone_mode=False);"
@@ -69,6 +68,13 @@ def test_bad_input_is_one_message_without_a_traceback(tmp_path, arguments, expec
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_fails_says_so_by_its_exit_code_and_one_message(tmp_path):
+    done = in_its_own_process("run", "quickstar", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("roundoff: there is no experiment 'quickstar'; did you mean 'quickstart'?")
+    assert done.stderr.count("\n") == 1
+
+
 def test_no_runs_are_said_to_be_none(tmp_path):
     assert "there are no runs in nowhere" in roundoff("runs", "--runs", "nowhere", cwd=tmp_path).stderr
 
@@ -80,21 +86,21 @@ def test_a_scan_is_written_into_a_new_directory(tmp_path):
 
 
 def test_run_report_and_runs_from_end_to_end(tmp_path):
-    names = ["quickstart-noise", "quickstart-noise-aqn"]
-    done = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
-    changed = "prompts_per_step=8,train_problems=16,test_problems=32"
-    assert f"quickstart-noise ({changed}) seed 0: step 2/2 deployed" in done.stdout
-    again = roundoff("run", *names, "--seeds", "0-2", *SMALL, cwd=tmp_path)
-    assert again.stdout.count("complete (was complete)") == 6
+    names = ["quickstart-clean", "quickstart-mxfp4"]
+    done = roundoff("run", *names, "--seeds", "0-1", *SMALL, cwd=tmp_path)
+    changed = "prompts_per_step=8,train_problems=16,test_problems=16"
+    assert f"quickstart-mxfp4 ({changed}) seed 0: step 2/2 deployed" in done.stdout
+    again = roundoff("run", *names, "--seeds", "0-1", *SMALL, cwd=tmp_path)
+    assert again.stdout.count("complete (was complete)") == 4
     table = roundoff("report", cwd=tmp_path).stdout
-    assert "10 % matmul noise, with AQN" in table
+    assert "MXFP4 weights and activations" in table
     for name in ("summary.md", "results.csv", "results.json", "report.html"):
         assert (tmp_path / "report" / name).stat().st_size > 0
     rows = {row["id"]: row for row in csv.DictReader((tmp_path / "report" / "results.csv").open())}
     assert set(rows) == set(families()["quickstart"])
     assert {name for name, row in rows.items() if "missing" in row["status"]} == set(rows) - set(names)
     listed = roundoff("runs", cwd=tmp_path).stdout.splitlines()
-    assert len(listed) == 6
+    assert len(listed) == 4
     assert all("complete  step 2/2  deployed" in line for line in listed)
 
 
@@ -129,20 +135,22 @@ def test_eval_export_and_extend_from_end_to_end(tmp_path, small, monkeypatch, ca
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
-    command = [sys.executable, "-m", "roundoff", "run", "quickstart-clean", "--seeds", "0", *SMALL]
-    command += ["--set=epochs=40"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, output + errors
-    assert "the same command goes on" in errors
+    command = ["run", "quickstart-clean", "--seeds", "0", *SMALL, "--set=epochs=10"]
+
+    def press_ctrl_c():
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.rglob("metrics.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    stopped = roundoff(*command, cwd=tmp_path, check=130)
+    thread.join()
+    assert "the same command goes on" in stopped.stderr
     assert "interrupted" in roundoff("runs", cwd=tmp_path).stdout
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "resumed" in done.stdout
-    assert "complete  step 80/80" in roundoff("runs", cwd=tmp_path).stdout
+    assert "resumed" in roundoff(*command, cwd=tmp_path).stdout
+    assert "complete  step 20/20" in roundoff("runs", cwd=tmp_path).stdout
 
 
 def test_show_prints_settings_layers_and_sigma(tmp_path):

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from roundoff.commands.terminal import SUBSTITUTE, TolerantStream, plain_form, show, tolerant_streams
+from tests.program import roundoff as in_this_process
 
 FIGURES = "−9.2 ± 1.5 → 63.7 %"
 ENCODINGS = ["utf-8", "latin-1", "cp1252", "ascii"]
@@ -88,13 +89,17 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def plan():
+    return roundoff("plan", "--effect", "5", "--runs", "nowhere", PYTHONIOENCODING="utf-8").stdout.decode()
+
+
 @pytest.mark.parametrize("environment", SETTINGS)
-def test_a_plan_is_whole_whatever_the_terminal(environment):
-    plain = roundoff("plan", "--effect", "5", "--runs", "nowhere", PYTHONIOENCODING="utf-8").stdout.decode()
+def test_a_plan_is_whole_whatever_the_terminal(environment, plan):
     done = roundoff("plan", "--effect", "5", "--runs", "nowhere", **environment)
     assert done.returncode == 0, done.stderr
     encoding = environment.get("PYTHONIOENCODING", "ascii" if "LANG" in environment else "utf-8")
-    figures = [word for word in plain.split() if word.isdecimal()]
+    figures = [word for word in plan.split() if word.isdecimal()]
     printed = done.stdout.decode(encoding)
     assert [word for word in printed.split() if word.isdecimal()] == figures
     assert "…" not in printed
@@ -112,12 +117,13 @@ def test_a_reader_that_leaves_is_no_error(command):
 
 
 def test_a_reader_that_leaves_keeps_no_file_from_being_written(tmp_path):
-    script = f"{sys.executable} -m roundoff eval tiny --set profile.task.settings.test_problems=2 --out s.json"
-    done = subprocess.run(
-        ["bash", "-c", f"{script} | true"], cwd=tmp_path, capture_output=True, check=False, timeout=120
-    )
-    assert (tmp_path / "s.json").is_file(), done.stderr
-    assert done.stderr == b""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stdout:
+        few = "--set=profile.task.settings.test_problems=2"
+        done = in_this_process("eval", "tiny", few, "--out", "s.json", cwd=tmp_path, stdout=stdout)
+    assert (tmp_path / "s.json").is_file()
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

@@ -11,11 +11,13 @@ import pytest
 
 from roundoff.config import ConfigError, Task
 from roundoff.experiments import load_experiment
+from roundoff.launch import local
 from roundoff.launch.local import run_grid
 from roundoff.launch.request import RunRequest
 from roundoff.runs.record import read_run
+from tests.training.test_loop import with_training
 
-LONG = 100
+LONG = 20
 """Steps of a long run."""
 
 
@@ -29,8 +31,10 @@ def requests(tmp_path, small):
 
 @pytest.fixture
 def long_requests(requests):
-    """Runs that last for seconds, so that they can be met at work."""
-    return [replace(r, experiment=r.experiment.model_copy(update={"epochs": LONG // 2})) for r in requests]
+    """Runs that last for a second or two, so that they can be met at work."""
+    experiment = requests[0].experiment.model_copy(update={"epochs": LONG // 2})
+    profile = with_training(requests[0].profile, checkpoint_every=5, evaluate_every=1000)
+    return [replace(request, experiment=experiment, profile=profile) for request in requests]
 
 
 def is_at_work(request):
@@ -72,7 +76,27 @@ def test_a_killed_run_takes_no_other_with_it_and_can_be_resumed(long_requests):
     assert [job.phase for job in run_grid(long_requests, workers=2)] == ["complete", "complete"]
 
 
-def test_runs_whose_parent_is_killed_save_and_leave(long_requests):
+def make_in_forked_processes(requests):
+    """`run_grid` with processes that begin as copies of this one: a server to fork them from takes seconds to start."""
+    fork = multiprocessing.get_context("fork")
+    local.multiprocessing.get_context = lambda method: fork
+    run_grid(requests, workers=1)
+
+
+def test_a_run_whose_parent_is_killed_saves_and_leaves(long_requests):
+    (request, _) = long_requests
+    parent = multiprocessing.get_context("forkserver").Process(target=make_in_forked_processes, args=([request],))
+    parent.start()
+    wait_until(lambda: is_at_work(request))
+    parent.kill()
+    parent.join()
+    wait_until(lambda: read_run(request.path).status.state != "running")
+    status = read_run(request.path).status
+    assert (status.state, status.reason, status.step < LONG) == ("interrupted", "stopped on request", True)
+
+
+@pytest.mark.slow
+def test_runs_whose_parent_is_killed_save_and_leave_and_can_be_resumed(long_requests):
     parent = multiprocessing.get_context("spawn").Process(target=run_grid, args=(long_requests,), kwargs={"workers": 2})
     parent.start()
     wait_until(lambda: all(map(is_at_work, long_requests)))

@@ -68,6 +68,6 @@ def test_a_run_stays_on_its_device(monkeypatch, tmp_path, small, name):
         ("ratio-clean-one", {}),
     ],
 )
-def test_a_run_with_adapters_and_the_other_features_stays_on_its_device(monkeypatch, tmp_path, small, name, changes):
+def test_a_run_with_every_option_stays_on_its_device(monkeypatch, tmp_path, small, name, changes):
     with pretended():
         assert small_run(monkeypatch, tmp_path, small, name, **changes).is_final

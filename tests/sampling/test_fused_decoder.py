@@ -10,11 +10,13 @@ from transformers import MistralConfig, MistralForCausalLM
 from roundoff.config import Fault, Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
 from roundoff.models.load import load_model
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import kernels_for, use_backend
 from roundoff.sampling import fused_decoder
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.kv_cache import KVCache, SharedCache
 from tests.small_models import PROMPTS, ROUNDING, draw, make, same
+
+pytestmark = pytest.mark.skipif(kernels_for(torch.ones(1)) is None, reason="the fused pass is compiled")
 
 MODELS = {
     "heads of 16": ("qwen2", {"hidden_size": 64}),

@@ -218,7 +218,7 @@ def test_variance_components_are_recovered() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5, 10])
-def test_rejection_and_coverage_in_a_short_simulation(seeds: int) -> None:
+def test_error_rate_and_coverage_of_intervals_are_near_what_they_promise(seeds: int) -> None:
     """In 500 repeats, a rate of 5 % is observed between 2.1 and 7.9 % in 99.7 % of cases."""
     rejected, held, score_held = rates(WORLDS["typical"], seeds, repeats=500, problems=256, start=7)
     assert 0.021 <= rejected <= 0.079
@@ -229,7 +229,7 @@ def test_rejection_and_coverage_in_a_short_simulation(seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 @pytest.mark.parametrize("world", WORLDS)
-def test_rejection_and_coverage_in_a_long_simulation(world: str, seeds: int) -> None:
+def test_error_rate_and_coverage_of_intervals_are_kept_in_every_world(world: str, seeds: int) -> None:
     """Rejection is in [3, 7] % and coverage in [93, 97] %; with 6,000 repeats the standard error is 0.3 points."""
     rejected, held, score_held = rates(WORLDS[world], seeds, repeats=6000, problems=512, start=11)
     assert 0.03 <= rejected <= 0.07

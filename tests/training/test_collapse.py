@@ -27,7 +27,9 @@ from tests.simulated import WORLDS, World, collapse_rates
         ([0.80, 0.55, 0.40], [0.5] * 3, ()),  # no farther from the others than these are from each other
     ],
 )
-def test_the_rule(scores: list[float], starts: list[float] | None, expected: tuple[int, ...]) -> None:
+def test_a_run_far_below_the_others_and_its_start_has_collapsed(
+    scores: list[float], starts: list[float] | None, expected: tuple[int, ...]
+) -> None:
     assert stats.collapsed_runs(scores, problems=1000, starts=starts) == expected
 
 
@@ -49,7 +51,7 @@ def test_an_interval_says_how_many_runs_collapsed() -> None:
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_rates_in_short(seeds: int) -> None:
+def test_nearly_every_collapse_is_found_and_no_healthy_run_is_called_one(seeds: int) -> None:
     """300 arms of each kind: no false alarm among healthy ones (below 1 % at 95 %), and nearly every collapse seen."""
     found = collapse_rates(World(), seeds, repeats=300, problems=256, start=3)
     assert found.false_alarms == 0
@@ -59,7 +61,7 @@ def test_rates_in_short(seeds: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 @pytest.mark.parametrize("world", WORLDS)
-def test_rates_at_length(world: str, seeds: int) -> None:
+def test_collapse_is_found_in_every_world_with_few_false_alarms(world: str, seeds: int) -> None:
     found = collapse_rates(WORLDS[world], seeds, repeats=3000, problems=512, start=5)
     assert found.false_alarms < 0.01
     assert found.hits > 0.97

@@ -21,7 +21,7 @@ def batch():
     return new.requires_grad_(), old, torch.tensor([2.0, -1.0]), mask
 
 
-def test_token_mean_with_the_symmetric_clip():
+def test_token_mean_with_the_symmetric_clip_by_hand():
     new, old, advantages, mask = batch()
     # A = 2:  min(1.5*2, 1.2*2) = 2.4 and 1.1*2 = 2.2.
     # A = -1: min(-0.5, -0.8) = -0.8 (clipped below), -1.25 and -1.5 (a large ratio is not clipped under A < 0).
@@ -50,7 +50,7 @@ def test_dapo_raises_the_upper_clip_alone():
         ("dr_grpo", -1.05 / 6),
     ],
 )
-def test_aggregations(aggregation, expected):
+def test_each_aggregation_is_its_formula_by_hand(aggregation, expected):
     new, old, advantages, mask = batch()
     algorithm = PLAIN.model_copy(update={"aggregation": aggregation})
     output = policy_loss(new, old, None, advantages, mask, algorithm)
@@ -99,7 +99,7 @@ def test_the_ratio_and_its_gradient_at_the_first_update():
         assert output.metrics()["ratio_std"] == 0.0
 
 
-def test_spread_of_the_ratio():
+def test_mean_spread_and_effective_size_of_the_ratio_by_hand():
     new, old, advantages, mask = batch()
     metrics = policy_loss(new, old, None, advantages, mask, PLAIN).metrics()
     # Ratios 1.5, 1.1, 0.5, 1.25, 1.5: sum 5.85, squares 2.25 + 1.21 + 0.25 + 1.5625 + 2.25 = 7.5225.
@@ -118,7 +118,7 @@ def test_spread_of_the_ratio():
         ("low_var_kl", math.log(2) - 0.5),
     ],
 )
-def test_kl_estimators(estimator, expected):
+def test_each_kl_estimator_and_its_gradient_by_hand(estimator, expected):
     algorithm = Algorithm(name="GRPO", kl_coefficient=0.5, kl_estimator=estimator)
     new, old, _, mask = batch()
     output = policy_loss(new, old, new.detach() - math.log(2), torch.zeros(2), mask, algorithm)

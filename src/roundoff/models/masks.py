@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError
+from roundoff.hardware import POSITIONS
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
