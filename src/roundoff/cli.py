@@ -9,17 +9,23 @@ from typing import NoReturn
 import click
 
 from roundoff import __version__
+from roundoff.actions.terminal import tolerant_streams
+from roundoff.commands.build_tiny import build_tiny_command
 from roundoff.commands.compare import compare_command
-from roundoff.commands.declared import list_command, show_command
-from roundoff.commands.model import build_tiny_command, eval_command, export_command
+from roundoff.commands.eval import eval_command
+from roundoff.commands.export import export_command
+from roundoff.commands.extend import extend_command
+from roundoff.commands.import_table import import_table_command
+from roundoff.commands.list import list_command
 from roundoff.commands.plan import plan_command
-from roundoff.commands.report import import_table_command, report_command, runs_command
-from roundoff.commands.run import extend_command, run_command
+from roundoff.commands.report import report_command
+from roundoff.commands.run import run_command
+from roundoff.commands.runs import runs_command
 from roundoff.commands.scan import scan_command
+from roundoff.commands.show import show_command
 from roundoff.commands.sweep import sweep_command
 from roundoff.commands.tensorboard import tensorboard_command
-from roundoff.commands.terminal import tolerant_streams
-from roundoff.commands.verl import verl_config_command
+from roundoff.commands.verl_config import verl_config_command
 from roundoff.config import nearest
 from roundoff.errors import is_expected
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from roundoff.actions.evaluate import describe, save, score_subject
-from roundoff.actions.evaluation_subject import load_hardware, open_subject
+from roundoff.actions.evaluation_subject import open_subject
+from roundoff.actions.named_hardware import load_hardware
 from roundoff.config import ConfigError, Hardware, LoRA
 from roundoff.experiments import load_experiment
 from roundoff.models.load import TINY_DIRECTORY, load_model

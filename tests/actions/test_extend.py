@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from roundoff.actions.extend import _root, begin_extension, differences, extended
+from roundoff.actions.extend import begin_extension, differences, extended, runs_root
 from roundoff.aqn.schedule import sigma_curve
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
@@ -111,8 +111,8 @@ def test_a_run_named_from_within_its_directories_lies_below_the_same_root(tmp_pa
     (tmp_path / "x" / "p-1" / "seed-0").mkdir(parents=True)
     (tmp_path / place).mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / place)
-    assert _root(Path(given)) == tmp_path
-    assert _root(Path("runs/x/p-1/seed-0")) == Path("runs")
+    assert runs_root(Path(given)) == tmp_path
+    assert runs_root(Path("runs/x/p-1/seed-0")) == Path("runs")
 
 
 def test_names():

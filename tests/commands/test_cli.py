@@ -174,11 +174,11 @@ def test_wrong_seeds(text):
 
 
 def test_cores_are_counted_where_the_system_does_not_say_which_may_be_used(monkeypatch):
-    from roundoff.commands.run import _cores
+    from roundoff.actions.run import available_cores
 
-    assert _cores() == len(os.sched_getaffinity(0))
+    assert available_cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr("os.sched_getaffinity")  # macOS
-    assert _cores() == os.cpu_count()
+    assert available_cores() == os.cpu_count()
 
 
 def test_a_table_from_elsewhere_is_judged_by_its_intervals(tmp_path):

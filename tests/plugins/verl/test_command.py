@@ -6,8 +6,8 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
+from roundoff.actions.verl_config import read_scan
 from roundoff.cli import cli
-from roundoff.commands.verl import read_scan
 from roundoff.config import ConfigError
 from roundoff.experiments import load_profile, select, with_overrides
 from roundoff.plugins.verl.command import Resources, command, plugin_settings

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from roundoff.commands.terminal import SUBSTITUTE, TolerantStream, plain_form, show, tolerant_streams
+from roundoff.actions.terminal import SUBSTITUTE, TolerantStream, plain_form, show, tolerant_streams
 
 FIGURES = "−9.2 ± 1.5 → 63.7 %"
 ENCODINGS = ["utf-8", "latin-1", "cp1252", "ascii"]
