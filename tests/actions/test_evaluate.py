@@ -250,6 +250,40 @@ def test_a_task_that_is_named_is_taken(named):
     assert (subject.profile.task.name, subject.experiment.hardware) == ("arithmetic", Hardware())
 
 
+def refusal(target) -> str:
+    with pytest.raises(ConfigError) as refused:
+        open_subject(str(target))
+    return str(refused.value)
+
+
+def advised(message: str) -> list[str]:
+    """Arguments of the commands that a message advises."""
+    return [command.removeprefix("roundoff eval ") for command in message.split("`")[1::2] if "eval" in command]
+
+
+def test_a_path_that_cannot_be_scored_comes_with_a_command_that_can(runs, small, tmp_path, monkeypatch):
+    made = runs("quickstart-noise", small)
+    root = made.path.parents[2]
+    monkeypatch.chdir(root.parent)
+    run = made.path.relative_to(root.parent)
+    for directory in (root.name, run.parents[1], run.parent):
+        message = refusal(directory)
+        assert message.startswith(f"{directory} holds one run: name it")
+        assert advised(message) == [str(run)]
+    assert refusal(f"{root.name}/nothing").startswith(f"there is no {root.name}/nothing; {root.name} holds one run")
+    for part in ("checkpoints", "evaluations", "metrics.jsonl"):
+        message = refusal(run / part)
+        assert message.startswith(f"{run / part} lies in the run {run}, and is neither a checkpoint nor an adapter")
+        assert advised(message) == [str(run), f"{run} --step N"]
+        assert "(kept: 1, 2)" in message
+    assert refusal(run / "adapter").startswith(f"{run} has no adapter: only a complete run with LoRA has one")
+    assert open_subject(advised(refusal(run / "adapter"))[0]).step == 2
+    monkeypatch.chdir(run)
+    assert advised(refusal("adapter"))[0] == str(made.path)
+    (tmp_path / "empty").mkdir()
+    assert "is neither a run (it holds no experiment.toml)" in refusal(tmp_path / "empty")
+
+
 def test_a_directory_that_is_neither(tmp_path):
     (tmp_path / "experiment.toml").write_text("x = 1")
     with pytest.raises(DamagedRunError):

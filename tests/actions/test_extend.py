@@ -121,6 +121,10 @@ def test_names():
     assert (twice.id, twice.baseline) == ("quickstart-noise+epochs=1to2", "quickstart-clean+epochs=1to2")
     again = extended(twice, 4)
     assert (again.id, again.baseline) == ("quickstart-noise+epochs=1to2to4", "quickstart-clean+epochs=1to2to4")
+    assert twice.title == f"{experiment.title} (1 to 2 epochs)"
+    assert again.title == f"{experiment.title} (1 to 2 to 4 epochs)"
+    untitled = experiment.model_copy(update={"title": ""})
+    assert extended(untitled, 2).title == ""
     with pytest.raises(ConfigError, match="--epochs must be above the 4"):
         extended(again, 4)
 

@@ -56,6 +56,9 @@ def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
         (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of --samples"),
         (["scan", "tiny", "--faults", "--noise", "0.1", "--exact"], "leave out --noise, --exact"),
         (["scan", "tiny", "--direction", "robust"], "--direction does nothing without --multipliers"),
+        (["scan", "tiny", "--multipliers", "target"], "--multipliers must be one of targeted, variable, "),
+        (["scan", "tiny", "--multipliers", "targeted", "--direction", "up"], "--direction must be one of sensitive, "),
+        (["export", "nowhere", "out"], "nowhere is no run (it holds no experiment.toml)"),
         (["report"], "there are no runs in runs"),
         (["report", "--out", f"{__file__}/report"], "test_cli.py is a file and not a directory"),
         (["scan", "tiny", "--json", f"{__file__}/scan.json"], "test_cli.py is a file and not a directory"),
@@ -122,6 +125,9 @@ def test_eval_export_and_extend_from_end_to_end(tmp_path, small, monkeypatch, ca
     assert "weight mxfp4, activation mxfp4" in scored
     code, extended = main_with("extend", path, "--epochs", "2", "--tracker", "none")
     assert (code, "step 4/4 deployed" in extended) == (0, True)
+    assert "seed 0: extended from step 2\n" in extended
+    code, refused = main_with("compare", path, "quickstart-noise")
+    assert (code, "are the same runs, or share some" in refused) == (2, True)
     code, refused = main_with("extend", path, "--epochs", "1")
     assert (code, "--epochs must be above the 1" in refused) == (2, True)
     code, refused = main_with("eval", "nothing-here")

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from roundoff.launch.request import WAS_COMPLETE, Job
 from roundoff.runs.outcomes import DamagedRunError
-from roundoff.runs.record import read_metrics, read_status
+from roundoff.runs.record import read_metrics, read_run, read_status
 
 REFRESH_S = 0.5
 RECENT_STEPS = 8
@@ -104,7 +104,7 @@ class Progress:
         name = f"{_experiment(job)} seed {job.request.seed}"
         phase, step = self._said.get(name, ("queued", -1))
         if job.phase != phase and job.phase == "running":
-            self._line(f"{name}: {'resumed' if job.resumed else 'started'}")
+            self._line(f"{name}: {self._beginning(job, metrics)}")
         if metrics and metrics[-1]["step"] < step:
             step = -1  # steps after the checkpoint are taken again
         for row in metrics if job.phase != "complete" or phase != "queued" else []:
@@ -120,6 +120,14 @@ class Progress:
             self._line(f"{name}: {job.phase}" + (f" ({job.message})" if job.message else ""))
         self._said[name] = (job.phase, metrics[-1]["step"] if metrics else -1)
 
+    def _beginning(self, job: Job, metrics: list[dict[str, Any]]) -> str:
+        """Whether a run is new, continues the run that it extends, or was stopped before."""
+        if not job.resumed:
+            return "started"
+        before = max((row["step"] for row in metrics if row.get("time", self._opened) < self._opened), default=0)
+        extended_from = _extended_from(job)
+        return "resumed" if extended_from is None or before > extended_from else f"extended from step {extended_from}"
+
     def _line(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
@@ -128,6 +136,15 @@ def _experiment(job: Job) -> str:
     """Its id, with the profile where that was changed from the command line."""
     _, changed, settings = job.request.profile.name.partition("+")
     return job.request.experiment.id + (f" ({settings})" if changed else "")
+
+
+def _extended_from(job: Job) -> int | None:
+    """Last step of the run that this one extends; None if it extends none."""
+    try:
+        parent = read_run(job.request.path).provenance.get("parent")
+    except DamagedRunError:
+        return None
+    return int(parent["step"]) if parent else None
 
 
 def total_steps(job: Job) -> int:
