@@ -150,7 +150,7 @@ def test_a_kill_while_the_directory_is_made_is_made_good(tmp_path, small, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("roundoff.runs.directory.RunDirectory._describe", die)
+        patch.setattr("roundoff.runs.directory.RunDirectory.set_status", die)
         with pytest.raises(KeyboardInterrupt):
             begin_extension(parent, 2, {})
     longer = extend(parent, 2)

@@ -253,7 +253,7 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, small):
     profile = with_training(small, checkpoint_every=1000, evaluate_every=1000)
     request = RunRequest(experiment, profile, 0, tmp_path, {}, tracker="none")
     ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=local_grid._work, args=(request, theirs))
+    process = CONTEXT.Process(target=local_grid.make_run_in_process, args=(request, theirs))
     process.start()
     deadline = time.monotonic() + 60
     metrics = request.path / "metrics.jsonl"

@@ -74,15 +74,15 @@ def test_a_status_is_never_younger_than_the_files_beside_it(request_, tmp_path, 
     """The run ends while it is read: a copy that says so must hold its last evaluation and checkpoint."""
     steps = iter(range(1, 10))
     execute(request_, lambda: next(steps) == 3)
-    listed = run_sync._single_files
+    listed = run_sync.single_files
 
     def ends_meanwhile(path):
         found = listed(path)
-        monkeypatch.setattr(run_sync, "_single_files", listed)
+        monkeypatch.setattr(run_sync, "single_files", listed)
         execute(request_, lambda: False)
         return found
 
-    monkeypatch.setattr(run_sync, "_single_files", ends_meanwhile)
+    monkeypatch.setattr(run_sync, "single_files", ends_meanwhile)
     outbox, copy = Outbox(request_.path), tmp_path / "copy"
     put(outbox.changes(), copy)
     assert read_run(request_.path).status.state == "complete"
