@@ -1,4 +1,7 @@
-"""The command line: one group of commands, and errors as one message. Nothing heavy is imported to start."""
+"""The entry point of `roundoff`: it collects the commands, and shows an expected error as one message.
+
+Nothing heavy is imported here, so that `roundoff --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,16 @@ from roundoff.errors import is_expected
 
 
 class Commands(click.Group):
-    """Commands in the order of a user's work, not of the alphabet; an unknown one names the nearest."""
+    """The commands in the order in which a user needs them; for an unknown one the nearest is suggested."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in order of definition."""
+        """Names of the commands, in the order in which they were added."""
         return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command, or an error with a suggestion."""
+        """The command that is named first in the arguments, or an error with a suggestion."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], tuple(self.commands))}")
         return super().resolve_command(ctx, args)
@@ -77,7 +80,7 @@ for command in (
 
 
 def main() -> None:
-    """Entry point: every expected failure is one message and a non-zero exit, without a traceback."""
+    """Run the command line: an expected error becomes one message and a non-zero exit code, without a traceback."""
     with tolerant_streams():
         _main()
 
@@ -96,7 +99,7 @@ def _main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
-    except Exception as error:  # of any class: `is_expected` tells roundoff's own, all others are raised
+    except Exception as error:  # only roundoff's own errors are expected; all others are raised
         if not is_expected(error):
             raise
         _fail(str(error))

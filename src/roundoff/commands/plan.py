@@ -55,8 +55,10 @@ from roundoff.commands.options import parse_seeds, runs_option, seeds_option, se
     help="The model's config.json, if the model is not on this machine.",
 )
 def plan_command(seeds: str, **options: Any) -> None:
-    """Say what evidence costs: with --effect, the seeds and problems that it takes to show a difference as variable as
-    those of the experiments NAME; with --profile alone, their time and memory (default: all experiments).
+    """Say what evidence costs, before anything is run.
+
+    With --effect: the seeds and problems that it takes to show a difference that varies as much as those among the runs
+    of the experiments NAME. With --profile alone: the time and memory that these experiments take. [default: all]
     """
     from roundoff.actions.plan import PlanOptions, plan
     from roundoff.actions.terminal import show

@@ -43,7 +43,7 @@ def test_options_of_ray_without_ray_are_refused(tmp_path):
         cli, ["run", "quickstart", "--runs", str(tmp_path), "--gpus-per-run", "1", "--ray-sync"]
     )
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception) == "--gpus-per-run, --ray-sync does nothing without --ray"
+    assert str(result.exception) == "--gpus-per-run, --ray-sync do nothing without --ray"
 
 
 def test_a_directory_that_is_not_shared_is_refused(tmp_path):
