@@ -216,14 +216,14 @@ class TestHardware:
         ("tiny", {"assignments": ["profile.training.learning_rate=1.0"]}, "learning_rate changes no score"),
     ],
 )
-def test_bad_input(target, options, message):
+def test_wrong_settings_and_those_that_change_no_score_are_refused(target, options, message):
     with pytest.raises(ConfigError, match=message):
         open_subject(target, **options)
 
 
 def test_a_checkpoint_is_named_by_its_step(runs, small):
     made = runs("quickstart-noise", small)
-    with pytest.raises(ConfigError, match="last is no checkpoint, whose name reads step-<n>"):
+    with pytest.raises(ConfigError, match="last is no checkpoint: the name of one reads step-<n>"):
         open_subject(str(made.path / "checkpoints" / "last"))
 
 
@@ -284,7 +284,7 @@ def test_a_path_that_cannot_be_scored_comes_with_a_command_that_can(runs, small,
     assert "is neither a run (it holds no experiment.toml)" in refusal(tmp_path / "empty")
 
 
-def test_a_directory_that_is_neither(tmp_path):
+def test_a_damaged_run_and_a_model_that_is_not_there_are_errors(tmp_path):
     (tmp_path / "experiment.toml").write_text("x = 1")
     with pytest.raises(DamagedRunError):
         open_subject(str(tmp_path))

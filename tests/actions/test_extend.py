@@ -77,7 +77,7 @@ def test_aqn_goes_on_with_the_sigma_of_the_longer_run_and_says_where_it_differs(
     assert (sigmas == scratch) == same
     said = differences(parent, 2)
     assert (said is None) == same
-    assert said is None or "steps 1 to 4 had the sigma of a run of 1 epochs" in said
+    assert said is None or "steps 1 to 4 had the sigma of a run of 1 epoch " in said
 
 
 def test_a_parent_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, small):
@@ -115,7 +115,7 @@ def test_a_run_named_from_within_its_directories_lies_below_the_same_root(tmp_pa
     assert runs_root(Path("runs/x/p-1/seed-0")) == Path("runs")
 
 
-def test_names():
+def test_id_title_and_baseline_say_from_where_to_where_a_run_was_extended():
     experiment = load_experiment("quickstart-noise")
     twice = extended(experiment, 2)
     assert (twice.id, twice.baseline) == ("quickstart-noise+epochs=1to2", "quickstart-clean+epochs=1to2")

@@ -121,7 +121,7 @@ def test_a_reader_that_leaves_keeps_no_file_from_being_written(tmp_path):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_closed_streams(closed):
+def test_commands_end_well_with_closed_streams(closed):
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m roundoff list {closed}"], capture_output=True, check=False, timeout=60
     )

@@ -53,7 +53,7 @@ def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
         (["run", "quickstart", "--set", "hardware.precision.weight=mxfp5"], "did you mean 'mxfp4'?"),
         (["show", "quickstart-nois"], "did you mean 'quickstart-noise'?"),
         (["run", "quickstart", "--seeds", "²"], "--seeds must read 3, 0-2 or 0,4,7, but is '²'"),
-        (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of --samples"),
+        (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of sampled responses"),
         (["scan", "tiny", "--faults", "--noise", "0.1", "--exact"], "leave out --noise, --exact"),
         (["scan", "tiny", "--direction", "robust"], "--direction does nothing without --multipliers"),
         (["scan", "tiny", "--multipliers", "target"], "--multipliers must be one of targeted, variable, "),
@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 130, output + errors
-    assert "the same command goes on" in errors
+    assert "1 run stopped before its end; the same command resumes it." in errors
     assert "interrupted" in roundoff("runs", cwd=tmp_path).stdout
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "resumed" in done.stdout

@@ -22,7 +22,7 @@ def run(*arguments, check=0):
     return done.output
 
 
-def test_table_json_and_picture(tmp_path):
+def test_a_scan_prints_its_tables_and_writes_json_and_a_picture(tmp_path):
     json_file, picture = tmp_path / "scan.json", tmp_path / "scan.svg"
     shown = run("--multipliers", "targeted", "--frontier", "--json", str(json_file), "--picture", str(picture))
     assert "ranking by gradient score" in shown and "rank correlation of the two halves" in shown
@@ -90,7 +90,7 @@ def test_texts_of_a_file(tmp_path):
         (["--task", "gsm9k"], "task.name must be one of"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_wrong_options_are_refused_by_name(arguments, message):
     with pytest.raises(ConfigError, match=message):
         run(*arguments)
 

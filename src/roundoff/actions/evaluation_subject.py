@@ -109,7 +109,7 @@ def _find(target: str, step: int | None, profile: str | None, names_task: bool) 
             raise ConfigError(f"{path} is the checkpoint of one step: leave out --step")
         number = re.fullmatch(r"step-(\d+)", absolute.name)
         if number is None:
-            raise ConfigError(f"{path} is no checkpoint, whose name reads step-<n>")
+            raise ConfigError(f"{path} is no checkpoint: the name of one reads step-<n>")
         path, step = _ancestor(path, 1), int(number[1])
     if (path / SETTINGS).exists():
         return _state_of_run(read_run(path), step, profile)

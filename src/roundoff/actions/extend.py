@@ -119,18 +119,19 @@ def _check_parent(path: Path, parent: Run) -> None:
 
 def differences(parent: Run, epochs: int) -> str | None:
     """How the extended run differs from one of `epochs` epochs from scratch; None if it does not."""
-    aqn, done = parent.experiment.aqn, parent.status.total_steps
+    aqn, done, epochs_before = parent.experiment.aqn, parent.status.total_steps, parent.experiment.epochs
     if aqn is None:
         return None
-    per_epoch = done // parent.experiment.epochs
+    per_epoch = done // epochs_before
     taken = sigma_curve(done, per_epoch, aqn)
     scratch = sigma_curve(per_epoch * epochs, per_epoch, aqn)
     where = f"{parent.experiment.id} seed {parent.seed}"
     if taken == scratch[:done]:
         moved = f"{where}: the zones of AQN changed places in the middle of {done} steps, not of {len(scratch)}"
         return moved if aqn.layers == "zone" else None
+    short_run = f"{epochs_before} epoch{'s' if epochs_before > 1 else ''}"
     return (
-        f"{where}: steps 1 to {done} had the sigma of a run of "
-        f"{parent.experiment.epochs} epochs (to {taken[-1]:.2g}); steps {done + 1} to {len(scratch)} have that of one "
-        f"of {epochs} ({scratch[done]:.2g}, at most {max(scratch[done:]):.2g}, then down to {scratch[-1]:.2g})"
+        f"{where}: steps 1 to {done} had the sigma of a run of {short_run} (to {taken[-1]:.2g}); steps {done + 1} to "
+        f"{len(scratch)} have that of one of {epochs} ({scratch[done]:.2g}, at most {max(scratch[done:]):.2g}, then down "
+        f"to {scratch[-1]:.2g})"
     )

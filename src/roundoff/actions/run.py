@@ -92,7 +92,10 @@ def _print_problems(failed: list[Job], stopped: list[Job], untrained: list[Job])
         name = f"{job.request.experiment.id} seed {job.request.seed}"
         click.secho(f"not trained: {name}: {job.message}; its score is that of an untrained model", fg="red", err=True)
     if stopped:
-        click.echo(f"{len(stopped)} runs stopped before their end; the same command goes on with them.", err=True)
+        text = "1 run stopped before its end; the same command resumes it."
+        if len(stopped) > 1:
+            text = f"{len(stopped)} runs stopped before their end; the same command resumes them."
+        click.echo(text, err=True)
 
 
 def _warn(text: str) -> None:

@@ -19,7 +19,9 @@ def swept(names: Sequence[str], profile_name: str, assignments: Sequence[str]) -
         ConfigError: under torchrun, or if a name or a setting cannot be used.
     """
     if launched():
-        raise ConfigError("a sweep is many runs, and torchrun makes one larger one: use --workers or --ray")
+        raise ConfigError(
+            "a sweep makes many runs, but torchrun shares one run among processes: use --workers or --ray"
+        )
     return variants(select(names), load_profile(profile_name), assignments)
 
 

@@ -51,7 +51,9 @@ def eval_command(
     if out is not None:
         check_new_file(out, "--out")
     if temperature is not None and samples is None:
-        raise ConfigError("--temperature is that of --samples, and does nothing to greedy decoding: give --samples too")
+        raise ConfigError(
+            "--temperature is that of sampled responses, and greedy decoding has none: give --samples too"
+        )
     subject = evaluate.open_subject(
         target, step=step, profile=profile_name, seed=seed, hardware=hardware, task=task, assignments=assignments
     )

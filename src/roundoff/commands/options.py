@@ -106,5 +106,5 @@ def parse_seeds(text: str) -> list[int]:
             raise ConfigError(f"--seeds must read 3, 0-2 or 0,4,7, but is {text!r}")
         seeds += range(int(low), int(high if dash else low) + 1)
     if not seeds or len(seeds) != len(set(seeds)):
-        raise ConfigError(f"--seeds must name at least one seed and each once, but is {text!r}")
+        raise ConfigError(f"--seeds must name at least one seed, and none twice, but is {text!r}")
     return seeds

@@ -103,7 +103,7 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
             ranks=ranks,
         )
         if final is None:
-            return "interrupted", "stopped on request; the same command goes on"
+            return "interrupted", "stopped on request; the same command resumes it"
         return "complete", run_dir.health().untrained
 
 

@@ -91,7 +91,7 @@ def test_plain_prompts_are_asked_without_the_models_chat_template(tmp_path):
     assert (tmp_path / "train.parquet").is_file()
 
 
-def test_dapo(tmp_path):
+def test_settings_of_dapo_are_in_it(tmp_path):
     _, arguments = words(tmp_path, "quickstart-noise", "algorithm.name=DAPO", "algorithm.overlong_buffer=0.25")
     _, on = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.overlong_buffer=0.25")
     assert on["algorithm.filter_groups.enable"] == "True"
@@ -100,7 +100,7 @@ def test_dapo(tmp_path):
     assert arguments["reward.reward_kwargs.max_resp_len"] == "24"
 
 
-def test_lora(tmp_path):
+def test_settings_of_lora_are_in_it(tmp_path):
     _, arguments = words(tmp_path, "quickstart-noise")
     assert "actor_rollout_ref.model.lora_rank" not in arguments
     experiments, profile = with_overrides(select(["quickstart-noise"]), load_profile("tiny"), ())
@@ -135,17 +135,17 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
         (("aqn.layers=zone",), "changes during the run"),
     ],
 )
-def test_refusals(tmp_path, assignments, message):
+def test_what_verl_cannot_carry_out_is_refused(tmp_path, assignments, message):
     with pytest.raises(ConfigError, match=message):
         words(tmp_path, "quickstart-noise-aqn", *assignments)
 
 
 @pytest.mark.parametrize(("text", "value"), [("/a/b.c", "/a/b.c"), ("/a b", '"/a b"'), ('{"a": 1}', "'{\"a\": 1}'")])
-def test_quoting_for_hydra(text, value):
+def test_values_are_quoted_for_hydra(text, value):
     assert quoted(text) == value
 
 
-def test_the_command_line(tmp_path):
+def test_verl_config_prints_the_command_and_notes_absent_data(tmp_path):
     result = CliRunner().invoke(cli, ["verl-config", "quickstart-mxfp4", "--seed", "2", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "does not exist yet" in result.stderr
@@ -175,7 +175,7 @@ def test_a_scan_gives_the_multipliers_and_the_kept_layers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "there is no file"), ("{}", "not a scan"), ("{", "not a scan")]
 )
-def test_a_file_that_is_no_scan(tmp_path, content, message):
+def test_a_file_that_is_no_scan_is_refused(tmp_path, content, message):
     path = tmp_path / "scan.json"
     if content is not None:
         path.write_text(content)

@@ -30,7 +30,9 @@ def activate() -> bool:
     import verl
 
     if verl.__version__ != VERL_VERSION:
-        raise ConfigError(f"roundoff's plugin is for verl {VERL_VERSION}, but {verl.__version__} is installed")
+        raise ConfigError(
+            f"roundoff's plugin is for verl {VERL_VERSION}, but {verl.__version__} is installed: install that one"
+        )
     if on_cpu:
         from roundoff.plugins.verl import cpu_platform
 

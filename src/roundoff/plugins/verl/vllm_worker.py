@@ -161,7 +161,9 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
         if getattr(module, "tp_size", 1) != 1:
             raise ConfigError("set actor_rollout_ref.rollout.tensor_model_parallel_size=1: noise needs whole products")
         if type(module.quant_method).__name__ != "UnquantizedLinearMethod":
-            raise ConfigError(f"{name} is quantized by vLLM ({type(module.quant_method).__name__}): leave that out")
+            raise ConfigError(
+                f"{name} is quantized by vLLM ({type(module.quant_method).__name__}): load unquantized weights"
+            )
         kept = layer_index(name) in hardware.precision.keep
         fmt = None if kept else hardware.precision.activation
         module.quant_method = HardwareMethod(module.quant_method, fmt, std, key.fold(name))
