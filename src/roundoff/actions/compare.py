@@ -9,7 +9,7 @@ from roundoff.report.pair import Pair, find_arm, make_pair
 
 
 def compare(treatment: str, baseline: str, root: Path, *, margin: float | None = None) -> Pair:
-    """The comparison of two arms, each named by an experiment's id, by a directory above runs, or by a run's.
+    """The comparison of two arms, each named by an experiment's id, a directory above runs, or a run's directory.
 
     Args:
         treatment: what is judged.

@@ -116,7 +116,7 @@ def score_subject(
 
 
 def describe(result: Result) -> str:
-    """The scores as text."""
+    """The text to print: what was scored and how, the scores, and whether they agree with the run."""
     subject, outcomes = result.subject, result.evaluation.outcomes
     draws = len(outcomes[0].deployed)
     decoding = f"greedy, {draws} noise draw{'s' if draws > 1 else ''}"

@@ -21,12 +21,12 @@ MERGED = (
     "the adapters are merged into the weights: quantized hardware rounds the sum, while in the run it rounded the base "
     "alone; the run's adapter/ keeps them apart"
 )
-"""Said of every export with adapters."""
+"""Printed after an export with adapters."""
 ROUNDED = (
     "each sum is rounded to {}, so that the smallest of what the adapters add is lost: the scores of the two differ a "
     "little on plain arithmetic, too"
 )
-"""Said of an export with adapters in a dtype below float32."""
+"""Added to that in a dtype below float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,6 @@ def differences(parent: Run, epochs: int) -> str | None:
     short_run = f"{epochs_before} epoch{'s' if epochs_before > 1 else ''}"
     return (
         f"{where}: steps 1 to {done} had the sigma of a run of {short_run} (to {taken[-1]:.2g}); steps {done + 1} to "
-        f"{len(scratch)} have that of one of {epochs} ({scratch[done]:.2g}, at most {max(scratch[done:]):.2g}, then down "
-        f"to {scratch[-1]:.2g})"
+        f"{len(scratch)} have that of one of {epochs} ({scratch[done]:.2g}, at most {max(scratch[done:]):.2g}, then "
+        f"down to {scratch[-1]:.2g})"
     )

@@ -1,4 +1,4 @@
-"""What `roundoff tensorboard` runs."""
+"""What `roundoff tensorboard` runs: the TensorBoard that is installed beside roundoff."""
 
 from __future__ import annotations
 

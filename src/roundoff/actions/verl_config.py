@@ -32,7 +32,7 @@ def verl_command(
     devices: int = 1,
     nodes: int = 1,
 ) -> tuple[str, list[Path]]:
-    """The command line, and those of its data files that do not exist; with `write_data` they are written first.
+    """The command line, and those of its data files that do not exist. With `write_data` the files are written.
 
     Raises:
         ConfigError: if a setting cannot be used, or cannot be carried out under verl.
