@@ -24,6 +24,8 @@ SETTINGS = "experiment.toml"
 """File that makes a directory a run."""
 STATUS = "status.json"
 """File that every run has beside its settings; an experiment file of the user's own has no such neighbour."""
+ADAPTER = "adapter"
+"""Directory of a run's adapter, in the run's directory."""
 MODEL_CONFIG = "config.json"
 """File that makes a directory a model."""
 SETTABLE = (
@@ -141,22 +143,22 @@ def _check_no_part_of_run(path: Path) -> None:
     """Refuse a path inside of a run that cannot be scored, such as its `checkpoints/`.
 
     Raises:
-        ConfigError: with the commands that score the run.
+        ConfigError: with the command that scores the run.
     """
     above = path.resolve().parents
     level = next((n for n, p in enumerate(above) if (p / SETTINGS).exists() and (p / STATUS).exists()), None)
-    if level is None:
+    named = path.exists() or path.name == ADAPTER or (level is not None and level < len(path.parts) - 1)
+    if level is None or not named:  # inside of a run, `tiny` is still the name of a model
         return
     run = _ancestor(path, level)
     kept = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step-*") if p.name[5:].isdecimal())
     reason = (
         f"{run} has no adapter: only a complete run with LoRA has one"
-        if path.name == "adapter" and not path.exists()
+        if path.name == ADAPTER and not path.exists()
         else f"{path} lies in the run {run}, and is neither a checkpoint nor an adapter"
     )
-    command = f"roundoff eval {shlex.quote(str(run))}"
-    steps = f", and `{command} --step N` an earlier one (kept: {', '.join(map(str, kept))})" if len(kept) > 1 else ""
-    raise ConfigError(f"{reason}. `{command}` scores the run's last checkpoint{steps}")
+    steps = f", and with --step N an earlier one (kept: {', '.join(map(str, kept))})" if len(kept) > 1 else ""
+    raise ConfigError(f"{reason}. `roundoff eval {shlex.quote(str(run))}` scores the run's last checkpoint{steps}")
 
 
 def _check_no_runs_below(path: Path) -> None:
@@ -168,7 +170,7 @@ def _check_no_runs_below(path: Path) -> None:
     place = path if path.is_dir() else path.parent
     if not place.is_dir() or (not path.is_dir() and len(path.parts) < 2):  # the latter is the name of a model
         return
-    runs = sorted(file.parent for depth in range(3) for file in place.glob(f"{'*/' * depth}seed-*/{SETTINGS}"))
+    runs = sorted(file.parent for depth in range(4) for file in place.glob(f"{'*/' * depth}seed-*/{SETTINGS}"))
     if runs:
         absent = "" if path.is_dir() else f"there is no {path}; "
         number = f"{len(runs)} runs: name one of them" if len(runs) > 1 else "one run: name it"
