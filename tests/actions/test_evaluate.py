@@ -132,7 +132,7 @@ def test_a_saved_adapter_is_scored_as_its_run(runs, small, tmp_path):
     assert made.evaluation(2).outcomes != made.evaluation(0).outcomes
 
 
-def test_a_damaged_last_checkpoint_is_passed_over_aloud(runs, small, tmp_path):
+def test_a_damaged_last_checkpoint_is_passed_over_and_reported(runs, small, tmp_path):
     made = runs("quickstart-noise", small)
     path = tmp_path / "copy" / "seed-0"
     shutil.copytree(made.path, path)

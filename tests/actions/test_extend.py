@@ -1,4 +1,4 @@
-"""A complete run taken further: the first epoch is not repeated, the first run is left as it was."""
+"""A complete run that is extended: its steps are not repeated, and it stays as it was."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is printed arrives on any stream: of any encoding and width, closed, or left by its reader."""
+"""What is printed arrives on streams of any encoding and width; closed and unread streams are no error."""
 
 import codecs
 import io

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: speed of starting, messages, exit codes, the whole path once."""
+"""The command line as a user meets it: how fast it starts, messages, exit codes, and whole sessions."""
 
 import csv
 import os

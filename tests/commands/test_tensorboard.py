@@ -1,4 +1,4 @@
-"""The command line that opens the board, and the board itself once."""
+"""`roundoff tensorboard`: the command line that it runs, and once the board itself."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The live view: what is said where the output is piped, and the table on a terminal."""
+"""The live display: lines of events where the output is piped, and the table on a terminal."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or meet a damaged or full disk go on to the bits of a run that met nothing."""
+"""Runs that are killed, stopped, or meet a damaged or full disk end with the bits of an undisturbed run."""
 
 import errno
 import importlib
@@ -34,7 +34,7 @@ KILLS = 20
 
 
 def left(path: Path) -> dict:
-    """All that a run left and that must not depend on what happened to it: everything but times."""
+    """Everything that a run left except times: all that must not depend on what happened to it."""
     files = [*(path / "evaluations").iterdir(), *(path / "checkpoints").glob("*/*"), *path.glob("adapter/*")]
     return {"metrics": reproducible(path)} | {str(f.relative_to(path)): f.read_bytes() for f in files}
 

@@ -1,4 +1,4 @@
-"""The command for verl: every setting of the experiment and the profile in it, and refusals before anything runs."""
+"""The command for verl holds every setting of experiment and profile; what verl cannot carry out is refused."""
 
 import json
 import shlex
@@ -66,7 +66,7 @@ def test_warm_up_and_entropy_bonus_are_in_it(tmp_path):
 
 
 def test_micro_batches_divide_the_share_of_a_device(tmp_path):
-    """verl stops at its first update where they do not: 32 prompts x 5 rollouts on 8 devices are 20 each."""
+    """Otherwise verl stops at its first update. 32 prompts x 5 rollouts on 8 devices are 20 rollouts each."""
     experiments, profile = with_overrides(
         select(["E5b"]), load_profile("gsm8k-1.5b"), ("hardware.matmul_noise.attention=false",)
     )
