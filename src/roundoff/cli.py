@@ -1,4 +1,7 @@
-"""The command line: one group of commands, and errors as one message. Nothing heavy is imported to start."""
+"""The entry point of `roundoff`: it collects the commands, and shows an expected error as one message.
+
+Nothing heavy is imported here, so that `roundoff --help` is fast.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,38 @@ from typing import NoReturn
 import click
 
 from roundoff import __version__
+from roundoff.actions.terminal import tolerant_streams
+from roundoff.commands.build_tiny import build_tiny_command
 from roundoff.commands.compare import compare_command
-from roundoff.commands.declared import list_command, show_command
-from roundoff.commands.model import build_tiny_command, eval_command, export_command
+from roundoff.commands.eval import eval_command
+from roundoff.commands.export import export_command
+from roundoff.commands.extend import extend_command
+from roundoff.commands.import_table import import_table_command
+from roundoff.commands.list import list_command
 from roundoff.commands.plan import plan_command
-from roundoff.commands.report import import_table_command, report_command, runs_command
-from roundoff.commands.run import extend_command, run_command
+from roundoff.commands.report import report_command
+from roundoff.commands.run import run_command
+from roundoff.commands.runs import runs_command
 from roundoff.commands.scan import scan_command
+from roundoff.commands.show import show_command
 from roundoff.commands.sweep import sweep_command
 from roundoff.commands.tensorboard import tensorboard_command
-from roundoff.commands.terminal import tolerant_streams
-from roundoff.commands.verl import verl_config_command
+from roundoff.commands.verl_config import verl_config_command
 from roundoff.config import nearest
 from roundoff.errors import RoundoffError
 
 
 class Commands(click.Group):
-    """Commands in the order of a user's work, not of the alphabet; an unknown one names the nearest."""
+    """The commands in the order in which a user needs them; for an unknown one the nearest is suggested."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in order of definition."""
+        """Names of the commands, in the order in which they were added."""
         return list(self.commands)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command, or an error with a suggestion."""
+        """The command that is named first in the arguments, or an error with a suggestion."""
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"there is no command {args[0]!r}{nearest(args[0], tuple(self.commands))}")
         return super().resolve_command(ctx, args)
@@ -71,7 +80,7 @@ for command in (
 
 
 def main() -> None:
-    """Entry point: every expected failure is one message and a non-zero exit, without a traceback."""
+    """Run the command line: an expected error becomes one message and a non-zero exit code, without a traceback."""
     with tolerant_streams():
         _main()
 
@@ -90,7 +99,7 @@ def _main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half-written")
-    except Exception as error:  # of any class: roundoff's own are shown, all others are raised
+    except Exception as error:  # only roundoff's own errors are expected; all others are raised
         if not isinstance(error, RoundoffError):
             raise
         _fail(str(error))

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from roundoff.actions.evaluate import describe, save, score_subject
-from roundoff.actions.evaluation_subject import load_hardware, open_subject
+from roundoff.actions.evaluation_subject import open_subject
+from roundoff.actions.named_hardware import load_hardware
 from roundoff.config import ConfigError, Hardware, LoRA
 from roundoff.experiments import load_experiment
 from roundoff.models.load import TINY_DIRECTORY, load_model
@@ -131,7 +132,7 @@ def test_a_saved_adapter_is_scored_as_its_run(runs, small, tmp_path):
     assert made.evaluation(2).outcomes != made.evaluation(0).outcomes
 
 
-def test_a_damaged_last_checkpoint_is_passed_over_aloud(runs, small, tmp_path):
+def test_a_damaged_last_checkpoint_is_passed_over_and_reported(runs, small, tmp_path):
     made = runs("quickstart-noise", small)
     path = tmp_path / "copy" / "seed-0"
     shutil.copytree(made.path, path)
@@ -215,14 +216,14 @@ class TestHardware:
         ("tiny", {"assignments": ["profile.training.learning_rate=1.0"]}, "learning_rate changes no score"),
     ],
 )
-def test_bad_input(target, options, message):
+def test_wrong_settings_and_those_that_change_no_score_are_refused(target, options, message):
     with pytest.raises(ConfigError, match=message):
         open_subject(target, **options)
 
 
 def test_a_checkpoint_is_named_by_its_step(runs, small):
     made = runs("quickstart-noise", small)
-    with pytest.raises(ConfigError, match="last is no checkpoint, whose name reads step-<n>"):
+    with pytest.raises(ConfigError, match="last is no checkpoint: the name of one reads step-<n>"):
         open_subject(str(made.path / "checkpoints" / "last"))
 
 
@@ -249,7 +250,43 @@ def test_a_task_that_is_named_is_taken(named):
     assert (subject.profile.task.name, subject.experiment.hardware) == ("arithmetic", Hardware())
 
 
-def test_a_directory_that_is_neither(tmp_path):
+def refusal(target) -> str:
+    with pytest.raises(ConfigError) as refused:
+        open_subject(str(target))
+    return str(refused.value)
+
+
+def advised(message: str) -> list[str]:
+    """Arguments of the commands that a message advises."""
+    return [command.removeprefix("roundoff eval ") for command in message.split("`")[1::2] if "eval" in command]
+
+
+def test_a_path_that_cannot_be_scored_comes_with_a_command_that_can(runs, small, tmp_path, monkeypatch):
+    made = runs("quickstart-noise", small)
+    root = made.path.parents[2]
+    monkeypatch.chdir(root.parent)
+    run = made.path.relative_to(root.parent)
+    assert refusal(".").startswith(". holds ")
+    for directory in (root.name, run.parents[1], run.parent):
+        message = refusal(directory)
+        assert message.startswith(f"{directory} holds one run: name it")
+        assert advised(message) == [str(run)]
+    assert refusal(f"{root.name}/nothing").startswith(f"there is no {root.name}/nothing; {root.name} holds one run")
+    for part in ("checkpoints", "evaluations", "metrics.jsonl"):
+        message = refusal(run / part)
+        assert message.startswith(f"{run / part} lies in the run {run}, and is neither a checkpoint nor an adapter")
+        assert advised(message) == [str(run)]
+        assert message.endswith(" with --step N an earlier one (kept: 1, 2)")
+    assert refusal(run / "adapter").startswith(f"{run} has no adapter: only a complete run with LoRA has one")
+    assert open_subject(advised(refusal(run / "adapter"))[0]).step == 2
+    monkeypatch.chdir(run)
+    assert advised(refusal("adapter"))[0] == str(made.path)
+    assert open_subject("tiny").run is None  # a name, and no part of the run that one is in
+    (tmp_path / "empty").mkdir()
+    assert "is neither a run (it holds no experiment.toml)" in refusal(tmp_path / "empty")
+
+
+def test_a_damaged_run_and_a_model_that_is_not_there_are_errors(tmp_path):
     (tmp_path / "experiment.toml").write_text("x = 1")
     with pytest.raises(DamagedRunError):
         open_subject(str(tmp_path))

@@ -1,11 +1,11 @@
-"""A complete run taken further: the first epoch is not repeated, the first run is left as it was."""
+"""A complete run that is extended: its steps are not repeated, and it stays as it was."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 
-from roundoff.actions.extend import _root, begin_extension, differences, extended
+from roundoff.actions.extend import begin_extension, differences, extended, runs_root
 from roundoff.aqn.schedule import sigma_curve
 from roundoff.config import ConfigError, LoRA
 from roundoff.experiments import load_experiment
@@ -79,7 +79,7 @@ def test_aqn_goes_on_with_the_sigma_of_the_longer_run_and_says_where_it_differs(
     assert (sigmas == scratch) == same
     said = differences(parent, 2)
     assert (said is None) == same
-    assert said is None or "steps 1 to 4 had the sigma of a run of 1 epochs" in said
+    assert said is None or "steps 1 to 4 had the sigma of a run of 1 epoch " in said
 
 
 def test_a_parent_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path, small):
@@ -113,16 +113,20 @@ def test_a_run_named_from_within_its_directories_lies_below_the_same_root(tmp_pa
     (tmp_path / "x" / "p-1" / "seed-0").mkdir(parents=True)
     (tmp_path / place).mkdir(exist_ok=True)
     monkeypatch.chdir(tmp_path / place)
-    assert _root(Path(given)) == tmp_path
-    assert _root(Path("runs/x/p-1/seed-0")) == Path("runs")
+    assert runs_root(Path(given)) == tmp_path
+    assert runs_root(Path("runs/x/p-1/seed-0")) == Path("runs")
 
 
-def test_names():
+def test_id_title_and_baseline_say_from_where_to_where_a_run_was_extended():
     experiment = load_experiment("quickstart-noise")
     twice = extended(experiment, 2)
     assert (twice.id, twice.baseline) == ("quickstart-noise+epochs=1to2", "quickstart-clean+epochs=1to2")
     again = extended(twice, 4)
     assert (again.id, again.baseline) == ("quickstart-noise+epochs=1to2to4", "quickstart-clean+epochs=1to2to4")
+    assert twice.title == f"{experiment.title} (1 to 2 epochs)"
+    assert again.title == f"{experiment.title} (1 to 2 to 4 epochs)"
+    untitled = experiment.model_copy(update={"title": ""})
+    assert extended(untitled, 2).title == ""
     with pytest.raises(ConfigError, match="--epochs must be above the 4"):
         extended(again, 4)
 
@@ -148,7 +152,7 @@ def test_a_kill_while_the_directory_is_made_is_made_good(tmp_path, small, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("roundoff.runs.directory.RunDirectory._describe", die)
+        patch.setattr("roundoff.runs.directory.RunDirectory.set_status", die)
         with pytest.raises(KeyboardInterrupt):
             begin_extension(parent, 2, {})
     longer = extend(parent, 2)

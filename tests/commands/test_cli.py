@@ -1,4 +1,4 @@
-"""The command line as a user meets it: speed of starting, messages, exit codes, the whole path once."""
+"""The command line as a user meets it: how fast it starts, messages, exit codes, and whole sessions."""
 
 import csv
 import os
@@ -52,9 +52,12 @@ def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
         (["run", "quickstart", "--set", "hardware.precision.weight=mxfp5"], "did you mean 'mxfp4'?"),
         (["show", "quickstart-nois"], "did you mean 'quickstart-noise'?"),
         (["run", "quickstart", "--seeds", "²"], "--seeds must read 3, 0-2 or 0,4,7, but is '²'"),
-        (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of --samples"),
+        (["eval", "tiny", "--temperature", "0.5"], "--temperature is that of sampled responses"),
         (["scan", "tiny", "--faults", "--noise", "0.1", "--exact"], "leave out --noise, --exact"),
         (["scan", "tiny", "--direction", "robust"], "--direction does nothing without --multipliers"),
+        (["scan", "tiny", "--multipliers", "target"], "--multipliers must be one of targeted, variable, "),
+        (["scan", "tiny", "--multipliers", "targeted", "--direction", "up"], "--direction must be one of sensitive, "),
+        (["export", "nowhere", "out"], "nowhere is no run (it holds no experiment.toml)"),
         (["report"], "there are no runs in runs"),
         (["report", "--out", f"{__file__}/report"], "test_cli.py is a file and not a directory"),
         (["scan", "tiny", "--json", f"{__file__}/scan.json"], "test_cli.py is a file and not a directory"),
@@ -128,6 +131,9 @@ def test_eval_export_and_extend_from_end_to_end(tmp_path, small, monkeypatch, ca
     assert "weight mxfp4, activation mxfp4" in scored
     code, extended = main_with("extend", path, "--epochs", "2", "--tracker", "none")
     assert (code, "step 4/4 deployed" in extended) == (0, True)
+    assert "seed 0: extended from step 2\n" in extended
+    code, refused = main_with("compare", path, "quickstart-noise")
+    assert (code, "are the same runs, or share some" in refused) == (2, True)
     code, refused = main_with("extend", path, "--epochs", "1")
     assert (code, "--epochs must be above the 1" in refused) == (2, True)
     code, refused = main_with("eval", "nothing-here")
@@ -147,7 +153,7 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path):
     thread.start()
     stopped = roundoff(*command, cwd=tmp_path, check=130)
     thread.join()
-    assert "the same command goes on" in stopped.stderr
+    assert "1 run stopped before its end; the same command resumes it." in stopped.stderr
     assert "interrupted" in roundoff("runs", cwd=tmp_path).stdout
     assert "resumed" in roundoff(*command, cwd=tmp_path).stdout
     assert "complete  step 20/20" in roundoff("runs", cwd=tmp_path).stdout
@@ -182,11 +188,11 @@ def test_wrong_seeds(text):
 
 
 def test_cores_are_counted_where_the_system_does_not_say_which_may_be_used(monkeypatch):
-    from roundoff.commands.run import _cores
+    from roundoff.actions.run import available_cores
 
-    assert _cores() == len(os.sched_getaffinity(0))
+    assert available_cores() == len(os.sched_getaffinity(0))
     monkeypatch.delattr("os.sched_getaffinity")  # macOS
-    assert _cores() == os.cpu_count()
+    assert available_cores() == os.cpu_count()
 
 
 def test_a_table_from_elsewhere_is_judged_by_its_intervals(tmp_path):

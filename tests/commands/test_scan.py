@@ -22,7 +22,7 @@ def run(*arguments, check=0):
     return done.output
 
 
-def test_table_json_and_picture(tmp_path):
+def test_a_scan_prints_its_tables_and_writes_json_and_a_picture(tmp_path):
     json_file, picture = tmp_path / "scan.json", tmp_path / "scan.svg"
     shown = run("--multipliers", "targeted", "--frontier", "--json", str(json_file), "--picture", str(picture))
     assert "ranking by gradient score" in shown and "rank correlation of the two halves" in shown
@@ -86,13 +86,20 @@ def test_texts_of_a_file(tmp_path):
         (["--hardware", "quickstart-mxfp4", "--noise", "0.1"], "--hardware names formats and noise already"),
         (["--noise", "5"], r"must be in \[0, 1\) \(5 % is 0.05\)"),
         (["--rank-by", "gradiant"], "did you mean 'gradient'"),
-        (["--multipliers", "targetd", "--no-gradient"], "did you mean 'targeted'"),
+        (["--multipliers", "targetd", "--no-gradient"], "--multipliers must be .* did you mean 'targeted'"),
         (["--task", "gsm9k"], "task.name must be one of"),
     ],
 )
-def test_bad_input(arguments, message):
+def test_wrong_options_are_refused_by_name(arguments, message):
     with pytest.raises(ConfigError, match=message):
         run(*arguments)
+
+
+def test_a_wrong_format_of_both_is_said_once():
+    with pytest.raises(ConfigError) as refused:
+        run("--format", "mxfp5")
+    assert str(refused.value).startswith("--format must be a number format, but is 'mxfp5'; did you mean 'mxfp4'?")
+    assert str(refused.value).count("mxfp5") == 1
 
 
 def test_a_file_is_never_overwritten(tmp_path):

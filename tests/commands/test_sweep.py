@@ -23,7 +23,7 @@ def run_here(requests, *, workers, watch):
 
 
 def test_a_sweep_runs_every_variant_and_prints_one_comparison(tmp_path, monkeypatch):
-    monkeypatch.setattr("roundoff.launch.local.run_grid", run_here)
+    monkeypatch.setattr("roundoff.actions.run.run_grid", run_here)
     arguments = ["sweep", "quickstart-noise-aqn", "--set", "aqn.sigma_start=0.05,0.2", "--seeds", "0"]
     shown = CliRunner().invoke(cli, [*arguments, *SMALL, "--runs", str(tmp_path)])
     assert shown.exit_code == 0, shown.output
@@ -42,7 +42,7 @@ def test_a_sweep_runs_every_variant_and_prints_one_comparison(tmp_path, monkeypa
 
 
 def test_a_sweep_under_torchrun_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("roundoff.parallel.ranks.launched", lambda: True)
+    monkeypatch.setattr("roundoff.actions.sweep.launched", lambda: True)
     arguments = ["sweep", "quickstart-noise-aqn", "--set", "aqn.sigma_start=0.05,0.2", "--runs", str(tmp_path)]
     shown = CliRunner().invoke(cli, arguments)
     assert isinstance(shown.exception, ConfigError)

@@ -1,4 +1,4 @@
-"""The command line that opens the board, and the board itself once."""
+"""`roundoff tensorboard`: the command line that it runs, and once the board itself."""
 
 import re
 import subprocess
@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from roundoff.commands.tensorboard import command_line
+from roundoff.actions.tensorboard import command_line
 from roundoff.config import ConfigError
 from roundoff.trackers import open_trackers
 from tests.trackers.runs import log_steps, tracked

@@ -80,6 +80,8 @@ def test_text_that_no_file_can_hold_is_refused(raw):
         ("hardware.sigma_start", "did you mean 'aqn.sigma_start'"),
         ("hardware.matmul_noise.weight", "did you mean 'hardware.precision.weight'"),
         ("relative_std", "did you mean 'hardware.matmul_noise.relative_std'"),
+        ("training.learning_rate", "did you mean 'profile.training.learning_rate'"),
+        ("training.no_such_thing", "did you mean 'profile.training'"),
         ("profile.training.learning_rat", "did you mean 'learning_rate'"),
         ("profile.training.evry", "profile.training.evry is not a setting"),
     ],
@@ -93,6 +95,11 @@ def test_an_unknown_setting_names_the_one_meant(path, meant):
 def test_a_number_for_a_text_says_how_to_write_it():
     with pytest.raises(ConfigError, match=r'profile\.model must be text.* marks \("123"\)'):
         with_overrides(QUICKSTART, TINY, ["profile.model=123"])
+
+
+def test_a_setting_inside_of_one_that_has_none_is_shown_with_its_value():
+    with pytest.raises(ConfigError, match=r"profile\.model is wrong: .*string, but is \{'path': 'x'\}"):
+        with_overrides(QUICKSTART, TINY, ["profile.model.path=x"])
 
 
 def test_a_name_made_of_settings_is_one_line_that_a_file_can_have():

@@ -96,6 +96,21 @@ def test_unknown_names_suggest_the_nearest():
         select(["none.toml"])
 
 
+def test_a_profile_for_an_experiment_and_the_reverse_are_said_to_be_that_in_one_line(tmp_path):
+    experiment, profile = tmp_path / "experiment.toml", tmp_path / "profile.toml"
+    experiment.write_text('extends = "quickstart-clean"')
+    profile.write_text('extends = "profiles/tiny"')
+    for name in ("tiny", str(profile)):
+        with pytest.raises(ConfigError) as refused:
+            load_experiment(name)
+        assert str(refused.value) == f"{name} is a profile, not an experiment: give it as --profile {name}"
+    for name in ("quickstart-clean", str(experiment)):
+        with pytest.raises(ConfigError) as refused:
+            load_profile(name)
+        assert str(refused.value).startswith(f"{name} is an experiment, not a profile: ")
+        assert "\n" not in str(refused.value)
+
+
 def test_override_renames_what_it_changes_and_leaves_the_rest():
     experiments = select(["quickstart"])
     changed, profile = with_overrides(experiments, load_profile("tiny"), ["aqn.sigma_start=0.02"])

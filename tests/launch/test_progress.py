@@ -1,4 +1,4 @@
-"""The live view: what is said where the output is piped, and the table on a terminal."""
+"""The live display: lines of events where the output is piped, and the table on a terminal."""
 
 import io
 import json
@@ -34,8 +34,12 @@ def piped() -> tuple[Progress, io.StringIO]:
     return Progress(Console(file=output, width=80), workers=1), output
 
 
+@pytest.fixture(autouse=True)
+def _every_update_is_drawn(monkeypatch) -> None:
+    monkeypatch.setattr("roundoff.launch.progress.REFRESH_S", 0.0)
+
+
 def update(progress: Progress, *jobs: Job) -> None:
-    progress._drawn = 0.0  # as if the time between two drawings had passed
     progress.update(jobs)
 
 
@@ -72,6 +76,22 @@ def test_a_resumed_run_does_not_say_again_what_it_had(job: Job) -> None:
         "a seed 0: resumed",
         "a seed 0: step 6/10 deployed 70.0% clean 70.0%",
     ]
+
+
+@pytest.mark.parametrize(
+    ("made", "since", "expected"),
+    [(3, 0, "extended from step 2"), (3, 1, "extended from step 2"), (5, 0, "resumed"), (5, 1, "resumed")],
+)
+def test_an_extended_run_is_resumed_only_if_it_was_stopped(job: Job, made: int, since: int, expected: str) -> None:
+    """`made` rows are from earlier: those of steps 0 to 2 were copied from the run that is extended."""
+    (job.request.path / "provenance.json").write_text(json.dumps({"parent": {"step": 2}}))
+    rows = [{"step": s, "seconds": 2.0, "time": LONG_AGO if s < made else LATER} for s in range(made + since)]
+    (job.request.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job.resumed = True
+    progress, output = piped()
+    with progress.shown():
+        update(progress, job)
+    assert output.getvalue() == f"a seed 0: {expected}\n"
 
 
 def test_warnings_are_said_once_without_a_place_in_the_source(job: Job) -> None:

@@ -146,7 +146,7 @@ def test_a_model_that_is_broken_ends_both_ranks_with_one_message(tmp_path, profi
     directory = overflowing_model(tmp_path / "model")
     command = arguments(tmp_path / "runs", profile, "quickstart-noise")
     process = torchrun(*command, "--set", f"profile.model={directory}")
-    output, _ = process.communicate(timeout=120)  # nobody waits for the other
+    output, _ = process.communicate(timeout=120)  # neither rank waits for the other
     assert process.returncode != 0
     assert output.count("failed: quickstart-noise seed 0: ") == 1
     assert "first in model.layers.1.mlp.up_proj" in output

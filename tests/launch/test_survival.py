@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, or meet a damaged or full disk go on to the bits of a run that met nothing."""
+"""Runs that are killed, stopped, or meet a damaged or full disk end with the bits of an undisturbed run."""
 
 import errno
 import importlib
@@ -34,7 +34,7 @@ KILLS = 20
 
 
 def left(path: Path) -> dict:
-    """All that a run left and that must not depend on what happened to it: everything but times."""
+    """Everything that a run left except times: all that must not depend on what happened to it."""
     files = [*(path / "evaluations").iterdir(), *(path / "checkpoints").glob("*/*"), *path.glob("adapter/*")]
     return {"metrics": reproducible(path)} | {str(f.relative_to(path)): f.read_bytes() for f in files}
 
@@ -253,7 +253,7 @@ def test_sigterm_finishes_the_step_and_saves_it(tmp_path, small):
     profile = with_training(small, checkpoint_every=1000, evaluate_every=1000)
     request = RunRequest(experiment, profile, 0, tmp_path, {}, tracker="none")
     ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=local_grid._work, args=(request, theirs))
+    process = CONTEXT.Process(target=local_grid.make_run_in_process, args=(request, theirs))
     process.start()
     deadline = time.monotonic() + 60
     metrics = request.path / "metrics.jsonl"

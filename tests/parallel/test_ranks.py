@@ -11,7 +11,7 @@ import torch
 from roundoff.config import ConfigError, Experiment, validate
 from roundoff.experiments import load_experiment
 from roundoff.launch.led_run import LedRunDirectory
-from roundoff.launch.ranks import _check_agreement, _state
+from roundoff.launch.ranks import check_agreement, state_on_disk
 from roundoff.launch.request import RunRequest, execute
 from roundoff.models.errors import ModelError
 from roundoff.parallel import ranks as parallel
@@ -245,7 +245,7 @@ def test_a_step_must_have_a_prompt_for_each_rank(tmp_path, small, ratio, accepte
 
     def work(ranks):
         with nullcontext() if accepted else pytest.raises(ConfigError, match=said):
-            _check_agreement([request], ranks)
+            check_agreement([request], ranks)
 
     on_ranks(3, work)
 
@@ -280,4 +280,4 @@ def test_a_run_that_trains_nothing_says_so_on_every_rank(tmp_path, small, monkey
     (first, second) = on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
     assert first == second
     assert first[0] == "complete" and first[1].startswith("nothing was trained in 2 steps")
-    assert _state(request) == ("complete", f"was complete; {first[1]}", False)
+    assert state_on_disk(request) == ("complete", f"was complete; {first[1]}", False)

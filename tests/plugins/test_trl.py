@@ -1,4 +1,4 @@
-"""AQN inside trl's GRPOTrainer: in rollouts, in nothing else, and never silently nowhere."""
+"""AQN inside trl's GRPOTrainer: it is in force in rollouts only, and it is an error if it never is."""
 
 import re
 import subprocess
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Trainer:
-    """What of a trainer the callback sees: arguments, state, and its events around generation."""
+    """The parts of a trainer that the callback sees: arguments, state, and events around generation."""
 
     def __init__(self, model, callback, **arguments):
         self.model, self.callback = model, callback

@@ -169,6 +169,12 @@ def test_damaged_directories_are_listed_with_the_reason(run_dir, tmp_path, victi
     assert victim in skipped[0]
 
 
+def test_a_directory_that_is_no_run_is_said_to_be_none(tmp_path):
+    with pytest.raises(DamagedRunError) as refused:
+        read_run(tmp_path)
+    assert str(refused.value) == f"{tmp_path} is no run (it holds no experiment.toml)"
+
+
 def test_what_is_no_run_is_passed_over(run_dir, tmp_path):
     run_dir.start({}, 2)
     (run_dir.path.with_name("seed-3.tar.gz")).write_text("an archive of it")

@@ -1,8 +1,8 @@
 """What `roundoff eval` does: scores a run, a checkpoint, an adapter or a model directory, on any hardware.
 
-A run is loaded by the code that trains it and scored by the code that scores its training curve, so that the two agree
-problem by problem; where the run has an evaluation of that step under the same settings, the result says whether it
-does.
+The code that trains a run also loads it here, and the code that scores its training curve scores it, so that the two
+agree problem by problem. If the run has an evaluation of that step under the same settings, the result says whether
+they do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from roundoff.actions.evaluation_subject import Subject, load_hardware, open_subject
+from roundoff.actions.evaluation_subject import EvaluationSubject, open_subject
 from roundoff.config import ConfigError, Hardware
 from roundoff.evaluation import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.models.lora import load_adapters
@@ -28,42 +28,52 @@ from roundoff.tasks import make_task
 from roundoff.training.checks import check_prompts, check_room
 from roundoff.training.policy import load_policy, put_weights
 
-__all__ = ["Result", "describe", "load_hardware", "open_subject", "save", "score_subject"]
+__all__ = ["Result", "describe", "open_subject", "save", "score_subject"]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Outcomes and what they add up to."""
+    """Outcomes of one evaluation, and the scores that they add up to."""
 
-    subject: Subject
+    subject: EvaluationSubject
     evaluation: Evaluation
     samples: tuple[SampledOutcome, ...]
-    """Empty unless responses were sampled."""
+    """Outcomes of sampled responses; empty if none were sampled."""
     temperature: float
+    """Temperature of the samples."""
     agrees: bool | None
-    """Whether the run recorded the same outcomes; None where it has none to compare with."""
+    """Whether the run recorded the same outcomes; None if it recorded none under these settings."""
 
     def scores(self) -> dict[str, tuple[Interval, Interval]]:
-        """By name: score with its 95 % interval over problems, deployed and clean."""
+        """Deployed and clean score by name, each with its 95 % interval over problems."""
         outcomes = self.evaluation.outcomes
         greedy = ([sum(o.deployed) / len(o.deployed) for o in outcomes], [float(o.clean) for o in outcomes])
         rows = {"greedy pass@1": greedy}
-        for k in _powers_of_two(len(self.samples[0].deployed) if self.samples else 0):
+        samples = len(self.samples[0].deployed) if self.samples else 0
+        for k in (2**n for n in range(samples.bit_length())):
             both = [[pass_at_k(len(s), sum(s), k) for s in (o.deployed, o.clean)] for o in self.samples]
             rows[f"sampled pass@{k}"] = ([d for d, _ in both], [c for _, c in both])
         return {name: (score([deployed]), score([clean])) for name, (deployed, clean) in rows.items()}
 
 
-def _scan_of(subject: Subject) -> LayerScan | None:
-    """The scan that the subject's run rests on, if it is scored on the run's own hardware."""
+def _scan_of(subject: EvaluationSubject) -> LayerScan | None:
+    """The SRDD scan that the subject's run used, if it is scored on the run's own hardware."""
     run = subject.run
     if run is None or subject.experiment.hardware != run.experiment.hardware or run.scan is None:
         return None
     return LayerScan.from_json(run.scan)
 
 
-def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 0, temperature: float = 1.0) -> Result:
-    """Greedy outcomes averaged over noise draws, and those of `samples` responses to each problem if asked for.
+def score_subject(
+    subject: EvaluationSubject, *, draws: int | None = None, samples: int = 0, temperature: float = 1.0
+) -> Result:
+    """Score the greedy responses, and also `samples` sampled responses to each problem if that is above 0.
+
+    Args:
+        subject: what to score.
+        draws: noise draws that the deployed score averages over; None: the profile's.
+        samples: sampled responses to each problem.
+        temperature: of the samples.
 
     Raises:
         ConfigError: if the settings do not fit the model.
@@ -106,17 +116,17 @@ def score_subject(subject: Subject, *, draws: int | None = None, samples: int = 
 
 
 def describe(result: Result) -> str:
-    """The scores as text."""
+    """The text to print: what was scored and how, the scores, and whether they agree with the run."""
     subject, outcomes = result.subject, result.evaluation.outcomes
     draws = len(outcomes[0].deployed)
-    how = f"greedy, {draws} noise draw{'s' if draws > 1 else ''}"
+    decoding = f"greedy, {draws} noise draw{'s' if draws > 1 else ''}"
     if result.samples:
-        how += f"; {len(result.samples[0].deployed)} samples at temperature {result.temperature:g}"
+        decoding += f"; {len(result.samples[0].deployed)} samples at temperature {result.temperature:g}"
     lines = [
         *subject.notes,
         subject.name,
         f"hardware: {_shown(subject.experiment.hardware)}",
-        f"task {subject.profile.task.name}: {len(outcomes)} test problems; {how}; [95 % interval over problems]",
+        f"task {subject.profile.task.name}: {len(outcomes)} test problems; {decoding}; [95 % interval over problems]",
         "",
         f"{'':<18}{'deployed':<24}clean",
     ]
@@ -125,13 +135,13 @@ def describe(result: Result) -> str:
         lines.append(f"{name:<18}{shown[0]:<24}{shown[1]}".rstrip())
     lines += _flaws(result)
     if result.agrees is not None:
-        said = "equal to" if result.agrees else "NOT EQUAL to"
-        lines += ["", f"{said} what the run recorded at step {subject.step}, problem by problem"]
+        relation = "equal to" if result.agrees else "NOT EQUAL to"
+        lines += ["", f"{relation} what the run recorded at step {subject.step}, problem by problem"]
     return "\n".join(lines)
 
 
 def _flaws(result: Result) -> list[str]:
-    """What was no normal answer, a line each; nothing for an ordinary score."""
+    """A line for each kind of response that is no ordinary answer, after an empty line; nothing if there are none."""
     evaluation = result.evaluation
     tallies = {"deployed": evaluation.deployed_tally, "clean": evaluation.clean_tally}
     if result.samples:
@@ -175,8 +185,8 @@ def save(result: Result, path: Path) -> None:
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def _agrees(subject: Subject, evaluation: Evaluation, draws: int | None) -> bool | None:
-    """Whether the run recorded these outcomes; None where anything but the code differs, or it has none."""
+def _agrees(subject: EvaluationSubject, evaluation: Evaluation, draws: int | None) -> bool | None:
+    """Whether the run recorded these outcomes; None if it recorded none, or if a setting differs."""
     run = subject.run
     if run is None or subject.step not in run.evaluated_steps or subject.seed != run.seed:
         return None
@@ -186,7 +196,7 @@ def _agrees(subject: Subject, evaluation: Evaluation, draws: int | None) -> bool
 
 
 def _shown(hardware: Hardware) -> str:
-    """Settings in force, in one line."""
+    """The settings that change the arithmetic, in one line."""
     if hardware.changes_nothing:
         return "none (plain arithmetic)"
     precision, noise = hardware.precision, hardware.matmul_noise
@@ -196,10 +206,6 @@ def _shown(hardware: Hardware) -> str:
     parts += [f"deadzone {hardware.deadzone.threshold:g}"] if hardware.deadzone else []
     parts += [f"fault {fault.kind} in layer {fault.layer}" for fault in hardware.faults]
     return ", ".join(parts) or "noise in the backward pass alone"
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [2**n for n in range(most.bit_length())]
 
 
 def _numbers(interval: Interval) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What `roundoff export` does: the model of a run as a Hugging Face directory, for any tool that reads one."""
+"""What `roundoff export` does: writes a run's model as a Hugging Face directory, for any tool that reads one."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ MERGED = (
     "the adapters are merged into the weights: quantized hardware rounds the sum, while in the run it rounded the base "
     "alone; the run's adapter/ keeps them apart"
 )
-
+"""Printed after an export with adapters."""
 ROUNDED = (
     "each sum is rounded to {}, so that the smallest of what the adapters add is lost: the scores of the two differ a "
     "little on plain arithmetic, too"
 )
+"""Added to that in a dtype below float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an exported model came from."""
+    """The run that an exported model came from."""
 
     experiment: Experiment
     profile: Profile
     seed: int
     step: int
+    """Training steps that the model has taken."""
 
 
 def read_origin(directory: Path) -> Origin:
-    """The run that an exported model is a state of.
+    """The run that an exported model came from.
 
     Raises:
-        ConfigError: if the file that says so cannot be read.
+        ConfigError: if the file that names it cannot be read.
     """
     path = directory / ORIGIN
     try:
@@ -57,12 +59,12 @@ def read_origin(directory: Path) -> Origin:
 
 
 def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
-    """Write model and tokenizer after `step` (default: the last saved) to `out`; returns what is worth saying.
+    """Write model and tokenizer after `step` (default: the last checkpoint) to `out`; returns lines to print.
 
-    The weights are the run's own in its dtype, neither quantized nor noisy: hardware is not part of a model.
+    The weights are the run's own in its dtype, neither quantized nor noisy, because hardware is not part of a model.
 
     Raises:
-        ConfigError: if `out` is there already, or another run wrote the checkpoint.
+        ConfigError: if `out` exists, or another run wrote the checkpoint.
         DamagedCheckpointError: if there is no usable checkpoint.
     """
     if out.exists():
@@ -70,7 +72,7 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
     checkpoint = load_checkpoint(run.path / "checkpoints", step)
     check_origin(checkpoint, run_origin(run.experiment, run.profile, run.seed), run.experiment.id)
     plain = run.experiment.model_copy(update={"hardware": Hardware()})
-    changes = {"device": "cpu", "chat": "auto"}  # the chat template is a part of what is written out
+    changes = {"device": "cpu", "chat": "auto"}  # the tokenizer is written with its chat template
     policy = load_policy(plain, run.profile.model_copy(update=changes), run.seed)
     put_weights(policy, checkpoint)
     model = policy.model if policy.adapters is None else policy.adapters.merge()
@@ -82,15 +84,15 @@ def export(run: Run, out: Path, *, step: int | None = None) -> tuple[str, ...]:
         (directory / ORIGIN).write_text(json.dumps(_origin(run, checkpoint.step), indent=1) + "\n", encoding="utf-8")
 
     write_directory(out, fill)
-    said = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
-    said.append(f"wrote {out}: {run.experiment.id} seed {run.seed} after step {checkpoint.step}")
+    lines = [f"passed over a damaged checkpoint: {line}" for line in checkpoint.skipped]
+    lines.append(f"wrote {out}: {run.experiment.id} seed {run.seed} after step {checkpoint.step}")
     if policy.adapters is not None:
-        said.append(MERGED + (f"; {ROUNDED.format(run.profile.dtype)}" if run.profile.dtype != "float32" else ""))
-    return tuple(said)
+        lines.append(MERGED + (f"; {ROUNDED.format(run.profile.dtype)}" if run.profile.dtype != "float32" else ""))
+    return tuple(lines)
 
 
 def _origin(run: Run, step: int) -> dict[str, Any]:
-    """What `read_origin` reads; layers that the run's scan chose are written as such, as the scan stays behind."""
+    """What `read_origin` reads. The layers that the run's scan chose are written out, as the scan is not exported."""
     experiment = run.experiment
     if run.scan is not None:
         hardware = resolve_keep(experiment.hardware, LayerScan.from_json(run.scan))

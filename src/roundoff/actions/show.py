@@ -1,6 +1,6 @@
-"""What `roundoff show` prints: resolved settings, the layers that the hardware touches, what AQN will do where.
+"""What `roundoff show` prints: resolved settings, the layers that the hardware touches, and where AQN acts.
 
-Nothing is trained. The scan and the pre-flight are those that seed 0 of the run would begin with.
+Nothing is trained. The scan and the pre-flight are those with which seed 0 of the run would begin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BAR = 30
 
 
 def settings(experiment: Experiment, profile: Profile) -> str:
-    """Every setting in force, as TOML, headed by the name of the run directory."""
+    """Every setting in force, as TOML, below the name of the run directory."""
     content = {
         "experiment": experiment.model_dump(mode="json", exclude_none=True),
         "profile": profile.model_dump(mode="json", exclude_none=True),
@@ -31,10 +31,10 @@ def settings(experiment: Experiment, profile: Profile) -> str:
 
 
 def sigma(experiment: Experiment, profile: Profile) -> str:
-    """AQN's sigma over the run, one line for each interval of equal value; needs no model.
+    """AQN's sigma over the run, one line for each interval of equal value; no model is loaded.
 
     Raises:
-        ConfigError: if sigma would be zero throughout.
+        ConfigError: if sigma would be zero in every step.
     """
     from roundoff.aqn.schedule import sigma_curve
     from roundoff.config import steps_per_epoch
@@ -55,7 +55,7 @@ def sigma(experiment: Experiment, profile: Profile) -> str:
 
 
 def model(experiment: Experiment, profile: Profile) -> str:
-    """Where the hardware is installed and what is left alone and why; AQN's multipliers and pre-flight.
+    """The layers with hardware, those without and why; AQN's multipliers and its pre-flight. It loads the model.
 
     Raises:
         ConfigError: naming the setting that cannot be used.
@@ -64,8 +64,8 @@ def model(experiment: Experiment, profile: Profile) -> str:
     from roundoff.training.preparation import prepare
 
     session = prepare(experiment, profile, seed=0)
-    found = session.policy.installed
-    lines = ["# hardware: plain arithmetic, no layer is touched" if found is None else found.summary()]
+    installed = session.policy.installed
+    lines = ["# hardware: plain arithmetic, no layer is touched" if installed is None else installed.summary()]
     lines += _multipliers(session)
     measured = measure_aqn(session)
     if measured is not None:
@@ -75,7 +75,7 @@ def model(experiment: Experiment, profile: Profile) -> str:
 
 
 def _multipliers(session: Session) -> Iterator[str]:
-    """AQN's factor on sigma of each layer, wherever in the run it changes."""
+    """Lines with AQN's factor on sigma by layer, for each interval of steps in which the factors stay the same."""
     scan = session.scan
     if scan is None:
         return

@@ -1,4 +1,4 @@
-"""`roundoff compare`: does one arm do better than another, in a sentence."""
+"""`roundoff compare`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from roundoff.commands.options import runs_option
-from roundoff.commands.terminal import show
 
 
 @click.command("compare")
@@ -22,9 +21,8 @@ from roundoff.commands.terminal import show
 )
 def compare_command(treatment: str, baseline: str, root: Path, margin: float | None) -> None:
     """Compare A with B, paired by seed and problem: experiments by id, directories of experiments, or single runs."""
-    from roundoff.report.pair import find_arm, make_pair, pair_text
+    from roundoff.actions.compare import compare
+    from roundoff.actions.terminal import show
+    from roundoff.report.pair import pair_text
 
-    pair = make_pair(
-        find_arm(treatment, root), find_arm(baseline, root), margin=None if margin is None else margin / 100
-    )
-    show(pair_text(pair))
+    show(pair_text(compare(treatment, baseline, root, margin=None if margin is None else margin / 100)))

@@ -1,4 +1,4 @@
-"""`roundoff sweep`: vary one or a few settings of experiments and compare what came of it."""
+"""`roundoff sweep`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ from roundoff.commands.options import (
     workers_option,
 )
 from roundoff.commands.ray_options import with_ray_options
-from roundoff.commands.run import make_runs
-from roundoff.commands.terminal import show
-from roundoff.config import ConfigError
 
 if TYPE_CHECKING:
     from roundoff.launch.ray.cluster import RayOptions
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     multiple=True,
     required=True,
     metavar="PATH=VALUE,VALUE",
-    help="Values of a setting, such as aqn.sigma_start=0.01,0.05; of several settings every combination is run.",
+    help="Values of a setting, such as aqn.sigma_start=0.01,0.05; several settings make every combination.",
 )
 @runs_option
 @workers_option
@@ -61,29 +58,19 @@ def sweep_command(
 ) -> None:
     """Vary one or a few settings, run each variant beside its baseline, and print the comparison.
 
-    A baseline that is not named itself is run as it is declared. `roundoff report` draws the same runs.
+    A baseline that is not among NAME is run as it is declared. `roundoff report` draws the same runs.
     """
-    from roundoff.experiments import load_profile, select, variants
-    from roundoff.launch.request import RunRequest
-    from roundoff.parallel.ranks import launched
-    from roundoff.report.assemble import build_report
+    from roundoff.actions.run import make_runs, run_requests
+    from roundoff.actions.sweep import report_of, swept
+    from roundoff.actions.terminal import show
     from roundoff.report.render import terminal_table
-    from roundoff.runs.provenance import provenance
-    from roundoff.runs.record import read_run
 
-    if launched():
-        raise ConfigError("a sweep is many runs, and torchrun makes one larger one: use --workers or --ray")
-    chosen = variants(select(names), load_profile(profile_name), assignments)
-    tracker, wandb = chosen_trackers(tracker, wandb_project, wandb_online)
-    source, each = provenance(), parse_seeds(seeds)
-    requests = [
-        RunRequest(experiment, profile, seed, root, source, tracker, wandb)
-        for seed in each
-        for experiment, profile in chosen
-    ]
-    click.echo(f"{len(chosen)} variants and baselines x {len(each)} seeds: {len(requests)} runs in {root}", err=True)
+    pairs = swept(names, profile_name, assignments)
+    trackers = chosen_trackers(tracker, wandb_project, wandb_online)
+    each = parse_seeds(seeds)
+    requests = run_requests(pairs, each, root, *trackers)
+    click.echo(f"{len(pairs)} variants and baselines x {len(each)} seeds: {len(requests)} runs in {root}", err=True)
     code = make_runs(requests, workers, ray)
-    made = [read_run(request.path) for request in requests if (request.path / "status.json").exists()]
-    if made:
-        show(terminal_table(build_report(made)))
+    if (report := report_of(requests)) is not None:
+        show(terminal_table(report))
     sys.exit(code)

@@ -103,7 +103,7 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
         known = tuple(_fields_at(model, parents))
-        suggestion = _suggestion(str(key), known, trees)
+        suggestion = _suggestion(str(key), item["input"], known, trees)
         return f"{path} is not a setting{suggestion or ' (known here: ' + ', '.join(known) + ')'}"
     if item["type"] == "missing":
         return f"{path} is missing: it must be set"
@@ -111,25 +111,35 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
         text = str(item["input"]).lower() if isinstance(item["input"], bool) else str(item["input"])
         return f'{path} must be text, but is {text}: put it in quotation marks ("{text}")'
     rule = item["msg"].removeprefix("Value error, ")
-    if isinstance(item["input"], Mapping | BaseModel):
+    if isinstance(item["input"], Mapping | BaseModel) and item["type"] == "value_error":  # of several settings together
         return f"{path} {rule}" if path else rule
     rule = rule[0].lower() + rule[1:]
     return f"{path} {rule if rule.startswith('must') else 'is wrong: ' + rule}, but is {item['input']!r}"
 
 
-def _suggestion(key: str, here: tuple[str, ...], trees: Trees) -> str:
-    """A clause that suggests the nearest name in the same table, or a nearer one in another table."""
+def _suggestion(key: str, value: Any, here: tuple[str, ...], trees: Trees) -> str:
+    """A clause that suggests the nearest name in the same table, or a nearer one in another table.
+
+    If `value` is a table of one setting, and the suggested setting has such a setting inside, that one is named.
+    """
+    paths = [path for prefix, model in trees.items() for path in _paths(model, prefix)]
     elsewhere: dict[str, list[str]] = {}
-    for prefix, model in trees.items():
-        for path in _paths(model, prefix):
-            elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
+    for path in paths:
+        elsewhere.setdefault(path.rpartition(".")[2], []).append(path)
+
+    def inside(path: str) -> str:
+        inner = value
+        while isinstance(inner, Mapping) and len(inner) == 1 and f"{path}.{next(iter(inner))}" in paths:
+            name, inner = next(iter(inner.items()))
+            path = f"{path}.{name}"
+        return path
 
     def similarity(names: Iterable[str]) -> float:
         return max((difflib.SequenceMatcher(None, key, name).ratio() for name in names), default=0.0)
 
     closest = difflib.get_close_matches(key, list(elsewhere), n=1, cutoff=CLEARLY_SIMILAR)
     if closest and similarity(closest) > similarity(here):
-        return f"; did you mean {' or '.join(map(repr, elsewhere[closest[0]]))}?"
+        return f"; did you mean {' or '.join(repr(inside(path)) for path in elsewhere[closest[0]])}?"
     return nearest(key, here)
 
 

@@ -67,6 +67,7 @@ def load_experiment(name: str) -> Experiment:
     """
     path = _find(name, experiment_ids(), "experiment")
     content = {"id": path.stem, **_merged(path)}
+    _check_kind(name, "experiment", content)
     if path.parent.parent == TABLE:
         content["family"] = path.parent.name
     return validate(Experiment, content, source=_shown(path))
@@ -80,7 +81,9 @@ def load_profile(name: str) -> Profile:
     """
     names = profile_names()
     path = _files()[f"profiles/{name}"] if name in names else _find(name, names, "profile")
-    return validate(Profile, {"name": path.stem, **_merged(path)}, source=_shown(path))
+    content = {"name": path.stem, **_merged(path)}
+    _check_kind(name, "profile", content)
+    return validate(Profile, content, source=_shown(path))
 
 
 def families_named(names: Sequence[str]) -> list[str]:
@@ -270,8 +273,24 @@ def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
         if not path.is_file():
             raise ConfigError(f"there is no file {name}")
         return path
+    if name in (profile_names() if kind == "experiment" else experiment_ids()):
+        raise ConfigError(_of_other_kind(name, kind))
     hint = nearest(name, (*known, *families()))
     raise ConfigError(f"there is no {kind} {name!r}{hint} (`roundoff list` shows all; a file name ends in .toml)")
+
+
+def _check_kind(name: str, kind: str, content: Mapping[str, Any]) -> None:
+    """Refuse a file of profile settings where an experiment is expected, and the reverse."""
+    of_experiment, of_profile = (model.model_fields.keys() - {"id", "name", "title"} for model in (Experiment, Profile))
+    expected, other = (of_experiment, of_profile) if kind == "experiment" else (of_profile, of_experiment)
+    if content.keys() & other and not content.keys() & expected - {"family"}:
+        raise ConfigError(_of_other_kind(name, kind))
+
+
+def _of_other_kind(name: str, kind: str) -> str:
+    if kind == "experiment":
+        return f"{name} is a profile, not an experiment: give it as --profile {name}"
+    return f"{name} is an experiment, not a profile: give it as the name of an experiment, not to --profile"
 
 
 def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

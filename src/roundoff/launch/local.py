@@ -1,7 +1,7 @@
 """Many runs on this machine: each in a process of its own, as many at a time as there are cores.
 
-A run that dies takes no other with it. Ctrl-C (or SIGTERM) lets every running run finish its step, save, and leave; the
-same command then goes on where they stopped.
+A run that dies does not affect the others. On Ctrl-C (or SIGTERM) every running run finishes its step, saves and ends;
+the same command resumes them later.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def run_grid(
     """Make every run that is not complete yet; returns all jobs in the order of the requests.
 
     Args:
-        requests: runs to make; two must not share a directory.
-        workers: processes at a time.
-        watch: called a few times a second with the state of all jobs, and once at the end.
+        requests: runs to make; no two may share a directory.
+        workers: number of processes at a time.
+        watch: called a few times a second with all jobs, and once at the end.
 
     Raises:
-        ConfigError: before the first run begins, if no run that is to be made can begin.
+        ConfigError: before the first run begins, if none of the runs still to make can begin.
     """
     check_distinct(requests)
     jobs = [job_of(request) for request in requests]
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    # Torch is imported once, by the server that every run's process is forked from (no effect on spawn).
+    # The server from which the runs' processes are forked imports torch once for all of them (no effect on spawn).
     context.set_forkserver_preload(["roundoff.training.loop"])
     passed_on = False
     with stop_requests() as stop:
@@ -48,7 +48,7 @@ def run_grid(
             running = [job for job in jobs if job.phase == "running"]
             queued = [] if stop() else [job for job in jobs if job.phase == "queued"]
             if stop() and not passed_on:
-                passed_on = True  # a terminal's Ctrl-C reaches the runs by itself, a SIGTERM to this process does not
+                passed_on = True  # a terminal sends Ctrl-C to the runs too; a SIGTERM reaches this process alone
                 for process in filter(None, (job.process for job in running)):
                     process.terminate()
             for job in queued[: workers - len(running)]:
@@ -65,7 +65,7 @@ def run_grid(
 
 
 def _check_ready(jobs: Sequence[Job], context: Any, stop: Callable[[], bool]) -> None:
-    """Find what keeps runs from beginning in a process of its own, as they will be; one that dies has found nothing."""
+    """Find what keeps runs from beginning, in a process like theirs; if that process dies, nothing was found."""
     if not jobs:
         return
     ours, theirs = context.Pipe(duplex=False)
@@ -84,31 +84,31 @@ def _check_ready(jobs: Sequence[Job], context: Any, stop: Callable[[], bool]) ->
 
 def _start(job: Job, context: Any) -> None:
     job.result, theirs = context.Pipe(duplex=False)
-    job.process = context.Process(target=_work, args=(job.request, theirs), name=str(job.request.path))
+    job.process = context.Process(target=make_run_in_process, args=(job.request, theirs), name=str(job.request.path))
     job.process.start()
     theirs.close()
     job.phase, job.began = "running", time.monotonic()
 
 
-def _work(request: RunRequest, result: Connection) -> None:
-    """Body of a run's process: sends any number of `("warning", text)`, then how the run ended and why.
+def make_run_in_process(request: RunRequest, result: Connection) -> None:
+    """Body of a run's process: sends a `("warning", text)` for each warning, then the run's last phase and its reason.
 
-    A run whose parent was killed stops as if it had been asked to: the same command, given again, finds it free.
+    If the parent was killed, the run stops as on Ctrl-C, so that the same command can resume it at once.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def send(kind: str, text: str) -> None:
-        with suppress(BrokenPipeError):  # the parent is gone; the run's directory says how it ended
+        with suppress(BrokenPipeError):  # the parent is gone; the run's directory tells how the run ended
             result.send_bytes(json.dumps((kind, text)).encode())
 
     with stop_requests() as stop, warnings_as_text(lambda text: send("warning", text)):
         try:
-            outcome = execute(request, lambda: stop() or not parent.is_alive())
-        except Exception as error:  # whatever ends a run is reported by the parent beside the other runs
-            outcome = ("failed", message_of(error))
-        send(*outcome)
+            phase, reason = execute(request, lambda: stop() or not parent.is_alive())
+        except Exception as error:  # of any kind: the parent reports it beside the other runs
+            phase, reason = "failed", message_of(error)
+        send(phase, reason)
 
 
 def _collect_result(job: Job) -> None:

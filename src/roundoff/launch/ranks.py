@@ -1,10 +1,10 @@
-"""Runs under torchrun: every rank goes through the same runs, one after the other; the first rank writes.
+"""Runs under torchrun: all ranks share each run, one run after the other, and the first rank writes.
 
     torchrun --nproc-per-node 2 -m roundoff run quickstart-clean
 
-A run can be stopped on one number of ranks and go on on another. What torchrun sends to all ranks when it is told to
-stop (SIGTERM) ends every rank after the same step; it kills those that need more than 30 seconds for that, and then the
-run goes on from its last checkpoint.
+A run that was stopped on one number of ranks can be resumed on another. When torchrun is told to stop, it sends SIGTERM
+to all ranks, and all of them end after the same step. It kills ranks that need more than 30 seconds for that; the run
+then resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from roundoff.runs.provenance import PACKAGES, package_version
 def run_in_ranks(
     requests: Sequence[RunRequest], watch: Callable[[Sequence[Job]], None] = lambda jobs: None
 ) -> tuple[list[Job], bool]:
-    """Make every run that is not complete yet, one after the other; all jobs, and whether this is the first rank.
+    """Make every run that is not complete yet, one after the other; returns all jobs, and whether this rank is first.
 
-    `watch` is called on the first rank alone, after every step. The first run that fails ends the launch: ranks that
-    have parted cannot be brought together again.
+    `watch` is called on the first rank alone, after every step. The first run that fails ends the launch, because ranks
+    that are no longer at the same point cannot be brought together again.
 
     Raises:
         ConfigError: if the ranks do not agree on what to make and with which versions, or their devices do not fit.
@@ -37,12 +37,12 @@ def run_in_ranks(
     check_distinct(requests)
     jobs = [Job(request) for request in requests]
     with joined(resolve_device(requests[0].profile.device)) as ranks, stop_requests() as stop:
-        _check_agreement(requests, ranks)
+        check_agreement(requests, ranks)
         for job in jobs:
             if ranks.any(stop()):
                 job.phase, job.message = "interrupted", "not begun"
                 continue
-            job.phase, job.message, job.resumed = ranks.first(lambda job=job: _state(job.request))  # type: ignore[misc]
+            job.phase, job.message, job.resumed = ranks.first(lambda job=job: state_on_disk(job.request))  # type: ignore[misc]
             if job.phase == "queued":
                 _run(job, ranks, stop, lambda: watch(jobs) if ranks.leads else None)
             if job.phase == "failed":
@@ -55,14 +55,14 @@ def run_in_ranks(
         return jobs, ranks.leads
 
 
-def _state(request: RunRequest) -> tuple[Phase, str, bool]:
-    """Phase, message and whether it goes on: how a run stands on the first rank's disk."""
-    found = job_of(request)
-    return found.phase, found.message, found.resumed
+def state_on_disk(request: RunRequest) -> tuple[Phase, str, bool]:
+    """Phase and message of a run as this rank's disk has it, and whether the run would be resumed."""
+    job = job_of(request)
+    return job.phase, job.message, job.resumed
 
 
 def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], None]) -> None:
-    """Make one run on all ranks; how it ended is noted in the job."""
+    """Make one run on all ranks, and note in the job how it ended."""
     job.phase, job.began = "running", time.monotonic()
 
     def after_step() -> bool:
@@ -73,14 +73,18 @@ def _run(job: Job, ranks: Ranks, stop: Callable[[], bool], watch: Callable[[], N
     with warnings_as_text(job.warnings.append):
         try:
             job.phase, job.message = execute(job.request, after_step, ranks)
-        except Exception as error:  # whatever ends a run is noted in its job, and the next run is made
+        except Exception as error:  # of any kind: it is noted in the job, and ends the launch
             job.phase, job.message = "failed", message_of(error)
             if not (ranks.leads or isinstance(error, RoundoffError)):  # the first rank raises and reports the others
                 print(f"rank {ranks.index}: {job.message}", file=sys.stderr)
 
 
-def _check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
-    """Refuse ranks that would make different runs, or make them with different packages."""
+def check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
+    """Refuse ranks that would make different runs, or make them with different packages; every rank calls this.
+
+    Raises:
+        ConfigError: saying what differs, or that a step has fewer prompts than there are ranks.
+    """
     from roundoff.config import training_in_force
 
     runs = [
@@ -91,9 +95,9 @@ def _check_agreement(requests: Sequence[RunRequest], ranks: Ranks) -> None:
     ranks.agree("the device", requests[0].profile.device)
     ranks.agree("versions", ", ".join(f"{name} {package_version(name)}" for name in PACKAGES))
     smallest = min(training_in_force(r.experiment.algorithm, r.profile.training).prompts_per_step for r in requests)
-    given = min(request.profile.training.prompts_per_step for request in requests)
+    declared = min(request.profile.training.prompts_per_step for request in requests)
     if smallest < ranks.count:
         raise ConfigError(
             f"profile.training.prompts_per_step must be at least {ranks.count}, the number of ranks, but is {smallest}"
-            + (" (algorithm.ratio = 'one' makes a step of each minibatch)" if smallest < given else "")
+            + (" (algorithm.ratio = 'one' makes a step of each minibatch)" if smallest < declared else "")
         )

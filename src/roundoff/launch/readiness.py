@@ -1,6 +1,6 @@
-"""Whether runs can begin at all: what would stop every one of them is found once, before the first of them begins.
+"""Whether runs can begin at all: what would stop them is found before the first of them begins, and reported once.
 
-The checks need torch, so they are made where it is imported anyway: by the process that runs are forked from, or on a
+The checks need torch, so they are made where it is imported anyway: in a process that is forked like a run's, or on a
 node of the cluster.
 """
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 def obstacles(requests: Sequence[RunRequest]) -> list[str]:
-    """For each request, why it cannot begin; an empty text where nothing is in its way."""
+    """The reason why each request cannot begin; an empty text for one that can."""
     from roundoff.training.checks import check_settings
 
-    known: dict[tuple[str, str, bool], str] = {}  # seeds of one experiment have the same
-    found = []
+    known: dict[tuple[str, str, bool], str] = {}  # the seeds of one experiment have the same reason
+    reasons = []
     for request in requests:
         experiment, profile = request.experiment, request.profile
         key = (result_hash(experiment, profile), profile.device, profile.allow_download)
@@ -31,27 +31,27 @@ def obstacles(requests: Sequence[RunRequest]) -> list[str]:
             try:
                 check_settings(experiment, profile)
                 known[key] = ""
-            except Exception as error:  # of the settings, or of a task of the user's own
+            except Exception as error:  # of any kind: a task of the user's own may raise it
                 known[key] = message_of(error)
-        found.append(known[key])
-    return found
+        reasons.append(known[key])
+    return reasons
 
 
 def send_obstacles(requests: Sequence[RunRequest], result: Connection) -> None:
-    """Body of a process: sends the obstacles of the requests."""
-    found = obstacles(requests)
+    """Body of a process: sends what `obstacles` returns."""
+    reasons = obstacles(requests)
     with suppress(BrokenPipeError):  # the parent is gone
-        result.send(found)
+        result.send(reasons)
 
 
-def note_obstacles(jobs: Sequence[Job], found: Sequence[str]) -> None:
-    """Mark the jobs that cannot begin as failed.
+def note_obstacles(jobs: Sequence[Job], reasons: Sequence[str]) -> None:
+    """Mark the jobs that cannot begin as failed; `reasons` are those of `obstacles`.
 
     Raises:
-        ConfigError: if none of them can, with each reason once.
+        ConfigError: if no job can begin, with each reason once.
     """
-    if found and all(found):
-        raise ConfigError("\n".join(dict.fromkeys(found)))
-    for job, message in zip(jobs, found, strict=True):
+    if reasons and all(reasons):
+        raise ConfigError("\n".join(dict.fromkeys(reasons)))
+    for job, message in zip(jobs, reasons, strict=True):
         if message:
             job.phase, job.message = "failed", message

@@ -1,4 +1,4 @@
-"""One run to make, how it stands, and making it in this process."""
+"""One run to make, what has become of it, and how it is made in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from roundoff.runs.record import read_run
 from roundoff.trackers import TrackedRun, Tracker, WandbSettings, open_trackers
 
 WAS_COMPLETE = "was complete"
-"""Message of a job that there was nothing to do for."""
+"""Message of a job whose run was complete before, so that there was nothing to do."""
 
 
 Phase = Literal["queued", "running", "complete", "failed", "interrupted"]
@@ -28,13 +28,15 @@ Phase = Literal["queued", "running", "complete", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to make: settings, seed, and where it goes."""
+    """One run to make: its settings, its seed, and where it is written."""
 
     experiment: Experiment
     profile: Profile
     seed: int
     root: Path
+    """Directory that holds the run directories."""
     provenance: dict[str, Any]
+    """Versions, machine and command, recorded with the run."""
     tracker: str = "tensorboard"
     """Names of trackers, with commas between them."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
@@ -47,28 +49,36 @@ class RunRequest:
 
 @dataclass
 class Job:
-    """A request and what became of it so far."""
+    """A request, and what has become of it so far."""
 
     request: RunRequest
     phase: Phase = "queued"
     message: str = ""
-    """Why it failed or stopped, that it was complete before, or why a complete run is none that trained."""
+    """Why the run failed or stopped, that it was complete before, or why a complete run trained nothing."""
     warnings: list[str] = field(default_factory=list)
-    """What went wrong in the run's process and was survived, as it is reported."""
+    """Problems that the run's process has reported and survived."""
     process: BaseProcess | None = None
+    """The run's process on this machine while it runs; None for other ways of launching."""
     result: Connection | None = None
+    """Connection on which that process sends warnings and how it ended."""
     began: float = 0.0
+    """When the run began (monotonic s)."""
     seconds: float = 0.0
+    """Time since then (s); for a run that was complete before, all the time it took."""
     resumed: bool = field(default=False)
+    """Whether the run had taken steps before."""
 
     @property
     def is_untrained(self) -> bool:
-        """Whether it reached its end without training anything."""
+        """Whether the run reached its end without training anything."""
         return self.phase == "complete" and UNTRAINED in self.message
 
 
 def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks = ALONE) -> tuple[Phase, str]:
-    """Make one run in this process, or in this and the others of `ranks`; returns how it ended and why."""
+    """Make one run in this process, or in this one and the others of `ranks`; returns its last phase and the reason.
+
+    `should_stop` is asked after each step whether to save and stop.
+    """
     from roundoff.launch.led_run import LedRunDirectory
     from roundoff.runs.directory import RunDirectory
     from roundoff.training.loop import train
@@ -80,7 +90,7 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
 
     held = RunDirectory(request.root, request.experiment, request.profile, request.seed)
     with held if ranks.count == 1 else LedRunDirectory(held, ranks) as run_dir:
-        if ranks.first(lambda: job_of(request).phase == "complete"):  # by another process, before the lock was free
+        if ranks.first(lambda: job_of(request).phase == "complete"):  # by another process, while the lock was taken
             return "complete", ranks.first(lambda: job_of(request).message)
         final = train(
             request.experiment,
@@ -93,12 +103,12 @@ def execute(request: RunRequest, should_stop: Callable[[], bool], ranks: Ranks =
             ranks=ranks,
         )
         if final is None:
-            return "interrupted", "stopped on request; the same command goes on"
+            return "interrupted", "stopped on request; the same command resumes it"
         return "complete", run_dir.health().untrained
 
 
 def check_distinct(requests: Sequence[RunRequest]) -> None:
-    """Refuse two requests for one directory.
+    """Refuse two requests that would write one directory.
 
     Raises:
         ConfigError: naming the directory.
@@ -111,7 +121,7 @@ def check_distinct(requests: Sequence[RunRequest]) -> None:
 
 
 def job_of(request: RunRequest) -> Job:
-    """The job of a request, as its directory stands: complete, damaged, or still to be made."""
+    """A new job for a request, in the phase that its directory is in: complete, damaged (failed), or queued."""
     if not (request.path / "status.json").exists():
         return Job(request)
     try:
@@ -126,20 +136,24 @@ def job_of(request: RunRequest) -> Job:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second SIGINT ends the process at once."""
-    asked: list[int] = []
+    """Catch SIGINT and SIGTERM; yields a function that tells whether one has come.
+
+    A second SIGINT ends the process at once.
+    """
+    received: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if number == signal.SIGINT and number in asked:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        asked.append(number)
+        received.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 POLL_S = 0.25
+"""Seconds between two looks at the runs of a grid."""

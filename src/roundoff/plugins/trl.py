@@ -1,17 +1,17 @@
 """AQN inside trl's `GRPOTrainer` (1.16): a callback that puts its noise on the model while rollouts are generated.
 
-trl has no event around generation. It calls `generate` of the unwrapped model, the public method of transformers, for
-rollouts and for nothing else; so the callback wraps that method of the one model object from the begin of training to
-its end. A rollout is told from an evaluation by the model's mode, as trl itself does. The training passes and the
-reference model call `forward`, which nobody touches.
+trl has no event around generation. For rollouts, and for nothing else, it calls `generate` of the unwrapped model, the
+public method of transformers. The callback therefore wraps that method of the model object from the beginning of
+training to its end. It tells rollouts from evaluations by the model's mode, as trl itself does. The training passes and
+the reference model call `forward`, which is left alone.
 
-Where trl generates otherwise (vLLM, continuous batching, a rollout function), the noise would never be in force: that
-is an error, at the begin where the arguments tell, else after the first step. So are sharded weights, of which a
-process sees only a part.
+If trl generates in another way (vLLM, continuous batching, a rollout function), the noise would never be in force. That
+is an error: at the beginning if the trainer's arguments show it, otherwise after the first step. Sharded weights, of
+which each process sees only a part, are an error as well.
 
 Hardware needs no callback: `install_in_trainer` puts policy and reference on it before `train()`, and every pass of
-rollout, training and evaluation computes on it. Its noise is drawn anew in every pass, as on a chip (`ratio =
-"recomputed"` in roundoff's words); trl's gradient checkpointing, which computes layers again, is refused with it.
+rollout, training and evaluation computes on it. Its noise is drawn anew in every pass, as on a chip (roundoff's `ratio
+= "recomputed"`). trl's gradient checkpointing, which computes layers twice, is refused together with noise.
 """
 
 from __future__ import annotations
@@ -36,11 +36,17 @@ class AqnCallback(TrainerCallback):
     """AQN in rollouts only, on the schedule of the settings over the trainer's optimizer steps."""
 
     def __init__(self, aqn: AQN, *, seed: int, multipliers: Mapping[int, float] | None = None) -> None:
-        """Noise as `aqn` says, drawn by `seed`; `multipliers` are factors on sigma by decoder layer, as of a scan."""
+        """A callback for one trainer.
+
+        Args:
+            aqn: schedule and targets of the noise.
+            seed: seed of its draws.
+            multipliers: factors on sigma by decoder layer, such as those of a scan; None: 1 in every layer.
+        """
         self.aqn = aqn
         self.multipliers = multipliers
         self.sigmas: dict[int, float] = {}
-        """Sigma in force in the rollouts of each optimizer step so far (numbered from 1; 0.0 at silent steps)."""
+        """Sigma in the rollouts of each optimizer step so far (steps count from 1; 0.0 in steps without noise)."""
         self._key = Key.from_seed(seed).fold("aqn")
         self._curve: list[float] = []
         self._step = 0
@@ -50,12 +56,13 @@ class AqnCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Wrap `generate`.
+        """Wrap the model's `generate`; trl calls this before the first step.
 
         Raises:
-            ConfigError: if trl will not call it, the weights are sharded, or AQN cannot be applied to this model.
+            ConfigError: if trl will not call `generate`, the weights are sharded, or AQN cannot be applied to this
+                model.
         """
-        self._unwrap()  # where an exception ended the training before
+        self._unwrap()  # in case an exception ended an earlier training
         model = kwargs["model"]
         for name in _OTHER_GENERATORS:
             if getattr(args, name, False):
@@ -74,14 +81,16 @@ class AqnCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note the step that rollouts are for."""
+        """Note the step whose rollouts are generated next; trl calls this before each step."""
         self._step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Check that there were rollouts; a step without any of its own trains on those of the step before.
+        """Check that there were rollouts; trl calls this after each step.
+
+        A step without rollouts of its own trains on those of the step before, so it has the same sigma.
 
         Raises:
-            RuntimeError: if the trainer has taken a step without calling `generate` once.
+            RuntimeError: if the trainer has taken a step without ever calling `generate`.
         """
         if not self.sigmas:
             self._unwrap()
@@ -94,7 +103,7 @@ class AqnCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the wrapper off."""
+        """Remove the wrapper; trl calls this after the last step."""
         self._unwrap()
 
     def _unwrap(self) -> None:
@@ -104,7 +113,7 @@ class AqnCallback(TrainerCallback):
 
     def _wrapped(self, model: nn.Module, generate: Any) -> Any:
         def generate_with_noise(*inputs: Any, **named: Any) -> Any:
-            if not model.training:  # an evaluation: a score must never carry the noise of a remedy
+            if not model.training:  # an evaluation, whose score must never contain a remedy's noise
                 return generate(*inputs, **named)
             sigma = self._curve[min(self._step, len(self._curve) - 1)]
             self.sigmas[self._step + 1] = sigma
@@ -118,7 +127,7 @@ class AqnCallback(TrainerCallback):
 
 
 def _steps_per_epoch(args: TrainingArguments, state: TrainerState, batches: Sized | None) -> int:
-    """Optimizer steps of an epoch, as the trainer counts them; `max_steps` overrides the number of epochs."""
+    """Optimizer steps of an epoch, as the trainer counts them; `args.max_steps` overrides the number of epochs."""
     if args.max_steps <= 0:
         return max(1, round(state.max_steps / max(1.0, args.num_train_epochs)))
     try:
@@ -129,15 +138,20 @@ def _steps_per_epoch(args: TrainingArguments, state: TrainerState, batches: Size
 
 
 def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> InstalledHardware:
-    """Put the policy of a `GRPOTrainer`, and its reference model if it has one, on the hardware, before `train()`.
+    """Put the policy of a `GRPOTrainer`, and its reference model if it has one, on the hardware.
 
-    Adapters that the trainer has put on the model stay in high precision.
+    Call it before `train()`. Adapters that the trainer has put on the model stay in high precision.
+
+    Args:
+        trainer: the `GRPOTrainer`.
+        hardware: what to simulate.
+        seed: seed of noise and faults.
 
     Raises:
-        ConfigError: if the hardware cannot be installed, or trl would compute a part past it.
+        ConfigError: if the hardware cannot be installed, or trl would compute a part of the model without it.
     """
-    found = install(trainer.model, hardware, seed=seed)
-    if any(state.is_output for state in found.states):
+    policy = install(trainer.model, hardware, seed=seed)
+    if any(state.is_output for state in policy.states):
         uninstall(trainer.model)
         raise ConfigError(
             "hardware.exclude leaves lm_head on the hardware, but trl computes log-probabilities past that module: "
@@ -145,20 +159,20 @@ def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> Instal
         )
     if getattr(trainer, "ref_model", None) is not None:
         install(trainer.ref_model, hardware, seed=seed)
-    return found
+    return policy
 
 
 def check_gradient_checkpointing(model: nn.Module) -> None:
-    """Check that no noisy layer is computed again in the backward pass, where it would meet other noise.
+    """Refuse gradient checkpointing together with noise: layers computed again would get another draw.
 
     Raises:
-        ConfigError: if it would be; trl's default is to do so.
+        ConfigError: if the model has both; gradient checkpointing is on by default in trl.
     """
-    found = installed(model)
-    if found is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    on_model = installed(model)
+    if on_model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return
-    noise = found.hardware.matmul_noise
-    if found.hardware.is_noisy or (noise.relative_std and noise.backward):
+    noise = on_model.hardware.matmul_noise
+    if on_model.hardware.is_noisy or (noise.relative_std and noise.backward):
         raise ConfigError(
             "gradient_checkpointing = True (trl's default) computes layers again under other noise than the first "
             "time: set gradient_checkpointing=False in GRPOConfig"

@@ -108,6 +108,8 @@ def read_run(path: Path) -> Run:
     Raises:
         DamagedRunError: if a file that every run has is missing or malformed.
     """
+    if not (path / "experiment.toml").exists():
+        raise DamagedRunError(f"{path} is no run (it holds no experiment.toml)")
     try:
         settings = _parsed(path / "experiment.toml", tomllib.loads)
         provenance = _parsed(path / "provenance.json", _object)

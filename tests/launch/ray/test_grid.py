@@ -34,7 +34,7 @@ prompts_per_step = 4
 minibatches = 1
 checkpoint_every = 1
 """
-STEPS = 24  # some seconds: to be met at work
+STEPS = 24  # a run takes seconds, so that it can be killed while it is at work
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def profile(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory, profile):
-    """The runs as they come out without Ray."""
+    """The same runs, made without Ray."""
     root = tmp_path_factory.mktemp("local")
     for request in requests_in(root, profile):
         execute(request, lambda: False)
@@ -84,7 +84,7 @@ def assert_same_as_local(root: Path, local: Path, names=NAMES) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The last step that can be gone on from; -1 before the run has begun."""
+    """The last step with a checkpoint; -1 before the run has begun."""
     return read_status(path).step if (path / "status.json").exists() else -1
 
 

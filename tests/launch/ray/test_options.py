@@ -15,9 +15,9 @@ from roundoff.config import ConfigError
 from roundoff.launch.ray import cluster as ray_cluster
 from roundoff.launch.ray import worker as ray_worker
 from roundoff.launch.ray.cluster import check_address, missing_resource
-from roundoff.launch.ray.grid import _Sent
+from roundoff.launch.ray.grid import SentJob
 from roundoff.launch.ray.sync import Outbox
-from roundoff.launch.ray.worker import Desk, Parcel, Post, _check_shared, _check_versions, driver_versions
+from roundoff.launch.ray.worker import Desk, Parcel, Post, check_shared, check_versions, driver_versions
 
 
 @pytest.mark.parametrize("address", ["quickstart-clean", "ray://head:10001", "head:", ":6379", "http://head:6379"])
@@ -43,24 +43,24 @@ def test_options_of_ray_without_ray_are_refused(tmp_path):
         cli, ["run", "quickstart", "--runs", str(tmp_path), "--gpus-per-run", "1", "--ray-sync"]
     )
     assert isinstance(result.exception, ConfigError)
-    assert str(result.exception) == "--gpus-per-run, --ray-sync does nothing without --ray"
+    assert str(result.exception) == "--gpus-per-run, --ray-sync do nothing without --ray"
 
 
 def test_a_directory_that_is_not_shared_is_refused(tmp_path):
     with pytest.raises(RuntimeError, match=r"does not see .* use --ray-sync"):
-        _check_shared(tmp_path / "nothing")
+        check_shared(tmp_path / "nothing")
     probe = tmp_path / ".probe"
     with FileLock(probe):
-        _check_shared(probe)
+        check_shared(probe)
     probe.touch()
     with pytest.raises(RuntimeError, match=r"can take a lock .* two processes could write one run"):
-        _check_shared(probe)
+        check_shared(probe)
 
 
 def test_a_node_with_other_versions_is_refused():
-    _check_versions(driver_versions())
+    check_versions(driver_versions())
     with pytest.raises(RuntimeError, match=rf"node {platform.node()} has torch .*, the driver 1\.0"):
-        _check_versions({**driver_versions(), "torch": "1.0"})
+        check_versions({**driver_versions(), "torch": "1.0"})
 
 
 def test_the_desk_tells_an_attempt_that_was_given_up_to_stop():
@@ -75,7 +75,7 @@ def test_the_desk_tells_an_attempt_that_was_given_up_to_stop():
 
 
 def test_a_lost_parcel_cuts_an_attempt_off_and_one_that_came_twice_does_not():
-    sent = _Sent(job=None, number=0)
+    sent = SentJob(job=None, number=0)
     assert sent.is_next(Parcel(0, []))
     sent.parcels = 1
     assert not sent.is_next(Parcel(0, []))

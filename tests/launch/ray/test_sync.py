@@ -1,4 +1,4 @@
-"""Copies of run directories: whole at every moment, and in the end the same."""
+"""Copies of run directories are usable at every moment, and equal the original in the end."""
 
 import filecmp
 import os
@@ -74,15 +74,15 @@ def test_a_status_is_never_younger_than_the_files_beside_it(request_, tmp_path, 
     """The run ends while it is read: a copy that says so must hold its last evaluation and checkpoint."""
     steps = iter(range(1, 10))
     execute(request_, lambda: next(steps) == 3)
-    listed = run_sync._single_files
+    listed = run_sync.single_files
 
     def ends_meanwhile(path):
         found = listed(path)
-        monkeypatch.setattr(run_sync, "_single_files", listed)
+        monkeypatch.setattr(run_sync, "single_files", listed)
         execute(request_, lambda: False)
         return found
 
-    monkeypatch.setattr(run_sync, "_single_files", ends_meanwhile)
+    monkeypatch.setattr(run_sync, "single_files", ends_meanwhile)
     outbox, copy = Outbox(request_.path), tmp_path / "copy"
     put(outbox.changes(), copy)
     assert read_run(request_.path).status.state == "complete"
@@ -93,7 +93,7 @@ def test_a_status_is_never_younger_than_the_files_beside_it(request_, tmp_path, 
 
 
 def test_a_checkpoint_written_again_is_sent_again(request_, tmp_path):
-    """As after a resume that passed over a damaged one: the copy must not keep that one."""
+    """A resume that passed over a damaged checkpoint writes it again; the copy must not keep the damaged one."""
     execute(request_, lambda: False)
     last, copy = request_.path / "checkpoints" / "step-000004", tmp_path / "copy"
     whole = (last / "model.safetensors").read_bytes()
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_is_being_removed_is_not_sent(request_, tmp_path):
 
 
 def test_a_snapshot_holds_damaged_checkpoints_too(request_, tmp_path):
-    """Or a run with none but such would begin again elsewhere, without a word."""
+    """Without them a run that has only damaged checkpoints would silently begin again elsewhere."""
     execute(request_, lambda: False)
     for state in (request_.path / "checkpoints").glob("*/state.json"):
         state.write_text("{")

@@ -81,7 +81,7 @@ def test_a_sync_within_an_evaluation_stays_clean_until_its_end():
     assert float((norms(switch) - clean).std()) == pytest.approx(0.05, rel=0.15)
 
 
-def test_multipliers_of_a_scan():
+def test_multipliers_choose_the_layers_with_noise():
     switch = new_switch()
     switch.multipliers = {layer: float(layer == 2) for layer in range(6)}
     before = {name: p.detach().clone() for name, p in switch.model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The command for verl: every setting of the experiment and the profile in it, and refusals before anything runs."""
+"""The command for verl holds every setting of experiment and profile; what verl cannot carry out is refused."""
 
 import json
 import shlex
@@ -6,8 +6,8 @@ import shlex
 import pytest
 from click.testing import CliRunner
 
+from roundoff.actions.verl_config import read_scan
 from roundoff.cli import cli
-from roundoff.commands.verl import read_scan
 from roundoff.config import ConfigError
 from roundoff.experiments import load_profile, select, with_overrides
 from roundoff.plugins.verl.command import Resources, command, plugin_settings
@@ -66,7 +66,7 @@ def test_warm_up_and_entropy_bonus_are_in_it(tmp_path):
 
 
 def test_micro_batches_divide_the_share_of_a_device(tmp_path):
-    """verl stops at its first update where they do not: 32 prompts x 5 rollouts on 8 devices are 20 each."""
+    """Otherwise verl stops at its first update. 32 prompts x 5 rollouts on 8 devices are 20 rollouts each."""
     experiments, profile = with_overrides(
         select(["E5b"]), load_profile("gsm8k-1.5b"), ("hardware.matmul_noise.attention=false",)
     )
@@ -91,7 +91,7 @@ def test_plain_prompts_are_asked_without_the_models_chat_template(tmp_path):
     assert (tmp_path / "train.parquet").is_file()
 
 
-def test_dapo(tmp_path):
+def test_settings_of_dapo_are_in_it(tmp_path):
     _, arguments = words(tmp_path, "quickstart-noise", "algorithm.name=DAPO", "algorithm.overlong_buffer=0.25")
     _, on = words(tmp_path, "quickstart-noise", "algorithm.dynamic_sampling=true", "algorithm.overlong_buffer=0.25")
     assert on["algorithm.filter_groups.enable"] == "True"
@@ -100,7 +100,7 @@ def test_dapo(tmp_path):
     assert arguments["reward.reward_kwargs.max_resp_len"] == "24"
 
 
-def test_lora(tmp_path):
+def test_settings_of_lora_are_in_it(tmp_path):
     _, arguments = words(tmp_path, "quickstart-noise")
     assert "actor_rollout_ref.model.lora_rank" not in arguments
     experiments, profile = with_overrides(select(["quickstart-noise"]), load_profile("tiny"), ())
@@ -135,17 +135,17 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
         (("aqn.layers=zone",), "changes during the run"),
     ],
 )
-def test_refusals(tmp_path, assignments, message):
+def test_what_verl_cannot_carry_out_is_refused(tmp_path, assignments, message):
     with pytest.raises(ConfigError, match=message):
         words(tmp_path, "quickstart-noise-aqn", *assignments)
 
 
 @pytest.mark.parametrize(("text", "value"), [("/a/b.c", "/a/b.c"), ("/a b", '"/a b"'), ('{"a": 1}', "'{\"a\": 1}'")])
-def test_quoting_for_hydra(text, value):
+def test_values_are_quoted_for_hydra(text, value):
     assert quoted(text) == value
 
 
-def test_the_command_line(tmp_path):
+def test_verl_config_prints_the_command_and_notes_absent_data(tmp_path):
     result = CliRunner().invoke(cli, ["verl-config", "quickstart-mxfp4", "--seed", "2", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "does not exist yet" in result.stderr
@@ -175,7 +175,7 @@ def test_a_scan_gives_the_multipliers_and_the_kept_layers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "there is no file"), ("{}", "not a scan"), ("{", "not a scan")]
 )
-def test_a_file_that_is_no_scan(tmp_path, content, message):
+def test_a_file_that_is_no_scan_is_refused(tmp_path, content, message):
     path = tmp_path / "scan.json"
     if content is not None:
         path.write_text(content)

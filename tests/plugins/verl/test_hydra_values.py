@@ -1,4 +1,4 @@
-"""What is written for verl arrives as it was: through the shell, Hydra's own parser, and OmegaConf."""
+"""What is written for verl passes the shell, Hydra's own parser and OmegaConf unchanged."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Problems as verl reads them, and rewards as it asks for them."""
+"""Problems in the files that verl reads, and rewards for the responses that it passes."""
 
 import json
 import math

@@ -124,7 +124,7 @@ for refill in (False, True):
 
 
 def test_a_rollout_that_raises_ends_the_run(tmp_path):
-    """verl notes it and goes on with the others: a score would be that of the answers that raised nothing."""
+    """verl alone would note the error and go on, and a score would be that of the other answers only."""
     told = environment(tmp_path, {"hardware": NOISY}, VERL_USE_EXTERNAL_MODULES=ENTRY, VERL_PLATFORM="cpu")
     done = run("-c", FAILED, env=told)
     stopped, went_on = done.stdout.splitlines()[-2:]

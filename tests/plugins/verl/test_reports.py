@@ -16,7 +16,7 @@ GOOD = {
 }
 
 
-def test_all_processes_on_the_hardware():
+def test_reports_of_the_same_hardware_are_accepted():
     check_reports(GOOD, SETTINGS)
 
 
@@ -31,7 +31,7 @@ def test_all_processes_on_the_hardware():
         (("engines",), [], "no actor or no rollout server"),
     ],
 )
-def test_one_process_without_it(path, value, message):
+def test_a_process_without_the_hardware_is_named(path, value, message):
     reports = copy.deepcopy(GOOD)
     inner = reports
     for key in path[:-1]:

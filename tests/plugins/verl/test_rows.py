@@ -1,4 +1,4 @@
-"""Row ids of verl's batches: the same token of the same sequence has one, wherever the batch puts it."""
+"""Row ids of verl's batches: a token of a sequence has the same id wherever a batch puts it."""
 
 import torch
 

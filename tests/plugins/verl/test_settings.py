@@ -17,12 +17,12 @@ def test_what_every_process_of_a_run_must_have():
     assert forwarded({"VERL_USE_EXTERNAL_MODULES": entry}) == {"VERL_USE_EXTERNAL_MODULES": entry}
 
 
-def test_nothing_asked_for():
+def test_without_its_variables_the_plugin_has_no_settings():
     assert from_environment({"PATH": "/bin", "VERL_PLATFORM": "cpu"}) is None
     assert from_environment({"VERL_NOISY_OPS_ENABLED": "0", "VERL_NOISY_OPS_SCALE": "5e-2"}) is None
 
 
-def test_the_variables_of_older_scripts():
+def test_variables_of_older_scripts_are_understood():
     settings = from_environment({**ON, "VERL_NOISY_OPS_SCALE": "5e-2", "VERL_NOISY_OPS_TYPE": "relative_gaussian"})
     noise = settings.hardware.matmul_noise
     assert (noise.relative_std, noise.forward, noise.backward, noise.attention) == (0.05, True, True, False)
@@ -34,7 +34,7 @@ def test_scale_defaults_to_that_of_the_older_scripts():
     assert from_environment(ON).hardware.matmul_noise.relative_std == 1e-4
 
 
-def test_forward_only():
+def test_forward_only_turns_backward_noise_off():
     settings = from_environment({"VERL_NOISY_OPS_ENABLED": "true", "VERL_NOISY_OPS_FORWARD_ONLY": "yes"})
     assert settings.hardware.matmul_noise.forward
     assert not settings.hardware.matmul_noise.backward

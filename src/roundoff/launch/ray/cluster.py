@@ -1,6 +1,6 @@
-"""A connection to a Ray cluster: refused within seconds where none answers, quiet, and closed in the end.
+"""A connection to a Ray cluster: it is refused within seconds if no cluster answers, and closed at the end.
 
-Nothing is reported to anybody (Ray's usage statistics are off) and a cluster started here has no dashboard.
+Ray's usage statistics are off, and a cluster that is started here has no dashboard.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ LOCAL, AUTO = "local", "auto"
 
 @dataclass(frozen=True, slots=True)
 class RayOptions:
-    """Where runs go, and what each of them takes."""
+    """The cluster that makes the runs, and the resources that each run takes."""
 
     address: str = LOCAL
-    """`local` (a cluster on this machine for the duration), `auto` (the one that runs here), or HOST:PORT."""
+    """`local` (a cluster started on this machine for these runs), `auto` (one that already runs here), or HOST:PORT."""
     cpus_per_run: float | None = None
-    """CPUs that Ray sets aside for a run; None: the profile's threads."""
+    """CPUs that Ray reserves for a run; None: the profile's threads."""
     gpus_per_run: float = 0.0
+    """GPUs that Ray reserves for a run."""
     retries: int = 3
     """How often a run is sent again after its worker or node died."""
     sync: bool = False
-    """Whether workers write on disks of their own, and their files are sent back; else they share the directory."""
+    """Whether workers write to disks of their own and send the files back; otherwise all share one directory."""
 
 
 def check_address(address: str) -> None:
-    """Refuse an address that cannot be one, or that does not answer, within a few seconds.
+    """Refuse within a few seconds an address that is malformed or does not answer.
 
     Raises:
         ConfigError: saying what to do.
@@ -66,14 +67,14 @@ def check_address(address: str) -> None:
 
 @contextmanager
 def connected(options: RayOptions, workers: int) -> Iterator[ModuleType]:
-    """The module `ray`, connected; `workers` runs at a time fit into a cluster that is started here.
+    """The module `ray`, connected inside the block; a cluster that is started here has room for `workers` runs.
 
     Raises:
         ConfigError: if Ray is not installed, or no cluster answers.
     """
     ray = require("ray", "ray")
     check_address(options.address)
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # read by Ray when it starts
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray reads this when it starts
     settings: dict[str, Any] = {"address": options.address, "log_to_driver": False}
     if options.address == LOCAL:
         settings |= {"num_cpus": math.ceil(workers * (options.cpus_per_run or 1)), "include_dashboard": False}
@@ -89,10 +90,10 @@ def connected(options: RayOptions, workers: int) -> Iterator[ModuleType]:
 
 
 def missing_resource(ray: ModuleType, cpus: float, gpus: float) -> str | None:
-    """What no single node of the cluster has enough of for one run, in words; None if a node fits."""
+    """What one run needs that no single node of the cluster has, in words; None if some node has it."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         return None
-    wanted = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    needed = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
     largest: dict[str, float] = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)), default={})
-    return f"{wanted} for a run (the largest has {largest.get('CPU', 0):g} CPU and {largest.get('GPU', 0):g} GPU)"
+    return f"{needed} for a run (the largest has {largest.get('CPU', 0):g} CPU and {largest.get('GPU', 0):g} GPU)"

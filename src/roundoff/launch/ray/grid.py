@@ -1,9 +1,9 @@
-"""Many runs on a Ray cluster: each a task with resources of its own, the same runs and the same bits as locally.
+"""Many runs on a Ray cluster: each is a task with resources of its own, and gives the same bits as a local run.
 
-A run whose worker or node dies is sent again, at most `retries` times, and goes on from its last checkpoint. Two
-drivers may be at work on one table: a run belongs to the process that holds the lock of its directory, and the other
-driver waits until it is free. With a shared directory that process is the task; with `sync` it is the driver, and tasks
-write into directories of their own, whose changes come back through Ray's object store.
+A run whose worker or node dies is sent again, at most `retries` times, and resumes from its last checkpoint. Two
+drivers may work on the same table: a run belongs to the process that holds the lock of its directory, and the other
+driver waits until the lock is free. With a shared directory the task holds the lock. With `sync` the driver holds it,
+and tasks write into directories of their own, whose changes come back through Ray's object store.
 """
 
 from __future__ import annotations
@@ -22,37 +22,47 @@ from filelock import FileLock
 from roundoff.config import ConfigError
 from roundoff.launch.ray.cluster import LOCAL, RayOptions, connected, missing_resource
 from roundoff.launch.ray.sync import put, snapshot
-from roundoff.launch.ray.worker import Assignment, Desk, Outcome, Parcel, driver_versions, make_run, obstacles_on_node
+from roundoff.launch.ray.worker import (
+    Assignment,
+    AttemptResult,
+    Desk,
+    Parcel,
+    driver_versions,
+    make_run,
+    obstacles_on_node,
+)
 from roundoff.launch.readiness import note_obstacles
 from roundoff.launch.request import POLL_S, Job, RunRequest, check_distinct, job_of, stop_requests
 from roundoff.runs.directory import RunDirectory, RunLockedError
 
 HELD_WAIT_S = 2.0
-"""Seconds before a run that another process holds is looked at again."""
+"""Seconds before the driver looks again at a run that another process holds."""
 
 
 @dataclass
-class _Sent:
-    """What the driver knows of a job beside its phase."""
+class SentJob:
+    """What the driver knows about a job, besides its phase."""
 
     job: Job
     number: int
+    """Index of the job, in the order of the requests."""
     attempt: int = 0
+    """Number of the current attempt, from 1; 0 before the first."""
     reference: Any = None
-    """Of the outcome; None while no task is under way."""
+    """Ray's reference to the attempt's result; None while no task is under way."""
     not_before: float = 0.0
     """When to look again at a run that another process holds (monotonic s)."""
     held: RunDirectory | None = None
-    """The driver's own hold of the directory, with `sync`."""
+    """The run's directory while the driver holds its lock, which it does with `sync`."""
     died: list[str] = field(default_factory=list)
-    """What ended each attempt that ended without an outcome."""
+    """Why each attempt ended that ended without a result."""
     parcels: int = 0
-    """Parcels of this attempt that were put in place."""
+    """Parcels of this attempt whose files are in place."""
     cut_off: bool = False
-    """Whether something that this attempt sent was lost: what it sends after that is of no use."""
+    """Whether a parcel of this attempt was lost, so that later ones are useless."""
 
     def is_next(self, parcel: Parcel) -> bool:
-        """Whether a parcel is the one that follows; a gap cuts the attempt off, one that came twice is no gap."""
+        """Whether the parcel is the next in order; a gap cuts the attempt off, while a repeated parcel does not."""
         self.cut_off = self.cut_off or parcel.number > self.parcels
         return not self.cut_off and parcel.number == self.parcels
 
@@ -68,11 +78,11 @@ def run_on_ray(
     """Make every run that is not complete yet on a cluster; returns all jobs in the order of the requests.
 
     Args:
-        requests: runs to make; two must not share a directory.
-        options: the cluster, and what a run takes of it.
-        workers: runs at a time; None: as many as fit.
-        watch: called a few times a second with the state of all jobs, and once at the end.
-        warn: told what the user should know while the runs go on.
+        requests: runs to make; no two may share a directory.
+        options: the cluster, and the resources that a run takes.
+        workers: number of runs at a time; None: as many as fit.
+        watch: called a few times a second with all jobs, and once at the end.
+        warn: called with a text that the user should read while the runs go on.
 
     Raises:
         ConfigError: if no cluster answers, or a cluster that is started here cannot hold a run.
@@ -93,7 +103,7 @@ def run_on_ray(
 
 @contextmanager
 def _probes(requests: Sequence[RunRequest], options: RayOptions) -> Iterator[dict[Path, Path]]:
-    """A held lock in each directory of runs, by which tasks see that it is shared and that locks work there."""
+    """A held lock in each directory of runs, from which tasks see that they share it and that locks work there."""
     if options.sync:
         yield {}
         return
@@ -118,7 +128,7 @@ class _Grid:
     ) -> None:
         self._ray, self._options, self._jobs, self._probes = ray, options, jobs, probes
         self._limit = workers or len(jobs)
-        self._sent = [_Sent(job, number) for number, job in enumerate(jobs)]
+        self._sent = [SentJob(job, number) for number, job in enumerate(jobs)]
         self._versions = driver_versions()
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
@@ -129,7 +139,7 @@ class _Grid:
         self._resources = {"num_cpus": options.cpus_per_run, "num_gpus": options.gpus_per_run, "max_retries": 0}
 
     def run(self, stop: Callable[[], bool], watch: Callable[[Sequence[Job]], None]) -> list[Job]:
-        """Until every job has ended."""
+        """Make all runs; returns when every job has ended."""
         stopped = False
         try:
             self._check_ready(stop)
@@ -160,7 +170,7 @@ class _Grid:
         return self._jobs
 
     def _check_ready(self, stop: Callable[[], bool]) -> None:
-        """Find on a node what keeps runs from beginning; a check that cannot be made has found nothing.
+        """Find on a node what keeps runs from beginning; if the check itself cannot be made, nothing was found.
 
         Raises:
             ConfigError: if no run that is to be made can begin.
@@ -175,13 +185,13 @@ class _Grid:
                 self._ray.cancel(reference)
                 return
         try:
-            found = self._ray.get(reference)
+            reasons = self._ray.get(reference)
         except self._ray.exceptions.RayError:
             return
-        note_obstacles(jobs, found)
+        note_obstacles(jobs, reasons)
 
-    def _send(self, sent: _Sent) -> None:
-        """Give a job to Ray, unless it has ended meanwhile or another driver holds it."""
+    def _send(self, sent: SentJob) -> None:
+        """Give a job to Ray, unless its run has ended meanwhile or another driver holds it."""
         request = sent.job.request
         if self._options.sync:
             directory = RunDirectory(request.root, request.experiment, request.profile, request.seed)
@@ -210,11 +220,11 @@ class _Grid:
         sent.reference = self._task.options(name=name, **self._resources).remote(assignment, self._desk, before)
 
     def _receive(self) -> None:
-        """Note what has begun, put files in place, and take in what has ended."""
+        """Note which jobs have begun, put received files in place, and record which jobs have ended."""
         flying = [s.reference for s in self._sent if s.reference is not None]
         ended = set(self._ray.wait(flying, num_returns=len(flying), timeout=0)[0]) if flying else set()
-        began, mail = self._ray.get(self._desk.collect.remote())  # asked after: all that ended tasks have sent is in it
-        for number, attempt, parcel in mail:  # of one attempt in their order
+        began, mail = self._ray.get(self._desk.collect.remote())  # after the wait: it has all that ended tasks sent
+        for number, attempt, parcel in mail:  # those of one attempt are in order
             self._unpack(self._sent[number], attempt, parcel)
         for sent in self._sent:
             if sent.reference is None:
@@ -227,59 +237,60 @@ class _Grid:
             if sent.reference in ended:
                 self._end(sent)
 
-    def _unpack(self, sent: _Sent, attempt: int, parcel: Parcel) -> None:
+    def _unpack(self, sent: SentJob, attempt: int, parcel: Parcel) -> None:
         if sent.reference is None or attempt != sent.attempt or not sent.is_next(parcel):
-            return  # from an attempt that was given up, or has lost a part
+            return  # the attempt was given up, or has lost a parcel
         for reference in parcel.update:
             try:
                 put(self._ray.get(reference, timeout=60), sent.job.request.path)
-            except self._ray.exceptions.RayError:  # its node died with it; the next attempt starts before this change
+            except self._ray.exceptions.RayError:  # it died with its node; the next attempt starts before this change
                 sent.cut_off = True
                 return
         sent.parcels += 1
 
-    def _end(self, sent: _Sent) -> None:
-        """Take in the outcome of an attempt."""
+    def _end(self, sent: SentJob) -> None:
+        """Record the result of an attempt that has ended."""
         errors = self._ray.exceptions
         try:
-            outcome: Outcome = self._ray.get(sent.reference)
+            result: AttemptResult = self._ray.get(sent.reference)
         except errors.TaskCancelledError:
-            outcome = Outcome("interrupted", "not begun")
-        except (errors.RayTaskError, errors.RuntimeEnvSetupError) as error:  # not of the run, but of getting there
-            outcome = Outcome("failed", str(error).strip().splitlines()[-1])
+            result = AttemptResult("interrupted", "not begun")
+        except (errors.RayTaskError, errors.RuntimeEnvSetupError) as error:  # raised on the way to the run, not by it
+            result = AttemptResult("failed", str(error).strip().splitlines()[-1])
         except errors.RayError as error:
-            outcome = self._died(sent, type(error).__name__)
-        if outcome.update is not None and (sent.cut_off or outcome.parcels != sent.parcels):
-            outcome = self._died(sent, "its files were lost on the way")
+            result = self._died(sent, type(error).__name__)
+        if result.update is not None and (sent.cut_off or result.parcels != sent.parcels):
+            result = self._died(sent, "its files were lost on the way")
         sent.reference, sent.cut_off, sent.parcels = None, False, 0
-        sent.job.warnings += outcome.warnings
-        if outcome.update is not None:
-            put(outcome.update, sent.job.request.path)
+        sent.job.warnings += result.warnings
+        if result.update is not None:
+            put(result.update, sent.job.request.path)
         self._let_go(sent)
-        if outcome.phase == "held":
+        if result.phase == "held":
             self._wait_for_holder(sent)
         else:
-            sent.job.phase, sent.job.message = outcome.phase, outcome.message
+            sent.job.phase, sent.job.message = result.phase, result.message
 
-    def _died(self, sent: _Sent, what: str) -> Outcome:
-        """The worker, or its node, is gone: once more, or that was it."""
-        sent.died.append(what)
-        again = len(sent.died) <= self._options.retries
+    def _died(self, sent: SentJob, reason: str) -> AttemptResult:
+        """Note that the worker or its node died; the result queues the job again as long as retries are left."""
+        sent.died.append(reason)
         text = f"its worker died ({', '.join(sent.died)})"
-        return Outcome("queued", f"{text}; sent again") if again else Outcome("failed", f"{text}; it can be resumed")
+        if len(sent.died) <= self._options.retries:
+            return AttemptResult("queued", f"{text}; sent again")
+        return AttemptResult("failed", f"{text}; it can be resumed")
 
-    def _wait_for_holder(self, sent: _Sent) -> None:
+    def _wait_for_holder(self, sent: SentJob) -> None:
         sent.job.phase, sent.job.message = "queued", "held by another process; waits"
         sent.not_before = time.monotonic() + HELD_WAIT_S
 
     def _stop(self, take_back: bool) -> None:
-        """Let running tasks finish their step and save; take back those that wait."""
+        """Ask running tasks to finish their step and save; with `take_back`, cancel those that have not begun."""
         for sent in self._sent if take_back else ():
             if sent.reference and sent.job.phase == "queued":
                 self._ray.cancel(sent.reference)
-        self._ray.get(self._desk.stop.remote())  # each time: a desk that was started again knows nothing
+        self._ray.get(self._desk.stop.remote())  # each time, because a desk that was restarted has forgotten it
 
-    def _let_go(self, sent: _Sent) -> None:
+    def _let_go(self, sent: SentJob) -> None:
         if sent.held is not None:
             sent.held.__exit__()
             sent.held = None

@@ -1,8 +1,9 @@
-"""Copies of run directories between machines that share no disk: what has changed, packed, sent, and put in place.
+"""Copies of run directories between machines that share no disk: what has changed is packed, sent, and put in place.
 
-A copy is always one that a run can go on from: a checkpoint arrives whole or not at all, and after the metrics of the
-steps before it; the status is no younger than anything else; what the run has removed (old checkpoints, steps taken
-again) is removed from the copy last. The run goes on while it is read, so any file may vanish at any moment.
+A run can be resumed from such a copy at any moment: a checkpoint arrives whole or not at all, and after the metrics of
+the steps before it; the status is never newer than the other files; and what the run has removed (old checkpoints,
+steps taken again) is removed from the copy last. The run goes on while its directory is read, so any file may vanish at
+any moment.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from pathlib import Path
 from roundoff.runs.files import write_directory
 
 UNITS = ("checkpoints", "adapter")
-"""Directories that hold, or are, units which a run writes whole or not at all."""
+"""Directories that hold units, or are one; a unit is a directory that the run writes whole or not at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What has changed in a run directory: contents by path relative to it, in the order to write them."""
+    """What has changed in a run directory, in the order in which to write it. Paths are relative to the directory."""
 
     files: dict[str, bytes]
-    """Single files; `status.json` is the last."""
+    """Contents of single files by path; `status.json` is the last."""
     units: dict[str, dict[str, bytes]]
-    """Directories written as one: path to its files."""
+    """Units by path, each with the contents of its files by name."""
     present: frozenset[str]
-    """All files and units that the run has."""
+    """Paths of all files and units that the run has."""
 
     def __bool__(self) -> bool:
         return bool(self.files or self.units)
@@ -36,42 +37,45 @@ class Update:
 
 @dataclass
 class Outbox:
-    """What of one run directory has been sent already; for one thread at a time."""
+    """Tells what has changed in one run directory since it was last asked; for one thread at a time."""
 
     path: Path
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Time of the last change (ns) and size of each file."""
+    """Modification time (ns) and size of each file sent."""
     _units: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Inode and time of the last change (ns) of each unit: one that was written again is another."""
+    """Inode and modification time (ns) of each unit sent, which differ for a unit that was written again."""
 
     def changes(self, *, quiet: bool = False) -> Update:
-        """What has changed since the last call; `quiet`: no run is at work there, so what is incomplete stays so."""
+        """What has changed since the last call.
+
+        With `quiet` no run is at work in the directory: a unit that is incomplete stays so, and is sent as it is.
+        """
         files: dict[str, bytes] = {}
-        # The status first, so that it says nothing of files read before they were there; then the units, so that the
-        # metrics read below are no older. Both are put in place in the opposite order.
+        # The status is read first, so that it does not mention files that were missed; the units come next, so that the
+        # metrics read after them are no older. `put` writes them in the opposite order.
         status = self._changed("status.json")
         units = {name: mark for name in _units(self.path) if (mark := _unit_mark(self.path / name)) is not None}
         present = set(units)
-        for name in sorted(_single_files(self.path)):
+        for name in sorted(single_files(self.path)):
             if name != "status.json" and (content := self._changed(name)) is not None:
                 files[name] = content
             if name in self._sent:
                 present.add(name)
         if status is not None:
             files["status.json"] = status
-        whole: dict[str, dict[str, bytes]] = {}
+        changed_units: dict[str, dict[str, bytes]] = {}
         for name, mark in units.items():
             if self._units.get(name) != mark:
-                found = _read_unit(self.path / name)
-                if found is None or not (quiet or _is_whole(name, found)):
+                contents = _read_unit(self.path / name)
+                if contents is None or not (quiet or _is_whole(name, contents)):
                     present.discard(name)
                     continue
-                whole[name] = found
+                changed_units[name] = contents
                 self._units[name] = mark
-        return Update(files, whole, frozenset(present))
+        return Update(files, changed_units, frozenset(present))
 
     def _changed(self, name: str) -> bytes | None:
-        """Content of a file that has changed since it was sent; None if it has not, or is not there."""
+        """Content of a file that has changed since it was sent; None if it has not changed or does not exist."""
         file = self.path / name
         try:
             state = file.stat()
@@ -87,14 +91,14 @@ class Outbox:
 
 
 def snapshot(path: Path) -> Update:
-    """All that a run directory holds."""
+    """Everything that a run directory holds."""
     return Outbox(path).changes(quiet=True)
 
 
 def put(update: Update, path: Path) -> None:
-    """Bring the copy in `path` up to date; one that is cut short at any point can be gone on from."""
+    """Bring the copy in `path` up to date; wherever this is interrupted, the run can be resumed from the copy."""
     for name, content in update.files.items():
-        if name != "status.json":  # flushed before a checkpoint: the metrics up to it are never younger on disk
+        if name != "status.json":  # flushed, so that a checkpoint never reaches the disk before the metrics up to it
             _write(path / name, content, flush=bool(update.units))
     for name, files in update.units.items():
 
@@ -109,7 +113,7 @@ def put(update: Update, path: Path) -> None:
     for name in _units(path):
         if name not in update.present:
             shutil.rmtree(path / name)
-    for name in _single_files(path):
+    for name in single_files(path):
         if name not in update.present:
             (path / name).unlink()
 
@@ -126,9 +130,9 @@ def _write(path: Path, content: bytes, *, flush: bool) -> None:
 
 
 def _units(path: Path) -> list[str]:
-    """Relative paths of the directories that are written as one."""
-    found = [f"checkpoints/{d.name}" for d in sorted((path / "checkpoints").glob("step-*")) if d.is_dir()]
-    return found + (["adapter"] if (path / "adapter").is_dir() else [])
+    """Relative paths of the units."""
+    checkpoints = [f"checkpoints/{d.name}" for d in sorted((path / "checkpoints").glob("step-*")) if d.is_dir()]
+    return checkpoints + (["adapter"] if (path / "adapter").is_dir() else [])
 
 
 def _unit_mark(path: Path) -> tuple[int, int] | None:
@@ -140,7 +144,7 @@ def _unit_mark(path: Path) -> tuple[int, int] | None:
 
 
 def _read_unit(path: Path) -> dict[str, bytes] | None:
-    """Files of a unit; None where it has just vanished."""
+    """Contents of a unit's files by name; None if the unit has just vanished."""
     try:
         return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
     except FileNotFoundError:
@@ -148,7 +152,7 @@ def _read_unit(path: Path) -> dict[str, bytes] | None:
 
 
 def _is_whole(name: str, files: dict[str, bytes]) -> bool:
-    """Whether a checkpoint has every file that it lists: a run removes old ones file by file."""
+    """Whether a unit is complete: a checkpoint has every file that it lists, unless the run is removing it."""
     if not name.startswith("checkpoints/"):
         return True
     try:
@@ -157,11 +161,11 @@ def _is_whole(name: str, files: dict[str, bytes]) -> bool:
         return False
 
 
-def _single_files(path: Path) -> list[str]:
-    """Relative paths of every other file that is the run's: no lock, nothing half-written."""
-    found = []
-    for directory, inner, names in os.walk(path):  # which passes over a directory that vanishes meanwhile
+def single_files(path: Path) -> list[str]:
+    """Relative paths of the run's files outside of units, without its lock and half-written files."""
+    paths = []
+    for directory, inner, names in os.walk(path):  # it skips a directory that vanishes meanwhile
         here = Path(directory).relative_to(path)
         inner[:] = [name for name in inner if not name.startswith(".") and (here / name).as_posix() not in UNITS]
-        found += [(here / name).as_posix() for name in names if not name.startswith(".")]
-    return found
+        paths += [(here / name).as_posix() for name in names if not name.startswith(".")]
+    return paths

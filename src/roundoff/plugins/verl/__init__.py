@@ -1,15 +1,17 @@
-"""A plugin for stock verl: the hardware in every actor, reference and rollout process, AQN at each weight sync.
+"""A plugin for stock verl: the hardware in every actor, reference and rollout process, and AQN at each weight sync.
 
-| module | what it holds |
+| module | content |
 |---|---|
-| `settings` | what a process is told, by environment variables |
+| `settings` | the settings of a process, which it reads from environment variables |
 | `entry`, `entry_point` | activation, by import |
-| `engine`, `rows` | the actor and the reference: hardware under FSDP, noise keyed by tokens |
-| `trainer`, `reports` | checks of every process; steps, sigma and evaluations announced |
+| `engine`, `rows` | actor and reference: hardware under FSDP, noise keyed by tokens |
+| `trainer`, `reports` | the trainer: it checks every process, and announces steps, sigma and evaluations |
 | `aqn_switch` | AQN in a rollout process |
 | `cpu_platform`, `cpu_rollout`, `cpu_server`, `plain_prompts` | a whole run on a CPU |
 | `vllm_worker` | rollouts by vLLM; never run |
-| `command`, `parquet`, `reward` | `roundoff verl-config`, data and rewards |
+| `command`, `hydra_values`, `parquet`, `reward` | the command of `roundoff verl-config`, data and rewards |
 
-Only `settings`, `rows`, `aqn_switch`, `reports`, `command`, `parquet` and `reward` can be imported without verl.
+Doors: `command` and `parquet`, for `roundoff verl-config`; `entry` and `entry_point`, which verl imports; `reward`,
+which verl's settings name. Only `settings`, `rows`, `aqn_switch`, `reports`, `command`, `hydra_values`, `parquet` and
+`reward` can be imported without verl.
 """

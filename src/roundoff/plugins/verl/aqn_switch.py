@@ -1,4 +1,4 @@
-"""AQN in a rollout process: drawn once for each weight sync, and taken off while verl evaluates."""
+"""AQN in a rollout process of verl: noise is drawn once for each weight sync, and removed while verl evaluates."""
 
 from __future__ import annotations
 
@@ -16,46 +16,50 @@ from roundoff.numerics.rng import Key
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """One weight sync and the noise of the rollouts that follow it."""
+    """One weight sync, and the noise in the rollouts that follow it."""
 
     step: int
-    """Training step, counted from 1, whose rollouts these weights make."""
+    """Training step, counted from 1, whose rollouts are made with these weights."""
     sigma: float
-    """0: no noise."""
+    """AQN's sigma in these rollouts; 0 without noise."""
     clean: str
-    """Digest of the target weights as they were synced."""
+    """Digest of AQN's target weights as they were synced."""
     noisy: str
-    """Digest of the same weights under the noise; equal to `clean` where sigma is 0."""
+    """Digest of the same weights with noise; equal to `clean` if sigma is 0."""
 
 
 @dataclass
 class AqnSwitch:
-    """Noise on the norms of a rollout model; without AQN (`aqn` None) it only records the syncs.
+    """Noise on the norms of a rollout model.
 
-    Between `before_sync` and `after_sync` the weights are written. The draw depends on (seed, step, parameter) alone:
-    every rollout process draws the same, and puts the same bits back after an evaluation.
+    The weights are written between `before_sync` and `after_sync`. A draw depends on (seed, step, parameter) alone, so
+    every rollout process draws the same noise, and restores the same bits after an evaluation.
     """
 
     model: nn.Module
     aqn: AQN | None
+    """The noise; without AQN (None) the switch only records syncs."""
     key: Key
+    """Key of the run's seed, from which draws are derived."""
     multipliers: Mapping[int, float] | None = None
-    """Factors on sigma by decoder layer."""
+    """Factors on sigma by decoder layer; None: 1 in every layer."""
     syncs: list[Sync] = field(default_factory=list)
+    """All weight syncs so far."""
     evaluating: bool = False
+    """Whether verl is evaluating, so that the noise is off."""
     _next: tuple[int, float] = (0, 0.0)
     _noise: ExitStack = field(default_factory=ExitStack)
 
     def announce(self, step: int, sigma: float) -> None:
-        """Step and sigma that the next sync is for."""
+        """Note the step and sigma of the rollouts that follow the next sync; called before each sync."""
         self._next = (step, sigma)
 
     def before_sync(self) -> None:
-        """Take the noise off, so that clean weights are overwritten and no noise outlives its step."""
+        """Remove the noise, so that clean weights are overwritten and no noise outlives its step."""
         self._noise.close()
 
     def after_sync(self) -> None:
-        """Draw the noise for the weights just written, unless an evaluation is going on."""
+        """Draw the noise for the weights just written and record the sync; during an evaluation it stays off."""
         step, sigma = self._next
         clean = self._digest()
         self._apply()
@@ -65,7 +69,7 @@ class AqnSwitch:
         self.syncs.append(Sync(step, sigma, clean, noisy))
 
     def evaluation(self, on: bool) -> None:
-        """Begin or end an evaluation: clean weights inside, the same noise again afterwards."""
+        """Begin (`on`) or end an evaluation: the weights are clean during it, and get the same noise again after it."""
         if on != self.evaluating:
             self._noise.close()
             self.evaluating = on
@@ -74,7 +78,7 @@ class AqnSwitch:
 
     @property
     def is_noisy(self) -> bool:
-        """Whether AQN's noise is on the weights now."""
+        """Whether AQN's noise is on the weights at this moment."""
         return bool(self.aqn is not None and self._next[1] and self.syncs and not self.evaluating)
 
     def _apply(self) -> None:
@@ -88,7 +92,7 @@ class AqnSwitch:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """Sixteen hex digits over the bits of tensors, in order."""
+    """Sixteen hex digits of a hash over the values of tensors, in order."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())

@@ -1,9 +1,9 @@
 """The command that runs an experiment under verl: its settings as arguments of `verl.trainer.main_ppo`.
 
-What verl does otherwise than `roundoff run`, whatever the arguments: prompts are shuffled by its own data loader; group
-filtering refills without an upper bound on batches (`algorithm.max_sampling_batches` has no effect); log-probabilities
-before the update are always computed in a pass of their own; scores are those of verl's `val-core` metrics, with the
-hardware on and AQN off, and come without intervals.
+Whatever the arguments, verl differs from `roundoff run` in these points: its own data loader shuffles the prompts;
+group filtering refills without a limit on batches (`algorithm.max_sampling_batches` has no effect); log-probabilities
+before the update are always computed in a separate pass; and scores are verl's `val-core` metrics, with the hardware on
+and AQN off, without intervals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WORKER_EXTENSION = "roundoff.plugins.verl.vllm_worker.HardwareWorker"
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-"""Chat template where none is to be used: the prompt as it is."""
+"""Chat template that leaves the prompt as it is, for models asked without one."""
 
 _AGGREGATION = {
     "token-mean": "token-mean",
@@ -35,20 +35,21 @@ _AGGREGATION = {
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Where the data lie and what the run may use."""
+    """Files of a run under verl, and the devices that it may use."""
 
     train: Path
-    """Parquet file in verl's form."""
+    """Parquet file of training problems in verl's form."""
     val: Path
+    """Parquet file of test problems."""
     out: Path
     """Directory for checkpoints and `roundoff.json`."""
     devices: int = 1
-    """Of each node."""
+    """Accelerators of each node."""
     nodes: int = 1
 
 
 def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = None) -> PluginSettings:
-    """What the plugin is told about an experiment; `scan` is what `keep = "srdd:k"` and `aqn.layers` refer to.
+    """The plugin's settings for an experiment; `scan` is the one that `keep = "srdd:k"` and `aqn.layers` refer to.
 
     Raises:
         ConfigError: if the experiment has a setting that cannot be carried out under verl.
@@ -80,7 +81,7 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
 def command(
     experiment: Experiment, profile: Profile, seed: int, resources: Resources, scan: LayerScan | None = None
 ) -> str:
-    """The whole shell command, one argument a line.
+    """The complete shell command, one argument a line.
 
     Raises:
         ConfigError: if a setting cannot be carried out under verl.
@@ -88,7 +89,7 @@ def command(
     on_cpu = profile.device == "cpu"
     settings = plugin_settings(experiment, seed, scan)
     variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json()}
-    told = settings.model_dump(mode="json")
+    as_json = settings.model_dump(mode="json")
     if on_cpu:
         variables[PLATFORM] = "cpu"
     arguments = [
@@ -100,9 +101,9 @@ def command(
         *_trainer(experiment, profile, resources),
         *(_cpu(resources) if on_cpu else _vllm(experiment)),
         *(
-            # every process on every node, also where Ray was started before this shell
+            # for every process on every node, even if Ray was started before this shell
             f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}"
-            for name, value in {**{n: quoted(v) for n, v in variables.items()}, VARIABLE: quoted_json(told)}.items()
+            for name, value in {**{n: quoted(v) for n, v in variables.items()}, VARIABLE: quoted_json(as_json)}.items()
         ),
     ]
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
@@ -131,8 +132,8 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
-    whole = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
-    yield f"{model}.use_remove_padding={not whole}"
+    needs_padding = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
+    yield f"{model}.use_remove_padding={not needs_padding}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"
     yield f"{model}.enable_gradient_checkpointing={profile.training.gradient_checkpointing}"
@@ -168,7 +169,7 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
     yield f"actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu={micro}"
     rate = training.lora_learning_rate if experiment.lora is not None else training.learning_rate
     yield f"{actor}.optim.lr={number(rate)}"
-    yield f"{actor}.optim.lr_warmup_steps={training.warmup_steps}"  # verl's scheduler moves once a step as well
+    yield f"{actor}.optim.lr_warmup_steps={training.warmup_steps}"  # verl's scheduler also advances once a step
     yield f"{actor}.optim.weight_decay={number(training.weight_decay)}"
     yield f"{actor}.optim.betas=[{number(training.betas[0])},{number(training.betas[1])}]"
     yield f"{actor}.optim.clip_grad={number(training.gradient_clip)}"
@@ -192,7 +193,7 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
 
 
 def _divisor(share: int, limit: int) -> int:
-    """The largest divisor of a device's share of a minibatch up to the limit: verl takes micro-batches of one size."""
+    """The largest divisor of a device's share of a minibatch up to the limit, as verl's micro-batches have one size."""
     return next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
 
 
@@ -268,7 +269,7 @@ def _vllm(experiment: Experiment) -> Iterator[str]:
 
 
 def _cpu(resources: Resources) -> Iterator[str]:
-    """The check on a CPU: logical devices, roundoff's own rollouts, and as few helper processes as verl can do with."""
+    """The check on a CPU: logical devices, roundoff's own rollouts, and as few helper processes as verl allows."""
     rollout = "actor_rollout_ref.rollout"
     yield f"{rollout}.name=roundoff"
     yield f"{rollout}.free_cache_engine=False"
@@ -280,7 +281,7 @@ def _cpu(resources: Resources) -> Iterator[str]:
         yield f"actor_rollout_ref.{part}.use_torch_compile=False"
         yield f"actor_rollout_ref.{part}.fsdp_config.use_torch_compile=False"
     yield "trainer.device=cpu"
-    yield "+ray_kwargs.ray_init.address=local"  # a cluster that happens to run here has no such devices
+    yield "+ray_kwargs.ray_init.address=local"  # a cluster that already runs here has no logical devices
     yield f"+ray_kwargs.ray_init.num_gpus={resources.devices}"
-    yield f"ray_kwargs.ray_init.num_cpus={resources.devices + 8}"  # logical too: each process of verl asks for one
+    yield f"ray_kwargs.ray_init.num_cpus={resources.devices + 8}"  # logical too; each process of verl asks for one
     yield "+ray_kwargs.ray_init.include_dashboard=False"

@@ -1,9 +1,9 @@
-"""A platform for verl without accelerators: `VERL_PLATFORM=cpu`, for checks of a whole run on a CPU.
+"""A platform for verl without accelerators, `VERL_PLATFORM=cpu`, to check a whole run on a CPU.
 
-Ray is told that there are GPUs (`+ray_kwargs.ray_init.num_gpus=N`, logical ones), because verl places its workers by
-them. Process groups use gloo. Two names in verl are replaced: the function that would ask torch for the backends
+Ray is told that there are GPUs (logical ones, `+ray_kwargs.ray_init.num_gpus=N`), because verl uses them to place its
+workers. Process groups use gloo. Two names in verl are replaced: the function that would ask torch for the backends
 `cpu:gloo,cpu:gloo`, which torch refuses because the device is named twice; and, in the FSDP engine, the policy that
-moves a reference model's weights to pinned memory, which torch has only beside an accelerator.
+moves a reference model's weights to pinned memory, which torch offers only with an accelerator.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl.utils import distributed
 
 
 def device_namespace() -> ModuleType:
-    """`torch.cpu` with what verl calls on `torch.cuda`: memory counters read 0, and devices need not be chosen."""
+    """`torch.cpu` with the functions that verl calls on `torch.cuda`: memory counters are 0, others do nothing."""
     namespace = ModuleType("roundoff_cpu")
     namespace.__dict__.update({name: getattr(torch.cpu, name) for name in dir(torch.cpu) if not name.startswith("_")})
     for name in ("empty_cache", "ipc_collect", "reset_peak_memory_stats", "set_device", "synchronize"):
@@ -39,7 +39,7 @@ def device_namespace() -> ModuleType:
 
 
 def _nothing(*_: Any) -> None:
-    """Of a device's bookkeeping a CPU has none."""
+    """Stand for functions that manage a device, which a CPU does not need."""
 
 
 def _zero(*_: Any) -> int:
@@ -47,7 +47,7 @@ def _zero(*_: Any) -> int:
 
 
 def _name(*_: Any) -> str:
-    return "CPU"  # as verl's table of devices calls it
+    return "CPU"  # the name in verl's table of devices
 
 
 def _no_memory(*_: Any) -> tuple[int, int]:
@@ -65,86 +65,86 @@ class CpuPlatform(PlatformBase):  # type: ignore[misc]
 
     @property
     def device_module(self) -> ModuleType:
-        """Stands for `torch.cuda`."""
+        """The namespace that replaces `torch.cuda`."""
         return self._namespace
 
     def is_available(self) -> bool:
-        """Always."""
+        """True: there is always a CPU."""
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Never found by itself: only `VERL_PLATFORM=cpu` chooses it."""
+        """False: verl never chooses it by itself, only with `VERL_PLATFORM=cpu`."""
         return False
 
     def current_device(self) -> Any:
-        """`cpu`: verl passes it to `Tensor.to`, where a number would mean a GPU."""
+        """`cpu`; verl passes this to `Tensor.to`, where a number would mean a GPU."""
         return "cpu"
 
     def device_count(self) -> int:
-        """One."""
+        """Number of devices, which is one."""
         return 1
 
     def set_device(self, device_index: int) -> None:
-        """Nothing to choose."""
+        """Do nothing: there is one device."""
 
     def synchronize(self, device_index: int | None = None) -> None:
-        """Nothing is pending."""
+        """Do nothing: the CPU has no work pending."""
 
     def manual_seed(self, seed: int) -> None:
-        """torch's generator."""
+        """Seed torch's generator."""
         torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> None:
-        """torch's generator."""
+        """Seed torch's generator."""
         torch.manual_seed(seed)
 
     def set_allocator_settings(self, settings: str) -> None:
-        """Nothing to set."""
+        """Do nothing: torch's CPU allocator has no settings."""
 
     def empty_cache(self) -> None:
-        """Nothing to empty."""
+        """Do nothing: there is no cache."""
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
-        """None."""
+        """(None, None): a CPU has no compute capability."""
         return None, None
 
     def communication_backend_name(self) -> str:
-        """gloo."""
+        """Name of torch's backend for process groups on a CPU."""
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
-        """The variable that Ray sets for its resource GPU."""
+        """Name of the variable that Ray sets for its resource GPU."""
         return "CUDA_VISIBLE_DEVICES"
 
     @contextmanager
     def nvtx_range(self, msg: str) -> Iterator[None]:
-        """No ranges are recorded."""
+        """Do nothing: no ranges are recorded."""
         yield
 
     def profiler_start(self) -> None:
-        """No profiler."""
+        """Do nothing: there is no profiler."""
 
     def profiler_stop(self) -> None:
-        """No profiler."""
+        """Do nothing: there is no profiler."""
 
     def ray_resource_name(self) -> str:
-        """Ray's own accelerator resource, given out logically."""
+        """Name of Ray's resource for accelerators, of which the CPU has logical ones."""
         return "GPU"
 
     def ray_noset_envvars(self) -> list[str]:
-        """None."""
+        """No variables."""
         return []
 
     def is_ipc_supported(self) -> bool:
-        """No device memory is shared."""
+        """False: there is no device memory to share."""
         return False
 
     def cudart(self) -> Any:
-        """None."""
+        """None: there is no CUDA runtime."""
 
 
 def register() -> None:
-    """Make `VERL_PLATFORM=cpu` known to verl, and its process groups possible."""
+    """Register `VERL_PLATFORM=cpu` with verl, and make its process groups use gloo once."""
     PlatformRegistry.register(platform="cpu")(CpuPlatform)
     distributed.initialize_global_process_group_ray = functools.partial(
         distributed.initialize_global_process_group_ray, backend="cpu:gloo"
@@ -152,11 +152,11 @@ def register() -> None:
 
 
 def register_engine() -> None:
-    """Keep the weights of a reference model where they are; they lie in the CPU's memory as it is."""
+    """Keep the weights of a reference model where they are, because they are in the CPU's memory already."""
     from verl.workers.engine.fsdp import transformer_impl
 
     transformer_impl.CPUOffloadPolicy = _no_offload
 
 
 def _no_offload(pin_memory: bool = True) -> None:
-    """In the place of FSDP2's policy object: none."""
+    """Stand for FSDP2's policy object; None means no offload."""

@@ -1,7 +1,8 @@
-"""A rollout backend of verl without vLLM: `actor_rollout_ref.rollout.name=roundoff`, for checks on a CPU.
+"""A rollout backend of verl without vLLM, `actor_rollout_ref.rollout.name=roundoff`, for checks on a CPU.
 
-Each replica is one Ray actor with one model on the hardware, sampled by `roundoff.sample`: formats, noise on Linears
-and attention, and row ids are those of the training pass. It is slow next to vLLM and was run on CPUs alone.
+Each replica is one Ray actor with one model on the hardware, from which `roundoff.sample` draws: formats, noise on
+Linears and attention, and row ids are those of the training pass. It is slow compared with vLLM, and has only been run
+on CPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class CpuReplica(RolloutReplica):  # type: ignore[misc]
 
     async def launch_servers(self) -> None:
         """Start the server and wait until its model is on the hardware."""
-        # Not at the top: in the server's process that module comes first, and imports verl, which imports this one.
+        # Imported here, because the server's process imports that module first, which imports verl and so this one.
         from roundoff.plugins.verl.cpu_server import RolloutServer
 
         _check_world_size(self.config)
@@ -53,7 +54,7 @@ class CpuReplica(RolloutReplica):  # type: ignore[misc]
 
 
 class ServerAdapter(BaseRollout):  # type: ignore[misc]
-    """Sends an actor worker's weights to the replica beside it; with one rank a replica each rank has its own."""
+    """Sends an actor worker's weights to the replica beside it; each rank has a replica of its own."""
 
     def __init__(self, config: Any, model_config: Any, device_mesh: Any, **_: Any) -> None:
         super().__init__(config, model_config, device_mesh)
@@ -62,10 +63,10 @@ class ServerAdapter(BaseRollout):  # type: ignore[misc]
         self.is_leader_rank = True
 
     async def resume(self, tags: list[str]) -> None:
-        """Nothing was released."""
+        """Do nothing: no memory was released."""
 
     async def release(self) -> None:
-        """Weights stay."""
+        """Do nothing: the weights stay in memory."""
 
     @torch.no_grad()
     async def update_weights(
@@ -79,7 +80,7 @@ class ServerAdapter(BaseRollout):  # type: ignore[misc]
         """Send every weight; the server refuses them if one is missing or unknown.
 
         Raises:
-            ConfigError: under LoRA, which this rollout does not have.
+            ConfigError: under LoRA, which this rollout does not support.
         """
         if peft_config is not None or wire_format != "named_tensors":
             raise ConfigError("actor_rollout_ref.rollout.name=roundoff takes whole weights: no LoRA, no deltas")
@@ -101,6 +102,6 @@ def _load_replica() -> type[RolloutReplica]:
 
 
 def register() -> None:
-    """Make the backend known to verl."""
+    """Register the backend with verl."""
     RolloutReplicaRegistry.register(NAME, _load_replica)
     base._ROLLOUT_REGISTRY[(NAME, "async")] = f"{__name__}.{ServerAdapter.__name__}"

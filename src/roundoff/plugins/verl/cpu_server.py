@@ -1,4 +1,4 @@
-"""The process that samples rollouts for verl on a CPU: one model on the hardware, batches of waiting requests."""
+"""The process that samples rollouts for verl on a CPU: one model on the hardware, which decodes requests in batches."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from roundoff.plugins.verl.settings import PluginSettings, from_environment
 from roundoff.sampling.sampler import sample
 
 GATHER_SECONDS = 0.05
-"""How long the first waiting request waits for others to be decoded with."""
+"""How long the first request of a batch waits for others (s)."""
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen; requests that agree on it are decoded together."""
+    """How tokens are chosen; requests that agree on this are decoded together."""
 
     temperature: float
     top_p: float
@@ -38,7 +38,7 @@ class Sampling(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One rollout that verl waits for."""
+    """One rollout that verl is waiting for."""
 
     prompt: list[int]
     sampling: Sampling
@@ -46,7 +46,7 @@ class Request:
 
 
 class RolloutServer:
-    """A rollout replica; verl calls it as it calls its vLLM server, one rollout a request."""
+    """A rollout replica, which verl calls like its vLLM server: one request a rollout."""
 
     def __init__(self, model: str, dtype: str, replica_rank: int, response_length: int) -> None:
         settings = from_environment(os.environ)
@@ -69,16 +69,18 @@ class RolloutServer:
         self.answered: Counter[str] = Counter()
         self.waiting: list[Request] = []
         self.gathering: asyncio.Task[None] | None = None
-        self.worker = ThreadPoolExecutor(max_workers=1)  # the model is used by one thing at a time, in order
+        self.worker = ThreadPoolExecutor(
+            max_workers=1
+        )  # one thread, so that uses of the model follow one another in order
 
     async def address(self) -> str:
-        """A name that is unique among replicas; nothing listens there."""
+        """A name that is unique among replicas; there is no socket behind it."""
         return f"roundoff:{self.replica_rank}"
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
-        """One rollout of a prompt."""
+        """Sample one rollout of a prompt."""
         limit = sampling_params.get("max_tokens") or sampling_params.get("max_new_tokens") or self.response_length
         sampling = Sampling(
             temperature=float(sampling_params.get("temperature", 1.0)),
@@ -93,7 +95,7 @@ class RolloutServer:
         return await request.answer
 
     async def _decode_waiting(self) -> None:
-        """Decode what waits, until nothing does."""
+        """Decode batches until no request is waiting."""
         await asyncio.sleep(GATHER_SECONDS)
         while self.waiting:
             sampling = self.waiting[0].sampling
@@ -101,7 +103,7 @@ class RolloutServer:
             self.waiting = [request for request in self.waiting if request.sampling != sampling]
             try:
                 outputs = await self._in_worker(self._decode, [r.prompt for r in batch], sampling)
-            except Exception as error:  # handed to those who wait, else verl would wait for ever
+            except Exception as error:  # passed on to the requests, for which verl would otherwise wait for ever
                 for request in batch:
                     request.answer.set_exception(error)
                 continue
@@ -144,10 +146,10 @@ class RolloutServer:
         return outputs
 
     async def update_weights(self, state: dict[str, Tensor], global_steps: int | None) -> None:
-        """Take over the actor's weights, and draw AQN's noise for the rollouts to come.
+        """Copy the actor's weights into the model, and draw AQN's noise for the next rollouts.
 
         Raises:
-            ConfigError: if the names are not exactly those of this model.
+            ConfigError: if names or shapes are not exactly those of this model.
         """
         await self._in_worker(self._write, state)
         self.global_steps = global_steps if global_steps is not None else self.global_steps
@@ -164,11 +166,11 @@ class RolloutServer:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """A method by name, as vLLM's server offers it for its workers."""
+        """Call a method by name, as vLLM's server does in its workers."""
         return await self._in_worker(getattr(self, method), *args)
 
     def roundoff_announce(self, step: int, sigma: float) -> None:
-        """What the next sync is for."""
+        """Note the step and sigma that the next sync is for."""
         self.switch.announce(step, sigma)
 
     def roundoff_evaluation(self, on: bool) -> None:
@@ -176,7 +178,7 @@ class RolloutServer:
         self.switch.evaluation(on)
 
     def roundoff_report(self, fingerprint: str) -> dict[str, Any]:
-        """What this process computes on, which weights it was sent, and what it answered."""
+        """The hardware of this process, the weights it received, and what it has answered."""
         return {
             "replica": self.replica_rank,
             "pid": os.getpid(),
@@ -191,22 +193,22 @@ class RolloutServer:
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *arguments)
 
     async def clear_kv_cache(self) -> None:
-        """No keys and values outlive a batch."""
+        """Do nothing: no cache outlives a batch."""
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """The model never sleeps."""
+        """Do nothing: the model never sleeps."""
 
     async def sleep(self) -> None:
-        """The model stays in memory."""
+        """Do nothing: the model stays in memory."""
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
-        """Nothing is aborted: batches are short."""
+        """Do nothing: batches are short."""
 
     async def resume_generation(self) -> None:
-        """Nothing was stopped."""
+        """Do nothing: generation was not stopped."""
 
     async def set_global_steps(self, global_steps: int) -> None:
-        """The version of the weights."""
+        """Note the version of the weights, which every answer carries."""
         self.global_steps = global_steps
 
 

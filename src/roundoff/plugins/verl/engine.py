@@ -1,14 +1,14 @@
-"""verl's FSDP engine with the hardware installed before the model is sharded.
+"""verl's FSDP engine, with the hardware installed before the model is sharded.
 
-One engine is the actor, another (`forward_only`) the reference; both compute on the same hardware. Noise is keyed by
-(seed, "update", step, row id), so a pass can be repeated: with `ratio = "replayed"` old, reference and new
-log-probabilities see the same draws, and the importance ratio is 1 before the first update; with `"recomputed"` the
-passes without gradient have draws of their own. The draw stays open over the backward pass, in which gradient
+One engine is the actor, and another (`forward_only`) the reference; both compute on the same hardware. Noise is keyed
+by (seed, "update", step, row id), so that a pass can be repeated. With `ratio = "replayed"` the old, reference and new
+log-probabilities see the same draws, and the importance ratio is 1 before the first update. With `"recomputed"` the
+passes without gradient have draws of their own. The draw stays in force during the backward pass, in which gradient
 checkpointing computes the forward pass again.
 
-`Q(W)` is refreshed after each optimizer step and each loaded checkpoint: FSDP writes gathered weights without counting
-it as a change, so the counter that `HardwareLinear` looks at cannot be relied on here. The price is memory: each rank
-holds `Q(W)` of the whole model (2 bytes a parameter in bfloat16), whatever FSDP shards.
+`Q(W)` is refreshed after each optimizer step and each loaded checkpoint. FSDP writes gathered weights without counting
+a change, so the version counter on which `HardwareLinear` relies elsewhere says nothing here. This costs memory: each
+rank holds `Q(W)` of the whole model (2 bytes a parameter in bfloat16), whatever FSDP shards.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     @property
     def roundoff_role(self) -> str:
-        """`reference` for an engine that never trains, else `actor`."""
+        """`reference` for an engine that never trains, and `actor` for the other."""
         return "reference" if self.engine_config.forward_only else "actor"
 
     def roundoff_report(self) -> dict[str, Any]:
-        """What this engine computes on, for the trainer to check and record."""
+        """The hardware that this engine computes on, which the trainer checks and records."""
         hardware = self._hardware
         return {
             "role": self.roundoff_role,
@@ -73,16 +73,16 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         }
 
     def _check(self, settings: PluginSettings) -> None:
-        """Refuse configurations under which the simulation would not be what the settings say."""
+        """Refuse configurations under which the engine would compute something else than the settings say."""
         noise = settings.hardware.matmul_noise
         refused = {
             "actor_rollout_ref.actor.fsdp_config.qat.enable=True (verl's own quantization)": self._qat_enabled,
             "ulysses_sequence_parallel_size > 1": self.use_ulysses_sp,
             "pad_to_length=True": self.pad_to_length,
         }
-        for what, found in refused.items():
-            if found:
-                raise ConfigError(f"roundoff's hardware cannot be simulated with {what}: leave it at its default")
+        for setting, is_set in refused.items():
+            if is_set:
+                raise ConfigError(f"roundoff's hardware cannot be simulated with {setting}: leave it at its default")
         if noise.relative_std and noise.attention and self.use_remove_padding:
             raise ConfigError(
                 "hardware.matmul_noise.attention = true needs whole sequences: set "
@@ -90,14 +90,14 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             )
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
-        """verl's loop over micro-batches; the draw of the last one is closed behind it."""
+        """Run verl's loop over micro-batches, and end the draw of the last one after it."""
         try:
             return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         finally:
             self._noise.close()
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:
-        """verl's forward pass under the noise of this step; the draw stays open for the backward pass."""
+        """Run verl's forward pass with the noise of this step; the draw stays in force for the backward pass."""
         self._noise.close()
         if self._hardware is not None:
             key = self._key(tu.get_non_tensor_data(data=micro_batch, key=STEP, default=None), forward_only)
@@ -117,13 +117,13 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         return key.fold("old") if forward_only and self._settings.ratio == "recomputed" else key
 
     def optimizer_step(self) -> float:
-        """verl's optimizer step; weights are quantized again after it."""
+        """Take verl's optimizer step, and quantize the weights again."""
         norm: float = super().optimizer_step()
         self._refresh()
         return norm
 
     def load_checkpoint(self, *args: Any, **options: Any) -> None:
-        """verl's; weights are quantized again after it."""
+        """Load a checkpoint as verl does, and quantize the weights again."""
         super().load_checkpoint(*args, **options)
         self._refresh()
 
@@ -133,20 +133,23 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
 
 def engine_reports(worker: Any) -> list[dict[str, Any]]:
-    """`roundoff_report` of each engine of a verl worker (run inside it); an engine of another kind says so instead."""
-    found = []
+    """The report of each engine of a verl worker, in whose process this runs.
+
+    For an engine that is not roundoff's, the report names its class, and its fingerprint is None.
+    """
+    reports = []
     for inner in getattr(worker, "worker_dict", {"": worker}).values():
         for role in ("actor", "ref"):
             engine = getattr(getattr(inner, role, None), "engine", None)
             if isinstance(engine, RoundoffEngine):
-                found.append(engine.roundoff_report())
+                reports.append(engine.roundoff_report())
             elif engine is not None:
-                found.append({"role": role, "fingerprint": None, "engine": type(engine).__name__})
-    return found
+                reports.append({"role": role, "fingerprint": None, "engine": type(engine).__name__})
+    return reports
 
 
 def register(device: str, vendor: str) -> None:
-    """Make verl build this engine for language models on the device (vendor keys go before verl's own)."""
+    """Make verl build this engine for language models on a device; with a vendor's name it precedes verl's own."""
     for backend in ("fsdp", "fsdp2"):
         EngineRegistry.register(model_type="language_model", backend=backend, device=device, vendor=vendor)(
             RoundoffEngine

@@ -1,7 +1,7 @@
-"""Importing this module activates the plugin; verl's plugin mechanism is an import, so there is no other way.
+"""Importing this module activates the plugin, because verl loads plugins by importing them.
 
-`VERL_USE_EXTERNAL_MODULES=roundoff.plugins.verl.entry` makes verl import it in every process at `import verl`,
-and passes its errors on. Where no variable asks for hardware, nothing is done.
+With `VERL_USE_EXTERNAL_MODULES=roundoff.plugins.verl.entry` verl imports it in every process at `import verl`, and
+passes its errors on. If no variable asks for hardware, it does nothing.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from roundoff.plugins.verl.settings import PLATFORM, VERL_VERSION, forwarded, fr
 
 
 def activate() -> bool:
-    """Register platform, rollout, engine and trainer with verl, as the environment asks; whether anything was.
+    """Register platform, rollout, engine and trainer with verl, if the environment asks for it.
+
+    Returns:
+        Whether anything was registered.
 
     Raises:
-        ConfigError: if the settings are wrong, or verl is of another version than the plugin was written for.
+        ConfigError: if the settings are wrong, or if the plugin was written for another version of verl.
     """
     settings = from_environment(os.environ)
     on_cpu = os.environ.get(PLATFORM, "").strip().lower() == "cpu"
@@ -27,7 +30,9 @@ def activate() -> bool:
     import verl
 
     if verl.__version__ != VERL_VERSION:
-        raise ConfigError(f"roundoff's plugin is for verl {VERL_VERSION}, but {verl.__version__} is installed")
+        raise ConfigError(
+            f"roundoff's plugin is for verl {VERL_VERSION}, but {verl.__version__} is installed: install that one"
+        )
     if on_cpu:
         from roundoff.plugins.verl import cpu_platform
 
@@ -39,7 +44,7 @@ def activate() -> bool:
     platform = get_platform()
     engine.register(platform.device_name, platform.vendor_name)
     trainer.register()
-    assert plain_prompts.NAME  # its import has registered it
+    assert plain_prompts.NAME  # importing the module has registered it
     if on_cpu:
         from roundoff.plugins.verl import cpu_rollout
 
@@ -50,9 +55,9 @@ def activate() -> bool:
 
 
 def _forward_variables() -> None:
-    """Let verl's driver give the plugin's variables to every process, also where Ray was started before this shell.
+    """Make verl's driver pass the plugin's variables to every process, even if Ray was started before this shell.
 
-    Processes of such a cluster have the environment of `ray start`, and would go on without any hardware.
+    Processes of such a cluster have the environment of `ray start`, and would run without any hardware.
     """
     from verl.trainer import constants_ppo
 
@@ -61,8 +66,10 @@ def _forward_variables() -> None:
     def with_variables(config: Any = None) -> dict[str, Any]:
         environment: dict[str, Any] = plain(config)
         job = json.loads(os.environ.get(constants_ppo.RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
-        given = (job.get("runtime_env") or {}).get("env_vars") or {}  # every process has these; Ray refuses them twice
-        ours = {name: value for name, value in forwarded(os.environ).items() if name not in given}
+        of_job = (job.get("runtime_env") or {}).get(
+            "env_vars"
+        ) or {}  # all processes have these; Ray refuses them twice
+        ours = {name: value for name, value in forwarded(os.environ).items() if name not in of_job}
         environment.setdefault("env_vars", {}).update(ours)
         return environment
 
@@ -70,4 +77,4 @@ def _forward_variables() -> None:
 
 
 ACTIVE = activate()
-"""Whether this process has the plugin in force."""
+"""Whether the plugin is active in this process."""

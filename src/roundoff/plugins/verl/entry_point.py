@@ -1,6 +1,6 @@
-"""What the entry point `verl.plugins` names: the plugin for launch scripts that set no VERL_USE_EXTERNAL_MODULES.
+"""The module that the entry point `verl.plugins` names, for launch scripts that set no VERL_USE_EXTERNAL_MODULES.
 
-verl swallows the errors of entry points and would go on without hardware, so here they end the process.
+verl swallows the errors of entry points and would run without hardware, so this module ends the process on an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import traceback
 
 try:
     from roundoff.plugins.verl import entry
-except Exception as error:  # verl would swallow whatever it is
+except Exception as error:  # of any kind: verl would swallow it
     traceback.print_exc()
     print(f"roundoff: the plugin for verl could not be activated: {error}", file=sys.stderr)
     raise SystemExit(3) from error

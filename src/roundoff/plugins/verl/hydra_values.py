@@ -1,9 +1,9 @@
-"""Values as Hydra's override grammar and OmegaConf read them, so that verl sees what was written and nothing else.
+"""Values in the grammars of Hydra's overrides and OmegaConf, so that verl receives exactly what was written.
 
-Two grammars lie between the command and verl. Hydra takes a quoted string apart: a backslash counts only before the
-quotation mark or at the end, and is an ordinary character elsewhere (hydra-ecosystem/hydra#1600). OmegaConf then
-replaces `${...}` wherever the string is read. verl reads some settings resolved and hands others on as they are, so
-JSON, which can spell any character otherwise, avoids both.
+Two grammars lie between the command and verl. Hydra parses a quoted string: a backslash is an escape only before a
+quotation mark or at the end, and an ordinary character elsewhere (hydra-ecosystem/hydra#1600). OmegaConf then replaces
+`${...}` whenever the string is read. verl reads some settings resolved and passes others on as they are. JSON can spell
+any character in another way, so it avoids both problems.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from roundoff.config import ConfigError
 
 MISSING = "???"
-"""What OmegaConf takes for a value that is still to be set; there is no way to write it as a string."""
+"""Text that means a missing value to OmegaConf, and cannot be written as a string."""
 _PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*")
 _WORDS = ("true", "false", "null", "nan", "inf")
-"""Words that are no strings without quotation marks."""
+"""Words that Hydra reads as strings only inside quotation marks."""
 
 
 def number(value: float) -> str:
-    """A number with all its digits, which read back as the same number."""
+    """A number with all its digits, so that it is read back as the same number."""
     return repr(value)
 
 
 def quoted(text: str) -> str:
-    """A string as a value of a Hydra override, which arrives as it is, whatever characters it holds.
+    """A string as the value of a Hydra override, which verl receives unchanged, whatever characters it holds.
 
     Raises:
-        ConfigError: if the string has no way through: `???`, or one with a null character or half a surrogate pair.
+        ConfigError: if no value can express the string: `???`, or one with a null character or half a surrogate pair.
     """
     if text == MISSING:
         raise ConfigError(f"{text!r} cannot be handed to verl: OmegaConf takes it for a value that is missing")
@@ -38,20 +38,20 @@ def quoted(text: str) -> str:
         raise ConfigError(f"{text!r} cannot be handed to verl: it holds a character that no command line can carry")
     if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
         return text
-    # Backslashes before `${` are read in pairs by OmegaConf, and one more makes the `${` an ordinary text.
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    # OmegaConf reads backslashes before `${` in pairs, and one more makes the `${` ordinary text.
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", text)
     mark = "'" if '"' in text else '"'
-    # Backslashes before a quotation mark, the closing one included, are read in pairs by Hydra.
-    inner = re.sub(rf"(\\*){mark}", lambda found: found[1] * 2 + "\\" + mark, text)
+    # Hydra reads backslashes before a quotation mark, including the closing one, in pairs.
+    inner = re.sub(rf"(\\*){mark}", lambda match: match[1] * 2 + "\\" + mark, text)
     tail = len(inner) - len(inner.rstrip("\\"))
     return mark + inner + "\\" * tail + mark
 
 
 def quoted_json(content: Any) -> str:
-    """JSON as a value of a Hydra override, which arrives as JSON of the same content, resolved by OmegaConf or not.
+    """JSON as the value of a Hydra override; it has the same content whether OmegaConf resolves it or not.
 
     Raises:
-        ConfigError: if the content is none that JSON can hold.
+        ConfigError: if JSON cannot hold the content.
     """
     try:
         text = json.dumps(content)

@@ -10,9 +10,12 @@ from roundoff.tasks import Problem, Task
 
 
 def write_problems(task: Task, directory: Path, *, conversations: bool = True) -> tuple[Path, Path]:
-    """Paths of `train.parquet` and `val.parquet`, written into `directory`.
+    """Write `train.parquet` and `val.parquet` into `directory`; returns their paths.
 
-    Without `conversations` each problem is its plain prompt, for a model that is asked without a chat template.
+    Args:
+        task: the task whose problems to write.
+        directory: it is made if it does not exist.
+        conversations: whether to write a problem's messages, for a chat template; otherwise its plain prompt.
 
     Raises:
         ConfigError: if pyarrow is not installed.
@@ -41,7 +44,7 @@ def _rows(source: str, split: str, problems: Sequence[Problem], conversations: b
 
 
 def _conversation(problem: Problem, conversations: bool) -> list[dict[str, str]]:
-    """The turns that verl puts through the model's chat template."""
+    """The messages to which verl applies the model's chat template."""
     if problem.messages and conversations:
         return [{"role": message.role, "content": message.content} for message in problem.messages]
     return [{"role": "user", "content": problem.prompt}]

@@ -1,7 +1,8 @@
-"""Prompts taken as they are, for models without a chat format: `rollout.agent.default_agent_loop=roundoff_plain`.
+"""An agent loop for models without a chat format: `rollout.agent.default_agent_loop=roundoff_plain`.
 
-verl infers from `model_type` that a Qwen2 model speaks Qwen's chat format and checks its tokenizer for it; the embedded
-model, a Qwen2 with a tokenizer of digits, does not. Here the format is only what the chat template says.
+verl concludes from `model_type` that a Qwen2 model uses Qwen's chat format, and checks its tokenizer for it. The
+embedded model is a Qwen2 whose tokenizer knows little more than digits, and does not use it. Here the chat template
+alone decides the format.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAME = "roundoff_plain"
 
 @register(NAME)
 class PlainAgentLoop(SingleTurnAgentLoop):  # type: ignore[misc]
-    """verl's single-turn loop, whatever the model's family."""
+    """verl's single-turn loop, without its assumptions about the model's family."""
 
     def __init__(self, *args: Any, hf_model_type: str | None = None, **options: Any) -> None:
         super().__init__(*args, hf_model_type=None, **options)

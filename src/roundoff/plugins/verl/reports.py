@@ -1,4 +1,4 @@
-"""Whether every process of a verl run computes on the same hardware, from what the processes report."""
+"""A check that every process of a verl run computes on the same hardware, from what the processes report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from roundoff.plugins.verl.settings import PluginSettings
 
 
 def check_reports(reports: dict[str, list[Any]], settings: PluginSettings) -> None:
-    """Raise unless every process computes on the hardware of these settings.
+    """Check that every process computes on the hardware of these settings.
 
-    `reports["engines"]` holds a list of engine reports for each worker, `reports["rollouts"]` one report for each
-    rollout server. Servers that do not report (None: vLLM's) have compared the fingerprint themselves and raised.
+    Args:
+        reports: under `engines` a list of engine reports for each worker, and under `rollouts` one report for each
+            rollout server. vLLM's servers give None, because they compare the fingerprint themselves.
+        settings: those of the trainer.
 
     Raises:
-        ConfigError: naming the processes that do not, and what to do.
+        ConfigError: naming the processes that do not, and saying what to do.
     """
     wrong = [f"worker {n} has no engine" for n, engines in enumerate(reports["engines"]) if not engines]
     for n, engines in enumerate(reports["engines"]):

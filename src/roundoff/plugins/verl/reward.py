@@ -1,4 +1,4 @@
-"""Rewards for verl by roundoff's tasks: `reward.custom_reward_function.path=pkg://roundoff.plugins.verl.reward`."""
+"""Rewards of roundoff's tasks for verl: `reward.custom_reward_function.path=pkg://roundoff.plugins.verl.reward`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from roundoff.tasks.score import checked_reward
 logger = logging.getLogger(__name__)
 
 BY_ANSWER = ("arithmetic", "gsm8k")
-"""Tasks whose reward depends on nothing of a problem but its answer, so that files without ids will do."""
+"""Tasks whose reward depends on a problem's answer alone, so that data without ids can be used."""
 
 
 def compute_score(
@@ -27,12 +27,17 @@ def compute_score(
     task: str = "",
     settings: str = "{}",
 ) -> float:
-    """1.0 where the response ends in the right answer, else 0.0, as the task judges it.
+    """The task's reward of a response: 1.0 if it ends in the right answer, else 0.0.
 
-    Where the reward cannot be computed, it is 0.0, and a warning says why: verl has no place to count it.
+    A reward that cannot be computed counts as 0.0, and a warning says why, because verl has no place to count it.
 
-    `task` and `settings` (JSON) come from `reward.custom_reward_function.reward_kwargs`; `extra_info["id"]` is the
-    problem's, as `roundoff verl-config --write-data` writes it; `data_source` is verl's and plays no part.
+    Args:
+        data_source: verl's name of the data, which is ignored.
+        solution_str: the response.
+        ground_truth: the answer.
+        extra_info: under `id` the problem's id, as `roundoff verl-config --write-data` writes it.
+        task: name of the task, from `reward.custom_reward_function.reward_kwargs`.
+        settings: its settings (JSON), from there too.
 
     Raises:
         ConfigError: if the task has no such problem.
@@ -48,23 +53,23 @@ def compute_score(
 
 @dataclass(frozen=True)
 class _Judge:
-    """A task and its problems."""
+    """A task, and its problems by id and by answer."""
 
     task: Task
     by_id: Mapping[str, Problem]
     by_answer: Mapping[str, Problem]
 
     def problem(self, answer: str, identity: str | None) -> Problem:
-        """The problem of an id, or, where answers are enough, one with this answer."""
-        found = self.by_id.get(identity) if identity is not None else None
+        """The problem with this id; without an id, one with this answer if the task needs no more."""
+        match = self.by_id.get(identity) if identity is not None else None
         if identity is None and self.task.name in BY_ANSWER:
-            found = self.by_answer.get(_plain(answer))
-        if found is None or _plain(found.answer) != _plain(answer):
+            match = self.by_answer.get(_plain(answer))
+        if match is None or _plain(match.answer) != _plain(answer):
             raise ConfigError(
                 f"task {self.task.name!r} has no problem with extra_info.id {identity!r} and the answer "
                 f"{answer[:40]!r}: write verl's files by `roundoff verl-config --write-data`, with the same task"
             )
-        return found
+        return match
 
 
 def _plain(answer: str) -> str:

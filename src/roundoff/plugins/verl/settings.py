@@ -1,19 +1,19 @@
-"""What the plugin is told, in environment variables: the one place of roundoff that reads any.
+"""The plugin's settings, which it reads from environment variables; nothing else in roundoff reads any.
 
-`ROUNDOFF_VERL_SETTINGS` holds the settings as JSON; `roundoff verl-config` writes it. Without it the variables of
-older launch scripts count, with these meanings:
+`ROUNDOFF_VERL_SETTINGS` holds the settings as JSON, as `roundoff verl-config` writes it. Without it, the variables of
+older launch scripts are read, with these meanings:
 
 | variable | meaning here |
 |---|---|
-| `VERL_NOISY_OPS_ENABLED` | `1`, `true` or `yes`: the others below count; else none does |
-| `VERL_NOISY_OPS_SCALE` | `matmul_noise.relative_std` (fraction); 1e-4 if unset, as it was there |
-| `VERL_NOISY_OPS_TYPE` | must be `relative_gaussian` (the default): roundoff has no other noise |
+| `VERL_NOISY_OPS_ENABLED` | `1`, `true` or `yes`: the variables below are read; otherwise none of them is |
+| `VERL_NOISY_OPS_SCALE` | `matmul_noise.relative_std` (fraction); 1e-4 if unset, as in those scripts |
+| `VERL_NOISY_OPS_TYPE` | must be `relative_gaussian` (the default), because roundoff has no other noise |
 | `VERL_NOISY_OPS_FORWARD_ONLY` | true: `matmul_noise.backward = false` |
-| `VERL_NOISY_OPS_ALL_OPS` | true: `matmul_noise.attention = true`, so QK^T and PV too; else Linear products alone |
+| `VERL_NOISY_OPS_ALL_OPS` | true: `matmul_noise.attention = true`, so QK^T and PV too; else Linear products only |
 
-There, `ALL_OPS` also perturbed softmax, activations and norms. These are no matrix products and have no noise here,
-which the plugin says in a warning. The importance ratio is `recomputed`, as it was there. Any other variable that
-begins with `VERL_NOISY_OPS_` is an error, because ignoring it would change what a script means.
+For those scripts `ALL_OPS` also perturbed softmax, activations and norms. These are no matrix products and have no
+noise here, which the plugin says in a warning. The importance ratio is `recomputed`, as in those scripts. Any other
+variable that begins with `VERL_NOISY_OPS_` is an error, because ignoring it would change the meaning of a script.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ VARIABLE = "ROUNDOFF_VERL_SETTINGS"
 PREFIX = "VERL_NOISY_OPS_"
 KNOWN = tuple(PREFIX + name for name in ("ENABLED", "SCALE", "TYPE", "FORWARD_ONLY", "ALL_OPS"))
 MODULES = "VERL_USE_EXTERNAL_MODULES"
-"""verl's variable of modules to import in every process; their errors are passed on."""
+"""verl's variable for modules to import in every process; verl passes their errors on."""
 ENTRY = "roundoff.plugins.verl.entry"
 PLATFORM = "VERL_PLATFORM"
-"""verl's variable of the kind of device."""
+"""verl's variable for the kind of device."""
 VERL_VERSION = "0.9.1"
 """The version whose extension points and private names the plugin was written for."""
 
@@ -43,29 +43,29 @@ _TRUE, _FALSE = ("1", "true", "yes"), ("", "0", "false", "no")
 
 
 class PluginSettings(Settings):
-    """What one verl run computes on, in every process of it."""
+    """What one verl run computes on, in every one of its processes."""
 
     experiment: str = ""
-    """Id of the experiment, for people to read."""
+    """Id of the experiment, for display only."""
     hardware: Hardware
     aqn: AQN | None = None
     multipliers: dict[int, float] | None = None
-    """Factors on AQN's sigma by decoder layer, from a scan; None: every layer has the same sigma."""
+    """Factors on AQN's sigma by decoder layer, from a scan; None: 1 in every layer."""
     ratio: Literal["replayed", "recomputed"] = "replayed"
     """Whether old and new log-probabilities see the same noise draws (see `Algorithm.ratio`)."""
     oversampling: Count = 1
-    """Prompts that an epoch counts for each one trained on (see `Algorithm.oversampling`)."""
+    """Prompts drawn for each one that is trained on, which shortens an epoch (see `Algorithm.oversampling`)."""
     seed: int = 0
-    """Of the noise, of the faults and of AQN."""
+    """Seed of the noise, of the faults and of AQN."""
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over every setting: processes that agree on it compute on the same hardware."""
+        """Sixteen hex digits of a hash of all settings; processes with the same fingerprint have the same hardware."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
 
 
 def from_environment(environment: Mapping[str, str]) -> PluginSettings | None:
-    """The settings in force in a process with these environment variables; None where nothing was asked for.
+    """The settings that these environment variables hold; None if they ask for nothing.
 
     Raises:
         ConfigError: if a variable cannot be understood, or two of them contradict each other.
@@ -94,20 +94,20 @@ def from_environment(environment: Mapping[str, str]) -> PluginSettings | None:
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that every process of a run must have, where one with these variables starts it.
+    """The variables that every process must have, if a process with this environment starts the run.
 
-    The plugin's entry is among them, so that a process on a node without roundoff fails instead of going on without.
+    The plugin's entry is among them, so that a process on a node without roundoff fails instead of running without it.
     """
-    found = {name: environment[name] for name in (*KNOWN, VARIABLE, PLATFORM) if name in environment}
+    variables = {name: environment[name] for name in (*KNOWN, VARIABLE, PLATFORM) if name in environment}
     modules = [name for name in environment.get(MODULES, "").split(",") if name]
-    return found | {MODULES: ",".join(modules if ENTRY in modules else [*modules, ENTRY])}
+    return variables | {MODULES: ",".join(modules if ENTRY in modules else [*modules, ENTRY])}
 
 
 def check(settings: PluginSettings) -> PluginSettings:
-    """The same settings, if the plugin can carry them out.
+    """The settings themselves, after checking that the plugin can carry them out.
 
     Raises:
-        ConfigError: if a setting needs a scan that is not there, or cannot be carried out at all.
+        ConfigError: if a setting needs a scan that was not given, or is not supported.
     """
     keep, aqn = settings.hardware.precision.keep, settings.aqn
     if isinstance(keep, str):

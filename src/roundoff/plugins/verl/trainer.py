@@ -1,14 +1,15 @@
-"""verl's synchronous trainer, which checks that the hardware is everywhere and tells rollouts about AQN.
+"""verl's synchronous trainer, which also checks that every process has the hardware, and tells rollouts about AQN.
 
 - Before the first weights are sent, every actor, reference and rollout process must report that it computes on the
-  hardware of this run's settings. One that does not stops the run: nothing goes on without its hardware.
-- Each weight sync is announced with the step whose rollouts it is for, counted from 1, and AQN's sigma there. verl
-  syncs once before the first step and once after each; the last sync precedes no rollouts and is silent.
-- An evaluation, the one before training included, is announced too: rollout processes take the noise off for it.
+  hardware of this run's settings. A process that does not ends the run, so that none computes without its hardware.
+- Each weight sync is announced with the step whose rollouts it is for, counted from 1, and with AQN's sigma in that
+  step. verl syncs once before the first step and once after each step; after the last sync there are no rollouts, and
+  its sigma is 0.
+- Each evaluation, including the one before training, is announced too, and rollout processes remove the noise for it.
 - Each batch carries its step to the engines, which key their noise by it.
 - A rollout or a reward that raises ends the run.
 
-What the processes report is kept in `roundoff.json` in `trainer.default_local_dir`.
+The reports of all processes are written to `roundoff.json` in `trainer.default_local_dir`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from roundoff.plugins.verl.reports import check_reports
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
 
 MODE = "roundoff"
-"""Name of the trainer: `trainer.v1.trainer_mode=roundoff`, which verl without the plugin does not know."""
+"""Name of the trainer in `trainer.v1.trainer_mode`; verl without the plugin does not know it and stops."""
 
 
 class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
-    """The synchronous trainer of verl on simulated hardware, with AQN."""
+    """verl's synchronous trainer on simulated hardware, with AQN."""
 
     def __init__(self, config: Any) -> None:
         with open_dict(config):
@@ -46,11 +47,11 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         super().__init__(config)
 
     def _build_replay_buffer(self) -> Any:
-        """verl's, but an error in a rollout or a reward ends the run.
+        """Build verl's buffer, but end the run if a rollout or a reward raises an error.
 
-        verl logs it, trains on the rest of the batch (the missing rollouts are padding), and averages the score of an
-        evaluation over what is left. With `trainer.v1.sampler.sync_refill_failed_groups=True` it replaces such groups
-        in training, and that is taken as the wish to go on.
+        verl would log it, train on the rest of the batch (the missing rollouts are padding), and average the score of
+        an evaluation over what is left. With `trainer.v1.sampler.sync_refill_failed_groups=True` it replaces such
+        groups in training; a user who sets that wants the run to go on.
         """
         buffer = super()._build_replay_buffer()
         if not self.config.trainer.v1.sampler.get("sync_refill_failed_groups", False):
@@ -70,7 +71,7 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         return buffer
 
     def _init_dataloader(self) -> None:
-        """verl's; an epoch of an experiment that draws more prompts than it trains on has fewer steps."""
+        """Make verl's data loaders; an epoch has fewer steps if more prompts are drawn than trained on."""
         super()._init_dataloader()
         if self._settings.oversampling == 1:
             return
@@ -86,7 +87,7 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
                 self.config.actor_rollout_ref.actor.optim.total_training_steps = self.total_training_steps
 
     def on_init_end(self) -> None:
-        """Check every process, then send the first weights."""
+        """Check every process, and send the first weights."""
         aqn = self._settings.aqn
         self._sigmas = [] if aqn is None else sigma_curve(self.total_training_steps, self.steps_per_epoch, aqn)
         check_reports(self._collect_reports(), self._settings)
@@ -101,12 +102,12 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         self._record()
 
     def on_validate_begin(self) -> None:
-        """Rollout processes take AQN off."""
+        """Make the rollout processes remove AQN's noise."""
         super().on_validate_begin()
         self._tell_rollouts("roundoff_evaluation", True)
 
     def on_validate_end(self) -> None:
-        """Rollout processes put the same noise on again."""
+        """Make the rollout processes add the same noise again."""
         self._tell_rollouts("roundoff_evaluation", False)
         self._record()
         super().on_validate_end()
@@ -115,11 +116,11 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         self._tell_rollouts("roundoff_announce", self.global_steps + 1, self._sigma(self.global_steps + 1))
 
     def _sigma(self, step: int) -> float:
-        """AQN's sigma for the rollouts of a step (from 1); 0 behind the last step."""
+        """AQN's sigma for the rollouts of a step, counted from 1; 0 after the last step."""
         return self._sigmas[step - 1] if step <= len(self._sigmas) else 0.0
 
     def _consume_sync_metrics(self) -> dict[str, Any]:
-        """verl's metrics of the sync, with the sigma of the rollouts that the step just done was trained on."""
+        """verl's metrics of the sync, and the sigma of the rollouts on which the last step was trained."""
         return {**super()._consume_sync_metrics(), "roundoff/aqn_sigma": self._sigma(self.global_steps)}
 
     def _compute_old_log_prob(self, batch: Any, metrics: Any) -> Any:
@@ -135,11 +136,11 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         return super()._update_actor(batch, metrics=metrics)
 
     def _tell_rollouts(self, method: str, *arguments: Any) -> list[Any]:
-        """Results of a method in every rollout server (vLLM's gives none)."""
+        """Call a method in every rollout server; returns the results, which are None from vLLM's servers."""
         replicas = self.llm_server_manager.get_replicas()
         servers = [server for replica in replicas for server in replica.servers]
         results = ray.get([server.collective_rpc.remote(method, args=arguments) for server in servers])
-        if method == "roundoff_evaluation":  # keys and values computed with other weights must not be used again
+        if method == "roundoff_evaluation":  # cached keys and values were computed with other weights
             ray.get([server.clear_kv_cache.remote() for server in servers])
         return list(results)
 
@@ -160,6 +161,6 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Make verl know this trainer, also under verl's own name `sync`, so that older scripts get the checks too."""
+    """Register this trainer with verl, also under verl's own name `sync`, so that older scripts get the checks too."""
     trainer_base.register_trainer(MODE)(RoundoffTrainer)
     trainer_base.TRAINER_REGISTRY["sync"] = RoundoffTrainer

@@ -1,16 +1,16 @@
-"""The hardware in vLLM's workers. Written from the sources of verl 0.9.1; NEVER RUN, because no GPU was at hand.
+"""The hardware in vLLM's workers. It was written from the sources of verl 0.9.1 and NEVER RUN, for want of a GPU.
 
-verl gives vLLM's worker a base class of ours, `rollout.engine_kwargs.vllm.worker_extension_cls`. It
+With `rollout.engine_kwargs.vllm.worker_extension_cls`, verl gives vLLM's worker a base class from here. It
 
-- quantizes each Linear weight as it arrives, by its Hugging Face name and before vLLM fuses q, k, v or gate, up, so
-  that scales are those of the training pass;
-- puts a method between each of vLLM's Linear layers and its product, which quantizes the input and perturbs the output
-  before the bias is added;
-- draws AQN on the norms after each weight sync, and takes it off for evaluations (`AqnSwitch`).
+- quantizes each Linear weight when it arrives, by its Hugging Face name and before vLLM fuses q, k and v or gate and
+  up, so that scales are those of the training pass;
+- wraps the method by which each of vLLM's Linear layers computes its product, to quantize the input and perturb the
+  output before the bias is added;
+- draws AQN's noise on the norms after each weight sync, and removes it for evaluations (`AqnSwitch`).
 
-What it cannot do, and refuses: noise on attention (it is inside vLLM's kernels), deadzones and faults, experts,
-tensor parallelism (noise belongs on the whole product, not on a rank's part of the sum), compiled graphs, weights that
-vLLM has quantized itself.
+It refuses what it cannot do: noise on attention (which happens inside vLLM's kernels), deadzones and faults, experts,
+tensor parallelism (noise belongs on the whole product, not on one rank's part of the sum), compiled graphs, and weights
+that vLLM itself has quantized.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
@@ -31,21 +32,31 @@ from roundoff.plugins.verl.aqn_switch import AqnSwitch
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""Layers of vLLM that hold several Linears of the Hugging Face model."""
+"""Layers of vLLM that combine several Linears of the Hugging Face model, with the names of these."""
 
 
 @dataclass
 class HardwareMethod:
-    """In the place of a Linear layer's `quant_method`: the same product with quantized input and a noisy output."""
+    """Replacement for a Linear layer's `quant_method`: the same product with quantized input and noisy output."""
 
     inner: Any
+    """vLLM's own method."""
     activation_format: str | None
+    """Format of the input; None: it is not quantized."""
     relative_std: float
+    """Relative standard deviation of the noise on the output (fraction)."""
     key: Key
+    """Key of the layer's noise."""
     calls: int = 0
+    """Products so far, each of which gets a draw of its own."""
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product [..., out] of x [..., in]."""
+    def apply(
+        self,
+        layer: nn.Module,
+        x: Float[Tensor, "*rows in_features"],
+        bias: Float[Tensor, " out_features"] | None = None,
+    ) -> Float[Tensor, "*rows out_features"]:
+        """The layer's output for the input `x`."""
         if self.activation_format is not None:
             x = quantize(x, self.activation_format, tensor_scale="row")
         y: Tensor = self.inner.apply(layer, x, None)
@@ -55,17 +66,17 @@ class HardwareMethod:
         return y if bias is None else y + bias
 
     def __getattr__(self, name: str) -> Any:
-        """Everything else is the layer's own method's."""
+        """All other attributes are those of vLLM's method."""
         return getattr(self.inner, name)
 
 
 class HardwareWorker(vLLMColocateWorkerExtension):  # type: ignore[misc]
-    """What verl's extension of vLLM's worker does, on simulated hardware."""
+    """verl's extension of vLLM's worker, on simulated hardware."""
 
     def _roundoff(self) -> tuple[PluginSettings, AqnSwitch]:
-        """Settings and switch of this worker; the hardware is installed at the first call."""
-        found = self.__dict__.get("_roundoff_state")
-        if found is None:
+        """Settings and switch of this worker; the first call installs the hardware."""
+        state = self.__dict__.get("_roundoff_state")
+        if state is None:
             settings = from_environment(os.environ)
             if settings is None:
                 raise ConfigError("this vLLM worker has no ROUNDOFF_VERL_SETTINGS: forward it to every process")
@@ -76,26 +87,26 @@ class HardwareWorker(vLLMColocateWorkerExtension):  # type: ignore[misc]
                 replica = int(os.environ.get("VERL_REPLICA_RANK", "0"))
                 install_in_vllm(model, settings.hardware, Key.from_seed(settings.seed).fold("vllm rollout", replica))
             switch = AqnSwitch(model, settings.aqn, Key.from_seed(settings.seed), settings.multipliers)
-            found = (settings, switch)
-            self.__dict__["_roundoff_state"] = found
-        return found
+            state = (settings, switch)
+            self.__dict__["_roundoff_state"] = state
+        return state
 
     def update_weights_from_ipc(self, *args: Any, **options: Any) -> None:
-        """verl's, with AQN off the old weights before and on the new ones behind."""
+        """Receive weights as verl does; AQN's noise is removed before, and drawn for the new weights after."""
         _, switch = self._roundoff()
         switch.before_sync()
         super().update_weights_from_ipc(*args, **options)
         switch.after_sync()
 
     def _update_weights(self, weights: list[tuple[str, Tensor]], peft_config: Any, base_sync_done: bool) -> None:
-        """verl's, with base weights quantized on their way; adapters pass as they are."""
+        """Load weights as verl does; base weights are quantized before, while adapters are not."""
         if not (peft_config and base_sync_done):
             hardware = self._roundoff()[0].hardware
             weights = [(name, quantized(name, tensor, hardware)) for name, tensor in weights]
         super()._update_weights(weights, peft_config, base_sync_done)
 
     def roundoff_announce(self, step: int, sigma: float) -> None:
-        """What the next sync is for."""
+        """Note the step and sigma that the next sync is for."""
         self._roundoff()[1].announce(step, sigma)
 
     def roundoff_evaluation(self, on: bool) -> None:
@@ -103,7 +114,7 @@ class HardwareWorker(vLLMColocateWorkerExtension):  # type: ignore[misc]
         self._roundoff()[1].evaluation(on)
 
     def roundoff_report(self, fingerprint: str) -> None:
-        """Compare settings with the trainer's; verl's server gives no result back, so a difference is raised.
+        """Compare this worker's settings with the trainer's; verl's server cannot return a result.
 
         Raises:
             ConfigError: if this worker computes on other hardware.
@@ -113,8 +124,8 @@ class HardwareWorker(vLLMColocateWorkerExtension):  # type: ignore[misc]
             raise ConfigError(f"this vLLM worker has settings {own}, the trainer {fingerprint}")
 
 
-def quantized(name: str, tensor: Tensor, hardware: Hardware) -> Tensor:
-    """Q(W) for the weight of a Linear that the hardware computes, else the tensor itself; by Hugging Face name."""
+def quantized(name: str, tensor: Shaped[Tensor, "*shape"], hardware: Hardware) -> Shaped[Tensor, "*shape"]:
+    """Q(W) for the weight of a Linear that is on the hardware, else the tensor itself; `name` is Hugging Face's."""
     module, _, kind = plain_name(name).rpartition(".")
     layer = layer_index(module)
     fmt = hardware.precision.weight
@@ -124,10 +135,10 @@ def quantized(name: str, tensor: Tensor, hardware: Hardware) -> Tensor:
 
 
 def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
-    """Put vLLM's Linear layers on the hardware; how many.
+    """Put vLLM's Linear layers on the hardware; returns their number.
 
     Raises:
-        ConfigError: for what cannot be simulated in vLLM, or if no layer is found.
+        ConfigError: if a setting cannot be simulated in vLLM, or no layer is found.
     """
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -140,9 +151,9 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
         "hardware.exclude without lm_head": exclusion("lm_head", hardware.exclude) is None,
         "a mixture of experts": any(type(module).__name__.endswith("FusedMoE") for module in model.modules()),
     }
-    for what, found in refused.items():
-        if found:
-            raise ConfigError(f"{what} cannot be simulated in vLLM: change it, or use rollout.name=roundoff")
+    for setting, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"{setting} cannot be simulated in vLLM: change it, or use rollout.name=roundoff")
     count = 0
     for name, module in model.named_modules():
         if not isinstance(module, LinearBase) or _excluded(name, hardware):
@@ -150,7 +161,9 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
         if getattr(module, "tp_size", 1) != 1:
             raise ConfigError("set actor_rollout_ref.rollout.tensor_model_parallel_size=1: noise needs whole products")
         if type(module.quant_method).__name__ != "UnquantizedLinearMethod":
-            raise ConfigError(f"{name} is quantized by vLLM ({type(module.quant_method).__name__}): leave that out")
+            raise ConfigError(
+                f"{name} is quantized by vLLM ({type(module.quant_method).__name__}): load unquantized weights"
+            )
         kept = layer_index(name) in hardware.precision.keep
         fmt = None if kept else hardware.precision.activation
         module.quant_method = HardwareMethod(module.quant_method, fmt, std, key.fold(name))
@@ -161,10 +174,10 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
 
 
 def _excluded(name: str, hardware: Hardware) -> bool:
-    """Whether a layer of vLLM's is excluded; a fused one must be so as a whole."""
+    """Whether one of vLLM's layers is excluded from the hardware; a fused one is excluded as a whole or not at all."""
     parent, _, last = name.rpartition(".")
     names = [f"{parent}.{part}" for part in FUSED.get(last, (last,))]
-    found = [exclusion(part, hardware.exclude) is not None for part in names]
-    if any(found) != all(found):
+    excluded = [exclusion(part, hardware.exclude) is not None for part in names]
+    if any(excluded) != all(excluded):
         raise ConfigError(f"hardware.exclude takes out a part of {name}, which vLLM computes as one: exclude all of it")
-    return found[0]
+    return excluded[0]

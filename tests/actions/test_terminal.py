@@ -1,4 +1,4 @@
-"""What is printed arrives on any stream: of any encoding and width, closed, or left by its reader."""
+"""What is printed arrives on streams of any encoding and width; closed and unread streams are no error."""
 
 import codecs
 import io
@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from roundoff.commands.terminal import SUBSTITUTE, TolerantStream, plain_form, show, tolerant_streams
+from roundoff.actions.terminal import SUBSTITUTE, TolerantStream, plain_form, show, tolerant_streams
 from tests.program import roundoff as in_this_process
 
 FIGURES = "−9.2 ± 1.5 → 63.7 %"
@@ -127,7 +127,7 @@ def test_a_reader_that_leaves_keeps_no_file_from_being_written(tmp_path):
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_closed_streams(closed):
+def test_commands_end_well_with_closed_streams(closed):
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -m roundoff list {closed}"], capture_output=True, check=False, timeout=60
     )

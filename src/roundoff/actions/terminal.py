@@ -1,8 +1,8 @@
-"""What the commands print on: streams of any encoding, of any width, and whose reader may have gone.
+"""Streams that the commands print to, whatever their encoding and width, and even if their reader is gone.
 
-Nothing that a user chose (ids, titles, paths) is read as markup, and nothing is lost: a character that the stream's
-encoding lacks is printed as its nearest plain form, or else as its escape; a table is never narrower than 80 columns,
-which a narrower terminal wraps; and a pipe that is closed early, as by `head`, ends no work that is under way.
+What a user chose (ids, titles, paths) is never read as markup, and nothing is lost. A character that the encoding lacks
+is printed in a plain form, or else as an escape. A table is at least 80 columns wide, and a narrower terminal wraps it.
+A pipe that is closed early, as by `head`, does not end the work.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 LEAST_WIDTH = 80
-"""Columns that every table fits into."""
+"""Width that every table fits into (columns)."""
 SUBSTITUTE = "roundoff-plain"
-"""Name of the error handler that puts plain characters in the place of those that an encoding lacks."""
+"""Name of the error handler that replaces characters that an encoding lacks."""
 PLAIN = {
     **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}─━╌╍═╸╺╶╴", "-"),
     **dict.fromkeys("│┃║╎╏", "|"),
@@ -44,11 +44,11 @@ PLAIN = {
     "σ": "sigma",
     "…": "...",
 }
-"""Plain forms, by character."""
+"""Plain form of each character that has one."""
 
 
 def plain_form(error: UnicodeError) -> tuple[str, int]:
-    """The plain form of the characters that an encoding lacks, as an error handler of `codecs`."""
+    """Replacement for the characters that an encoding lacks, and the position after them: a handler for `codecs`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -56,25 +56,25 @@ def plain_form(error: UnicodeError) -> tuple[str, int]:
 
 
 class TolerantStream(io.TextIOWrapper):
-    """A text stream that prints every character in some form, and drops what nobody reads any more."""
+    """A text stream that prints every character in some form, and drops the text once its reader is gone."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._target = codecs.lookup(stream.encoding).name
-        # click takes a stream of ASCII for a mistake and writes UTF-8 to it, so the stream is said to be Latin-1; that
-        # nothing but ASCII gets there is seen to by `write`
+        # click takes an ASCII stream for a mistake and writes UTF-8 to it. So the stream claims to be Latin-1, and
+        # `write` makes sure that it receives ASCII only.
         shown = "latin-1" if self._target == "ascii" else self._target
         super().__init__(
             stream.buffer, encoding=shown, errors=SUBSTITUTE, line_buffering=stream.line_buffering, write_through=True
         )
 
     def write(self, text: str, /) -> int:
-        """Write a text in the characters that the stream has."""
+        """Write a text, with characters that the encoding lacks replaced; returns its length."""
         with self._reader_may_be_gone():
             super().write(text.encode(self._target, SUBSTITUTE).decode(self._target))
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Write out what is still in the buffer."""
         with self._reader_may_be_gone():
             super().flush()
 
@@ -82,7 +82,7 @@ class TolerantStream(io.TextIOWrapper):
     def _reader_may_be_gone(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # from here on, what is written goes nowhere; so does what is still in the buffer
+        except BrokenPipeError:  # from now on the stream writes to nowhere, also what is in its buffer
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -90,7 +90,7 @@ class TolerantStream(io.TextIOWrapper):
 
 @contextmanager
 def tolerant_streams() -> Iterator[None]:
-    """Make standard output and error tolerant inside; a stream that is closed, or is no stream of bytes, stays so."""
+    """Make standard output and error tolerant inside the block; a closed or replaced stream is left alone."""
     codecs.register_error(SUBSTITUTE, plain_form)
     before = sys.stdout, sys.stderr
     tolerant = [TolerantStream(s) if isinstance(s, io.TextIOWrapper) else s for s in before]
@@ -107,21 +107,21 @@ def tolerant_streams() -> Iterator[None]:
 
 
 def console() -> Console:
-    """Standard output for tables, as wide as the terminal."""
+    """A console on standard output, as wide as the terminal."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False)
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a table or a text, at least 80 columns wide; a word too long for its column is folded and not cut."""
+    """Print a table or a text, at least 80 columns wide; a word too long for its column is folded, not cut."""
     from rich.console import Console
 
-    found = console()
-    if found.width < LEAST_WIDTH:
-        found = Console(markup=False, emoji=False, width=LEAST_WIDTH)
+    output = console()
+    if output.width < LEAST_WIDTH:
+        output = Console(markup=False, emoji=False, width=LEAST_WIDTH)
     _fold([renderable])
-    found.print(renderable)
+    output.print(renderable)
 
 
 def _fold(renderables: Iterable[RenderableType]) -> None:

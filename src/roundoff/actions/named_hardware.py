@@ -1,0 +1,46 @@
+"""Hardware by the name that a user gives it, as `roundoff eval --hardware` and `roundoff scan --hardware` take it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from roundoff.config import FORMAT_NAMES, ConfigError, Hardware, Precision, nearest, validate
+from roundoff.experiments import experiment_ids, load_experiment
+
+PLAIN = "none"
+"""Name of the hardware that changes nothing."""
+PLAIN_FORMATS = ", ".join(name for name in FORMAT_NAMES if ":" not in name)
+"""Names of all formats, without those that add a rule, for messages."""
+
+
+def load_hardware(name: str) -> Hardware:
+    """The hardware of an experiment (packaged or a TOML file), of a TOML file of its own, of a format, or `none`.
+
+    The name of a format means that of weights and activations, as in `roundoff scan --format`.
+
+    Raises:
+        ConfigError: if there is none of that name, or a setting is wrong.
+    """
+    if name == PLAIN:
+        return Hardware()
+    if name in FORMAT_NAMES:
+        return Hardware(precision=Precision(weight=name, activation=name))
+    path = Path(name)
+    if name.endswith(".toml") and path.is_file():
+        try:
+            content = tomllib.loads(path.read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{name}: is not TOML: {error}") from None
+        if "extends" not in content and "algorithm" not in content:
+            beside = [key for key in content if key in Hardware.model_fields]
+            if "hardware" in content and beside:
+                raise ConfigError(f"{name}: {', '.join(beside)} must be inside [hardware], not beside it")
+            return validate(Hardware, content.get("hardware", content), source=name)
+    if path.suffix != ".toml" and name not in experiment_ids():
+        known = (PLAIN, *FORMAT_NAMES, *experiment_ids())
+        raise ConfigError(
+            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMATS}), the id of an "
+            f"experiment (`roundoff list` shows all) or a TOML file, but is {name!r}{nearest(name, known)}"
+        )
+    return load_experiment(name).hardware
