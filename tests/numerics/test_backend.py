@@ -1,4 +1,4 @@
-"""Building, caching and choosing the compiled path."""
+"""How the compiled path is built, cached and chosen."""
 
 import logging
 import os
@@ -15,12 +15,12 @@ from roundoff.numerics.quantize import quantize
 COMPILER = backend.find_compiler(backend.COMPILERS)
 
 
-def test_no_compiler_is_said():
+def test_a_missing_compiler_is_reported():
     with pytest.raises(backend.BuildError, match=r"no C\+\+ compiler found \(looked for nothing-of-the-kind\)"):
         backend.find_compiler(("nothing-of-the-kind",))
 
 
-def test_a_failing_compiler_is_said_in_one_line(tmp_path):
+def test_a_failing_compiler_is_reported_in_one_line(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such luck' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -50,7 +50,7 @@ def test_without_a_compiler_one_line_is_logged_and_torch_computes(monkeypatch, c
         backend.available_kernels.cache_clear()
 
 
-def test_the_choice_is_restored_and_checked():
+def test_the_choice_of_backend_is_restored_and_checked():
     x = torch.ones(4)
     with backend.use_backend("torch"):
         assert backend.kernels_for(x) is None
@@ -64,7 +64,7 @@ def test_the_choice_is_restored_and_checked():
 def test_the_library_is_built_once_and_named_after_what_it_depends_on(tmp_path, monkeypatch):
     compiler, cache = tmp_path / "c++", tmp_path / "cache"
     cache.mkdir()
-    # Stands in for a compiler: "compiles" to the argument after -o, and counts its runs.
+    # A stand-in for a compiler, which writes a file to the argument after -o and counts its runs.
     compiler.write_text(
         "#!/bin/sh\n[ $1 = --version ] && exit 0\n"
         f"while [ $1 != -o ]; do shift; done; echo built > $2; echo run >> {tmp_path / 'runs'}\n"
@@ -81,7 +81,7 @@ def test_the_library_is_built_once_and_named_after_what_it_depends_on(tmp_path, 
 
 
 @pytest.mark.slow
-def test_processes_may_build_at_once(tmp_path):
+def test_processes_may_build_at_the_same_time(tmp_path):
     program = (
         "import torch; from roundoff.numerics.backend import build; from roundoff.numerics.quantize import quantize;"
         "build(); assert quantize(torch.full((4, 32), 3.0), 'mxfp4').eq(3.0).all()"
@@ -111,7 +111,7 @@ def test_a_user_without_a_home_gets_a_private_directory(tmp_path, monkeypatch):
     assert backend.cache_directory().parent == tmp_path
 
 
-def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
+def test_a_lack_of_writable_directories_is_reported(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
@@ -123,8 +123,8 @@ def test_nowhere_to_write_is_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_private_directory_is_not_left_behind(tmp_path):
-    # A temporary directory for each process that runs under a read-only home would fill the disk.
+def test_a_private_directory_is_removed(tmp_path):
+    # A temporary directory that stays behind for each process under a read-only home would fill the disk.
     (tmp_path / "file").write_text("")
     (tmp_path / "temporary").mkdir()
     program = (
@@ -137,9 +137,9 @@ def test_a_private_directory_is_not_left_behind(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory by what /proc says of it")
-def test_a_thread_that_cannot_be_started_is_done_without():
-    # No memory for the stack of a further thread: the process must not end for that.
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
+def test_kernels_work_without_a_thread_that_cannot_be_started():
+    # There is no memory for the stack of another thread, and the process must go on without it.
     program = """
 import resource, torch
 from pathlib import Path
@@ -162,7 +162,7 @@ assert torch.equal(out, expected)
 
 @pytest.mark.slow
 def test_generic_code_without_avx512_gives_the_same_bits(tmp_path, monkeypatch):
-    # A machine without -march=native extensions runs the same source lowered to SSE2.
+    # Without -march=native the same source is compiled for SSE2.
     x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     native = backend.build()
     monkeypatch.setattr(backend, "NATIVE", ())
