@@ -176,7 +176,10 @@ def test_rows_that_do_not_fit_the_tokens_are_an_error():
             ValueError, match=r"layers\.0\.up_proj sees tokens of shape \(2, 2\).*rows of shape \(2, 3\)"
         ):
             model(normal(2, 2, 64))
-    with pytest.raises(ValueError, match=r"int64 of shape \[B, T\]"), noise_key(model, KEY, torch.zeros(2, 3)):
+    with (
+        pytest.raises(ValueError, match=r"int64 of shape \[rollouts, columns\]"),
+        noise_key(model, KEY, torch.zeros(2, 3)),
+    ):
         pass
 
 

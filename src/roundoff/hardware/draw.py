@@ -58,7 +58,9 @@ class Draw:
 
     def __init__(self, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
-            raise ValueError(f"rows must be int64 of shape [B, T], but is {rows.dtype} of shape {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be int64 of shape [rollouts, columns], but is {rows.dtype} of shape {tuple(rows.shape)}"
+            )
         self.key = key
         self.rows = rows
         self._views: dict[tuple[int, ...], Tensor] = {}

@@ -136,8 +136,8 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
 }
 
 // `pair_tile` quantizes LANES whole blocks of bfloat16 as pairs (low half: even element, high half: odd element), which
-// avoids widening and narrowing. Under a power-of-two scale every result is exact in bfloat16: it has fewer bits, and it
-// is a multiple of the smallest bfloat16 number, because either its grid step is one or the input lies on the grid.
+// avoids widening and narrowing. Under a power-of-two scale every result is exact in bfloat16: it has fewer bits, and
+// it is a multiple of the smallest bfloat16 number, because either its grid step is one or the input is on the grid.
 struct EvenThenOdd {
     static constexpr int at(int k) { return k < LANES / 2 ? 2 * k : 2 * k + 1 - LANES; }
 };
@@ -157,8 +157,8 @@ static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_sca
             m[i] = max(m[i], max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE));
         }
     }
-    // With two blocks per vector, the tree without its last step leaves block 2i in lane i, and block 2i + 1 in the lane
-    // half a vector further.
+    // With two blocks per vector, the tree without its last step leaves block 2i in lane i, and block 2i + 1 half a
+    // vector further.
     U amax;
     if constexpr (SHARED) {
         amax = maxima_of_halves(m);

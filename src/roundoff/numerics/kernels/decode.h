@@ -10,7 +10,7 @@
 
 namespace roundoff {
 
-// On every target a sum runs in sixteen lanes (PARTS vectors), which are joined in a fixed order: the bits are the same.
+// On every target a sum runs in sixteen lanes (PARTS vectors), which are joined in a fixed order for the same bits.
 constexpr int SIXTEEN = 16, PARTS = SIXTEEN / LANES;
 
 static inline float total(const F a[PARTS]) {
@@ -97,7 +97,7 @@ static void gate_values(float* g, const float* up, int64_t begin, int64_t end) {
     }
 }
 
-// Keys and values of one layer, [rows, kv_heads, capacity, D]. Row r of the batch is at `row[r]`, or at r without `row`.
+// Keys and values of one layer, [rows, kv_heads, capacity, D]. Row r of a batch is at `row[r]`, or at r without `row`.
 struct Cache {
     float *keys, *values;
     const int64_t* row;

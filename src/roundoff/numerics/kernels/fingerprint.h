@@ -1,6 +1,6 @@
 // Fingerprints of memory, which detect writes that torch does not count.
-//   Every lane keeps two running sums of 32-bit words, s1 += w and s2 += s1 (Fletcher 1982), so that both a changed word
-//   and a changed order of words change the fingerprint. A hash joins the lanes at the end.
+//   Every lane keeps two running sums of 32-bit words, s1 += w and s2 += s1 (Fletcher 1982), so that a changed word and
+//   a changed order of words both change the fingerprint. A hash joins the lanes at the end.
 #pragma once
 #include "vector.h"
 

@@ -1,4 +1,4 @@
-// Philox4x32-7 and the Box-Muller transform for LANES counters at once, with the operations of rng.py in the same order.
+// Philox4x32-7 and the Box-Muller transform for LANES counters, with the operations of rng.py in the same order.
 #pragma once
 #include "vector.h"
 

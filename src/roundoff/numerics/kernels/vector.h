@@ -1,6 +1,7 @@
-// Vectors as wide as the target's own, by the vector extensions of GCC and Clang: sixteen lanes of float32 under AVX-512,
-// eight under AVX2, four elsewhere (SSE2, NEON). Every operation rounds each lane by itself, so results do not depend on
-// the width. Intrinsics are used only where compilers turn the portable form into code that is several times slower.
+// Vectors as wide as the target's own, by the vector extensions of GCC and Clang: sixteen lanes of float32 under
+// AVX-512, eight under AVX2, four elsewhere (SSE2, NEON). Every operation rounds each lane by itself, so results do not
+// depend on the width. Intrinsics are used only where compilers turn the portable form into code that is several times
+// slower.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -182,8 +183,8 @@ template <int S> struct OddGroups {
 template <int S, class OP, class V> static inline V fold(V a, V b) {
     return OP::of(shuffled<EvenGroups<S>>(a, b), shuffled<OddGroups<S>>(a, b));
 }
-// Lane i of the result joins all lanes of m[i], i < LANES, by a transposing tree of LANES - 1 steps. S is the group size
-// of the next level.
+// Lane i of the result joins all lanes of m[i], i < LANES, by a transposing tree of LANES - 1 steps. S is the size of
+// the groups on the next level.
 template <class OP, int S, int END, class V> static inline V fold_tree(V* m) {
     if constexpr (S == END) {
         return m[0];
