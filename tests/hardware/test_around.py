@@ -41,7 +41,7 @@ def test_a_module_under_two_names_is_refused_with_noise_only():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "hint"), [("up_prj", "'up_proj'"), ("layers.1.mlp", "did you mean"), ("*.weight", "names are such as")]
+    ("pattern", "hint"), [("up_prj", "'up_proj'"), ("layers.1.mlp", "did you mean"), ("*.weight", "names like")]
 )
 def test_a_pattern_that_excludes_nothing_is_refused(pattern, hint):
     model = build()

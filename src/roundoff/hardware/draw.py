@@ -26,7 +26,7 @@ POSITIONS = 1 << 20
 """Row ids reserved for each rollout, and so its longest sequence: `row = rollout_id * POSITIONS + position`."""
 
 _OTHER_THREAD = (
-    "another thread is inside noise_key or hardware_off of the same model, which hold for all of its products: give "
+    "another thread is inside noise_key or hardware_off of the same model, which apply to all of its products: give "
     "each thread a copy of the model (copy.deepcopy), or use a lock"
 )
 
