@@ -75,9 +75,9 @@ def names_a_module(name: str) -> bool:
 
 
 def test_paths_are_told_from_other_words():
-    text = "`src/roundoff/cli.py`, `tests/golden/`, `.ci/run`, `<family>/<id>.toml`, `make test`, `setup.py`, `1 / n`"
-    assert paths(text) == ["src/roundoff/cli.py", "tests/golden/", ".ci/run", "setup.py"]
-    assert [name for name in paths(text) if not exists(name)] == ["setup.py"]
+    text = "`src/roundoff/cli.py`, `tests/golden/`, `.ci/run`, `<family>/<id>.toml`, `make test`, `missing.py`, `1 / n`"
+    assert paths(text) == ["src/roundoff/cli.py", "tests/golden/", ".ci/run", "missing.py"]
+    assert [name for name in paths(text) if not exists(name)] == ["missing.py"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

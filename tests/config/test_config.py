@@ -1,4 +1,4 @@
-"""Messages of wrong settings: path, rule, value, nearest key; and what the hash covers."""
+"""Error messages for wrong settings (path, rule, value, nearest key), and the settings that the hash covers."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def message(**settings) -> str:
         ),
     ],
 )
-def test_message(settings, expected):
+def test_each_wrong_setting_has_its_message(settings, expected):
     assert message(**settings) == expected
 
 
@@ -79,7 +79,7 @@ def test_unknown_format_names_the_nearest():
     assert text.startswith("x.toml: hardware.precision.weight must be a number format; did you mean 'mxfp4'?")
 
 
-def test_every_wrong_setting_is_named_at_once():
+def test_one_error_names_every_wrong_setting():
     text = message(epochs=0, hardware={"exlude": ["lm_head"]})
     assert text.splitlines() == [
         "x.toml: epochs must be a whole number of at least 1, but is 0",
@@ -140,17 +140,17 @@ def test_plain_hardware_changes_nothing():
     assert not Hardware.model_validate({"deadzone": {"threshold": 0.1, "layers": [0]}}).changes_nothing
 
 
-def test_backward_noise_alone_is_not_noise_of_an_evaluation():
+def test_backward_noise_alone_leaves_evaluations_deterministic():
     assert not Hardware.model_validate({"matmul_noise": {"relative_std": 0.1, "forward": False}}).is_noisy
     assert Hardware.model_validate({"matmul_noise": {"relative_std": 0.1}}).is_noisy
 
 
-def test_aqn_defaults_are_those_published():
+def test_aqn_defaults_are_the_published_ones():
     aqn = AQN(sigma_start=0.01, sigma_end=0.0001)
     assert (aqn.schedule, aqn.target, aqn.noise, aqn.layers) == ("epoch", "rmsnorm", "absolute", "all")
 
 
-def test_every_format_name_is_known_to_the_numerics_and_the_other_way_round():
+def test_settings_and_numerics_know_the_same_formats():
     from roundoff.config import FORMAT_NAMES
     from roundoff.numerics.formats import FORMATS, get_format
 

@@ -1,4 +1,4 @@
-"""Ways of computing that would lead around the hardware are refused."""
+"""Ways of computing that would bypass the hardware are refused."""
 
 import threading
 import warnings
@@ -41,14 +41,14 @@ def test_a_module_under_two_names_is_refused_with_noise_only():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "hint"), [("up_prj", "'up_proj'"), ("layers.1.mlp", "did you mean"), ("*.weight", "names are such as")]
+    ("pattern", "hint"), [("up_prj", "'up_proj'"), ("layers.1.mlp", "did you mean"), ("*.weight", "names like")]
 )
 def test_a_pattern_that_excludes_nothing_is_refused(pattern, hint):
     model = build()
     with pytest.raises(ConfigError, match=r"hardware\.exclude") as error:
         install(model, W4.model_copy(update={"exclude": ("lm_head", pattern)}), seed=0)
     assert pattern in str(error.value) and hint in str(error.value)
-    install(model, W4, seed=0)  # nothing was left behind
+    install(model, W4, seed=0)  # the refusal left no trace in the model
 
 
 def test_default_patterns_need_not_match():
@@ -64,7 +64,7 @@ class Twice(nn.Module):
         return self.inner(self.inner(x))
 
 
-def test_a_module_that_is_called_twice_in_one_pass_is_warned_of():
+def test_a_module_that_is_called_twice_in_one_pass_causes_a_warning():
     model, rows = Twice(), torch.zeros(1, 3, dtype=torch.int64)
     install(model, NOISY, seed=0)
     x = torch.randn(1, 3, 32)
@@ -72,7 +72,7 @@ def test_a_module_that_is_called_twice_in_one_pass_is_warned_of():
         model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(x)  # the counter of calls draws anew
+        model(x)  # outside of noise_key each call draws anew
         with noise_key(model, Key.from_seed(1), rows):
             model.inner(x)
         with noise_key(model, Key.from_seed(1), rows):
@@ -93,7 +93,7 @@ def test_two_threads_do_not_share_a_key():
                 errors.append(str(error))
 
     first, second = (noise_key(model, Key.from_seed(seed), batch.rows) for seed in (1, 3))
-    with first, second:  # nesting within one thread goes on working
+    with first, second:  # one thread may nest blocks
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -130,7 +130,7 @@ def test_experts_without_hardware_compute_as_in_the_plain_model(family, hardware
         with hardware_off(model):
             assert torch.equal(model(**Batch().inputs()).logits, same)
     assert not torch.equal(other, same)
-    if hardware.deadzone or hardware.faults:  # nothing before layer 1 is on hardware
+    if hardware.deadzone or hardware.faults:  # only layer 1 is on hardware
         assert torch.equal(hidden["first"][0], hidden["first"][1])
 
 

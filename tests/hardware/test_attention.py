@@ -1,4 +1,4 @@
-"""Noise on attention: by hand on one head, replayed through caches and padding, in every family."""
+"""Noise on attention: computed by hand, and replayed with caches and padding in every family of models."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def module_with(forward, backward, rows):
     return module
 
 
-def test_products_and_gradients_by_hand():
-    # 1 prompt, 4 heads on 2 key heads, 3 tokens of rollout 2 with 1 pad before them.
+def test_products_and_gradients_match_those_by_hand():
+    # 1 prompt, 4 heads that share 2 key heads, and 3 tokens of rollout 2 after 1 column of padding.
     heads, groups, size, std, scaling = 4, 2, 8, 0.1, 0.25
     rows = torch.tensor([[0, 0, 1, 2]]) + (2 << 20)
     q, k, v, do = (normal(1, n, 4, size, seed=i) for i, n in enumerate((heads, groups, groups, heads)))
@@ -48,7 +48,7 @@ def test_products_and_gradients_by_hand():
         torch.testing.assert_close(weights[:, head].detach(), p)
         torch.testing.assert_close(out[:, :, head].detach(), matmul_noise(p @ v[:, g], std, fold["mix"], rows=own))
 
-    def packed(t):  # [1, 4, ...] -> the two heads of a group under one another
+    def packed(t):  # [1, 4, ...] with the two heads that share a key head one below the other
         return t.reshape(1, groups, 8, -1)
 
     p, query_rows = weights.detach(), packed(rows[:, None] * heads + torch.arange(heads)[:, None]).squeeze(-1)
@@ -80,8 +80,8 @@ def test_attention_that_is_not_simulated_is_an_error(name):
         attention_forward(module_with(0.1, 0.1, None), q, q, q, None, **{name: torch.ones(2)})
 
 
-def test_noise_on_attention_has_the_size_asked_for():
-    # One query head, mask-free last query: PV of weights that sum to 1 over ones is exactly 1 before the noise.
+def test_noise_on_attention_has_the_requested_size():
+    # The values are ones and the attention weights sum to 1, so PV is exactly 1 before the noise.
     q, k, v = (normal(8, 4, 16, 32, seed=i) for i in range(3))
     out, _ = attention_forward(module_with(0.1, 0.0, None), q, k, torch.ones_like(v), None)
     eps = (out - 1) / 0.1
@@ -121,14 +121,14 @@ def test_a_tokens_noise_does_not_depend_on_padding_or_batch_split(family):
     with noise_key(model, KEY.fold(1), batch.rows), torch.no_grad():
         other = model(**batch.inputs()).logits
     assert (other - whole)[real].abs().max() > 1e-3
-    # Float sums over other shapes differ by rounding, 1e-6 of logits of size 1; another draw differs by 1e-2 and more.
+    # Sums over other shapes differ by rounding, 1e-6 for logits of size 1. Other draws differ by over 1e-2.
     torch.testing.assert_close(logits(padded)[real], whole[real], rtol=0, atol=2e-5)
     for rows in (slice(0, 1), slice(1, 3)):
         torch.testing.assert_close(logits(batch, rows)[real[rows]], whole[rows][real[rows]], rtol=0, atol=2e-5)
 
 
 @every_family
-def test_decoding_with_a_cache_replays_the_pass_without(family):
+def test_decoding_with_a_cache_replays_the_pass_without_one(family):
     model, batch = build(family), Batch(pad=1)
     install(model, NOISY, seed=0)
     real = batch.mask.bool()
@@ -153,9 +153,9 @@ def test_decoding_with_a_cache_replays_the_pass_without(family):
 def test_gradients_of_a_cached_pass_draw_by_the_keys_logical_position():
     rows = torch.tensor([[0, 0, 0, 1, 2, 3]]) + (7 << 20)
     draw = Draw(KEY, rows[:, 4:])
-    found = draw.attention_rows("a", torch.Size([1, 2, 2, 8]), torch.Size([1, 1, 6, 8]))
-    assert found.key.tolist() == [[[(7 << 20) + p for p in (-2, -1, 0, 1, 2, 3)]]]
-    assert found.column_start.tolist() == [[[-2, -2, -2, -2]]]
+    ids = draw.attention_rows("a", torch.Size([1, 2, 2, 8]), torch.Size([1, 1, 6, 8]))
+    assert ids.key.tolist() == [[[(7 << 20) + p for p in (-2, -1, 0, 1, 2, 3)]]]
+    assert ids.column_start.tolist() == [[[-2, -2, -2, -2]]]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -214,21 +214,16 @@ def test_a_config_shared_by_two_models_is_switched_for_one_only():
 
 def test_excluded_attention_stays_clean():
     model, plain, batch = build(), build(), Batch()
-    install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.1), exclude=("lm_head", "self_attn")), seed=0)
-    assert {e.name.split(".")[3] for e in install_entries(model)} == {"mlp"}
+    hardware = Hardware(matmul_noise=MatmulNoise(relative_std=0.1), exclude=("lm_head", "self_attn"))
+    installation = install(model, hardware, seed=0)
+    assert {e.name.split(".")[3] for e in installation.entries} == {"mlp"}
     layer = model.model.layers[0]
     x = normal(2, 7, 64, seed=0)
     inputs = model.model.rotary_emb(x, batch.positions[:2])
     with torch.no_grad():
-        found = layer.self_attn(x, position_embeddings=inputs, attention_mask=None)[0]
+        result = layer.self_attn(x, position_embeddings=inputs, attention_mask=None)[0]
         expected = plain.model.layers[0].self_attn(x, position_embeddings=inputs, attention_mask=None)[0]
-    torch.testing.assert_close(found, expected)
-
-
-def install_entries(model):
-    from roundoff.hardware import installed
-
-    return installed(model).entries
+    torch.testing.assert_close(result, expected)
 
 
 def test_a_model_without_the_attention_interface_is_an_error():

@@ -1,4 +1,4 @@
-"""Copies of installed modules: what shares the switches of a model, what has its own, and what is refused."""
+"""Copies of installed modules: which share the switches of a model, which have their own, and which are refused."""
 
 import copy
 import pickle
@@ -29,7 +29,7 @@ def replayed(model):
 
 
 def with_saved_modules(saved):
-    """A model whose PEFT wrapper trains copies of some modules, and its plain logits (huggingface/peft#602)."""
+    """A model whose PEFT wrapper trains copies of some modules (huggingface/peft#602)."""
     model = build()
     return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)).eval()
 
@@ -52,15 +52,15 @@ def test_switches_reach_the_copies_that_peft_puts_into_a_model(saved, hardware):
     assert not any(states_of(module) for module in wrapped.modules())
 
 
-def test_a_copy_that_peft_trains_is_quantized_anew_after_each_step():
+def test_a_copy_that_peft_trains_is_quantized_again_after_each_step():
     model = build()
-    found = install(model, W4A4, seed=0)
+    installation = install(model, W4A4, seed=0)
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"]))
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.1, fused=True)
     wrapped(**Batch().inputs()).logits.sum().backward()
     optimizer.step()
     seen = logits(wrapped)
-    found.refresh()
+    installation.refresh()
     assert torch.equal(logits(wrapped), seen)
 
 
@@ -82,10 +82,10 @@ def test_a_copy_of_the_whole_model_has_switches_of_its_own(duplicate):
 
 def test_a_part_of_an_installed_model_is_on_its_hardware():
     model = build()
-    found = install(model, W4A4, seed=0)
-    assert installed(model.model) is found and installed(model.model.layers[0].mlp) is found
+    installation = install(model, W4A4, seed=0)
+    assert installed(model.model) is installation and installed(model.model.layers[0].mlp) is installation
     with hardware_off(model.model):
-        assert not found.is_on
+        assert not installation.is_on
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])  # noqa: S301
@@ -98,7 +98,7 @@ def test_a_module_copied_into_another_model_is_refused(duplicate):
             attempt(other)
 
 
-def test_a_copy_made_within_noise_key_draws_on_its_own():
+def test_a_copy_made_within_noise_key_draws_its_own_noise():
     model = build()
     install(model, NOISY, seed=0)
     with noise_key(model, KEY, Batch().rows):
@@ -107,7 +107,7 @@ def test_a_copy_made_within_noise_key_draws_on_its_own():
     assert torch.equal(replayed(other), replayed(model))
 
 
-def test_a_layer_that_was_copied_within_the_model_does_not_draw_the_noise_of_the_first():
+def test_a_layer_that_was_copied_within_the_model_is_refused_under_noise():
     model = build()
     install(model, NOISY, seed=0)
     model.model.layers.append(copy.deepcopy(model.model.layers[1]))
@@ -130,7 +130,7 @@ def test_adapters_that_compute_around_the_hardware_are_refused(config):
 
 
 def test_adapters_may_add_to_an_output_in_place():
-    """AdaLoRA does, which autograd refuses on a view that a function of one's own returned (Linears with a bias)."""
+    """AdaLoRA does; autograd refuses it if a custom function returned a view (for Linears with a bias)."""
     model = build()
     install(model, W4A4, seed=0)
     wrapped = get_peft_model(model, AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"]))

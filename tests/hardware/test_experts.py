@@ -23,17 +23,17 @@ def logits(model, batch=None):
 @MOE
 def test_experts_are_computed_with_quantized_weights(family):
     model, plain = build(family), build(family)
-    found = install(model, Hardware(precision=Precision(weight="nvfp4")), seed=0)
-    experts = [e.name for e in found.entries if e.name.endswith("experts")]
+    installation = install(model, Hardware(precision=Precision(weight="nvfp4")), seed=0)
+    experts = [e.name for e in installation.entries if e.name.endswith("experts")]
     assert experts == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
-    assert {s.name.rpartition(".")[2] for s in found.skipped} == {"embed_tokens", "lm_head", "gate"}
+    assert {s.name.rpartition(".")[2] for s in installation.skipped} == {"embed_tokens", "lm_head", "gate"}
     with torch.no_grad():
-        for entry in found.entries:
+        for entry in installation.entries:
             for parameter in plain.get_submodule(entry.name).parameters(recurse=False):
                 for matrix in parameter if parameter.dim() == 3 else [parameter]:
                     if matrix.dim() == 2:
                         matrix.copy_(quantize(matrix, "nvfp4"))
-    # Other kernels sum the same products in another order: float32 rounding.
+    # The two computations sum the same products in different orders, so they differ by float32 rounding.
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=2e-5)
 
 
@@ -57,7 +57,8 @@ def test_noise_reaches_experts_and_is_off_when_off(family):
     with torch.no_grad(), noise_key(model, KEY, batch.rows[1:2]):
         one = layer(x[1:])
     with torch.no_grad(), noise_key(model, KEY, batch.rows[:2]):
-        torch.testing.assert_close(layer(x)[1:], one, rtol=0, atol=2e-5)  # whoever else chose the same experts
+        # A token's noise does not depend on the other tokens that chose the same experts.
+        torch.testing.assert_close(layer(x)[1:], one, rtol=0, atol=2e-5)
     with torch.no_grad(), hardware_off(model):
         assert torch.equal(layer(x), plain.model.layers[0].mlp(x))
 
@@ -65,7 +66,7 @@ def test_noise_reaches_experts_and_is_off_when_off(family):
 def test_experts_that_are_not_simulated_are_listed():
     model = build("qwen3_moe")
     model.model.layers[0].mlp.experts.has_bias = True
-    found = install(model, W4A4, seed=0)
-    reasons = {s.name: s.reason for s in found.skipped}
+    installation = install(model, W4A4, seed=0)
+    reasons = {s.name: s.reason for s in installation.skipped}
     assert "has biases, which is not simulated" in reasons["model.layers.0.mlp.experts"]
-    assert "model.layers.1.mlp.experts" in {e.name for e in found.entries}
+    assert "model.layers.1.mlp.experts" in {e.name for e in installation.entries}

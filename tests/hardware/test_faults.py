@@ -1,4 +1,4 @@
-"""Each fault by hand, on the elements it should reach and on no other."""
+"""The effect of each fault, computed by hand, on the elements that it should affect and on no others."""
 
 import pytest
 import torch
@@ -18,33 +18,33 @@ def apply(kind, amount, **settings):
     return install_fault(fault, Y.shape[-1], KEY).apply(Y.clone(), KEY, None)
 
 
-def test_deadzone():
+def test_deadzone_zeroes_small_outputs():
     assert torch.equal(apply("deadzone", 0.25), torch.tensor([[4.0, -1.0, 0.0, -3.0], [0.2, 0.1, -0.4, 0.0]]))
 
 
-def test_saturation():
-    found = apply("saturation", 0.5)
-    assert torch.equal(found, torch.tensor([[2.0, -1.0, 0.5, -2.0], [0.2, 0.1, -0.2, 0.0]]))
+def test_saturation_clamps_large_outputs():
+    assert torch.equal(apply("saturation", 0.5), torch.tensor([[2.0, -1.0, 0.5, -2.0], [0.2, 0.1, -0.2, 0.0]]))
 
 
-def test_gain():
+def test_gain_scales_outputs():
     assert torch.equal(apply("gain", 0.5), Y * 1.5)
 
 
-def test_stuck_channels_are_constant_and_as_many_as_asked_for():
-    found = apply("stuck", 0.7, share=0.5)
-    stuck = (found == 0.7).all(0)
+def test_the_requested_share_of_channels_is_stuck_at_the_constant():
+    output = apply("stuck", 0.7, share=0.5)
+    stuck = (output == 0.7).all(0)
     assert int(stuck.sum()) == 2
-    assert torch.equal(found[:, ~stuck], Y[:, ~stuck])
-    assert torch.equal(found, apply("stuck", 0.7, share=0.5))
+    assert torch.equal(output[:, ~stuck], Y[:, ~stuck])
+    assert torch.equal(output, apply("stuck", 0.7, share=0.5))
 
 
 def test_a_small_share_breaks_one_channel_at_least():
     assert int((apply("gain", 0.5, share=0.01) != Y).any(0).sum()) == 1
 
 
-def test_flipped_bits():
-    # 1.0 is 0x3F800000. Bit 31: the sign; bit 23: lowest of the exponent 127, set, so 126: 0.5; bit 22: mantissa half.
+def test_bitflip_inverts_one_bit():
+    # 1.0 is 0x3F800000. Bit 31 is the sign. Bit 23 is the lowest of the exponent 127, so that the exponent becomes 126
+    # and the number 0.5. Bit 22 is the highest of the mantissa and adds one half.
     one = torch.ones(1)
     assert flip_bit(one, 31).item() == -1.0
     assert flip_bit(one, 23).item() == 0.5
@@ -55,7 +55,7 @@ def test_flipped_bits():
 
 
 @pytest.mark.parametrize("kind", ["noise", "bitflip"])
-def test_random_faults_hit_their_share_anew_each_time(kind):
+def test_random_faults_affect_their_share_at_random(kind):
     y = torch.ones(400, 100)
     fault = install_fault(Fault(kind=kind, layer=0, amount=0.1, share=0.2), 100, KEY)
     first, again, other = (fault.apply(y, key, None) for key in (KEY, KEY, KEY.fold(1)))
@@ -94,17 +94,17 @@ class Layers(nn.Module):
 
 
 def outputs(model, x):
-    """Output of every Linear."""
-    found = {}
+    """The output of every Linear, by name."""
+    by_name = {}
     handles = [
-        module.register_forward_hook(lambda _m, _i, out, name=name: found.update({name: out.detach()}))
+        module.register_forward_hook(lambda _m, _i, out, name=name: by_name.update({name: out.detach()}))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
     model(x)
     for handle in handles:
         handle.remove()
-    return found
+    return by_name
 
 
 @pytest.mark.parametrize(("module", "broken"), [("down", {"down"}), (None, {"up", "down"})])

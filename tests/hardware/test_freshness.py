@@ -1,4 +1,4 @@
-"""Q(W) follows every write to its weight, also those that torch does not count."""
+"""Q(W) follows every write to its weight, including those that torch does not count."""
 
 import numpy as np
 import pytest
@@ -129,7 +129,7 @@ def test_the_plain_torch_path_sees_writes_before_large_passes():
 
 
 @pytest.mark.parametrize("ids", SIZES)
-def test_writes_are_seen_under_a_default_device_of_the_users(ids):
+def test_writes_are_seen_under_another_default_device(ids):
     """Code that builds models on the meta device, or on a GPU, sets a default device around everything it does."""
     model = build()
     install(model, W4A16, seed=0)
@@ -143,21 +143,21 @@ def test_writes_are_seen_under_a_default_device_of_the_users(ids):
 @kernels_watch
 def test_writes_are_seen_after_the_backend_was_changed():
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     logits(model)
     with use_backend("torch"):
         before = logits(model)
         model.get_submodule(NAME).weight.data.mul_(2.0)
         seen = logits(model)
-        found.refresh()
+        installation.refresh()
         assert torch.equal(logits(model), seen) and not torch.equal(seen, before)
 
 
 @pytest.mark.slow
 def test_steps_of_compiled_fused_optimizers_are_seen():
-    """torch.compile drops both the version counter and the hook that counts the steps of fused optimizers."""
+    """torch.compile bypasses both the version counter and the hook that counts the steps of fused optimizers."""
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=True)
     step = torch.compile(optimizer.step)
     for _ in range(3):
@@ -165,7 +165,7 @@ def test_steps_of_compiled_fused_optimizers_are_seen():
         model(input_ids=LARGE, labels=LARGE).loss.backward()
         step()
         seen = logits(model)
-        found.refresh()
+        installation.refresh()
         assert torch.equal(logits(model), seen)
 
 
@@ -205,51 +205,51 @@ def test_a_layer_computed_alone_is_watched_too():
         assert not torch.equal(module(x), before)
 
 
-def test_frozen_weights_are_quantized_once_however_many_passes():
+def test_frozen_weights_are_quantized_only_once():
     model, batch = build(), Batch()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     for _ in range(3):
         logits(model, LARGE)
         with noise_key(model, Key.from_seed(1), batch.rows):
             model(**batch.inputs())
-    assert found.quantizations() == len(found.entries)
-    assert found.runtime.freshness.checks >= 5
+    assert installation.quantizations() == len(installation.entries)
+    assert installation.runtime.freshness.checks >= 5
 
 
 def test_a_weight_that_is_gone_is_not_read():
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     logits(model)
     module = model.get_submodule(NAME)
     module.weight = nn.Parameter(torch.zeros_like(module.weight))
     storage = model.get_submodule("model.layers.0.mlp.up_proj").weight.untyped_storage()
-    storage.resize_(0)  # as FSDP frees a weight that it will gather again
-    found.runtime.freshness.check_all(ALL_FROM)
-    assert found.runtime.freshness.checks == 1
+    storage.resize_(0)  # FSDP frees a weight like this, and gathers it again later
+    installation.runtime.freshness.check_all(ALL_FROM)
+    assert installation.runtime.freshness.checks == 1
 
 
-def test_memory_that_went_and_came_back_at_the_same_address_is_read_again():
+def test_memory_that_is_freed_and_allocated_again_is_read_again():
     """FSDP frees a weight after its layer and gathers it again into the same tensor."""
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     before = logits(model)
     weight = model.get_submodule(NAME).weight
     storage, values = weight.untyped_storage(), weight.detach() * 2.0
     size = storage.nbytes()
     storage.resize_(0)
-    found.runtime.freshness.check_all(1)
+    installation.runtime.freshness.check_all(1)
     storage.resize_(size)
     weight.data.copy_(values)
     seen = logits(model)
     assert not torch.equal(seen, before)
-    found.refresh()
+    installation.refresh()
     assert torch.equal(logits(model), seen)
 
 
 def test_layers_that_are_changed_one_after_the_other_are_seen():
-    """Calibration and offloading write to a layer right before it is computed, in the middle of a pass."""
+    """Calibration and offloading write to each layer right before it is computed, in the middle of a pass."""
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     before = logits(model, LARGE)
     handles = [
         layer.register_forward_pre_hook(lambda module, _: [p.data.mul_(1.5) for p in module.parameters()] and None)
@@ -258,28 +258,28 @@ def test_layers_that_are_changed_one_after_the_other_are_seen():
     seen = logits(model, LARGE)
     for handle in handles:
         handle.remove()
-    found.refresh()
+    installation.refresh()
     assert torch.equal(logits(model, LARGE), seen) and not torch.equal(seen, before)
 
 
 @kernels_watch
 def test_a_compiled_model_sees_writes_too():
     model = build()
-    found = install(model, W4A16, seed=0)
+    installation = install(model, W4A16, seed=0)
     compiled = torch.compile(model.model.layers[1].mlp, backend="eager")
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = compiled(x)
         model.get_submodule(NAME).weight.data.mul_(2.0)
         seen = compiled(x)
-        found.refresh()
+        installation.refresh()
         assert torch.equal(compiled(x), seen) and not torch.equal(seen, before)
     torch.compiler.reset()
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_one_changed_element_is_seen_by_small_passes_at_some_time(backend):
-    """A row of token embeddings, say, that is written to without being counted."""
+def test_small_passes_see_one_changed_element_eventually(backend):
+    """For example, a row of token embeddings is written to, and torch does not count the write."""
     model = Alone(nn.Linear(512, 64))
     x = torch.ones(1, 512)
     with use_backend(backend), torch.no_grad():

@@ -1,4 +1,4 @@
-"""Installing on whole models: what is covered, what is reported, and the plain model's bits when off."""
+"""Installation on whole models: which modules are covered, what the report says, and plain bits when it is off."""
 
 import copy
 import pickle
@@ -47,8 +47,8 @@ def test_off_and_uninstalled_are_the_plain_model_to_the_bit(family, hardware):
 @every_family
 def test_noise_of_zero_is_the_plain_model_to_the_bit(family):
     model, plain = build(family), build(family)
-    found = install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.0)), seed=0)
-    assert found.entries == () and "nothing to simulate" in found.summary()
+    installation = install(model, Hardware(matmul_noise=MatmulNoise(relative_std=0.0)), seed=0)
+    assert installation.entries == () and "nothing to simulate" in installation.summary()
     with noise_key(model, KEY, Batch().rows):
         assert torch.equal(logits(model), logits(plain))
 
@@ -70,17 +70,17 @@ def test_training_gives_finite_gradients_to_every_weight_that_has_one_in_the_pla
 def test_the_report_lists_entries_and_reasons():
     model = build()
     hardware = EVERYTHING.model_copy(update={"precision": Precision(weight="nvfp4", activation="mxfp4", keep=(0,))})
-    found = install(model, hardware, seed=0)
-    entries = {e.name: e for e in found.entries}
+    installation = install(model, hardware, seed=0)
+    entries = {e.name: e for e in installation.entries}
     assert len(entries) == 14
     first, second = (entries[f"model.layers.{i}.mlp.up_proj"] for i in (0, 1))
     assert (first.layer, first.weight, first.activation, first.noise, first.deadzone) == (0, None, None, 0.1, 0.0)
     assert (second.layer, second.weight, second.activation, second.deadzone) == (1, "nvfp4", "mxfp4", 0.01)
-    assert {s.name: s.reason for s in found.skipped} == {
+    assert {s.name: s.reason for s in installation.skipped} == {
         "model.embed_tokens": "excluded by hardware.exclude ('embed_tokens')",
         "lm_head": "excluded by hardware.exclude ('lm_head')",
     }
-    text = found.summary()
+    text = installation.summary()
     assert "7 modules: weight nvfp4, activation mxfp4, noise 0.1, deadzone 0.01" in text
     assert "2 attention layers: noise 0.1" in text
     assert "1 skipped: excluded by hardware.exclude ('lm_head')" in text
@@ -88,22 +88,22 @@ def test_the_report_lists_entries_and_reasons():
 
 def test_kept_layers_are_plain_and_listed():
     model = build()
-    found = install(model, Hardware(precision=Precision(weight="mxfp4", keep=(0,))), seed=0)
-    assert {e.layer for e in found.entries} == {1}
-    kept = [s for s in found.skipped if "keep" in s.reason]
+    installation = install(model, Hardware(precision=Precision(weight="mxfp4", keep=(0,))), seed=0)
+    assert {e.layer for e in installation.entries} == {1}
+    kept = [s for s in installation.skipped if "keep" in s.reason]
     assert len(kept) == 7 and all(".layers.0." in s.name for s in kept)
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
 
 
 def test_exclude_takes_shell_patterns_on_parts_and_on_the_whole_name():
     model = build()
-    found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "model.layers.1.*")}), seed=0)
-    assert {e.layer for e in found.entries} == {0}
+    installation = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "model.layers.1.*")}), seed=0)
+    assert {e.layer for e in installation.entries} == {0}
     uninstall(model)
-    wrapped = lora(build())  # patterns know nothing of PEFT's prefix
-    assert {e.layer for e in install(wrapped, found.hardware, seed=0).entries} == {0}
-    found = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "[qkv]_proj")}), seed=0)
-    assert {e.name.rpartition(".")[2] for e in found.entries} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    wrapped = lora(build())  # patterns match names without PEFT's prefix
+    assert {e.layer for e in install(wrapped, installation.hardware, seed=0).entries} == {0}
+    installation = install(model, W4A4.model_copy(update={"exclude": ("lm_head", "[qkv]_proj")}), seed=0)
+    assert {e.name.rpartition(".")[2] for e in installation.entries} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_an_output_head_may_be_installed_and_takes_the_last_tokens():
@@ -112,7 +112,7 @@ def test_an_output_head_may_be_installed_and_takes_the_last_tokens():
     with noise_key(model, KEY, batch.rows), torch.no_grad():
         whole = model(**batch.inputs()).logits
         last = model(**batch.inputs(), logits_to_keep=2).logits
-    torch.testing.assert_close(last, whole[:, -2:], rtol=0, atol=2e-5)  # other shapes of the product round otherwise
+    torch.testing.assert_close(last, whole[:, -2:], rtol=0, atol=2e-5)  # products of other shapes round differently
     assert torch.equal(model.model.embed_tokens.weight, build().model.embed_tokens.weight)
 
 
@@ -149,7 +149,7 @@ def test_installing_twice_is_an_error_and_again_after_uninstall_is_not():
 @pytest.mark.parametrize(
     "call", [uninstall, lambda m: hardware_off(m).__enter__(), lambda m: noise_key(m, KEY).__enter__()]
 )
-def test_without_hardware_its_functions_are_errors(call):
+def test_without_hardware_its_blocks_and_uninstall_are_errors(call):
     with pytest.raises(ConfigError, match="no hardware is installed"):
         call(build())
 
@@ -170,19 +170,19 @@ def test_weights_made_in_inference_mode_are_an_error_under_a_format():
 
 def test_off_nests_and_survives_exceptions():
     model, plain = build(), logits(build())
-    found = install(model, EVERYTHING, seed=0)
+    installation = install(model, EVERYTHING, seed=0)
     with hardware_off(model):
         with hardware_off(model):
-            assert not found.is_on
-        assert not found.is_on
+            assert not installation.is_on
+        assert not installation.is_on
         assert torch.equal(logits(model), plain)
         with pytest.raises(KeyError), hardware_off(model):
             raise KeyError
-        assert not found.is_on
-    assert found.is_on
+        assert not installation.is_on
+    assert installation.is_on
     with pytest.raises(KeyError), noise_key(model, KEY):
         raise KeyError
-    assert found.runtime.draw is None
+    assert installation.runtime.draw is None
 
 
 def test_noise_keys_nest():
@@ -207,10 +207,10 @@ def test_same_key_same_bits(family):
     assert not torch.equal(results[0], results[2])
 
 
-def test_quantization_adds_to_noise_and_not_to_its_draws():
+def test_a_copy_draws_the_same_noise_and_has_its_own_switch():
     model = build()
     install(model, EVERYTHING, seed=0)
-    copied = copy.deepcopy(model)  # such as a reference model
+    copied = copy.deepcopy(model)  # for example, a reference model
     with noise_key(model, KEY, Batch().rows), noise_key(copied, KEY, Batch().rows):
         assert torch.equal(logits(model), logits(copied))
     with hardware_off(model):
@@ -221,12 +221,12 @@ def test_quantization_adds_to_noise_and_not_to_its_draws():
 def test_an_installed_model_can_be_pickled():
     model = build()
     install(model, W4A4, seed=0)
-    for _ in range(2):  # before and after a pass, which leaves quantized weights and an activation behind
+    for _ in range(2):  # before and after a pass, which caches quantized weights and an activation
         again = pickle.loads(pickle.dumps(model))  # noqa: S301 (our own bytes)
         assert torch.equal(logits(again), logits(model))
 
 
-def test_a_copy_made_in_a_block_does_not_replay_its_draw_for_ever():
+def test_a_copy_made_in_a_block_does_not_keep_its_draw():
     model, batch = build(), Batch()
     install(model, NOISY, seed=0)
     with noise_key(model, KEY, batch.rows):
@@ -234,7 +234,7 @@ def test_a_copy_made_in_a_block_does_not_replay_its_draw_for_ever():
     assert not torch.equal(logits(copied), logits(copied))
 
 
-def test_save_and_load_know_nothing_of_the_hardware(tmp_path):
+def test_saved_models_do_not_contain_the_hardware(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = build()
@@ -256,9 +256,9 @@ def test_adapters_stay_in_high_precision_whichever_comes_first():
     first, batch = build(), Batch()
     install(first, EVERYTHING, seed=0)
     first, second = lora(first), lora(build())
-    found = install(second, EVERYTHING, seed=0)
-    assert len(found.entries) == 14 and all(e.name.endswith(".base_layer") for e in found.entries)
-    assert {s.reason for s in found.skipped if "lora" in s.name} == {"LoRA adapter: stays in high precision"}
+    installation = install(second, EVERYTHING, seed=0)
+    assert len(installation.entries) == 14 and all(e.name.endswith(".base_layer") for e in installation.entries)
+    assert {s.reason for s in installation.skipped if "lora" in s.name} == {"LoRA adapter: stays in high precision"}
     for model in (first, second):
         for name, module in model.named_modules():
             if "lora_" in name and isinstance(module, nn.Linear):
@@ -269,12 +269,12 @@ def test_adapters_stay_in_high_precision_whichever_comes_first():
     for model in (first, second):
         with noise_key(model, KEY, batch.rows):
             outputs.append(logits(model))
-    assert torch.equal(*outputs)  # draws know nothing of the wrapping
+    assert torch.equal(*outputs)  # draws do not depend on the wrapping
     with hardware_off(first):
         assert torch.equal(logits(first), logits(lora(build())))
 
 
-def test_a_frozen_base_is_quantized_once_for_ever_and_adapters_get_gradients():
+def test_a_frozen_base_is_quantized_once_and_adapters_get_gradients():
     model, batch = build(), Batch()
     install(model, W4A4, seed=0)
     model = lora(model).train()
@@ -286,24 +286,24 @@ def test_a_frozen_base_is_quantized_once_for_ever_and_adapters_get_gradients():
     assert {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
 
 
-def test_diagnose_names_where_it_starts():
+def test_diagnose_names_the_first_module_that_is_not_finite():
     model, batch = build(), Batch()
-    found = install(model, W4A4, seed=0)
-    assert found.diagnose(**batch.inputs()) == ()
+    installation = install(model, W4A4, seed=0)
+    assert installation.diagnose(**batch.inputs()) == ()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    assert found.check_weights() == ("model.layers.1.mlp.up_proj.weight",)
-    assert found.diagnose(**batch.inputs())[0] == "model.layers.1.mlp.up_proj"
+    assert installation.check_weights() == ("model.layers.1.mlp.up_proj.weight",)
+    assert installation.diagnose(**batch.inputs())[0] == "model.layers.1.mlp.up_proj"
 
 
 def test_weights_are_checked_under_adapters_too():
     model = build()
-    found = install(model, W4A4, seed=0)
+    installation = install(model, W4A4, seed=0)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-    assert found.check_weights() == ()
+    assert installation.check_weights() == ()
     with torch.no_grad():
-        found.modules[0].weight[0, 0] = float("nan")
-    assert found.check_weights() == (f"{found.entries[0].name}.weight",)
+        installation.modules[0].weight[0, 0] = float("nan")
+    assert installation.check_weights() == (f"{installation.entries[0].name}.weight",)
 
 
 def test_summary_names_layers_and_modules():

@@ -1,4 +1,4 @@
-"""One Linear on the hardware: products and gradients by hand, the cache of Q(W), and replayed noise."""
+"""One Linear on hardware: products and gradients computed by hand, the cache of Q(W), and replayed noise."""
 
 import copy
 
@@ -45,7 +45,7 @@ def noise(std, **settings):
 
 
 def run(model, x, dy):
-    """Output and gradients of x, weight and bias for the output gradient `dy`."""
+    """The output, and the gradients of x, weight and bias for the output gradient `dy`."""
     x = x.clone().requires_grad_(True)
     model.zero_grad()
     y = model(x)
@@ -54,8 +54,8 @@ def run(model, x, dy):
     return y.detach(), x.grad, model.linear.weight.grad, None if bias is None else bias.grad
 
 
-def test_weight_and_activation_by_hand():
-    # MXFP4, one block a row, grid 0 .5 1 1.5 2 3 4 6 times the scale.
+def test_quantized_products_and_gradients_match_those_by_hand():
+    # MXFP4 with one block per row; the grid is 0 .5 1 1.5 2 3 4 6 times the scale.
     # W row 0: amax 2.6, floor(log2) = 1, scale 2^(1-2) = 1/2: 2.6/.5 = 5.2 -> 6 -> 3; .8/.5 = 1.6 -> 1.5 -> .75.
     # W row 1: amax 5, scale 1: 5 is a tie between 4 and 6; codes 6 (even) and 7, so 4. 0.3 -> .5 (0.25 is the tie).
     # x: amax 7, scale 1: 7 saturates at 6; 2.4 -> 2.
@@ -76,7 +76,7 @@ def test_weight_and_activation_by_hand():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64), (64,)])
 @pytest.mark.parametrize(("weight", "activation"), [("mxfp4", None), (None, "nvfp4"), ("nvfp4", "mxfp4")])
-def test_formats_give_the_formulas_bits(shape, bias, weight, activation):
+def test_formats_give_the_bits_of_the_formulas(shape, bias, weight, activation):
     model = One(normal(48, 64), normal(48, seed=1) if bias else None)
     install(model, Hardware(precision=Precision(weight=weight, activation=activation)), seed=0)
     x, dy = normal(*shape, seed=2), normal(*shape[:-1], 48, seed=3)
@@ -88,7 +88,7 @@ def test_formats_give_the_formulas_bits(shape, bias, weight, activation):
     assert torch.equal(dx, dy @ qw)
     assert torch.equal(dw, dy.reshape(-1, 48).t() @ qx.reshape(-1, 64))
     assert db is None or torch.equal(db, dy.reshape(-1, 48).sum(0))
-    with torch.no_grad():  # without autograd the same bits
+    with torch.no_grad():  # the same bits without autograd
         assert torch.equal(model(x), y)
 
 
@@ -128,12 +128,12 @@ def test_weight_gradients_of_two_micro_batches_have_separate_draws_that_replay()
 
 
 @pytest.mark.parametrize(("forward", "backward"), [(True, False), (False, True)])
-def test_noise_forward_and_backward_are_switched_apart(forward, backward):
+def test_forward_and_backward_noise_have_separate_switches(forward, backward):
     model, plain = One(normal(48, 64)), One(normal(48, 64))
     install(model, noise(0.1, forward=forward, backward=backward), seed=0)
     x, dy = normal(4, 64, seed=2), normal(4, 48, seed=3)
-    found, expected = run(model, x, dy), run(plain, x, dy)
-    assert [torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True)] == [
+    results, expected = run(model, x, dy), run(plain, x, dy)
+    assert [torch.equal(a, b) for a, b in zip(results[:3], expected[:3], strict=True)] == [
         not forward,
         not backward,
         not backward,
@@ -177,7 +177,10 @@ def test_rows_that_do_not_fit_the_tokens_are_an_error():
             ValueError, match=r"layers\.0\.up_proj sees tokens of shape \(2, 2\).*rows of shape \(2, 3\)"
         ):
             model(normal(2, 2, 64))
-    with pytest.raises(ValueError, match=r"int64 of shape \[B, T\]"), noise_key(model, KEY, torch.zeros(2, 3)):
+    with (
+        pytest.raises(ValueError, match=r"int64 of shape \[rollouts, columns\]"),
+        noise_key(model, KEY, torch.zeros(2, 3)),
+    ):
         pass
 
 
@@ -216,12 +219,12 @@ def test_new_values_by_data_or_load_state_dict_are_seen():
         assert not torch.equal(model(x), old)
         model.load_state_dict(kept)
         assert torch.equal(model(x), old)
-        model.linear.weight.data.mul_(4.0)  # PyTorch does not count this
+        model.linear.weight.data.mul_(4.0)  # torch does not count this write
         assert torch.equal(model(x), old * 4.0)
 
 
 def test_other_weights_at_the_same_address_are_seen():
-    # Weights given for one call are freed after it, and the next ones may come to lie in their place, at version 0.
+    # Weights that are passed to one call are freed after it. The next ones may get the same address, at version 0.
     model = One(normal(48, 64))
     install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
     name, x = "layers.0.up_proj.weight", normal(4, 64)
@@ -235,7 +238,7 @@ def test_other_weights_at_the_same_address_are_seen():
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
 @pytest.mark.parametrize(("weight", "activation"), [("mxfp4", None), ("mxfp4", "mxfp4"), ("bf16", None)])
-def test_training_goes_on_after_an_evaluation_in_inference_mode(weight, activation, path):
+def test_training_continues_after_an_evaluation_in_inference_mode(weight, activation, path):
     model, x = One(normal(48, 64)), normal(4, 64)
     install(model, Hardware(precision=Precision(weight=weight, activation=activation)), seed=0)
     with use_backend(path):
@@ -277,7 +280,7 @@ def test_a_token_is_quantized_alike_in_any_batch(fmt):
     install(model, Hardware(precision=Precision(activation=fmt)), seed=0)
     x = normal(2, 3, 64) * torch.tensor([1.0, 100.0, 0.01])[:, None]
     with torch.no_grad():
-        # The identity matrix sums one product with zeros: exact whatever the order.
+        # With the identity matrix each sum has one term that is not zero, so that it is exact in any order.
         assert torch.equal(model(x)[:1, 1:2], model(x[:1, 1:2]))
 
 
@@ -305,7 +308,7 @@ def test_autocast_computes_in_its_dtype_and_gives_float32_gradients(hardware):
     assert {p.grad.dtype for p in (x, model.linear.weight, model.linear.bias)} == {torch.float32}
     with hardware_off(model):
         clean = model(x)
-    assert (y - clean).norm() < 0.4 * clean.norm()  # 10 % noise or W4A4 (18 dB a factor), and bfloat16
+    assert (y - clean).norm() < 0.4 * clean.norm()  # 10 % noise or W4A4 (18 dB for each factor), and bfloat16
 
 
 def test_bfloat16_weights_stay_bfloat16():
@@ -331,7 +334,7 @@ def test_a_frozen_base_keeps_the_cached_copy_and_no_more(activation):
     y.sum().backward()
     assert x.grad is not None
     state = model.linear.hardware_state
-    weight = model.linear.weight  # itself saved for the check of its version
+    weight = model.linear.weight  # also saved, for torch's check of its version
     assert set(saved) <= {state.quantized_weight(weight).data_ptr(), weight.data_ptr()}
 
 

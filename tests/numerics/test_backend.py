@@ -60,7 +60,7 @@ def test_what_computes_is_named():
         assert backend.computed_by() == "torch"
 
 
-def test_the_choice_is_restored_and_checked():
+def test_the_choice_of_backend_is_restored_and_checked():
     x = torch.ones(4)
     with backend.use_backend("torch"):
         assert backend.kernels_for(x) is None
@@ -72,9 +72,9 @@ def test_the_choice_is_restored_and_checked():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory by what /proc says of it")
-def test_a_thread_that_cannot_be_started_is_done_without():
-    # No memory for the stack of a further thread: the process must not end for that.
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
+def test_kernels_work_without_a_thread_that_cannot_be_started():
+    # There is no memory for the stack of another thread, and the process must go on without it.
     program = """
 import resource, torch
 from pathlib import Path

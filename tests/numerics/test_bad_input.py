@@ -1,4 +1,4 @@
-"""What quantize refuses, before anything is written, and how it says so."""
+"""The input that quantize refuses before anything is written, and its error messages."""
 
 import math
 
@@ -20,12 +20,12 @@ def backend(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.int8, torch.bool])
-def test_dtypes(dtype):
+def test_other_dtypes_are_refused(dtype):
     with pytest.raises(TypeError, match="float32 or bfloat16, but the tensor is torch"):
         quantize(torch.ones(4, 32).to(dtype), "mxfp4")
 
 
-def test_not_a_tensor():
+def test_a_list_is_refused():
     with pytest.raises(TypeError, match="but got list"):
         quantize([1.0], "mxfp4")
 
@@ -39,26 +39,26 @@ def test_unknown_format_suggests_the_nearest(name, near):
         quantize(torch.ones(32), name)
 
 
-def test_unknown_format_without_a_near_one_lists_all():
+def test_an_unknown_format_unlike_any_other_lists_all():
     with pytest.raises(ValueError, match="known: mxfp4, "):
         get_format("zzz")
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 32), 2), ((4, 32), -3), ((32,), 1), ((), 1)])
-def test_axis(shape, axis):
+def test_an_axis_outside_of_the_shape_is_refused(shape, axis):
     with pytest.raises(IndexError, match=f"axis must be in .*but is {axis}"):
         quantize(torch.ones(shape), "mxfp4", axis=axis)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, 1e39, -1.0, torch.tensor(math.nan), torch.tensor([[-1.0]] * 4)])
-def test_tensor_scale_values(scale):
+def test_tensor_scales_that_are_negative_or_not_finite_are_refused(scale):
     out = torch.zeros(4, 32)
     with pytest.raises(ValueError, match="tensor_scale must be finite and not negative"):
         quantize(torch.ones(4, 32), "nvfp4", tensor_scale=scale, out=out)
     assert not out.any()
 
 
-def test_tensor_scale_shapes_and_words():
+def test_tensor_scales_of_a_wrong_shape_or_word_are_refused():
     with pytest.raises(ValueError, match=r"must broadcast to \(4, 1\), but has shape \(3, 1\)"):
         quantize(torch.ones(4, 32), "nvfp4", tensor_scale=torch.ones(3, 1))
     with pytest.raises(ValueError, match="rows"):
@@ -68,7 +68,7 @@ def test_tensor_scale_shapes_and_words():
 
 
 @pytest.mark.parametrize("out", [torch.zeros(4, 33), torch.zeros(4, 32, dtype=torch.bfloat16), torch.zeros(32, 4)])
-def test_out(out):
+def test_an_out_unlike_the_input_is_refused(out):
     with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \(4, 32\)"):
         quantize(torch.ones(4, 32), "mxfp4", out=out)
     assert not out.any()
@@ -92,7 +92,7 @@ def test_a_cast_has_no_tensor_scale():
         ({"fmt": "mxfp4", "stochastic": True}, "stochastic must be a Key .* but is True"),
     ],
 )
-def test_arguments_of_another_type(options, message):
+def test_arguments_of_a_wrong_type_are_refused(options, message):
     with pytest.raises(TypeError, match=message):
         quantize(torch.ones(4, 32), **options)
 

@@ -1,4 +1,4 @@
-"""What every entry of FORMATS promises, on both paths and in both dtypes."""
+"""The promises that hold for every entry of FORMATS, on both paths and in both dtypes."""
 
 import math
 
@@ -41,7 +41,7 @@ def block_size(fmt, columns):
 
 @pytest.mark.parametrize("name", FORMATS)
 class TestEveryFormat:
-    def test_shape_dtype_and_input_kept(self, name, dtype):
+    def test_shape_and_dtype_are_kept_and_the_input_is_not_changed(self, name, dtype):
         x = draw(3, 5, 96, dtype=dtype)
         before = x.clone()
         q = quantize(x, name)
@@ -49,13 +49,13 @@ class TestEveryFormat:
         assert torch.equal(x, before) and q.data_ptr() != x.data_ptr()
 
     def test_error_is_moderate(self, name, dtype):
-        # SQNR on N(0, 1) in dB. ceil wastes most: 16.8 dB for MXFP4; two mantissa bits more give 12 dB more.
+        # SQNR on N(0, 1) in dB. The rule ceil gives the least, 16.8 dB for MXFP4; two more mantissa bits add 12 dB.
         x = draw(64, 1024, dtype=dtype).float()
         q = quantize(x.to(dtype), name).float()
         sqnr = 10 * torch.log10(x.square().sum() / (x - q).square().sum().clamp(min=1e-30))
         assert sqnr > 16.5
 
-    def test_signed_zeros(self, name, dtype):
+    def test_signs_of_zeros_are_kept(self, name, dtype):
         x = torch.tensor([0.0, -0.0] * 48, dtype=dtype)
         assert same(quantize(x, name), x)
 
@@ -85,27 +85,27 @@ class TestEveryFormat:
         q = quantize(x, name)
         assert same(q[1:], clean[1:]) and same(q[0, size:], clean[0, size:])
 
-    def test_out(self, name, dtype):
+    def test_out_receives_the_result_and_may_be_the_input(self, name, dtype):
         x = draw(6, 70, dtype=dtype)
         expected, out = quantize(x, name), torch.full_like(x, 9.0)
         assert quantize(x, name, out=out) is out and same(out, expected)
         assert quantize(x, name, out=x) is x and same(x, expected)
 
-    def test_out_with_gaps(self, name, dtype):
+    def test_out_may_have_gaps(self, name, dtype):
         x = draw(6, 70, dtype=dtype)
         wide = torch.full((6, 140), 9.0, dtype=dtype)
         quantize(x, name, out=wide[:, ::2])
         assert same(wide[:, ::2].contiguous(), quantize(x, name)) and bool((wide[:, 1::2] == 9.0).all())
 
-    def test_out_that_overlaps_the_input(self, name, dtype):
-        # The result is that of the input as it was, as with torch's copy_, whichever of the two comes first.
+    def test_out_may_overlap_the_input(self, name, dtype):
+        # The result is that of the original input, as for torch's copy_, whichever of the two starts first in memory.
         for begin, end in ((0, 5), (5, 0)):
             buffer = draw(1500, dtype=dtype)
             x, out = buffer[begin : begin + 1400], buffer[end : end + 1400]
             expected = quantize(x.clone(), name)
             assert quantize(x, name, out=out) is out and same(out, expected)
 
-    def test_rows_are_padded_one_by_one(self, name, dtype):
+    def test_each_row_is_padded_by_itself(self, name, dtype):
         scale = 0.01 if FORMATS[name].tensor_divisor else None
         for columns in (1, 15, 17, 33, 70, 257):
             x = draw(3, columns, dtype=dtype)
@@ -113,14 +113,14 @@ class TestEveryFormat:
             expected = torch.stack(rows)[:, :columns]
             assert same(quantize(x, name, tensor_scale=scale), expected.contiguous()), columns
 
-    def test_axis(self, name, dtype):
+    def test_blocks_lie_along_the_axis(self, name, dtype):
         x = draw(34, 20, 18, dtype=dtype)
         for axis in (0, 1, -3, -2):
             expected = quantize(x.movedim(axis, -1).contiguous(), name).movedim(-1, axis)
             assert same(quantize(x, name, axis=axis), expected.contiguous()), axis
         assert same(quantize(x, name, axis=2), quantize(x, name))
 
-    def test_memory_layout_does_not_count(self, name, dtype):
+    def test_memory_layout_does_not_matter(self, name, dtype):
         x = draw(40, 96, dtype=dtype)
         assert same(quantize(x.t().contiguous().t(), name), quantize(x, name))
 
@@ -130,13 +130,13 @@ class TestEveryFormat:
         alone = torch.cat([quantize(row, name, tensor_scale="row") for row in x.split(1)])
         assert same(together, alone)
 
-    def test_odd_shapes(self, name, dtype):
+    def test_scalars_and_empty_tensors_keep_their_shape(self, name, dtype):
         for shape in ((), (1,), (0,), (3, 0), (0, 3)):
-            x = torch.full(shape, 3.0, dtype=dtype)  # as amax, 3 = 1.5 * 2^1 is kept up to a coarse grid's 2^-3
+            x = torch.full(shape, 3.0, dtype=dtype)  # every format represents an amax of 3 to within 2^-3
             q = quantize(x, name)
             assert q.shape == x.shape and torch.allclose(q, x, rtol=2**-3, atol=0), shape
 
-    def test_version_counter_sees_the_write(self, name, dtype):
+    def test_a_write_raises_the_version_counter(self, name, dtype):
         # Caches of Q(W) are keyed on the version of W.
         x = draw(4, 96, dtype=dtype)
         version = x._version
@@ -146,7 +146,7 @@ class TestEveryFormat:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_stochastic_rounding_is_unbiased(name, dtype):
-    # 4,096 rounds of the same numbers: the mean's standard error is at most step / 2 / 64; 5 of them are allowed.
+    # The same numbers are rounded 4,096 times. The standard error of a mean is at most step / 2 / 64; 5 are allowed.
     row = torch.tensor([1.0, 0.71, 0.31, -0.43, 0.12, -0.052, 0.97, 0.5] * 4, dtype=dtype)
     x = row.expand(4096, 32).contiguous()
     scale = 1 / 448 if name == "fp8_e4m3" else None
@@ -154,7 +154,7 @@ def test_stochastic_rounding_is_unbiased(name, dtype):
     values = [torch.unique(column) for column in q.T]
     assert all(len(v) <= 2 for v in values)
     step = torch.stack([v.max() - v.min() for v in values])
-    inside = row.float().abs() <= q.abs().max()  # what saturates is biased by design
+    inside = row.float().abs() <= q.abs().max()  # numbers that saturate are biased by design
     error = (q.mean(0) - row.float()).abs()
     # 2^-8 relative: bfloat16 rounds the result once more
     allowed = 5 * step / 128 + (2**-8 * row.float().abs() if dtype is torch.bfloat16 else 1e-6)
@@ -171,7 +171,7 @@ def test_stochastic_rounding_is_keyed(name):
 
 @pytest.mark.parametrize("sigma", [1.0, 0.02, 0.001])
 def test_nvfp4_keeps_its_accuracy_on_small_weights(sigma):
-    # 20.43 dB at any sigma; one-level scales fall under E4M3's normal range: see the next test.
+    # 20.43 dB at any sigma. Without the tensor scale, block scales fall below E4M3's normal range (next test).
     x = draw(512, 1024) * sigma
     sqnr = 10 * torch.log10(x.square().sum() / (x - quantize(x, "nvfp4")).square().sum())
     assert sqnr.item() == pytest.approx(20.43, abs=0.06)  # 4 x the spread over seeds, 0.014 dB
@@ -194,7 +194,7 @@ def test_published_sqnr_of_the_scale_rules(name, db):
 
 @pytest.mark.parametrize("name", sorted(n for n in FORMATS if n != "fp16"))
 def test_a_number_up_to_2_to_the_127_stays_finite(name, dtype):
-    """Beyond, rounding up may leave the dtype: an MX block then holds 2^128, which is Inf as a float32."""
+    """Above 2^127 rounding up may leave the dtype: an MX block can then hold 2^128, which is Inf in float32."""
     least = torch.finfo(dtype).smallest_normal
     x = torch.empty(3, 64, dtype=dtype)
     x[0] = torch.linspace(-1, 1, 64) * 2.0**127

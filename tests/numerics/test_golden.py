@@ -1,4 +1,4 @@
-"""Every golden file, bit for bit (except the sign of zero), on both paths."""
+"""Every golden file is reproduced bit for bit (except for signs of zeros) on both paths."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ for mx in ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"):
 
 
 def tensor_scale(data, case):
-    """The tensor scale a golden case prescribes: as is (nvfp4), or amax / 448 in float32 (fp8)."""
+    """The tensor scale of a golden case: stored as it is (nvfp4), or as an amax to divide by 448 in float32 (fp8)."""
     if f"{case}_pts" in data:
         return float(data[f"{case}_pts"])
     if f"{case}_amax" in data:
@@ -44,7 +44,7 @@ def test_every_golden_file_has_a_format():
 
 @pytest.mark.parametrize("backend", ["compiled", "torch"])
 @pytest.mark.parametrize("file", sorted(FILES))
-def test_golden(file, backend):
+def test_golden_cases_are_reproduced_to_the_bit(file, backend):
     data = np.load(GOLDEN / f"{file}.npz")
     cases = [name[:-3] for name in data if name.endswith("_in")]
     assert len(cases) >= 7

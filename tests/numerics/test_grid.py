@@ -1,6 +1,4 @@
-"""Values derived by hand: every FP4 code, every tie, scale rules, and the worked block of formats.py."""
-
-import math
+"""Values computed by hand: every FP4 code, every tie, the scale rules, and the worked block of formats.py."""
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from roundoff.numerics.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, get
 from roundoff.numerics.quantize import quantize
 
 CODES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-# The midpoint of neighbours i and i + 1 goes to the code with an even index (mantissa bit 0).
+# The midpoint of neighbours i and i + 1 is rounded to the code with an even index (mantissa bit 0).
 TIES = {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
 
 
@@ -21,12 +19,12 @@ def backend(request):
 
 
 def block(values, anchor, size):
-    """One block that holds `values` and `anchor`, which fixes the scale."""
+    """A block with `values` and with `anchor`, which determines the scale."""
     return torch.tensor([*values, anchor] + [0.0] * (size - 1 - len(values)))
 
 
 def fp4(values, exponent=0):
-    """`values` on the FP4 grid times 2^exponent: amax is 6 * 2^exponent, so the MXFP4 scale is 2^exponent."""
+    """Round `values` to the FP4 grid at scale 2^exponent, which an amax of 6 * 2^exponent gives."""
     factor = 2.0**exponent
     x = block([v * factor for v in values], 6.0 * factor, 32)
     return (quantize(x, "mxfp4")[: len(values)] / factor).tolist()
@@ -45,8 +43,7 @@ def test_every_tie_goes_to_the_even_code(exponent):
 
 
 def test_beside_a_tie_the_nearer_code_wins():
-    up = [math.nextafter(t, 9.0) for t in TIES]
-    # float32 neighbours of the ties, not float64 ones
+    # The neighbours in float32; those in float64 would be too close.
     up = [float(torch.nextafter(torch.tensor(t), torch.tensor(9.0))) for t in TIES]
     down = [float(torch.nextafter(torch.tensor(t), torch.tensor(0.0))) for t in TIES]
     assert fp4(up) == CODES[1:]
@@ -66,13 +63,13 @@ def test_worked_block_of_the_docstring():
         *[("floor", 4.0, 1.0), ("floor", 7.99, 1.0), ("floor", 8.0, 2.0)],
         # ceil: 2^(ceil(log2 amax) - 2)
         *[("ceil", 4.0, 1.0), ("ceil", 4.01, 2.0), ("ceil", 8.0, 2.0)],
-        # even: amax rounded to one mantissa bit: from 1.75 * 2^e on it is the next power of two
+        # even: amax is rounded to one mantissa bit, so that from 1.75 * 2^e on it is the next power of two
         *[("even", 6.99, 1.0), ("even", 7.0, 2.0), ("even", 5.0, 1.0)],
-        # rceil: smallest power of two with amax / scale <= 6
+        # rceil: the smallest power of two with amax / scale <= 6
         *[("rceil", 6.0, 1.0), ("rceil", 6.01, 2.0), ("rceil", 3.0, 0.5), ("rceil", 4.0, 1.0)],
     ],
 )
-def test_scale_rules(rule, amax, scale):
+def test_scale_rules_choose_the_documented_scale(rule, amax, scale):
     # 0.5 * scale is the smallest code: 0.26 * scale rounds up to it, 0.24 * scale rounds to zero.
     name = "mxfp4" if rule == "floor" else f"mxfp4:{rule}"
     x = block([0.26 * scale, 0.24 * scale], amax, 32)
@@ -80,7 +77,7 @@ def test_scale_rules(rule, amax, scale):
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"])
-def test_largest_numbers_of_a_grid(name):
+def test_each_grid_ends_at_its_largest_number(name):
     # OCP MX v1.0, tables 2 to 5: 6, 7.5, 28, 448 (no infinity), 57344.
     largest = {"mxfp4": 6, "mxfp6_e2m3": 7.5, "mxfp6_e3m2": 28, "mxfp8_e4m3": 448, "mxfp8_e5m2": 57344}[name]
     x = block([-float(largest)], float(largest), 32)
@@ -92,25 +89,25 @@ def test_largest_numbers_of_a_grid(name):
 @pytest.mark.parametrize(
     ("element", "smallest"), [(E2M1, 0.5), (E2M3, 0.125), (E3M2, 0.0625), (E4M3, 2**-9), (E5M2, 2**-16)]
 )
-def test_smallest_subnormal_of_a_grid(element, smallest):
+def test_each_grid_has_its_smallest_subnormal(element, smallest):
     name = next(f.name for f in FORMATS.values() if f.element is element and f.scale == "e8m0")
     x = block([smallest, smallest * 0.51, smallest * 0.5], element.high, 32)
     assert quantize(x, name)[:3].tolist() == [smallest, smallest, 0.0]
 
 
 def test_nvfp4_worked_block():
-    # Tensor scale 1/64; block amax 3: (3 / 6) / (1/64) = 32 is an E4M3 number, so one step of 0.5 is worth 0.25.
+    # The tensor scale is 1/64. (3 / 6) / (1/64) = 32 is an E4M3 number, so the block scale is 0.5 and a step is 0.25.
     x = block([0.25, 0.125, 0.374, 1.25], 3.0, 16)
     q = quantize(x, "nvfp4", tensor_scale=1 / 64)
     assert q[:5].tolist() == [0.25, 0.0, 0.25, 1.0, 3.0]  # 0.125 and 1.25 / 0.5 = 2.5 are ties to even
 
 
 def test_nvfp4_block_scale_rounds_to_e4m3():
-    # (amax / 6) = 1.0625 lies between the E4M3 neighbours 1 and 1.125, a tie: the even one is 1; amax saturates at 6.
+    # amax / 6 = 1.0625 is a tie between the E4M3 numbers 1 and 1.125, of which 1 is even; so amax saturates at 6.
     assert quantize(block([], 6.375, 16), "nvfp4_block")[0].item() == 6.0
 
 
-def test_int8_and_int4_conventions():
+def test_int8_and_int4_follow_their_conventions():
     x = torch.tensor([127.0, -127.0, 0.5, 1.5, 2.5, -0.5])
     assert quantize(x, "int8").tolist() == [127.0, -127.0, 0.0, 2.0, 2.0, -0.0]
     y = torch.tensor([-7.5, 7.5, 3.0])  # amax / 7.5 = 1 on [-8, 7]: -7.5 is a tie to -8, 7.5 saturates at 7

@@ -1,4 +1,4 @@
-"""Noise that can be replayed, and that is Gaussian: every interval is stated."""
+"""Noise is replayable and Gaussian; every statistical test states its interval."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ KEY = Key.from_seed(7)
         (-1, 2**64 - 1, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     ],
 )
-def test_philox_known_answers(counter, key, words):
+def test_philox_gives_the_known_answers(counter, key, words):
     c = torch.tensor([counter])
     assert tuple(int(w) for w in philox_bits(Key(key), c, c)) == words
 
@@ -34,7 +34,7 @@ class TestKey:
         different = [key, key.fold("a", 1), key.fold(1, "a"), key.fold(1), key.fold("1"), key.fold(-1), key.fold(0)]
         assert len(set(different)) == len(different)
 
-    def test_values_are_the_same_for_ever(self):
+    def test_values_never_change(self):
         # A change here changes the noise of every run.
         assert Key.from_seed(0).value == 16294208416658607535  # SplitMix64's first output for seed 0
         assert Key.from_seed(0).fold("layer", 3).value == 902207877832966386
@@ -45,7 +45,7 @@ class TestKey:
         # 399 x 64 fair bits: mean 32, standard error 4 / sqrt(399) = 0.2; 5 of them
         assert abs(sum(flips) / len(flips) - 32) < 1.0
 
-    def test_range(self):
+    def test_a_key_must_fit_into_64_bits(self):
         with pytest.raises(ValueError, match="2\\^64"):
             Key(-1)
 
@@ -68,7 +68,7 @@ class TestReplay:
         expected = (y.float() + y.float().abs() * 0.05 * eps).to(dtype)
         assert torch.equal(matmul_noise(y, 0.05, KEY), expected)
 
-    def test_zero_is_identical(self, dtype):
+    def test_zero_noise_gives_the_same_bits(self, dtype):
         y = self.y(dtype, 4, 33)
         y[0, :3] = torch.tensor([-0.0, float("inf"), float("nan")])
         out = matmul_noise(y, 0.0, KEY)
@@ -87,7 +87,7 @@ class TestReplay:
             assert torch.equal(matmul_noise(y[order], 0.05, KEY, rows=rows[order]), whole[order])
 
     def test_padding_does_not_shift_draws(self, dtype):
-        # A row of 20 logical columns, left-padded by 0 to 5 columns: logical column j lies at j + padding.
+        # Rows of 20 logical columns with 0 to 5 columns of left padding: logical column j is at j + padding.
         y, rows = self.y(dtype, 6, 20), torch.arange(6) + 100
         alone = matmul_noise(y, 0.05, KEY, rows=rows)
         padded = torch.zeros(6, 26, dtype=dtype)
@@ -98,7 +98,7 @@ class TestReplay:
         for i in range(6):
             assert torch.equal(out[i, i : i + 20], alone[i])
 
-    def test_out_in_place_and_with_gaps(self, dtype):
+    def test_out_may_be_the_product_or_have_gaps(self, dtype):
         y = self.y(dtype, 5, 40)
         expected, wide = matmul_noise(y, 0.05, KEY), torch.zeros(5, 80, dtype=dtype)
         matmul_noise(y, 0.05, KEY, out=wide[:, ::2])
@@ -106,14 +106,14 @@ class TestReplay:
         assert torch.equal(matmul_noise(y.t().contiguous().t(), 0.05, KEY), expected)
         assert matmul_noise(y, 0.05, KEY, out=y) is y and torch.equal(y, expected)
 
-    def test_out_that_overlaps_the_product(self, dtype):
+    def test_out_may_overlap_the_product(self, dtype):
         for begin, end in ((0, 5), (5, 0)):
             buffer = self.y(dtype, 1, 1500)
             y, out = buffer[:, begin : begin + 1400], buffer[:, end : end + 1400]
             expected = matmul_noise(y.clone(), 0.05, KEY)
             assert matmul_noise(y, 0.05, KEY, out=out) is out and torch.equal(out, expected)
 
-    def test_more_dimensions_are_rows(self, dtype):
+    def test_leading_axes_count_as_rows(self, dtype):
         y = self.y(dtype, 2, 3, 4, 16)
         flat = matmul_noise(y.reshape(24, 16), 0.05, KEY)
         assert torch.equal(matmul_noise(y, 0.05, KEY), flat.reshape(y.shape))
@@ -150,7 +150,7 @@ def test_bad_noise_is_refused_before_anything_is_written(options):
 @pytest.mark.usefixtures("backend")
 def test_draws_are_float32_whatever_torchs_default_is():
     expected = uniform(KEY, (3, 8)), normal(KEY, (3, 8))
-    torch.set_default_dtype(torch.float64)  # as a loader of models sets it; in bfloat16 a kernel would write too far
+    torch.set_default_dtype(torch.float64)  # model loaders do this; under bfloat16 a kernel would write out of bounds
     try:
         drawn = uniform(KEY, (3, 8)), normal(KEY, (3, 8))
     finally:
@@ -159,7 +159,7 @@ def test_draws_are_float32_whatever_torchs_default_is():
 
 
 def check_moments(total, chunk):
-    """Moments and tails of `total` draws, each within 4 standard errors (joint miss: about 1 in 1,500)."""
+    """Check moments and tails of `total` draws within 4 standard errors each; by chance 1 run in 1,500 fails."""
     sums, tails, over = torch.zeros(4, dtype=torch.float64), [1.0, 2.0, 3.0, 4.0, 5.0], torch.zeros(5)
     for part in range(total // chunk):
         eps = normal(KEY.fold("moments", part), (chunk // 1000, 1000)).double()
@@ -174,24 +174,24 @@ def check_moments(total, chunk):
         assert abs(count - p * total) < 4 * math.sqrt(p * (1 - p) * total) + 1, (t, count, p * total)
 
 
-def test_moments_and_tails():
+def test_moments_and_tails_are_those_of_a_normal():
     check_moments(1_000_000, 500_000)
 
 
 @pytest.mark.slow
-def test_moments_and_tails_of_a_hundred_million():
+def test_moments_and_tails_of_a_hundred_million_are_those_of_a_normal():
     check_moments(100_000_000, 4_000_000)
 
 
-def test_distribution_of_each_position():
-    # Kolmogorov-Smirnov for each of the four words of a counter: 4 tests at 10^-4 each.
+def test_each_position_is_normal():
+    # A Kolmogorov-Smirnov test for each of the four words of a counter, at a level of 10^-4 each.
     eps = normal(KEY, (50_000, 4))
     for column in range(4):
         assert stats.kstest(eps[:, column].double().numpy(), "norm").pvalue > 1e-4
 
 
 def test_neighbours_are_independent():
-    # Correlation of n independent pairs has standard error 1 / sqrt(n); values and squares; 5 of them.
+    # The correlation of n independent pairs has standard error 1 / sqrt(n); 5 are allowed, for values and squares.
     eps = normal(KEY, (1000, 1000)).double()
     pairs = [(eps[:, :-k], eps[:, k:]) for k in (1, 2, 3, 4, 5)] + [(eps[:-k], eps[k:]) for k in (1, 2, 4)]
     pairs.append((eps, normal(KEY.fold(1), (1000, 1000)).double()))
@@ -201,7 +201,7 @@ def test_neighbours_are_independent():
             assert abs(correlation) < 5 / math.sqrt(x.numel())
 
 
-def test_uniform():
+def test_uniform_draws_are_uniform():
     u = uniform(KEY, (1000, 1000)).double()
     assert u.min() >= 0 and u.max() < 1
     # mean 1/2 with standard error sqrt(1/12) / 1000
@@ -209,8 +209,8 @@ def test_uniform():
     assert stats.kstest(u.flatten()[:100_000].numpy(), "uniform").pvalue > 1e-4
 
 
-def test_relative_standard_deviation_is_what_was_asked():
-    # std of (out - y) / |y| over 10^6: standard error s / sqrt(2 n); 4 of them.
+def test_relative_standard_deviation_is_the_requested_one():
+    # The standard deviation of (out - y) / |y| has standard error s / sqrt(2 n), n = 10^6; 4 are allowed.
     y = torch.full((1000, 1000), -3.0)
     relative = (matmul_noise(y, 0.05, KEY) - y).double() / 3.0
     assert abs(relative.std().item() - 0.05) < 4 * 0.05 / math.sqrt(2e6)

@@ -1,4 +1,4 @@
-"""The compiled and the pure-torch path give the same bits, whatever the bits, the split, and the number of threads."""
+"""The compiled path and the torch path give the same bits for any input, any split, and any number of threads."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def both(work):
 
 
 def random_bits(rows, columns, seed, dtype=torch.float32):
-    """Random bit patterns: every exponent, subnormals, infinities, NaN."""
+    """Random bit patterns, with every exponent, subnormal numbers, infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
     integers = torch.int32 if dtype is torch.float32 else torch.int16
     info = torch.iinfo(integers)
@@ -38,7 +38,7 @@ def random_bits(rows, columns, seed, dtype=torch.float32):
 
 
 def random_blocks(rows, columns, seed, dtype=torch.float32):
-    """Random mantissas whose exponents stay near a random one for each row, so that whole blocks are not NaN."""
+    """Random mantissas with exponents near a random one for each row, so that blocks are seldom NaN as a whole."""
     generator = torch.Generator().manual_seed(seed)
     mantissa = torch.randint(0, 1 << 23, (rows, columns), generator=generator)
     center = torch.randint(-10, 256, (rows, 1), generator=generator)
@@ -66,7 +66,7 @@ def test_paths_agree_on_random_bits(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_many_random_bits(name):
-    # 10^8 patterns of both kinds together over all formats, a quarter under each dtype and scale
+    # 10^8 patterns in all, over both kinds and all formats, a quarter of them for each dtype and scale
     for seed in range(4):
         compare(name, 1250, 96, seed=1000 + 100 * seed + BLOCKS.index(name))
 
@@ -82,7 +82,7 @@ def test_paths_agree_on_a_hundred_million(name):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_the_smallest_bfloat16(name):
-    # Subnormal numbers and those just above, alone and beside larger ones.
+    # Subnormal numbers and slightly larger ones, by themselves and beside larger numbers.
     generator = torch.Generator().manual_seed(9)
     bits = torch.randint(0, 0x0A00, (400, 64), generator=generator)
     bits[200:] >>= torch.randint(0, 8, (200, 64), generator=generator)
@@ -102,7 +102,7 @@ def test_paths_agree_on_stochastic_rounding_and_odd_shapes(name):
             assert same(expected, q), (shape, key)
 
 
-OWN = [
+CUSTOM = [
     Format("mxfp4 in blocks of 16", E2M1, 16, "e8m0", "floor", 6.0),
     Format("mxint8", Element("int8", 0, 0, 6, -127.0, 127.0), 32, "e8m0", "floor", 127.0),
     Format("fp4 in blocks of 32 under e4m3", E2M1, 32, "e4m3", divisor=6.0),
@@ -113,9 +113,9 @@ OWN = [
 ]
 
 
-@pytest.mark.parametrize("fmt", OWN, ids=lambda fmt: fmt.name)
-def test_paths_agree_on_formats_of_ones_own(fmt):
-    # Those whose layout no kernel knows are computed in plain torch on both.
+@pytest.mark.parametrize("fmt", CUSTOM, ids=lambda fmt: fmt.name)
+def test_paths_agree_on_custom_formats(fmt):
+    # Both paths compute a layout that no kernel knows in plain torch.
     for shape in ((9, 192), (3, 70)):
         x = random_blocks(*shape, seed=12)
         for key in (None, KEY):
@@ -123,12 +123,12 @@ def test_paths_agree_on_formats_of_ones_own(fmt):
             assert same(expected, q), (shape, key)
 
 
-def test_a_block_of_ones_own_size_has_a_scale_of_its_own():
+def test_a_custom_block_size_decides_which_elements_share_a_scale():
     x = torch.ones(1, 32)
-    x[0, 16:] = 1024.0  # under one scale for all 32, 1 / 256 rounds to zero
-    assert torch.equal(quantize(x, OWN[0]), x)
-    assert torch.equal(quantize(torch.tensor([[100.4, -0.3]]), OWN[1]), torch.tensor([[100.0, 0.0]]))
-    assert torch.equal(quantize(torch.tensor([[1.1, 500.0]]), OWN[6]), torch.tensor([[1.125, 448.0]]))
+    x[0, 16:] = 1024.0  # a single scale for all 32 would round the ones to zero
+    assert torch.equal(quantize(x, CUSTOM[0]), x)
+    assert torch.equal(quantize(torch.tensor([[100.4, -0.3]]), CUSTOM[1]), torch.tensor([[100.0, 0.0]]))
+    assert torch.equal(quantize(torch.tensor([[1.1, 500.0]]), CUSTOM[6]), torch.tensor([[1.125, 448.0]]))
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3"])
@@ -165,8 +165,8 @@ def test_paths_agree_on_a_hundred_million_normals():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_threads_do_not_count(dtype):
-    # Above 2^19 elements, where work is split. 1021 rows: parts of unequal size.
+def test_the_number_of_threads_does_not_matter(dtype):
+    # Work above 2^19 elements is split between threads. 1021 rows give parts of unequal size.
     x = torch.randn(1021, 1024, generator=torch.Generator().manual_seed(2)).to(dtype)
     before = torch.get_num_threads()
     results = []
@@ -186,7 +186,7 @@ def test_threads_do_not_count(dtype):
 
 
 def test_large_outputs_are_the_same_as_small_ones():
-    # From 8 MiB on the kernels write around the cache.
+    # The kernels write outputs of 8 MiB or more around the cache.
     x = torch.randn(2048, 1056, generator=torch.Generator().manual_seed(3))
     with use_backend("compiled"):
         for name in ("mxfp4", "nvfp4_block", "int8", "int4"):

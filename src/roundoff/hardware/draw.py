@@ -27,7 +27,7 @@ POSITIONS = 1 << 20
 """Row ids reserved for each rollout, and so its longest sequence: `row = rollout_id * POSITIONS + position`."""
 
 _OTHER_THREAD = (
-    "another thread is inside noise_key or hardware_off of the same model, which hold for all of its products: give "
+    "another thread is inside noise_key or hardware_off of the same model, which apply to all of its products: give "
     "each thread a copy of the model (copy.deepcopy), or use a lock"
 )
 
@@ -59,7 +59,9 @@ class Draw:
 
     def __init__(self, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
-            raise ValueError(f"rows must be int64 of shape [B, T], but is {rows.dtype} of shape {tuple(rows.shape)}")
+            raise ValueError(
+                f"rows must be int64 of shape [rollouts, columns], but is {rows.dtype} of shape {tuple(rows.shape)}"
+            )
         self.key = key
         self.rows = rows
         self._views: dict[tuple[int, ...], Tensor] = {}

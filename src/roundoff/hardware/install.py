@@ -21,7 +21,7 @@ from roundoff.hardware.installed import (
     nonfinite_weights,
     required,
 )
-from roundoff.hardware.inventory import Entry, Found, Skipped, exclusion, find_linears, plain_name, within_layer
+from roundoff.hardware.inventory import Candidate, Entry, Skipped, exclusion, find_linears, plain_name, within_layer
 from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
 from roundoff.hardware.paths import check_paths, check_range
 from roundoff.numerics.rng import Key
@@ -47,18 +47,18 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     """
     if installed(model) is not None:
         raise ConfigError("hardware is installed on this model already: uninstall it before installing again")
-    matches, skipped = find_linears(model, hardware)
+    candidates, skipped = find_linears(model, hardware)
     attention_modules = _attention_modules(model, hardware)
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
     output = _output_embedding(model)
-    plans = {item.name: _plan(item, hardware, is_output=item.module is output) for item in matches}
-    covered = [item for item in matches if plans[item.name].does_something]
+    plans = {item.name: _plan(item, hardware, is_output=item.module is output) for item in candidates}
+    covered = [item for item in candidates if plans[item.name].does_something]
     if not covered and not hardware.changes_nothing:
         raise ConfigError(
             "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
             "keep fewer layers, or add noise"
         )
-    kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in matches]
+    kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in candidates]
     skipped += [skip for skip in kept if not plans[skip.name].does_something]
     check_paths(model, covered, hardware)
     check_range(covered, hardware.precision.weight)
@@ -154,7 +154,7 @@ class _Plan:
         )
 
 
-def _plan(item: Found, hardware: Hardware, *, is_output: bool) -> _Plan:
+def _plan(item: Candidate, hardware: Hardware, *, is_output: bool) -> _Plan:
     """Derive from the settings what happens to one module.
 
     Raises:
@@ -180,7 +180,7 @@ def _plan(item: Found, hardware: Hardware, *, is_output: bool) -> _Plan:
     return _Plan(entry, tuple(faults), noise, is_output)
 
 
-def _attach(item: Found, plan: _Plan, runtime: Runtime) -> list[LinearState]:
+def _attach(item: Candidate, plan: _Plan, runtime: Runtime) -> list[LinearState]:
     """Put one module on the hardware and return its states."""
     module = item.module
     if isinstance(module, nn.Linear):

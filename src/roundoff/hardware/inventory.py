@@ -46,7 +46,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Candidate:
     """A Linear, or the experts of one layer, that the settings do not exclude."""
 
     name: str
@@ -107,14 +107,14 @@ def exclusion(name: str, patterns: Iterable[str]) -> str | None:
     return next((p for p in patterns if any(fnmatchcase(part, p) for part in parts)), None)
 
 
-def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], list[Skipped]]:
+def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Candidate], list[Skipped]]:
     """The Linears and experts that the hardware can compute, and the other modules that have matrices.
 
     Raises:
         ConfigError: if the model already has hardware, if no Linear is left, if a weight is of a dtype or kind that
             cannot be computed, or if a setting names a layer or module that does not exist.
     """
-    found: list[Found] = []
+    candidates: list[Candidate] = []
     skipped: list[Skipped] = []
     for name, module in model.named_modules():
         if isinstance(module, HardwareLinear) or experts.STATE in module.__dict__:
@@ -122,18 +122,18 @@ def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Found], lis
         reason = _skip_reason(name, module, hardware)
         if reason is None:
             plain = plain_name(name)
-            found.append(Found(name, plain, layer_index(plain), module))
+            candidates.append(Candidate(name, plain, layer_index(plain), module))
         elif reason:
             skipped.append(Skipped(name, reason))
-    if not found:
+    if not candidates:
         names = [s.name for s in skipped]
         shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
         raise ConfigError(
             f"hardware.exclude = {list(hardware.exclude)} leaves no Linear to compute; modules of this model: "
             f"{shown or 'none with weights'}"
         )
-    _check_layers(found, hardware)
-    return found, skipped
+    _check_layers(candidates, hardware)
+    return candidates, skipped
 
 
 def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None:
@@ -161,17 +161,17 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
             )
         return None
     if isinstance(module, nn.Linear):
-        return f"{type(module).__name__} is a subclass of Linear with a forward of its own"
+        return f"{type(module).__name__} is a subclass of Linear that overrides forward"
     return f"{type(module).__name__} is not a Linear: left in high precision, without noise"
 
 
-def _check_layers(found: list[Found], hardware: Hardware) -> None:
+def _check_layers(candidates: list[Candidate], hardware: Hardware) -> None:
     """Refuse settings that name a layer or a module without a Linear to compute.
 
     Raises:
         ConfigError: naming the setting; also if `precision.keep` is not yet resolved, or the deadzone has no layers.
     """
-    layers = sorted({f.layer for f in found if f.layer is not None})
+    layers = sorted({f.layer for f in candidates if f.layer is not None})
     span = f"layers with a Linear to compute: {layers[0]} to {layers[-1]}" if layers else "no numbered layers"
     keep = hardware.precision.keep
     if isinstance(keep, str):
@@ -188,7 +188,7 @@ def _check_layers(found: list[Found], hardware: Hardware) -> None:
         if layer not in layers:
             raise ConfigError(f"{path} names layer {layer}, which does not exist ({span})")
     for i, fault in enumerate(hardware.faults):
-        names = [within_layer(f.plain_name) for f in found if f.layer == fault.layer]
+        names = [within_layer(f.plain_name) for f in candidates if f.layer == fault.layer]
         if fault.module is not None and fault.module not in names:
             raise ConfigError(
                 f"hardware.faults.{i}.module names {fault.module!r}, which layer {fault.layer} does not have "

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from roundoff.config import ConfigError, Hardware
-from roundoff.hardware.inventory import Found, exclusion, plain_name
+from roundoff.hardware.inventory import Candidate, exclusion, plain_name
 from roundoff.numerics.quantize import quantize
 
 SAFE = 1e4
@@ -28,7 +28,7 @@ AROUND = frozenset(f"peft.tuners.{name}" for name in ("frod", "hra", "shira", "s
 _DEFAULT_EXCLUDE: tuple[str, ...] = Hardware.model_fields["exclude"].default
 
 
-def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) -> None:
+def check_paths(model: nn.Module, covered: Sequence[Candidate], hardware: Hardware) -> None:
     """Refuse a model or settings for a reason of the list above.
 
     Raises:
@@ -41,7 +41,7 @@ def check_paths(model: nn.Module, covered: Sequence[Found], hardware: Hardware) 
     _check_exclude(model, hardware)
 
 
-def check_range(covered: Sequence[Found], fmt: str | None) -> None:
+def check_range(covered: Sequence[Candidate], fmt: str | None) -> None:
     """Refuse finite weights that become infinite in their format.
 
     Only fp16 does that below 2^127; the other formats may do it above.
@@ -65,7 +65,7 @@ def check_range(covered: Sequence[Found], fmt: str | None) -> None:
                 )
 
 
-def _check_fast_path(model: nn.Module, covered: Sequence[Found]) -> None:
+def _check_fast_path(model: nn.Module, covered: Sequence[Candidate]) -> None:
     if not torch.backends.mha.get_fastpath_enabled():
         return
     modules = {id(item.module) for item in covered}
@@ -94,7 +94,7 @@ def check_adapters(model: nn.Module, covered: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_two_names(model: nn.Module, covered: Sequence[Found], hardware: Hardware) -> None:
+def _check_two_names(model: nn.Module, covered: Sequence[Candidate], hardware: Hardware) -> None:
     if not (hardware.matmul_noise.relative_std or hardware.is_noisy):
         return
     modules = {id(item.module): item.name for item in covered}
@@ -114,5 +114,5 @@ def _check_exclude(model: nn.Module, hardware: Hardware) -> None:
             continue
         parts = sorted({part for name in names for part in (name, *name.split(".")) if not part.isdigit()})
         near = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"names are such as {names[-1]!r}"
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"its modules have names like {names[-1]!r}"
         raise ConfigError(f"hardware.exclude names {pattern!r}, which matches no module of this model: {hint}")

@@ -129,7 +129,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        file = path.open("w")
+        file = path.open("wb")
     except OSError as error:
         raise BuildError(f"the kernels cannot be compiled into {path.parent} ({error})") from None
     with file:

@@ -51,15 +51,15 @@ def quantize(
     if isinstance(fmt, str):
         fmt = FORMATS.get(fmt) or get_format(fmt)
     _check(x, fmt, axis, out, stochastic)
-    source, given = _source(x, fmt, axis, tensor_scale)
+    source, scales = _source(x, fmt, axis, tensor_scale)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
     last = axis == -1 or axis == x.dim() - 1
     kernels = kernels_for(x) if fmt.has_kernel else None
     if kernels is not None and last and x.is_contiguous() and (out is None or can_write(out, x)):
-        return _compiled(kernels, x, fmt, source, given, out, stochastic)
+        return _compiled(kernels, x, fmt, source, scales, out, stochastic)
     with torch.no_grad():
-        return _general(kernels, x, fmt, axis, source, given, out, stochastic)
+        return _general(kernels, x, fmt, axis, source, scales, out, stochastic)
 
 
 def _compiled(
@@ -67,7 +67,7 @@ def _compiled(
     x: Tensor,
     fmt: Format,
     source: int,
-    given: float | Tensor,
+    scales: float | Tensor,
     out: Tensor | None,
     stochastic: Key | None,
 ) -> Tensor:
@@ -82,7 +82,7 @@ def _compiled(
     if count == 0:
         return y
     columns = x.shape[-1] if x.dim() else 1
-    scalar, per_row = (1.0, given.data_ptr()) if isinstance(given, Tensor) else (given, None)
+    scalar, per_row = (1.0, scales.data_ptr()) if isinstance(scales, Tensor) else (scales, None)
     kernels.quantize(
         fmt.packed,
         0 if x.dtype is torch.float32 else 1,
@@ -106,19 +106,19 @@ def _general(
     fmt: Format,
     axis: int,
     source: int,
-    given: float | Tensor,
+    scales: float | Tensor,
     out: Tensor | None,
     stochastic: Key | None,
 ) -> Tensor:
     """The path for any memory layout, axis and device: gather the rows, quantize them, and put them back."""
     moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
     if kernels is not None:
-        rows = _compiled(kernels, moved.contiguous(), fmt, source, given, None, stochastic)
+        rows = _compiled(kernels, moved.contiguous(), fmt, source, scales, None, stochastic)
     else:
         columns = moved.shape[-1]
         flat = moved.reshape(moved.numel() // columns if columns else 0, columns)
         rows = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-        quantize_rows(flat, fmt, _scales(flat, fmt, source, given), rows, stochastic)
+        quantize_rows(flat, fmt, _row_scales(flat, fmt, source, scales), rows, stochastic)
         rows = rows.reshape(moved.shape)
     result = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
     return result.contiguous() if out is None else out.copy_(result)
@@ -195,12 +195,12 @@ def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Ten
         raise ValueError(f"tensor_scale must broadcast to {(*shape, 1)}, but has shape {tuple(scale.shape)}") from None
 
 
-def _scales(rows: Tensor, fmt: Format, source: int, given: float | Tensor) -> Tensor | None:
+def _row_scales(rows: Tensor, fmt: Format, source: int, scales: float | Tensor) -> Tensor | None:
     """Tensor scales [1, 1] or [rows, 1] for the torch path."""
     if source == _NONE:
         return None
-    if isinstance(given, Tensor):
-        return given.reshape(-1, 1)
+    if isinstance(scales, Tensor):
+        return scales.reshape(-1, 1)
     if source == _GIVEN:
-        return torch.full((1, 1), given, dtype=torch.float32, device=rows.device)
+        return torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
     return tensor_scales(rows, fmt, per_row=source == _FROM_ROW)

@@ -1,4 +1,4 @@
-// Quantize-dequantize of rows: the same operations as blocks.py, in one pass over memory.
+// Quantize-dequantize of rows, with the same operations as blocks.py, in one pass over memory.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -9,13 +9,13 @@ namespace roundoff {
 enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3 };
 enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3 };
 
-// Laid out as `formats.Format.packed` packs it.
+// The layout of `formats.Format.packed`.
 struct Spec {
     int32_t scale, rule, block, mantissa, emin, emax;  // block 0: a whole row
     float low, high, divisor, tensor_divisor;
 };
 
-// Element grid with its constants spread over the lanes.
+// The grid of an element, with its constants in every lane.
 struct Grid {
     F low, high;
     U smallest, rounder;
@@ -29,7 +29,7 @@ static const float E4M3_HIGH = 448.0f;
 
 static inline F with_sign(F magnitude, F of) { return real(bits(magnitude) | (bits(of) & SIGN)); }
 
-// v rounded to the nearest grid number, ties to even; saturates; NaN stays.
+// Rounds v to the nearest grid number, ties to even. Values beyond the grid saturate, and NaN stays NaN.
 template <bool INTEGER> static inline F nearest(F v, const Grid& g) {
     if (INTEGER) {
         F t = at_least(at_most(v, g.high), g.low);
@@ -40,6 +40,7 @@ template <bool INTEGER> static inline F nearest(F v, const Grid& g) {
     return with_sign((t + c) - c, v);
 }
 
+// Rounds v to one of its two grid neighbours, chosen by random words so that the mean is v.
 template <bool INTEGER> static inline F stochastic(F v, const Grid& g, U words) {
     F t = at_least(at_most(v, g.high), g.low);
     F a = real(bits(t) & MAGNITUDE);
@@ -52,7 +53,8 @@ template <bool INTEGER> static inline F stochastic(F v, const Grid& g, U words) 
     return with_sign((lower + up) * step, v);
 }
 
-// Scales of LANES blocks: `multiply` restores, `divide` is what elements are divided (E8M0: multiplied) by.
+// Scales of LANES blocks. Elements are divided by `divide` (E8M0: multiplied by it), rounded, and multiplied by
+// `multiply`.
 struct Scales { F multiply, divide; };
 
 template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F tensor_scale) {
@@ -88,7 +90,7 @@ template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F ten
     return r;
 }
 
-// What a call needs to know besides where its numbers are.
+// The parameters of a call, apart from its arrays.
 struct Work {
     const Spec& spec;
     Grid grid;
@@ -107,7 +109,7 @@ __attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64
     }
 }
 
-// Up to LANES blocks of N elements that start at `column` of `row`; lane b of tensor_scale belongs to block b.
+// Quantizes up to LANES blocks of N elements that start at `column` of `row`; lane b of tensor_scale is for block b.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_scale, int64_t row, int64_t column) {
     constexpr int V = N / LANES;
@@ -133,9 +135,9 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
     }
 }
 
-// LANES whole blocks of bfloat16, worked on as pairs (low half: even element, high half: odd element), which spares
-// widening and narrowing. Under a power-of-two scale a result is a bfloat16 as it stands: it has fewer bits, and it is a
-// multiple of bfloat16's least number, because either its grid step is or the input lies on the grid.
+// `pair_tile` quantizes LANES whole blocks of bfloat16 as pairs (low half: even element, high half: odd element), which
+// avoids widening and narrowing. Under a power-of-two scale every result is exact in bfloat16: it has fewer bits, and
+// it is a multiple of the smallest bfloat16 number, because either its grid step is one or the input is on the grid.
 struct EvenThenOdd {
     static constexpr int at(int k) { return k < LANES / 2 ? 2 * k : 2 * k + 1 - LANES; }
 };
@@ -155,7 +157,8 @@ static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_sca
             m[i] = max(m[i], max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE));
         }
     }
-    // With two blocks a vector, the tree without its last step leaves block 2i in lane i, block 2i + 1 half a vector on.
+    // With two blocks per vector, the tree without its last step leaves block 2i in lane i, and block 2i + 1 half a
+    // vector further.
     U amax;
     if constexpr (SHARED) {
         amax = maxima_of_halves(m);
@@ -179,7 +182,7 @@ static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_sca
             F even = real(v << 16), odd = real(v & ~0xffffu);
             U a = bits(nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back);
             U b = bits(nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back);
-            if (SCALE != E8M0) {  // round to nearest even; the NaN here have no low bits that could carry into the sign
+            if (SCALE != E8M0) {  // round to nearest even; a NaN here has no low bits that could carry into the sign
                 a = a + (((a >> 16) & 1u) + 0x7fffu);
                 b = b + (((b >> 16) & 1u) + 0x7fffu);
             }
@@ -188,6 +191,7 @@ static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_sca
     }
 }
 
+// Quantizes LANES whole blocks on the fastest path.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, int64_t row, int64_t column) {
     if constexpr (std::is_same<T, bf16>::value && !INTEGER) {
@@ -196,7 +200,7 @@ static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, in
     tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, LANES, tensor_scale, row, column);
 }
 
-// n elements of a row that are whole blocks, or end in a partial one.
+// Quantizes n elements of a row: whole blocks, perhaps followed by a partial one.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static void block_row(const Work& w, const T* x, T* y, int64_t n, float tensor_scale, int64_t row) {
     const F scale = splat(tensor_scale);
@@ -212,7 +216,7 @@ static void block_row(const Work& w, const T* x, T* y, int64_t n, float tensor_s
     std::copy(buffer, buffer + (n - i), y + i);
 }
 
-// Rows of whole blocks, each under its own tensor scale; tiles run across the rows.
+// Quantizes rows of whole blocks under one tensor scale per row; a tile may contain blocks of several rows.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static void block_rows(const Work& w, const T* x, T* y, int64_t columns, const float* row_scales, int64_t rows) {
     const int64_t per_row = columns / N, blocks = rows * per_row;
@@ -229,6 +233,7 @@ static void block_rows(const Work& w, const T* x, T* y, int64_t columns, const f
     }
 }
 
+// Loads min(n, LANES) elements; the other lanes are zero.
 template <class T> static inline F load_part(const T* x, int64_t n) {
     if (n >= LANES) return load(x);
     T buffer[LANES] = {};
@@ -236,7 +241,7 @@ template <class T> static inline F load_part(const T* x, int64_t n) {
     return load(buffer);
 }
 
-// Largest magnitude of n elements as bits; FINITE leaves out NaN and Inf.
+// The bits of the largest magnitude of n elements; FINITE ignores NaN and Inf.
 template <class T, bool FINITE> static uint32_t amax_of(const T* x, int64_t n) {
     U m[4] = {};
     int64_t i = 0;
@@ -252,7 +257,7 @@ template <class T, bool FINITE> static uint32_t amax_of(const T* x, int64_t n) {
     return maximum(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// A row under one scale; elements that are not finite become NaN.
+// Quantizes a row under one scale; elements that are not finite become NaN.
 template <class T, bool INTEGER, bool STREAM>
 static void scaled_row(const Work& w, const T* x, T* y, int64_t n, float multiply, int64_t row) {
     F scale = splat(multiply), divide = splat(multiply == 0.0f ? 1.0f : multiply);

@@ -1,6 +1,6 @@
-// What a decoder layer of the Llama kind does between its matrix products, one pass over memory each, in float32.
+// The operations of a Llama-like decoder layer between its matrix products, each in one pass over memory, in float32.
 //   norm:    h += delta;  out = weight * (h / sqrt(mean(h^2) + eps))
-//   attend:  rotary embedding of q and k, k and v into the cache, softmax(q k^T * scale) v over the columns seen
+//   attend:  rotary embedding of q and k; k and v into the cache; softmax(q k^T * scale) v over the visible columns
 //   gate:    g = g / (1 + exp(-g)) * up
 #pragma once
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace roundoff {
 
-// Sums run in sixteen lanes on every target, PARTS vectors side by side, and join in one order: the same bits everywhere.
+// On every target a sum runs in sixteen lanes (PARTS vectors), which are joined in a fixed order for the same bits.
 constexpr int SIXTEEN = 16, PARTS = SIXTEEN / LANES;
 
 static inline float total(const F a[PARTS]) {
@@ -20,7 +20,7 @@ static inline float total(const F a[PARTS]) {
         for (int i = 0; i < n; ++i) joint[i] += joint[i + n];
     return joined<Sum, LANES / 2>(joint[0]);
 }
-// Lane i of `result` is the sum of all lanes of m[i], each of PARTS vectors, i < SIXTEEN.
+// Lane i of `result` becomes the sum of all lanes of m[i], i < SIXTEEN; each m[i] consists of PARTS vectors.
 static inline void sums_of(F m[SIXTEEN][PARTS], F result[PARTS]) {
     for (int part = 0; part < PARTS; ++part) {
         F pieces[PARTS];
@@ -35,7 +35,8 @@ static inline void sums_of(F m[SIXTEEN][PARTS], F result[PARTS]) {
     }
 }
 
-// exp to about 1 ulp: x = n*ln2 + r, a polynomial of degree 6 in r (Cephes expf), then n added to the exponent.
+// exp with an error of about 1 ulp: x = n*ln2 + r, a polynomial of degree 6 in r (Cephes expf), then n is added to the
+// exponent.
 static inline F exponential(F x) {
     x = at_least(at_most(x, splat(88.0f)), splat(-87.0f));
     const F shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
@@ -96,7 +97,7 @@ static void gate_values(float* g, const float* up, int64_t begin, int64_t end) {
     }
 }
 
-// Keys and values of one layer, [rows, kv_heads, capacity, D]; row r of a batch is at `row[r]`, or r where that is null.
+// Keys and values of one layer, [rows, kv_heads, capacity, D]. Row r of a batch is at `row[r]`, or at r without `row`.
 struct Cache {
     float *keys, *values;
     const int64_t* row;
@@ -106,14 +107,15 @@ struct Cache {
     }
 };
 
-// One layer's attention; q, k, v and out are [B, tokens, heads * D]. The first columns are in `prefix` (a prompt that
-// rows share; its capacity is their number, maybe 0), the others in `own`, where the new ones go.
+// Attention of one layer; q, k, v and out are [B, tokens, heads * D]. The first columns of the cache are in `prefix`, a
+// prompt that several rows may share (its capacity is the number of its columns, perhaps 0). All others are in `own`,
+// which receives the new columns.
 struct Attention {
-    float *q, *k, *v, *out;  // out null: only rotate, and fill the cache
+    float *q, *k, *v, *out;  // null `out`: only rotate and fill the cache
     Cache prefix, own;
     const float *cosine, *sine;  // [positions, D]
     const int64_t* left;         // [B] columns of left padding
-    int64_t rows, tokens, heads, kv_heads, start, window;  // window 0: every column
+    int64_t rows, tokens, heads, kv_heads, start, window;  // window 0: all columns are visible
     float scale;
 };
 
@@ -126,7 +128,7 @@ static inline void rotate(float* x, const float* cosine, const float* sine, int6
     }
 }
 
-// One query's attention over `seen` columns (0 or fewer: padding, which sees nothing); D is the size of a head.
+// Attention of one query over `seen` columns; a padding query has 0 or fewer, and gets zeros. D is the size of a head.
 template <int64_t D, class Keys, class Values>
 static inline void attend(const float* q, float* out, const Keys& keys, const Values& values, int64_t seen,
                           float scale, float* scores) {
@@ -159,7 +161,7 @@ static inline void attend(const float* q, float* out, const Keys& keys, const Va
             const int64_t at = c + LANES * p;
             F e = exponential(load(scores + at) - peak);
             store<false>(scores + at, e);
-            weight[p] += load_part(scores + at, seen - at, 0.0f);  // columns repeated above count once
+            weight[p] += load_part(scores + at, seen - at, 0.0f);  // without the columns that were repeated above
         }
     }
     for (int64_t c = 0; c < seen; ++c) {

@@ -1,6 +1,6 @@
-// Fingerprints of memory: what notices a write that nobody counted.
-//   Two running sums of the 32-bit words in every lane, s1 += w and s2 += s1 (Fletcher 1982), so that both a changed word
-//   and a changed order of words show; the lanes are then hashed together.
+// Fingerprints of memory, which detect writes that torch does not count.
+//   Every lane keeps two running sums of 32-bit words, s1 += w and s2 += s1 (Fletcher 1982), so that a changed word and
+//   a changed order of words both change the fingerprint. A hash joins the lanes at the end.
 #pragma once
 #include "vector.h"
 
@@ -14,7 +14,7 @@ static inline uint64_t mixed(uint64_t hash, uint64_t word) {  // FNV-1a on whole
     return hash ^ (hash >> 29);
 }
 
-// Of every `step`-th line of `bytes` bytes, and of what is left after the last whole line.
+// Fingerprint of every `step`-th line of `bytes` bytes, and of the bytes after the last whole line.
 static uint64_t fingerprint(const uint8_t* start, int64_t bytes, int64_t step) {
     constexpr int VECTORS = LINE / (4 * LANES);
     U s1[VECTORS] = {}, s2[VECTORS] = {};

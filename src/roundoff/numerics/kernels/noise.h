@@ -1,4 +1,4 @@
-// y + s * |y| * eps with eps keyed by (row id, column), and plain draws.
+// y + s * |y| * eps, with eps keyed by row id and column, and draws by themselves.
 #pragma once
 #include <algorithm>
 #include "blocks.h"
@@ -12,12 +12,12 @@ struct Rows {
     int64_t start(int64_t r) const { return first ? first[r] : 0; }
 };
 
-// A run of groups of four columns across rows, handed out LANES at a time.
+// Iterates over the groups of four columns of consecutive rows, LANES groups at a time.
 struct Cursor {
     const Rows& rows;
-    int64_t row, group, groups;  // next group of `row`, and groups a row has
+    int64_t row, group, groups;  // `group` is the next one in `row`; each row has `groups`
 
-    // Fills the counters of the next LANES groups; past `last_row` they repeat harmlessly.
+    // Fills the counters of the next LANES groups; those past `last_row` repeat and are not used.
     void next(Counters& c, int64_t last_row) {
         if (group + LANES <= groups) {
             c.ramp(rows.id(row), (rows.start(row) >> 2) + group);
@@ -55,9 +55,9 @@ template <class T, bool STREAM> static inline void perturb(const T* y, T* out, i
     std::copy(buffer, buffer + (n - i), out + i);
 }
 
-constexpr int64_t STAGE = 2048;  // draws staged in the first-level cache
+constexpr int64_t STAGE = 2048;  // number of draws that are staged in the first-level cache
 
-// Rows [begin, end) of y (null: the draws themselves) to out.
+// Writes rows [begin, end) of y with noise to out, or the draws themselves if y is null.
 template <class T, int DRAW, bool STREAM>
 static void noise_rows(const T* y, T* out, const Rows& rows, int64_t begin, int64_t end, float s, uint64_t key) {
     alignas(64) float stage[STAGE + DRAWS];
@@ -65,7 +65,7 @@ static void noise_rows(const T* y, T* out, const Rows& rows, int64_t begin, int6
     bool shifted = false;
     for (int64_t r = begin; rows.first && r < end; ++r) shifted |= (rows.first[r] & 3) != 0;
     const int64_t groups = (rows.columns + (shifted ? 6 : 3)) / 4, width = 4 * groups;
-    const bool whole = width == rows.columns;  // draws then lie in memory as the outputs do
+    const bool whole = width == rows.columns;  // draws and outputs then have the same layout
     Cursor cursor{rows, begin, 0, groups};
     Counters c;
     const int64_t total = (end - begin) * width;

@@ -1,13 +1,13 @@
-// Philox4x32-7 and Box-Muller for as many counters as a vector has lanes: the same operations, in the same order, as rng.py.
+// Philox4x32-7 and the Box-Muller transform for LANES counters, with the operations of rng.py in the same order.
 #pragma once
 #include "vector.h"
 
 namespace roundoff {
 
-constexpr int DRAWS = 4 * LANES;  // of one call
+constexpr int DRAWS = 4 * LANES;  // draws of one call
 constexpr int QUARTERS = LANES / 4;  // pieces of 128 bits in a vector
 
-// `interleave` transposes 4 x 4 words within each piece of 128 bits, so lane 4i + j holds group QUARTERS * j + i.
+// `interleave` transposes 4 x 4 words within each piece of 128 bits, so lane 4i + j must hold group QUARTERS * j + i.
 static constexpr int lane_of_group(int g) { return 4 * (g % QUARTERS) + g / QUARTERS; }
 static constexpr int group_of_lane(int lane) { return QUARTERS * (lane % 4) + lane / 4; }
 
@@ -36,7 +36,7 @@ struct Counters {
     }
 };
 
-// The rounds on the even and on the odd lanes; each 64-bit lane holds one 32-bit word in its low half.
+// The rounds, for the even or for the odd lanes. Each 64-bit lane holds a 32-bit word in its low half.
 static inline void rounds(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
     for (int i = 0; i < ROUNDS; ++i) {
@@ -85,8 +85,8 @@ static inline void box_muller(U w0, U w1, F& first, F& second) {
     second = r * ((I)w1 < 0 ? c : s);
 }
 
-// Words k = 0..3 of LANES counters to DRAWS consecutive elements: the first or the last two words of two counters, then
-// the halves of the pieces side by side.
+// `interleave` brings words 0 to 3 of LANES counters into the order of DRAWS consecutive elements: it first pairs the
+// words of two vectors, then puts the halves of the 128-bit pieces side by side.
 struct FirstPairs {
     static constexpr int at(int k) { return k / 4 * 4 + k % 4 / 2 + k % 2 * LANES; }
 };
@@ -110,7 +110,7 @@ static inline void interleave(const U w[4], U e[4]) {
 
 enum Draw { WORDS = 0, NORMALS = 1, UNIFORMS = 2 };
 
-// DRAWS draws (words as bits) of LANES counters, to p.
+// Writes DRAWS draws of LANES counters to p; words are written as bits.
 template <int DRAW> static inline void draw(const Counters& c, uint64_t key, float* p) {
     U w[4], e[4];
     philox(c, key, w);

@@ -1,4 +1,5 @@
-// roundoff's compiled kernels: quantize-dequantize and keyed noise. No dependency; loaded through ctypes.
+// roundoff's compiled kernels: quantize-dequantize, keyed noise, decoding, and fingerprints of memory. They have no
+// dependencies and are loaded through ctypes.
 // Build with -O3 -march=native -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
 #include <algorithm>
 #include <system_error>
@@ -12,11 +13,11 @@ using namespace roundoff;
 
 namespace {
 
-constexpr int64_t PER_THREAD = 1 << 18;    // elements below which a thread costs more than it saves
-constexpr int64_t PANEL_ROWS = 64, PANEL_ELEMENTS = 4096;  // rows whose own scales are found before they are used
-constexpr int64_t STREAM_BYTES = 8 << 20;  // outputs from here on are written around the cache
+constexpr int64_t PER_THREAD = 1 << 18;    // number of elements below which a thread costs more than it saves
+constexpr int64_t PANEL_ROWS = 64, PANEL_ELEMENTS = 4096;  // rows whose tensor scales are computed ahead of their use
+constexpr int64_t STREAM_BYTES = 8 << 20;  // size from which an output is written around the cache
 
-// f(begin, end) over [0, n) in at most `threads` contiguous parts; parts are cut at multiples of `grain`.
+// Calls f(begin, end) on at most `threads` contiguous parts of [0, n), which are cut at multiples of `grain`.
 template <class Function> void parallel(int64_t n, int64_t grain, int64_t elements, int threads, const Function& f) {
     int64_t parts = std::min<int64_t>(std::max(threads, 1), std::max<int64_t>(1, elements / PER_THREAD));
     int64_t units = (n + grain - 1) / grain;
@@ -27,14 +28,14 @@ template <class Function> void parallel(int64_t n, int64_t grain, int64_t elemen
     int64_t p = 1;
     try {
         for (; p < parts; ++p) others.emplace_back([&, p] { f(cut(p), cut(p + 1)); });
-    } catch (const std::system_error&) {  // no further thread can be had: this one does the rest
+    } catch (const std::system_error&) {  // no further thread can be started, so this one does the rest
         f(cut(p), n);
     }
     f(0, cut(1));
     for (auto& t : others) t.join();
 }
 
-// How tensor scales reach a call; as in quantize.py.
+// Origin of the tensor scales, as in quantize.py.
 enum Source : int32_t { NONE = 0, FROM_TENSOR = 1, FROM_ROW = 2, GIVEN = 3, GIVEN_ROWS = 4 };
 
 struct Call {
@@ -57,7 +58,7 @@ template <class T> float row_scale(const Call& c, const T* x, int64_t row) {
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 void blocks_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
     bool alike = c.source != FROM_ROW && c.source != GIVEN_ROWS;
-    if (c.columns % N == 0 && alike && !c.work.random) {  // rows join to one run of blocks
+    if (c.columns % N == 0 && alike && !c.work.random) {  // the rows form one run of blocks
         int64_t at = begin * c.columns;
         block_row<T, SCALE, N, INTEGER, STREAM>(c.work, x + at, y + at, (end - begin) * c.columns, c.given, 0);
         return;
@@ -122,7 +123,7 @@ template <class T> float tensor_amax(const T* x, int64_t n, int threads) {
 template <class T> void quantize(Call c, const T* x, T* y, int64_t rows, int threads) {
     int64_t n = rows * c.columns;
     if (c.source == FROM_TENSOR) c.given = tensor_amax(x, n, threads) / c.work.spec.tensor_divisor;
-    // Streaming needs whole lines from an aligned start, and an input that stays in the cache is better overwritten.
+    // Streaming needs an aligned start and whole lines. In place, it is faster to overwrite the lines in the cache.
     bool aligned = ((uintptr_t)y % 64) == 0 && (c.columns * (int64_t)sizeof(T)) % 64 == 0;
     bool stream = aligned && x != y && n * (int64_t)sizeof(T) >= STREAM_BYTES;
     parallel(rows, 1, n, threads, [&](int64_t begin, int64_t end) {
@@ -174,7 +175,7 @@ void ro_draw(int kind, float* out, int64_t count, int64_t columns, const int64_t
     else noise<float, UNIFORMS>(nullptr, out, rows, count, 0.0f, key, threads);
 }
 
-// float32 throughout; see decode.h. delta may be null.
+// The next three functions work in float32; see decode.h. `delta` may be null.
 void ro_norm(float* h, const float* delta, const float* weight, float eps, float* out, int64_t rows, int64_t n,
              int threads) {
     parallel(rows, 1, rows * n, threads,
@@ -207,15 +208,15 @@ static int64_t step_of(int64_t bytes, int64_t lines, int64_t step) {
     return lines ? std::max<int64_t>(1, bytes / LINE / lines) : bytes <= SMALL ? 1 : step;
 }
 
-// The three fingerprints of one range: of `lines` lines, of every `step`-th one, of all.
+// The three fingerprints of one range: of about `lines` lines, of every `step`-th line, and of all lines.
 void ro_fingerprints(const uint8_t* start, int64_t bytes, int64_t lines, int64_t step, uint64_t* out) {
     out[0] = fingerprint(start, bytes, step_of(bytes, lines, 0));
     out[1] = fingerprint(start, bytes, step_of(bytes, 0, step));
     out[2] = bytes <= SMALL ? out[1] : fingerprint(start, bytes, 1);
 }
 
-// Fingerprints of `count` ranges of memory. `lines`: about how many lines of each are read; 0: every `step`-th one, and
-// all of a range of up to SMALL bytes.
+// Fingerprints of `count` ranges of memory. About `lines` lines of each are read. If `lines` is 0, every `step`-th line
+// is read, and all of a range of up to SMALL bytes.
 void ro_fingerprint(const uint8_t* const* starts, const int64_t* bytes, int64_t count, int64_t lines, int64_t step,
                     uint64_t* out) {
     for (int64_t i = 0; i < count; ++i) {

@@ -1,6 +1,7 @@
-// Vectors of the target's own width, as GCC and Clang vector extensions: sixteen lanes of float32 under AVX-512, eight
-// under AVX2, four elsewhere (SSE2, NEON). Every operation here rounds lane by lane, so results do not depend on the
-// width. Intrinsics stand only where the compilers' own code for the portable form is several times slower.
+// Vectors as wide as the target's own, by the vector extensions of GCC and Clang: sixteen lanes of float32 under
+// AVX-512, eight under AVX2, four elsewhere (SSE2, NEON). Every operation rounds each lane by itself, so results do not
+// depend on the width. Intrinsics are used only where compilers turn the portable form into code that is several times
+// slower.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,11 +37,11 @@ static inline F splat(float a) { return F{} + a; }
 static inline U splat(uint32_t a) { return U{} + a; }
 static inline U bits(F a) { return (U)a; }
 static inline F real(U a) { return (F)a; }
-// The smaller of a and a bound; a NaN in a stays.
+// The smaller (below: the larger) of a and a bound; a NaN in a stays NaN.
 static inline F at_most(F a, F bound) { return bound < a ? bound : a; }
 static inline F at_least(F a, F bound) { return bound > a ? bound : a; }
 static inline F to_float(U a) { return __builtin_convertvector(a, F); }
-// Numbers below 2^31: signed conversion, which every target has as one instruction.
+// For numbers below 2^31: the signed conversion, which is one instruction on every target.
 static inline F small_to_float(U a) { return __builtin_convertvector((I)a, F); }
 
 static inline U max(U a, U b) {
@@ -123,7 +124,7 @@ static inline H narrow(F v) {
 #endif
 }
 
-// STREAM writes around the cache: an output much larger than the cache then costs no read of its lines.
+// STREAM writes around the cache, so that an output much larger than the cache is not read first.
 template <bool STREAM> static inline void store(float* p, F v) {
 #if defined(__AVX512F__)
     if (STREAM) return _mm512_stream_ps(p, (__m512)v);
@@ -143,7 +144,7 @@ template <bool STREAM> static inline void store(bf16* p, F v) {
 #endif
     std::memcpy(p, &h, sizeof h);
 }
-// 2 * LANES bfloat16 as pairs, for work on both halves without widening.
+// Loads 2 * LANES bfloat16 as pairs, so that both halves can be used without widening.
 static inline U load_pairs(const bf16* p) {
     U v;
     std::memcpy(&v, p, sizeof v);
@@ -158,7 +159,7 @@ static inline void stream_fence() {
 #endif
 }
 
-// `shuffled(a, b, index)`: lane k of the result is lane index(k) of a beside b.
+// `shuffled<INDEX>(a, b)`: lane k of the result is lane INDEX::at(k) of the concatenation of a and b.
 template <class INDEX, class V, size_t... K> static inline V shuffled_by(V a, V b, std::index_sequence<K...>) {
     return __builtin_shufflevector(a, b, INDEX::at((int)K)...);
 }
@@ -172,7 +173,7 @@ struct Larger {
 struct Sum {
     template <class V> static inline V of(V a, V b) { return a + b; }
 };
-// One level of the transposing trees below: lanes of a and b in groups of S, neighbouring groups joined by OP.
+// One level of the transposing trees below: OP joins neighbouring groups of S lanes of a and of b.
 template <int S> struct EvenGroups {
     static constexpr int at(int k) { return (k / S) % 2 == 0 ? k : k - S + LANES; }
 };
@@ -182,7 +183,8 @@ template <int S> struct OddGroups {
 template <int S, class OP, class V> static inline V fold(V a, V b) {
     return OP::of(shuffled<EvenGroups<S>>(a, b), shuffled<OddGroups<S>>(a, b));
 }
-// Lane i of the result joins all lanes of m[i], i < LANES: a transposing tree of LANES - 1 steps, of which `S` is the next.
+// Lane i of the result joins all lanes of m[i], i < LANES, by a transposing tree of LANES - 1 steps. S is the size of
+// the groups on the next level.
 template <class OP, int S, int END, class V> static inline V fold_tree(V* m) {
     if constexpr (S == END) {
         return m[0];
@@ -193,10 +195,10 @@ template <class OP, int S, int END, class V> static inline V fold_tree(V* m) {
 }
 static inline U maxima(U* m) { return fold_tree<Larger, 1, LANES>(m); }
 static inline F sums(F* m) { return fold_tree<Sum, 1, LANES>(m); }
-// `maxima` of LANES / 2 vectors, each of whose halves has a maximum of its own.
+// `maxima` of LANES / 2 vectors, separately for the two halves of each.
 static inline U maxima_of_halves(U* m) { return fold_tree<Larger, 1, LANES / 2>(m); }
 
-// Lane k beside its partner in the other half of each group of 2 * S lanes.
+// Exchanges the halves of each group of 2 * S lanes.
 template <int S> struct Swapped {
     static constexpr int at(int k) { return k ^ S; }
 };

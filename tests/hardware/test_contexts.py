@@ -1,4 +1,4 @@
-"""`hardware_off` and `noise_key`: left in any order, by one thread, on one model, and by whatever wrapper."""
+"""`hardware_off` and `noise_key`: blocks close in any order, belong to one thread and one model, and reach wrappers."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ def logits(model):
 
 
 def left_open(block, *more):
-    """A generator that a caller may leave within the block."""
+    """A generator that stays inside the block until it is closed."""
     with block:
         yield from (None, *more)
 
@@ -33,31 +33,31 @@ def left_open(block, *more):
 @pytest.mark.parametrize("first", [0, 1])
 def test_hardware_off_may_be_left_in_any_order(first):
     model = build()
-    found = install(model, W4A4, seed=0)
+    installation = install(model, W4A4, seed=0)
     blocks = [left_open(hardware_off(model)), left_open(hardware_off(model))]
     for block in blocks:
         next(block)
     blocks.pop(first).close()
-    assert not found.is_on
+    assert not installation.is_on
     blocks.pop().close()
-    assert found.is_on
+    assert installation.is_on
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_noise_key_may_be_left_in_any_order(first):
     model = build()
-    found = install(model, NOISY, seed=0)
+    installation = install(model, NOISY, seed=0)
     keys = [Key.from_seed(seed) for seed in (1, 2, 3)]
     blocks = [left_open(noise_key(model, key, ROWS)) for key in keys]
     for block in blocks:
         next(block)
     blocks.pop(first).close()
     keys.pop(first)
-    assert found.runtime.draw.key == keys[-1]
+    assert installation.runtime.draw.key == keys[-1]
     blocks.pop(0).close()
-    assert found.runtime.draw.key == keys[-1]
+    assert installation.runtime.draw.key == keys[-1]
     blocks.pop().close()
-    assert found.runtime.draw is None and found.runtime.thread is None
+    assert installation.runtime.draw is None and installation.runtime.thread is None
 
 
 @pytest.mark.parametrize("opened", ["noise_key", "hardware_off"])
@@ -122,7 +122,7 @@ def test_a_layer_of_another_installed_model_is_refused():
 
 def test_attention_that_was_switched_away_is_refused():
     model = build()
-    found = install(model, NOISY, seed=0)
+    installation = install(model, NOISY, seed=0)
     model.set_attn_implementation("sdpa")
     for block in (lambda: noise_key(model, Key.from_seed(1), ROWS), lambda: hardware_off(model)):
         with pytest.raises(ConfigError, match="'sdpa' after install"), block():
@@ -131,7 +131,7 @@ def test_attention_that_was_switched_away_is_refused():
         logits(model)
     uninstall(model)
     assert torch.equal(logits(model), logits(build()))
-    assert not found.is_on
+    assert not installation.is_on
 
 
 class Scale(nn.Module):
@@ -143,9 +143,9 @@ class Scale(nn.Module):
         return weight * self.gain
 
 
-def test_a_parametrized_linear_is_quantized_anew_and_taken_off_the_hardware():
+def test_a_parametrized_linear_is_quantized_again_and_can_be_uninstalled():
     model = build()
-    found = install(model, W4A4, seed=0)
+    installation = install(model, W4A4, seed=0)
     linear = model.get_submodule("model.layers.1.mlp.up_proj")
     before = logits(model)
     parametrize.register_parametrization(linear, "weight", Scale())
@@ -153,7 +153,7 @@ def test_a_parametrized_linear_is_quantized_anew_and_taken_off_the_hardware():
     assert not torch.equal(seen, before)
     linear.parametrizations.weight[0].gain.data.mul_(2.0)
     assert not torch.equal(logits(model), seen)
-    assert found.quantizations() > 0
+    assert installation.quantizations() > 0
     with hardware_off(model):
         plain = logits(model)
     uninstall(model)
