@@ -118,11 +118,6 @@ class Report:
         """Number of runs that are listed, whatever their state."""
         return sum(len(row.seeds) for row in self.rows)
 
-    @property
-    def scored(self) -> tuple[Row, ...]:
-        """The rows that have a score."""
-        return tuple(row for row in self.rows if row.deployed)
-
 
 def qualified(name: str, qualifier: str) -> str:
     """The name of an arm with its qualifier, such as `E5 under tiny`, or alone if that is empty."""
