@@ -23,7 +23,7 @@ from typing import Literal
 from roundoff.tasks.number_words import FRACTION, MAGNITUDE, MINUS, SMALLER_FOLLOWS, larger_precedes
 
 LONGEST = 64
-"""Most characters of a numeral; a longer one is not an answer (and Python refuses to convert thousands of digits)."""
+"""Maximum number of characters of a numeral; a longer one is not an answer (Python refuses thousands of digits)."""
 CONTEXT = 48
 """Number of characters before and after a numeral that are looked at."""
 
