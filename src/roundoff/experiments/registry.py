@@ -23,7 +23,7 @@ TABLE = Path(__file__).parent
 Assignment = tuple[list[str], Any]
 """Path of a setting, and its value."""
 LONGEST_LABEL = 160
-"""Most bytes that changed settings append to a name, because the name becomes that of a directory."""
+"""Maximum number of bytes that changed settings append to a name, because the name becomes that of a directory."""
 TREES: dict[str, type[Settings]] = {"": Experiment, "profile.": Profile}
 """Models of the settings that `--set` can change, by the beginning of their path."""
 OPTIONAL_TABLES = ("aqn", "srdd", "lora")

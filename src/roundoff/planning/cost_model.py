@@ -39,9 +39,9 @@ REPEATS_BELOW = 6.0
 
 # Limits of modules that import torch, which planning must not do: a test compares each with its origin.
 MAX_ROWS = 512
-"""Most rollouts that are decoded together (`sampling.sampler.MAX_ROWS`)."""
+"""Maximum number of rollouts that are decoded together (`sampling.sampler.MAX_ROWS`)."""
 LOGIT_BYTES = 1 << 26
-"""Most bytes of logits that a training pass holds at once (`models.logprobs.LOGIT_BYTES`)."""
+"""Maximum number of bytes of logits that a training pass holds at once (`models.logprobs.LOGIT_BYTES`)."""
 LOGIT_COPIES = 3
 """Tensors of that size that are held together: the logits, their softmax and their gradient."""
 MOST_FUSED_COLUMNS = 64

@@ -124,4 +124,4 @@ def _shape(name: str, content: Mapping[str, Any], source: str) -> ModelShape:
     except KeyError as error:
         raise ConfigError(f"{source} does not say {error.args[0]}, so the size of {name} is not known") from None
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source} holds a size that is no number: {error}") from None
+        raise ConfigError(f"{source} holds a size that is not a number: {error}") from None

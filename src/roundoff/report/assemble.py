@@ -38,17 +38,17 @@ def build_report(runs: Iterable[Run], skipped: Sequence[str] = (), experiments: 
     runs = list(runs)
     arms, left_out = group_arms(runs)
     arms = _in_declared_order(arms, experiments)
-    profiles = _telling_profiles(arms)
+    qualifiers = _qualifiers(arms)
     compared = [_compared(arm, arms) for arm in arms]
     corrected = _corrected([comparison for comparison, _ in compared])
     best = _best(arms)
     rows = [
-        _row(arm, arms, profiles, comparison, reason, best.get(arm.key))
+        _row(arm, arms, qualifiers, comparison, reason, best.get(arm.key))
         for arm, comparison, (_, reason) in zip(arms, corrected, compared, strict=True)
     ]
     known = {arm.experiment.id for arm in arms}
     rows += [_missing(experiment) for experiment in experiments if experiment.id not in known]
-    scans, damaged = find_scans(arms, {arm.key: qualified(arm.experiment.id, profiles[arm.key]) for arm in arms})
+    scans, damaged = find_scans(arms, {arm.key: qualified(arm.experiment.id, qualifiers[arm.key]) for arm in arms})
     return Report(
         rows=tuple(rows),
         sources=find_sources(runs),
@@ -92,16 +92,16 @@ def _kind(arm: Arm, other: Arm) -> Kind | None:
         return None
 
 
-def _telling_profiles(arms: Sequence[Arm]) -> dict[str, str]:
+def _qualifiers(arms: Sequence[Arm]) -> dict[str, str]:
     """What tells each arm, by key, from others with the same id: nothing, its profile, or its profile and hash."""
     ids = Counter(arm.experiment.id for arm in arms)
     pairs = Counter((arm.experiment.id, arm.profile.name) for arm in arms)
-    profiles = {}
+    qualifiers = {}
     for arm in arms:
         is_alone = pairs[arm.experiment.id, arm.profile.name] == 1
         profile = arm.profile.name if is_alone else arm.key.removeprefix(f"{arm.experiment.id}/")
-        profiles[arm.key] = profile if ids[arm.experiment.id] > 1 else ""
-    return profiles
+        qualifiers[arm.key] = profile if ids[arm.experiment.id] > 1 else ""
+    return qualifiers
 
 
 def _scale(arm: Arm) -> str:
@@ -179,7 +179,7 @@ def _best(arms: Sequence[Arm]) -> dict[str, int]:
 def _row(
     arm: Arm,
     arms: Sequence[Arm],
-    profiles: Mapping[str, str],
+    qualifiers: Mapping[str, str],
     comparison: Comparison | None,
     reason: str,
     best: int | None,
@@ -189,7 +189,7 @@ def _row(
     Args:
         arm: the arm.
         arms: all arms of the report.
-        profiles: what tells the arms apart, by key.
+        qualifiers: what tells the arms apart, by key.
         comparison: its comparison with the declared baseline, or None.
         reason: why there is no comparison.
         best: number of collapsed runs in the comparisons that make it the best, or None if it is not the best.
@@ -205,9 +205,9 @@ def _row(
         title=arm.experiment.title,
         family=arm.experiment.family,
         key=arm.key,
-        profile=profiles[arm.key],
+        qualifier=qualifiers[arm.key],
         baseline=arm.experiment.baseline,
-        against=qualified(baseline.experiment.id, profiles[baseline.key])
+        against=qualified(baseline.experiment.id, qualifiers[baseline.key])
         if baseline
         else arm.experiment.baseline or "",
         settings=settings_in_words(arm.experiment, arm.profile),
@@ -249,7 +249,7 @@ def _missing(experiment: Experiment) -> Row:
         title=experiment.title,
         family=experiment.family,
         key=experiment.id,
-        profile="",
+        qualifier="",
         baseline=experiment.baseline,
         against=experiment.baseline or "",
         settings=settings_in_words(experiment, None),

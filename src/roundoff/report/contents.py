@@ -30,9 +30,9 @@ class Row:
     family: str
     key: str
     """Name that is unique in the report; it is also the anchor in the page."""
-    profile: str
-    """Name of the profile if the report has other arms with this id, with the hash of the settings if it has other arms
-    with this id and profile; empty if the id is unique."""
+    qualifier: str
+    """What tells it from other arms with this id: the name of its profile, with the hash of its settings if another arm
+    has this id and profile; empty if the id is unique in the report."""
     baseline: str | None
     """Id of the declared baseline."""
     against: str
@@ -82,12 +82,12 @@ class Row:
     @property
     def label(self) -> str:
         """Its id, with the profile where that is needed to tell it from other arms."""
-        return qualified(self.id, self.profile)
+        return qualified(self.id, self.qualifier)
 
     @property
     def name(self) -> str:
         """Its title (or else its id), with the profile where that is needed to tell it from other arms."""
-        return qualified(self.title or self.id, self.profile)
+        return qualified(self.title or self.id, self.qualifier)
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,7 @@ class Report:
         """Number of runs that are listed, whatever their state."""
         return sum(len(row.seeds) for row in self.rows)
 
-    @property
-    def scored(self) -> tuple[Row, ...]:
-        """The rows that have a score."""
-        return tuple(row for row in self.rows if row.deployed)
 
-
-def qualified(name: str, profile: str) -> str:
-    """The name of an arm, with a profile that tells it from other arms unless that is empty."""
-    return f"{name} under {profile}" if profile else name
+def qualified(name: str, qualifier: str) -> str:
+    """The name of an arm with its qualifier, such as `E5 under tiny`, or alone if that is empty."""
+    return f"{name} under {qualifier}" if qualifier else name

@@ -23,7 +23,7 @@ DRAWN = (
 DIAGNOSTICS = {name: METRICS[name].label for name in DRAWN}
 """Metrics that are drawn as diagnostics, with their titles and units."""
 MOST_POINTS = 120
-"""Most points of a curve; more steps than that are averaged in bins of equal size."""
+"""Maximum number of points of a curve; more steps than that are averaged in bins of equal size."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from roundoff.runs.outcomes import Outcome
 EACH_WAY = 3
 """Number of problems shown in each direction."""
 MOST_CHARACTERS = 1200
-"""Most characters of a response that is shown in full; of a longer one the middle is left out."""
+"""Maximum number of characters of a response that is shown in full; of a longer one the middle is left out."""
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,6 @@ class ImportedRow:
 class ImportedTable:
     """A table from elsewhere with its conclusions."""
 
-    source: str
-    """Name of the file."""
     rows: tuple[ImportedRow, ...]
 
     @property
@@ -125,7 +123,7 @@ def read_table(path: Path, *, problems: int | None = None, baseline: str | None 
         raise ConfigError(f"{path}: there is no row {baseline!r} to compare with")
     rows = [_row(row, scores, baseline) for row in cells]
     adjusted = stats.holm([row.difference.p if row.difference else None for row in rows])
-    return ImportedTable(path.name, tuple(replace(r, p_holm=p) for r, p in zip(rows, adjusted, strict=True)))
+    return ImportedTable(tuple(replace(r, p_holm=p) for r, p in zip(rows, adjusted, strict=True)))
 
 
 def imported_table(table: ImportedTable) -> RenderableType:

@@ -19,7 +19,7 @@ from roundoff.report.status import arm_notes
 from roundoff.runs.record import find_runs
 
 LISTED = 8
-"""Most differing settings that are named one by one."""
+"""Maximum number of differing settings that are named one by one."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from roundoff.report.curves import DIAGNOSTICS, Curve
 BOX = 1000
 """Width and height of the box in which the paths of a line chart are given."""
 COLOURS = 6
-"""Most lines of different colours in one chart; in a family with more arms, each arm gets a small chart of its own."""
+"""Maximum number of lines of different colours in one chart; with more arms, each gets a small chart of its own."""
 GREY = -1
 """Colour of a baseline in the background."""
 PEAK = 8.0

@@ -273,7 +273,7 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of results.csv: a number with six decimals, or six digits if it is small; a text that is no formula."""
+    """A cell of results.csv: a number with six decimals, or six digits if it is small; a text that is not a formula."""
     if isinstance(value, float):
         return round(value, 6) if abs(value) >= 1e-3 or not value else float(f"{value:.6g}")
     if isinstance(value, str) and value.startswith(FORMULA):

@@ -12,7 +12,7 @@ from roundoff.stats import MIN_SEEDS, Interval
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 LISTED = 3
-"""Most effects of one kind that an answer lists one by one; if there are more, it counts them."""
+"""Maximum number of effects of one kind that an answer lists one by one; if there are more, it counts them."""
 GLOSSARY = {
     "rollout": "A sampled completion. A group is the rollouts of one prompt.",
     "hardware": "What the chip does to the arithmetic: precision, matmul noise, deadzone. Active in rollout, training "

@@ -65,7 +65,7 @@ def score(outcomes: ArrayLike, *, collapsed: int | None = None) -> Interval:
         collapsed: number of runs known to have collapsed. None looks for them in the outcomes, without their starts.
 
     Raises:
-        ValueError: if an outcome is no fraction, or there are fewer than two problems.
+        ValueError: if an outcome is not a fraction, or there are fewer than two problems.
     """
     y = checked(outcomes, "outcomes", low=0.0)
     mean, (seeds, problems) = float(y.mean()), y.shape
@@ -119,7 +119,7 @@ def paired_benefit(treatment: ArrayLike, baseline: ArrayLike, *, collapsed: int 
             their starts.
 
     Raises:
-        ValueError: if the shapes differ, an outcome is no fraction, or there are fewer than two problems.
+        ValueError: if the shapes differ, an outcome is not a fraction, or there are fewer than two problems.
     """
     difference = paired_differences(treatment, baseline)
     estimate, (seeds, problems) = float(difference.mean()), difference.shape
@@ -150,7 +150,7 @@ def paired_differences(treatment: ArrayLike, baseline: ArrayLike) -> Float64[Arr
     """Treatment minus baseline, outcome by outcome.
 
     Raises:
-        ValueError: if the shapes differ or an outcome is no fraction.
+        ValueError: if the shapes differ or an outcome is not a fraction.
     """
     new, old = checked(treatment, "treatment", low=0.0), checked(baseline, "baseline", low=0.0)
     if new.shape != old.shape:

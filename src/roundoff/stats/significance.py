@@ -47,7 +47,7 @@ def equivalence(treatment: ArrayLike, baseline: ArrayLike, margin: float) -> Equ
         margin: the loss that could be borne (fraction, in (0, 1)).
 
     Raises:
-        ValueError: if the shapes differ, an outcome is no fraction or the margin is not in (0, 1).
+        ValueError: if the shapes differ, an outcome is not a fraction or the margin is not in (0, 1).
     """
     if not 0 < margin < 1:
         raise ValueError(f"margin must be in (0, 1) (1 point is 0.01), but is {margin}")
@@ -66,7 +66,7 @@ def mcnemar(treatment: ArrayLike, baseline: ArrayLike) -> McNemar:
     A problem counts as solved if it was solved in more than half of the noise draws.
 
     Raises:
-        ValueError: if the shapes differ or an outcome is no fraction.
+        ValueError: if the shapes differ or an outcome is not a fraction.
     """
     new, old = np.atleast_1d(np.asarray(treatment, float)), np.atleast_1d(np.asarray(baseline, float))
     if new.ndim != 1 or new.shape != old.shape:

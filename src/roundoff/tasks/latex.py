@@ -23,7 +23,7 @@ from roundoff.tasks.limited_process import LimitedProcess, LimitExceededError, L
 LIMITS = Limits(seconds=5, clock_seconds=15, memory=2 << 30)
 """Limits for reading and comparing one response."""
 LONGEST = 2000
-"""Most characters of an expression. In a response without a box, this many at the end are searched for one."""
+"""Maximum number of characters of an expression, and of the end of a response without a box that is searched."""
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?P<open>\{)?|\\.|[{}]", re.DOTALL)
 _NESTED = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(?=\{)")

@@ -9,7 +9,7 @@ text directly before and after decides about the sign, or shows that the numeral
                   0.75   .5   3/4   6 / 8   1 1/2   and their forms by U+00BD or \frac{3}{4}
                   -5   - $5 as -$5   $-5   US$5   5 EUR as 5 with its sign of currency
     no number     1e5   2^3   1.5 x 10^3   0x1F   2:30   1/2/2020   1.2.3   1,08   1.234,56   12 000   5 million
-    unclear sign  - 5   --5   +-5   -(5)   minus 5   a dash that is no minus sign
+    unclear sign  - 5   --5   +-5   -(5)   minus 5   a dash that is not a minus sign
 
 Every pattern either looks at a bounded stretch of text or never backtracks, so the time is linear in the length of the
 text.
@@ -23,7 +23,7 @@ from typing import Literal
 from roundoff.tasks.number_words import FRACTION, MAGNITUDE, MINUS, SMALLER_FOLLOWS, larger_precedes
 
 LONGEST = 64
-"""Most characters of a numeral; a longer one is no answer (and Python refuses to convert thousands of digits)."""
+"""Maximum number of characters of a numeral; a longer one is not an answer (Python refuses thousands of digits)."""
 CONTEXT = 48
 """Number of characters before and after a numeral that are looked at."""
 

@@ -46,8 +46,8 @@ class TrackedRun:
     profile: Profile
     seed: int
     resumed_from: int = -1
-    """Step of the checkpoint that the run resumes from (-1: none). Later steps are logged again, and what a tracker
-    already holds of them is void."""
+    """Last step that the run keeps when it resumes (-1: none). Later steps are logged again, and what a tracker already
+    holds of them is void."""
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
     @property
