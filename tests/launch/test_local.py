@@ -29,7 +29,7 @@ def requests(tmp_path, small):
 
 @pytest.fixture
 def long_requests(requests):
-    """Runs that take seconds, so that they can be stopped while they are at work."""
+    """Runs that last for seconds, so that they can be met at work."""
     return [replace(r, experiment=r.experiment.model_copy(update={"epochs": LONG // 2})) for r in requests]
 
 
