@@ -104,6 +104,30 @@ def test_no_modules_import_each_other_in_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c"]
 
 
+def doors(room: str) -> set[str]:
+    """What other rooms may import from a package: modules that its docstring names as doors, and what it exports."""
+    tree = ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))
+    text = ast.get_docstring(tree) or ""
+    assert "Doors:" in text, f"roundoff.{room} does not say which its doors are"
+    if "Doors: every module" in text:
+        return {path.stem for path in (SOURCE / room).iterdir()}
+    named = {name.split(".")[0] for name in re.findall(r"`([\w.]+)`", text.partition("Doors:")[2])}
+    return named | {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
+def test_other_rooms_use_the_doors_of_a_package_alone():
+    used: dict[str, set[str]] = {}
+    for path, text in sources().items():
+        for name in imported_modules(text):
+            room, *inside = name.split(".")
+            is_module = inside and any(
+                (SOURCE / room / f"{inside[0]}{end}").exists() for end in (".py", "/__init__.py")
+            )
+            if is_module and room != room_of(path):
+                used.setdefault(room, set()).add(inside[0])
+    assert {room: names for room, found in used.items() if (names := sorted(found - doors(room)))} == {}
+
+
 def test_no_file_is_over_350_lines():
     long = {
         str(p): n

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from roundoff.config import ConfigError, Deadzone, Fault, Hardware, MatmulNoise, Precision
@@ -142,3 +143,28 @@ def test_weights_that_a_format_makes_infinite_are_refused(fmt, size):
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight holds numbers up to .* infinity"):
         install(model, Hardware(precision=Precision(weight=fmt)), seed=0)
     install(model, Hardware(precision=Precision(activation="mxfp4")), seed=0)
+
+
+def test_weights_that_became_nan_are_found_through_a_wrapper():
+    """Names of modules within PEFT's wrapper differ from those of the weights' plain model."""
+    wrapped = get_peft_model(build(), LoraConfig(r=2, target_modules=["up_proj"]))
+    installed = install(wrapped, W4, seed=0)
+    assert installed.check_weights() == ()
+    with torch.no_grad():
+        wrapped.base_model.model.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = float("nan")
+    (name,) = installed.check_weights()
+    assert "layers.1.mlp.up_proj" in name
+
+
+def test_a_backward_pass_may_recompute_under_another_default_device():
+    """Gradient checkpointing compares the keys of the two passes by a small tensor, which must hold numbers."""
+    model, batch = build(), Batch()
+    install(model, NOISY, seed=0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    with torch.device("meta"):
+        with noise_key(model, Key.from_seed(1), batch.rows):
+            loss = model(**batch.inputs()).logits.sum()
+        with noise_key(model, Key.from_seed(1), batch.rows):
+            loss.backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.isfinite().all()

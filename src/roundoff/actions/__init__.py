@@ -4,6 +4,5 @@ An action is named like its command (`evaluate` is that of `roundoff eval`) and 
 planning and so on. Options are read in `roundoff.commands`. Most actions return what is to be printed; `run` and `scan`
 print while they work. `terminal` holds the streams and tables that everything is printed with.
 
-Doors: the functions that `roundoff.commands` calls, `terminal.tolerant_streams` (the entry point), and for tests and
-other code `evaluate.score_subject`, `evaluation_subject.open_subject` and `export.export`.
+Doors: every module. `roundoff.commands` calls their functions, and the entry point uses `terminal`.
 """

@@ -4,5 +4,5 @@ A command turns its options into a call of `roundoff.actions`, prints what that 
 when it runs, so that `roundoff --help` is fast. Options that several commands share, and the reading of their text, are
 in `options` and `ray_options`.
 
-Doors: `<command>.<command>_command` of each module, which `roundoff.cli` collects.
+Doors: every module. `roundoff.cli` collects the command of each.
 """

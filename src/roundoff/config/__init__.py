@@ -5,11 +5,11 @@ and, for an unknown key, the nearest known one. This package imports neither tor
 The declared experiments and the code that reads TOML files live in `roundoff.experiments`; the settings of a task
 belong to `roundoff.tasks`.
 
-Doors: everything that this module exports, and `base.Count`, which the settings of the verl plugin use.
+Doors: everything that this module exports.
 """
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
-from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Settings, is_temperature, nearest, validate
+from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
 from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
@@ -25,6 +25,7 @@ __all__ = [
     "TEMPERATURE_RULE",
     "Algorithm",
     "ConfigError",
+    "Count",
     "Deadzone",
     "Experiment",
     "Fault",

@@ -96,7 +96,7 @@ class Draw:
         whether the recomputation drew from the same key.
         """
         if self._tag is None:
-            self._tag = torch.tensor([self.key.value >> 32, self.key.value & 0xFFFFFFFF])
+            self._tag = torch.tensor([self.key.value >> 32, self.key.value & 0xFFFFFFFF], device="cpu")
         return self._tag
 
     def check_tag(self, tag: Int[Tensor, " 2"], name: str) -> None:

@@ -122,7 +122,7 @@ class InstalledHardware:
 
     def check_weights(self) -> tuple[str, ...]:
         """Names of the weights and biases on hardware that hold NaN or Inf now; each of them is read once."""
-        return nonfinite_weights(self.model, {entry.name for entry in self.entries})
+        return nonfinite_weights(self.model, {plain_name(entry.name) for entry in self.entries})
 
     def diagnose(self, **batch: Any) -> tuple[str, ...]:
         """Run a forward pass and return the Linears whose output is not finite, in order of execution.

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from roundoff.hardware import attention, hardware_off, installed
 from roundoff.models.masks import AttentionPattern, positions
-from roundoff.numerics.backend import Kernels, kernels_for
+from roundoff.numerics.backend import Kernels, kernels_for, thread_count
 from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
 
 FAMILIES = ("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
@@ -111,7 +111,7 @@ class FusedDecoder:
             mixed = self._attend(layer, place, (q, k, v), left, (B, Q), mask)
             x = self._norm(hidden, _linear(layer.o, mixed), layer.norm_after)
             gate, up = _linear(layer.gate, x), _linear(layer.up, x)
-            self.kernels.gate(gate.data_ptr(), up.data_ptr(), gate.numel(), _threads(gate))
+            self.kernels.gate(gate.data_ptr(), up.data_ptr(), gate.numel(), thread_count(gate.numel()))
             delta = _linear(layer.down, gate)
         x = self._norm(hidden, delta, decoder.norm)
         return _linear(self.model.lm_head, x.view(B, Q, -1)[:, -1] if Q > 1 else x)
@@ -126,7 +126,7 @@ class FusedDecoder:
             norm.variance_epsilon,
             out.data_ptr(),
             *hidden.shape,
-            _threads(hidden),
+            thread_count(hidden.numel()),
         )
         return out
 
@@ -258,10 +258,6 @@ def _linear(module: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, module.weight, module.bias)
     product: Tensor = module(x)
     return product.contiguous()
-
-
-def _threads(x: Tensor) -> int:
-    return torch.get_num_threads() if x.numel() > 1 << 18 else 1
 
 
 def _is_known(base: PreTrainedModel) -> bool:

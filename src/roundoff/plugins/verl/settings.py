@@ -24,8 +24,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Literal
 
-from roundoff.config import AQN, ConfigError, Hardware, MatmulNoise, Settings, nearest, validate
-from roundoff.config.base import Count
+from roundoff.config import AQN, ConfigError, Count, Hardware, MatmulNoise, Settings, nearest, validate
 from roundoff.errors import RoundoffWarning
 
 VARIABLE = "ROUNDOFF_VERL_SETTINGS"
