@@ -17,7 +17,7 @@ from roundoff.launch.request import RunRequest
 from roundoff.runs.record import read_run
 from tests.training.test_loop import with_training
 
-LONG = 20
+LONG = 14
 """Steps of a long run."""
 
 
