@@ -135,3 +135,12 @@ def test_adapters_may_add_to_an_output_in_place():
     install(model, W4A4, seed=0)
     wrapped = get_peft_model(model, AdaLoraConfig(init_r=4, target_r=2, total_step=100, target_modules=["q_proj"]))
     wrapped(**Batch().inputs()).logits.sum().backward()
+
+
+def test_one_hook_serves_every_installation():
+    """Hooks cannot be removed safely, so that one of each installation would slow down every later optimizer step."""
+    install(build(), W4A16, seed=0)
+    before = len(_global_optimizer_post_hooks)
+    for _ in range(3):
+        install(build(), W4A16, seed=0)
+    assert len(_global_optimizer_post_hooks) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,33 @@ class ConfigSwitch:
     """Its value while the hardware is on."""
 
 
+_INSTALLATIONS: weakref.WeakValueDictionary[int, InstalledHardware] = weakref.WeakValueDictionary()
+"""Every installation that is alive, by its identity."""
+
+
+def _count_fused_steps(installation: InstalledHardware) -> None:
+    """Count the writes of `fused=True` optimizers to the weights of an installation, which torch's versions leave out.
+
+    One hook serves all installations. It is never removed: torch does not allow the hooks to change while an optimizer
+    runs them, and an installation may be collected then.
+    """
+    _register_once()
+    _INSTALLATIONS[id(installation)] = installation
+
+
+@functools.cache
+def _register_once() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Raise the version of every weight on hardware that an optimizer has moved."""
+    moved = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    for installation in list(_INSTALLATIONS.values()):
+        own = [p for module in installation.covered() for p in module.parameters(recurse=False) if id(p) in moved]
+        torch.autograd.graph.increment_version(own)
+
+
 @dataclass(eq=False)
 class InstalledHardware:
     """The hardware on a model; `install` returns it, and the model keeps it."""
@@ -67,7 +95,7 @@ class InstalledHardware:
 
     def __post_init__(self) -> None:
         self.runtime.owner = weakref.ref(self)
-        self._count_fused_steps()
+        _count_fused_steps(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy (deepcopy, pickle), which counts the optimizer steps on its own weights."""
@@ -82,23 +110,6 @@ class InstalledHardware:
     def current_states(self) -> list[LinearState]:
         """The states of the modules that `covered` returns."""
         return [state for module in self.covered() for state in states_of(module)]
-
-    def _count_fused_steps(self) -> None:
-        """Register a hook that counts the writes of `fused=True` optimizers, which torch's versions do not count.
-
-        The hook does nothing once this object is gone. It is never removed: the object may be collected while an
-        optimizer runs its hooks, and torch does not allow the hooks to change then.
-        """
-        reference = weakref.ref(self)
-
-        def count(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-            hardware = reference()
-            if hardware is not None:
-                weights = {id(p) for module in hardware.covered() for p in module.parameters(recurse=False)}
-                stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in weights]
-                torch.autograd.graph.increment_version(stepped)
-
-        register_optimizer_step_post_hook(count)
 
     @property
     def is_on(self) -> bool:
