@@ -41,13 +41,13 @@ real: $(STAMP)
 	$(BIN)/python -m benchmarks real
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check src tests benchmarks examples
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples setup.py
+	$(BIN)/ruff check src tests benchmarks examples setup.py
 	$(BIN)/mypy
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests benchmarks examples
-	$(BIN)/ruff check --fix src tests benchmarks examples
+	$(BIN)/ruff format src tests benchmarks examples setup.py
+	$(BIN)/ruff check --fix src tests benchmarks examples setup.py
 
 # verl pins versions of its own, so it has an environment of its own (2 GB).
 VERL_VENV := .venv-verl

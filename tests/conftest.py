@@ -17,6 +17,7 @@ import torch
 from roundoff.config import Profile
 from roundoff.experiments import load_profile
 from roundoff.numerics.backend import BuildError, build
+from tests.shapes import CALLS
 from tests.small_models import make_tokenizer
 
 FORKING = ("tests/launch/test_local.py", "tests/launch/test_survival.py", "tests/commands/test_cli.py")
@@ -87,6 +88,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def first_calls():
+    """The first calls of each test have their shapes checked."""
+    CALLS.clear()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import AdaLoraConfig, HRAConfig, LoraConfig, ShiraConfig, get_peft_model
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_off, install, installed, noise_key, uninstall
@@ -139,8 +140,8 @@ def test_adapters_may_add_to_an_output_in_place():
 
 def test_one_hook_serves_every_installation():
     """Hooks cannot be removed safely, so that one of each installation would slow down every later optimizer step."""
-    install(build(), W4A16, seed=0)
+    install(build(), W4A4, seed=0)
     before = len(_global_optimizer_post_hooks)
     for _ in range(3):
-        install(build(), W4A16, seed=0)
+        install(build(), W4A4, seed=0)
     assert len(_global_optimizer_post_hooks) == before
