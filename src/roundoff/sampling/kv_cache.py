@@ -20,7 +20,7 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, of which the first `length` columns are in use."""
 
     keys: Float[Tensor, "rows heads capacity head_size"]
-    values: Float[Tensor, "rows heads capacity head_size"]
+    values: Float[Tensor, "rows heads capacity value_size"]
     is_sliding = False  # the prepared mask applies a sliding window; the storage keeps every column
 
     def __init__(self, capacity: int) -> None:
@@ -31,7 +31,7 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def lazy_initialization(
         self,
         key_states: Float[Tensor, "rows heads new head_size"],
-        value_states: Float[Tensor, "rows heads new head_size"] | None = None,
+        value_states: Float[Tensor, "rows heads new value_size"] | None = None,
     ) -> None:
         """Allocate the storage; called with the first keys and values, whose shape it takes."""
         values = key_states if value_states is None else value_states
@@ -42,10 +42,10 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self,
         key_states: Float[Tensor, "rows heads new head_size"],
-        value_states: Float[Tensor, "rows heads new head_size"],
+        value_states: Float[Tensor, "rows heads new value_size"],
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Float[Tensor, "rows heads keys head_size"], Float[Tensor, "rows heads keys head_size"]]:
+    ) -> tuple[Float[Tensor, "rows heads keys head_size"], Float[Tensor, "rows heads keys value_size"]]:
         """Write the new columns, and return views of all columns so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
