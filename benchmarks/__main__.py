@@ -4,6 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
+import torch
+
 from roundoff.numerics.backend import computed_by
 from roundoff.runs.provenance import machine
 
@@ -27,7 +29,7 @@ def run(names: list[str]) -> int:
         for name, title in known.items():
             print(f"{name:12} {title}")
         return 0
-    print(f"processor: {machine()['processor']}; on the CPU computes: {computed_by()}")
+    print(f"processor: {machine()['processor']}; on the CPU computes: {computed_by(torch.ones(1))}")
     for name in [n for n in known if n not in ALONE] if names == ["all"] else names:
         if name not in known:
             print(f"there is no benchmark {name!r} (known: {', '.join(known)})", file=sys.stderr)

@@ -55,9 +55,10 @@ def test_a_target_that_the_compiler_does_not_know_is_passed_over(monkeypatch):
 
 
 def test_what_computes_is_named():
-    assert backend.computed_by() == backend.build().target
+    assert backend.computed_by(torch.ones(1, device="meta")) == "torch"  # no kernels are built for another device
+    assert backend.computed_by(torch.ones(1)) == backend.build().target
     with backend.use_backend("torch"):
-        assert backend.computed_by() == "torch"
+        assert backend.computed_by(torch.ones(1)) == "torch"
 
 
 def test_the_choice_of_backend_is_restored_and_checked():

@@ -88,9 +88,9 @@ def test_plain_arithmetic_has_one_score(tmp_path, small):
 
 def test_a_run_records_what_computed_it(tmp_path, small):
     finished = run(tmp_path, load_experiment("quickstart-clean"), small)
-    assert finished.provenance["kernels"] == computed_by()
+    assert finished.provenance["kernels"] == computed_by(torch.ones(1))
     (source,) = find_sources([finished])
-    assert source.machine.endswith(f"kernels for {computed_by()}")
+    assert source.machine.endswith(f"kernels for {computed_by(torch.ones(1))}")
 
 
 def test_noisy_hardware_has_two_and_averages_its_draws(tmp_path, small):

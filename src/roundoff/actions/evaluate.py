@@ -18,14 +18,15 @@ from roundoff.actions.evaluation_subject import EvaluationSubject, open_subject
 from roundoff.config import ConfigError, Hardware
 from roundoff.evaluation import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.models.lora import load_adapters
+from roundoff.models.prompts import check_asked
 from roundoff.numerics.rng import Key
 from roundoff.runs.files import write_atomic
 from roundoff.runs.health import Tally
 from roundoff.runs.outcomes import Evaluation
+from roundoff.sampling.sampler import check_sampling
 from roundoff.srdd import LayerScan
 from roundoff.stats import Interval, score
 from roundoff.tasks import make_task
-from roundoff.training.checks import check_prompts, check_room
 from roundoff.training.policy import load_policy, put_weights
 
 __all__ = ["Result", "describe", "open_subject", "save", "score_subject"]
@@ -88,9 +89,9 @@ def score_subject(
         put_weights(policy, subject.checkpoint)
     if subject.adapter is not None:
         load_adapters(policy.model, subject.adapter)
-    _, lengths = check_prompts(policy.loaded, task.test())
-    check_room(policy.loaded, lengths, profile.training)
     key, limit = Key.from_seed(subject.seed), profile.training.max_new_tokens
+    lengths = [len(tokens) for tokens in check_asked(policy.loaded, task.test())]
+    check_sampling(policy.model, policy.loaded.tokenizer, lengths, limit)
     evaluation = evaluate(
         policy.model,
         policy.loaded.tokenizer,

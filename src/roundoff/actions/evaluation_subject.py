@@ -18,10 +18,8 @@ from roundoff.config import ConfigError, Experiment, Profile, Task, validate
 from roundoff.experiments import load_profile, profile_names, with_overrides
 from roundoff.models.adapter_file import ADAPTER_CONFIG, read_adapter
 from roundoff.runs.checkpoint import Checkpoint, check_origin, load_checkpoint, run_origin
-from roundoff.runs.record import Run, read_run
+from roundoff.runs.record import SETTINGS, Run, read_run
 
-SETTINGS = "experiment.toml"
-"""File that makes a directory a run."""
 STATUS = "status.json"
 """File that every run has beside its settings; an experiment file of the user's own has no such neighbour."""
 ADAPTER = "adapter"

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 DEFAULT_FORMAT = "mxfp4"
 LINEARS_SHOWN = 8
 """Linears in the table of the most damaged ones."""
-CALIBRATION_BATCHES = 4
 DEFAULT_REPLAYS = 2
 
 
@@ -195,9 +194,9 @@ def _open(options: ScanOptions) -> ModelAndTexts:
 
 
 def _batches(loaded: LoadedModel, texts: list[Asked], options: ScanOptions) -> list[dict[str, Tensor]]:
-    from roundoff.models.calibration import calibration_batches
+    from roundoff.models.calibration import SCAN_BATCHES, calibration_batches
 
-    return calibration_batches(loaded.tokenizer, texts, max_tokens=options.tokens, batches=CALIBRATION_BATCHES)
+    return calibration_batches(loaded.tokenizer, texts, max_tokens=options.tokens, batches=SCAN_BATCHES)
 
 
 def _lines(path: Path) -> list[str]:

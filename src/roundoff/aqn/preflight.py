@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 
 from roundoff.aqn.noise import aqn_noise, aqn_targets, noise_shares
 from roundoff.config import AQN
-from roundoff.hardware import hardware_off, installed
+from roundoff.hardware import installed, plain_arithmetic
 from roundoff.models.calibration import (
     Calibration,
     calibration_batches,
@@ -137,7 +136,7 @@ def preflight(
     hardware_kl = 0.0 if installed(model) is not None else None
     with frozen_evaluation(model):
         for batch in batches:
-            with _off(model):
+            with plain_arithmetic(model):
                 clean = model(**batch.inputs()).logits
                 for draw in range(DRAWS):
                     with aqn_noise(model, sigma, multipliers, key.fold("preflight", draw), aqn):
@@ -162,10 +161,6 @@ def rounded_away(model: nn.Module, sigma: float, multipliers: Mapping[int, float
     with aqn_noise(model, sigma, multipliers, key, aqn):
         kept = sum(int((weight == old).sum()) for weight, old in zip(weights, before, strict=True))
     return kept / sum(weight.numel() for weight in weights)
-
-
-def _off(model: nn.Module) -> AbstractContextManager[None]:
-    return nullcontext() if installed(model) is None else hardware_off(model)
 
 
 def _divergence(clean: torch.Tensor, model: nn.Module, batch: Calibration) -> float:

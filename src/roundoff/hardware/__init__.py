@@ -8,7 +8,7 @@ for names of modules; `linear.HardwareLinear` and `experts.PROJECTIONS` to recog
 `installed.required`, `attention` and `freshness.bit_sums`.
 """
 
-from roundoff.hardware.contexts import hardware_off, noise_key
+from roundoff.hardware.contexts import hardware_off, noise_key, plain_arithmetic
 from roundoff.hardware.draw import POSITIONS
 from roundoff.hardware.install import install, uninstall
 from roundoff.hardware.installed import InstalledHardware, installed
@@ -23,5 +23,6 @@ __all__ = [
     "install",
     "installed",
     "noise_key",
+    "plain_arithmetic",
     "uninstall",
 ]

@@ -1,15 +1,15 @@
-"""The blocks that a model runs in: `hardware_off` and `noise_key`."""
+"""The blocks that a model runs in: `hardware_off`, `plain_arithmetic` and `noise_key`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from roundoff.hardware.draw import Draw
-from roundoff.hardware.installed import required
+from roundoff.hardware.installed import installed, required
 from roundoff.numerics.rng import Key
 
 
@@ -32,6 +32,11 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
     finally:
         if hardware.runtime.leave(block):
             hardware.switch(block.before)
+
+
+def plain_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
+    """`hardware_off` for a model that may have no hardware, which then computes as it is."""
+    return nullcontext() if installed(model) is None else hardware_off(model)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from roundoff.config import ConfigError
 from roundoff.errors import RoundoffWarning
 from roundoff.models.weights import few, weights_digest
+from roundoff.runs.record import SETTINGS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -164,7 +165,7 @@ def _check_record(adapter: AdapterFile, settings: dict[str, Any]) -> None:
                     f"has {name} = {value!r} in {ADAPTER_CONFIG}, but was saved with {recorded!r}: restore the old "
                     f"{ADAPTER_CONFIG}"
                 )
-    path = adapter.directory.resolve().parent / "experiment.toml"
+    path = adapter.directory.resolve().parent / SETTINGS
     if adapter.directory.resolve().name != "adapter" or not path.is_file():
         return
     try:

@@ -22,6 +22,9 @@ from roundoff.numerics.rng import Key
 from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
 from roundoff.tasks import Task
 
+SCAN_BATCHES = 4
+"""Batches into which the texts of a scan are split."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -222,7 +225,7 @@ def calibration_texts(task: Task) -> list[Worked]:
 
 
 CHUNK_TOKENS = 256
-"""Tokens whose log-softmax is held at once."""
+"""Tokens whose softmax or log-softmax is held at once."""
 
 
 def text_kl(

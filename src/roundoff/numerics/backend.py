@@ -117,20 +117,22 @@ def build() -> Kernels:
     Raises:
         BuildError: if there is no compiler, it fails, or there is nowhere to write.
     """
-    candidates = targets_for(torch.backends.cpu.get_cpu_capability())
-    for target in candidates:
-        try:
-            with library_for(target, lambda line: _LOG.warning("roundoff: %s", line)) as library:
-                return load(library, target)
-        except BuildError:
-            if target == candidates[-1]:
-                raise
-    raise BuildError("this machine has no target")  # not reached: there is always one
+    *wider, narrowest = targets_for(torch.backends.cpu.get_cpu_capability())
+    for target in wider:
+        with contextlib.suppress(BuildError):
+            return _built(target)
+    return _built(narrowest)
 
 
-def computed_by() -> str:
-    """What computes on the CPU here: the target of the compiled kernels, or `torch`."""
-    kernels = None if _choice.get() == "torch" else available_kernels()
+def _built(target: str) -> Kernels:
+    """The kernels of one target."""
+    with library_for(target, lambda line: _LOG.warning("roundoff: %s", line)) as library:
+        return load(library, target)
+
+
+def computed_by(x: Shaped[Tensor, " ..."]) -> str:
+    """What does the work on this tensor: the target of the compiled kernels, or `torch`."""
+    kernels = kernels_for(x)
     return "torch" if kernels is None else kernels.target
 
 

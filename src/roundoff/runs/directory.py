@@ -51,6 +51,7 @@ from roundoff.runs.outcomes import (
     read_evaluation,
 )
 from roundoff.runs.record import (
+    SETTINGS,
     Run,
     Status,
     evaluation_files,
@@ -134,7 +135,7 @@ class RunDirectory:
 
     def _describe(self, provenance: Mapping[str, Any]) -> None:
         settings = {"seed": self.seed, "experiment": self.experiment, "profile": self.profile}
-        write_atomic(self.path / "experiment.toml", _to_toml(settings))
+        write_atomic(self.path / SETTINGS, _to_toml(settings))
         write_atomic(self.path / "provenance.json", json.dumps(provenance, indent=2) + "\n")
 
     def take_over(self, parent: Run, provenance: Mapping[str, Any], total_steps: int) -> None:

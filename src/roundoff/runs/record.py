@@ -18,6 +18,8 @@ from roundoff.config import ConfigError, Experiment, Profile, validate
 from roundoff.runs.health import Health, health_of
 from roundoff.runs.outcomes import DamagedRunError, Evaluation, evaluation_file, read_evaluation
 
+SETTINGS = "experiment.toml"
+"""The file with the settings of a run, which makes a directory a run."""
 State = Literal["running", "complete", "failed", "interrupted"]
 
 
@@ -108,13 +110,13 @@ def read_run(path: Path) -> Run:
     Raises:
         DamagedRunError: if a file that every run has is missing or malformed.
     """
-    if not (path / "experiment.toml").exists():
+    if not (path / SETTINGS).exists():
         raise DamagedRunError(f"{path} is no run (it holds no experiment.toml)")
     try:
-        settings = _parsed(path / "experiment.toml", tomllib.loads)
+        settings = _parsed(path / SETTINGS, tomllib.loads)
         provenance = _parsed(path / "provenance.json", _object)
-        experiment = validate(Experiment, settings["experiment"], source=f"{path}/experiment.toml")
-        profile = validate(Profile, settings["profile"], source=f"{path}/experiment.toml")
+        experiment = validate(Experiment, settings["experiment"], source=f"{path}/{SETTINGS}")
+        profile = validate(Profile, settings["profile"], source=f"{path}/{SETTINGS}")
         status = read_status(path)
         metrics = tuple(read_metrics(path))
         seed = int(settings["seed"])

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from roundoff.hardware import attention, hardware_off, installed
+from roundoff.hardware import attention, plain_arithmetic
 from roundoff.models.masks import AttentionPattern, positions
 from roundoff.numerics.backend import Kernels, kernels_for, thread_count
 from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
@@ -168,10 +168,8 @@ class FusedDecoder:
     @torch.no_grad()
     def _agrees(self) -> bool:
         """Whether both passes agree on a padded batch, for a prompt and one step, with hardware off."""
-        if installed(self.model) is not None:
-            with hardware_off(self.model):
-                return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
-        return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
+        with plain_arithmetic(self.model):
+            return FusedDecoder._on(self.model, self.kernels, 8)._agrees_as_it_is()
 
     def _agrees_as_it_is(self) -> bool:
         vocabulary, layers = self.model.config.vocab_size, self.model.config.num_hidden_layers

@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from roundoff.models.calibration import Calibration
+from roundoff.models.calibration import CHUNK_TOKENS, Calibration
 from roundoff.numerics.rng import Key, uniform
-
-CHUNK_TOKENS = 256
-"""Tokens whose softmax is held at once."""
 
 
 def drawn_labels(

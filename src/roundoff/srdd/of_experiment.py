@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from roundoff.config import SRDD, Experiment
-from roundoff.models.calibration import calibration_batches, calibration_texts
+from roundoff.models.calibration import SCAN_BATCHES, calibration_batches, calibration_texts
 from roundoff.models.load import LoadedModel
 from roundoff.models.prompts import check_asked
 from roundoff.srdd.layer_scan import LayerScan
 from roundoff.srdd.scanning import scan
 from roundoff.tasks import Task
-
-BATCHES = 4
-"""Number of calibration batches."""
 
 
 def layer_multipliers(experiment: Experiment, layer_scan: LayerScan | None, progress: float) -> dict[int, float] | None:
@@ -36,7 +33,7 @@ def experiment_scan(experiment: Experiment, loaded: LoadedModel, task: Task, see
     settings = experiment.srdd or SRDD()
     texts = calibration_texts(task)
     check_asked(loaded, texts[: settings.tokens])  # every text holds at least one token, so no more are needed
-    batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=BATCHES)
+    batches = calibration_batches(loaded.tokenizer, texts, max_tokens=settings.tokens, batches=SCAN_BATCHES)
     return scan(
         loaded.model,
         batches,

@@ -12,7 +12,6 @@ from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Trainin
 from roundoff.models.device import resolve_device
 from roundoff.models.load import LoadedModel, check_model
 from roundoff.models.prompts import check_asked, text
-from roundoff.sampling.sampler import check_sampling
 from roundoff.tasks import Problem, Task, make_task
 
 
@@ -53,15 +52,6 @@ def check_prompts(loaded: LoadedModel, problems: Sequence[Problem]) -> tuple[str
     lengths = [len(tokens) for tokens in check_asked(loaded, problems)]
     lines = (f"{problem.id}\x1f{shown}\x1f{problem.answer}\n" for problem, shown in zip(problems, prompts, strict=True))
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogatepass")).hexdigest(), lengths
-
-
-def check_room(loaded: LoadedModel, lengths: Sequence[int], training: Training) -> None:
-    """Check that the model can be sampled, and has positions for prompts of these `lengths` (tokens).
-
-    Raises:
-        ConfigError: naming what does not fit.
-    """
-    check_sampling(loaded.model, loaded.tokenizer, lengths, training.max_new_tokens)
 
 
 def within_length(lengths: Sequence[int], training: Training) -> list[int]:

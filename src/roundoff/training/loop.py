@@ -115,7 +115,7 @@ def _train(
         warnings.warn(line, RoundoffWarning, stacklevel=2)
     kept = start if checkpoint else -1
     run_dir.rewind(kept)
-    status = run_dir.start({**provenance, "kernels": computed_by()}, total, lost)
+    status = run_dir.start({**provenance, "kernels": computed_by(next(session.model.parameters()))}, total, lost)
     if not checkpoint:
         status = measure_before(session, run_dir, status)
     log = RunLog(session, run_dir, open_tracker(kept), status, Clock(status.seconds))

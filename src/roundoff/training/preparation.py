@@ -9,9 +9,10 @@ from roundoff.models.gradient_checkpointing import check_layers
 from roundoff.numerics.rng import Key
 from roundoff.parallel.ranks import ALONE, Ranks
 from roundoff.runs.checkpoint import run_origin
+from roundoff.sampling.sampler import check_sampling
 from roundoff.srdd import LayerScan, experiment_scan, layer_multipliers
 from roundoff.training.batch import PromptStream
-from roundoff.training.checks import check_enough, check_prompts, check_room, check_settings, within_length
+from roundoff.training.checks import check_enough, check_prompts, check_settings, within_length
 from roundoff.training.optimizer import MasterAdamW
 from roundoff.training.policy import install_plain, load_plain, make_policy
 from roundoff.training.session import Session
@@ -44,7 +45,8 @@ def prepare(
     kept = within_length(lengths[: len(train_problems)], training)
     problems = [train_problems[i] for i in kept]
     check_enough(len(problems), "only {} training prompts are within max_prompt_tokens", algorithm, training)
-    check_room(loaded, [*lengths[len(train_problems) :], *(lengths[i] for i in kept)], training)
+    asked = [*lengths[len(train_problems) :], *(lengths[i] for i in kept)]
+    check_sampling(loaded.model, loaded.tokenizer, asked, training.max_new_tokens)
     if scan is None and experiment.needs_scan:
         scan = experiment_scan(experiment, loaded, task, seed)
     policy = make_policy(experiment, loaded, seed, scan)
