@@ -21,6 +21,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+LATER = "later"
+"""Marks a setting that version 0.1 did not have (`Annotated[..., LATER]`): its default does what 0.1 did, and enters no
+hash, so that runs of earlier versions keep their directories."""
+
+
 def rule(holds: Callable[[Any], bool], text: str) -> AfterValidator:
     """A validator that rejects values for which `holds` is false; `text` states the rule in the error message."""
 

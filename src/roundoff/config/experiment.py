@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Self
+from collections.abc import Set
+from typing import Any, Self
 
 from pydantic import model_validator
 
 from roundoff.config.algorithm import Algorithm
-from roundoff.config.base import Count, Settings
+from roundoff.config.base import LATER, Count, Settings
 from roundoff.config.hardware import Hardware
 from roundoff.config.profile import Profile
 from roundoff.config.remedies import AQN, SRDD, LoRA
@@ -57,11 +58,27 @@ NAMES_ONLY = {"experiment": {"id", "title", "family", "baseline"}, "profile": {"
 """Fields that only name a run: they do not change its result."""
 
 
+def _hashed(settings: Settings, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+    """The settings as JSON, without those that came later and have their default."""
+    content = settings.model_dump(mode="json", exclude=set(exclude))
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if name in exclude:
+            continue
+        if LATER in field.metadata and value == field.get_default(call_default_factory=True):
+            del content[name]
+        elif isinstance(value, Settings):
+            content[name] = _hashed(value)
+        elif isinstance(value, tuple) and any(isinstance(one, Settings) for one in value):
+            content[name] = [_hashed(one) for one in value]
+    return content
+
+
 def result_hash(experiment: Experiment, profile: Profile) -> str:
     """Hash (eight hexadecimal digits) of every setting that can change a result; names do not enter it."""
     content = {
-        "experiment": experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]),
-        "profile": profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device", "allow_download"}),
+        "experiment": _hashed(experiment, NAMES_ONLY["experiment"]),
+        "profile": _hashed(profile, NAMES_ONLY["profile"] | {"device", "allow_download"}),
     }
     content["profile"]["task"].pop("directory", None)  # the location of a file does not change a result
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from roundoff.config.base import Fraction, Positive, Settings, Share, Whole, nearest, rule
+from roundoff.config.base import LATER, Fraction, Positive, Settings, Share, Whole, nearest, rule
 from roundoff.formats.spelling import spelled
 from roundoff.formats.table import FORMATS, get_format
 
@@ -90,14 +90,32 @@ class Precision(Settings):
     """Format of `Linear.weight`, with blocks along `in_features`."""
     activation: ActivationFormatName | None = None
     """Format of the input of a Linear, with blocks along its last axis."""
+    gradient: Annotated[ActivationFormatName | None, LATER] = None
+    """Format of the gradient of a Linear's output in both products of the backward pass, each along the axis that the
+    product sums over; None lets gradients pass straight through the other formats."""
+    gradient_rounding: Annotated[Literal["nearest", "stochastic"], LATER] = "nearest"
+    """How gradients are rounded."""
+    hadamard: Annotated[Literal["none", "dw"], LATER] = "none"
+    """Whether both operands of `dW` are multiplied by an orthogonal matrix, in groups of 16 tokens, before they are
+    quantized."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
     """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k layers that the scan ranks as
     most sensitive."""
 
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
-        if self.keep and not (self.weight or self.activation):
+        if self.keep and not (self.weight or self.activation or self.gradient):
             raise ValueError(f"keep = {self.keep!r} does nothing without a format: set weight or activation")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_have_a_format(self) -> Self:
+        for name, unused in (("gradient_rounding", "nearest"), ("hadamard", "none")):
+            value = getattr(self, name)
+            if value != unused and self.gradient is None:
+                raise ValueError(f"{name} = {value!r} does nothing without a format of gradients: set gradient")
+        if self.gradient_rounding == "stochastic" and self.gradient in ("bf16", "fp16"):
+            raise ValueError(f"gradient_rounding = 'stochastic' is not defined for the cast {self.gradient!r}")
         return self
 
 
@@ -143,7 +161,7 @@ class Hardware(Settings):
     @property
     def changes_nothing(self) -> bool:
         """Whether this is plain arithmetic, so that deployed and clean scores are equal."""
-        quantized = self.precision.weight or self.precision.activation
+        quantized = self.precision.weight or self.precision.activation or self.precision.gradient
         return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
 
     @property

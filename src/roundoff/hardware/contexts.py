@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from roundoff.hardware.draw import Draw
@@ -40,7 +40,13 @@ def plain_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] | None = None) -> Iterator[None]:
+def noise_key(
+    model: nn.Module,
+    key: Key,
+    rows: Int[Tensor, "rollouts columns"] | None = None,
+    *,
+    real: Bool[Tensor, "_rollouts _columns"] | None = None,
+) -> Iterator[None]:
     """Fix the noise of the forward pass inside the block: the same key and rows give the same bits.
 
     Every product draws from `key`, its own name and the row ids. Open one block for each forward pass, because a second
@@ -53,6 +59,7 @@ def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] 
         key: key of the pass.
         rows: identity of each token, int64: `rollout_id * POSITIONS + position`, with positions counted without
             padding. The tensor must not be changed afterwards. None: each product counts its rows from 0.
+        real: which tokens are no padding, for hardware that quantizes gradients along the tokens; None means all.
 
     Raises:
         ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
@@ -61,7 +68,7 @@ def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] 
     """
     hardware = required(model)
     hardware.check_switches()
-    runtime, draw = hardware.runtime, Draw(key, rows)
+    runtime, draw = hardware.runtime, Draw(key, rows, real)
     block = runtime.enter("noise_key", runtime.draw)
     runtime.draw = draw
     try:

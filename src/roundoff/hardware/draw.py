@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from roundoff.errors import RoundoffWarning
@@ -55,15 +55,24 @@ class Draw:
         ValueError: if the row ids are not int64 or do not have two axes.
     """
 
-    __slots__ = ("_attention", "_fingerprint", "_names", "_tag", "_views", "key", "rows")
+    __slots__ = ("_attention", "_fingerprint", "_names", "_real", "_tag", "_views", "key", "real", "rows")
 
-    def __init__(self, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        rows: Int[Tensor, "rollouts columns"] | None,
+        real: Bool[Tensor, "rollouts columns"] | None = None,
+    ) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
             raise ValueError(
                 f"rows must be int64 of shape [rollouts, columns], but is {rows.dtype} of shape {tuple(rows.shape)}"
             )
+        if real is not None and (rows is None or real.shape != rows.shape or real.dtype is not torch.bool):
+            raise ValueError("real must be a bool for each of the rows")
         self.key = key
         self.rows = rows
+        self.real = real
+        self._real: dict[torch.Size, Tensor] = {}
         self._views: dict[tuple[int, ...], Tensor] = {}
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
@@ -148,6 +157,17 @@ class Draw:
             )
         self._views[leading] = view
         return view
+
+    def real_tokens(self, leading: torch.Size, name: str, *, last: bool = False) -> Int[Tensor, " real"] | None:
+        """Indices, among the tokens of a product, of those that are no padding; None means all. See `rows_of`."""
+        if self.real is None:
+            return None
+        self.rows_of(leading, name, last=last)  # raises if the product does not see all tokens
+        found = self._real.get(leading)
+        if found is None:
+            real = self.real if leading.numel() == self.real.numel() else self.real[:, -leading[1] :]
+            found = self._real[leading] = real.reshape(-1).nonzero().flatten()
+        return found
 
     def attention_rows(self, name: str, query: torch.Size, key: torch.Size) -> AttentionRows | None:
         """Row ids of the products of one attention layer, or None if there are none.

@@ -86,12 +86,18 @@ def experts_forward(
     result = torch.zeros_like(hidden)
     for expert in sorted(set(top_k_index.flatten().tolist())):
         token, choice = torch.where(top_k_index == expert)
-        inner = None if draw is None or rows is None else Draw(draw.key, rows[token][None])
+        inner = None if draw is None or rows is None else _of_tokens(draw, rows, token)
         y = _product(module, state, "gate_up_proj", expert, hidden[token], inner)
         y = _product(module, state, "down_proj", expert, module._apply_gate(y), inner)  # type: ignore[operator]
         y = y * top_k_weights[token, choice, None]
         result = result.index_add(0, token, y.to(result.dtype))
     return result
+
+
+def _of_tokens(draw: Draw, rows: Tensor, token: Tensor) -> Draw:
+    """The draw of the tokens with these indices."""
+    real = None if draw.real is None else draw.real.reshape(-1)[token][None]
+    return Draw(draw.key, rows.reshape(-1)[token][None], real)
 
 
 def _product(

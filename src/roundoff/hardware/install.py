@@ -13,6 +13,7 @@ from roundoff.config import ConfigError, Fault, Hardware, MatmulNoise
 from roundoff.hardware import attention, experts
 from roundoff.hardware.draw import Runtime
 from roundoff.hardware.faults import install_fault
+from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.installed import (
     MARK,
     ConfigSwitch,
@@ -128,6 +129,8 @@ class _Plan:
     """The faults of its unit, each with its index in the settings."""
     noise: MatmulNoise
     """Settings of the noise on its products."""
+    gradient: GradientArithmetic | None
+    """How the operands of its backward products are stored."""
     is_output: bool
     """Whether this is the output embedding."""
 
@@ -135,7 +138,7 @@ class _Plan:
     def does_something(self) -> bool:
         """Whether any setting changes the module's arithmetic."""
         e = self.entry
-        return bool(e.weight or e.activation or e.noise or e.deadzone or e.faults)
+        return bool(e.weight or e.activation or e.gradient or e.noise or e.deadzone or e.faults)
 
     def state(self, name: str, out_features: int, runtime: Runtime) -> LinearState:
         """The state of one weight matrix with this many output channels."""
@@ -149,6 +152,7 @@ class _Plan:
             forward_std=std if self.noise.forward else 0.0,
             backward_std=std if self.noise.backward else 0.0,
             deadzone=self.entry.deadzone,
+            gradient=self.gradient,
             faults=tuple(install_fault(fault, out_features, key.fold(index)) for index, fault in self.faults),
             is_output=self.is_output,
         )
@@ -163,6 +167,11 @@ def _plan(item: Candidate, hardware: Hardware, *, is_output: bool) -> _Plan:
     precision, noise, zone = hardware.precision, hardware.matmul_noise, hardware.deadzone
     kept = item.layer is not None and item.layer in precision.keep
     weight, activation = (None, None) if kept else (precision.weight, precision.activation)
+    gradient = None
+    if precision.gradient is not None and not kept:
+        gradient = GradientArithmetic(
+            precision.gradient, precision.gradient_rounding == "stochastic", precision.hadamard == "dw"
+        )
     deadzone = zone.threshold if zone is not None and item.layer in zone.layers else 0.0
     faults = []
     for index, fault in enumerate(hardware.faults):
@@ -176,8 +185,9 @@ def _plan(item: Candidate, hardware: Hardware, *, is_output: bool) -> _Plan:
             raise ConfigError(f"hardware.faults.{index}.share is 0, so the fault would do nothing")
         faults.append((index, fault))
     kinds = tuple(fault.kind for _, fault in faults)
-    entry = Entry(item.name, item.layer, weight, activation, noise.relative_std, deadzone, kinds)
-    return _Plan(entry, tuple(faults), noise, is_output)
+    shown = None if gradient is None else gradient.format
+    entry = Entry(item.name, item.layer, weight, activation, noise.relative_std, deadzone, kinds, shown)
+    return _Plan(entry, tuple(faults), noise, gradient, is_output)
 
 
 def _attach(item: Candidate, plan: _Plan, runtime: Runtime) -> list[LinearState]:

@@ -33,6 +33,8 @@ class Entry:
     """Threshold of the input's deadzone relative to the largest magnitude of the token (fraction)."""
     faults: tuple[str, ...] = ()
     """Kinds of the faults of the unit that computes it."""
+    gradient: str | None = None
+    """Format of the gradient of its output; None means high precision."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@
 - Activations are quantized with `tensor_scale="row"`: formats with a scale for the whole tensor (nvfp4, fp8_e4m3) use
   one scale per token, so that a token's result depends neither on padding nor on how the batch is split. For the same
   reason the deadzone is relative to the maximum of the token. The deadzone comes before the format.
-- `dX` and `dW` pass straight through formats, deadzone and faults: the derivative of each counts as 1.
+- `dX` and `dW` pass straight through formats, deadzone and faults: the derivative of each counts as 1. Where a format
+  of gradients is set, their operands are quantized as `gradients` says.
 - `Q(W)` is kept in a buffer of its own, outside of the parameters, and is computed again only when the weight has
   changed (version counter, storage, address, dtype or device). torch does not count every write. A hook in
   `installed.py` counts the steps of fused optimizers; `freshness.py` detects the others, such as writes through
@@ -27,9 +28,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from roundoff.formats.table import get_format
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.freshness import Part, part_name
+from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -67,6 +70,8 @@ class LinearState:
     """Relative standard deviation of the noise on dX and dW (fraction)."""
     deadzone: float = 0.0
     """Threshold relative to the token's max(abs(x)) (fraction)."""
+    gradient: GradientArithmetic | None = None
+    """How the operands of the backward products are stored; None lets dX and dW pass straight through."""
     faults: tuple[InstalledFault, ...] = ()
     """Faults of the unit, in the order in which they apply."""
     is_output: bool = False
@@ -75,6 +80,8 @@ class LinearState:
     """How often `Q(W)` was computed."""
     _cached: Tensor | None = None
     """`Q(W)`, valid only while `_cached_of` describes the weight."""
+    _along_out: Tensor | None = None
+    """The weight in blocks along `out_features`, for dX; valid only beside `_cached_of`."""
     _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
     """Version, address, dtype and device of the weight that `Q(W)` was computed from."""
     _cached_in: weakref.ref[torch.UntypedStorage] | None = None
@@ -94,6 +101,11 @@ class LinearState:
         self._part = part_name(self.name)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
 
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether the product of some tokens differs from theirs among all tokens: noise, or blocks along tokens."""
+        return bool(self.forward_std or self.backward_std or self.gradient)
+
     def quantized_weight(
         self, weight: Float[Tensor, "out_features in_features"]
     ) -> Float[Tensor, "out_features in_features"]:
@@ -109,13 +121,26 @@ class LinearState:
                 weight.device,
             ):
                 cached = None
-            self._cached_of = None  # an error below must not leave a half-written copy in use
+            self._cached_of = self._along_out = None  # an error below must not leave a half-written copy in use
             with torch.inference_mode(False):  # autograd does not accept a tensor made in inference mode
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
             self.runtime.freshness.record(self._watch(), self, weight)
         return cached
+
+    def weight_of_dx(
+        self, weight: Float[Tensor, "out_features in_features"], quantized: Float[Tensor, "out_features in_features"]
+    ) -> Float[Tensor, "out_features in_features"]:
+        """The weight that dX is computed from, given the `Q(W)` of the forward pass."""
+        if self.gradient is None or self.weight_format is None or get_format(self.weight_format).rows > 1:
+            return quantized
+        if self._along_out is None or quantized is not self._cached:
+            along = quantize(weight.detach(), self.weight_format, axis=0).to(quantized.dtype)
+            if quantized is not self._cached:
+                return along
+            self._along_out = along
+        return self._along_out
 
     def check_weights(self, x: Float[Tensor, "*tokens in_features"]) -> None:
         """Detect writes that torch did not count; call this before every product (it acts once in a pass)."""
@@ -142,7 +167,7 @@ class LinearState:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy (deepcopy, pickle), without `Q(W)`: the copy quantizes its own weight."""
         state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
-        return state | {"_cached": None, "_cached_of": None, "_cached_in": None, "_checked": -1, "_watched": None}
+        return state | {"_cached": None, "_along_out": None, "_cached_of": None, "_cached_in": None, "_checked": -1, "_watched": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
@@ -150,11 +175,16 @@ class LinearState:
 
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""
-        x = x.detach()
-        if self.deadzone:
-            size = x.abs()
-            x = x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
+        x = self.after_deadzone(x)
         return x if self.activation_format is None else quantize(x, self.activation_format, tensor_scale="row")
+
+    def after_deadzone(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
+        """x after the deadzone, without gradient."""
+        x = x.detach()
+        if not self.deadzone:
+            return x
+        size = x.abs()
+        return x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
 
     def shared_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """`quantized_input(x)`, computed only once for consecutive Linears with the same input (q, k, v)."""
@@ -210,15 +240,18 @@ class LinearState:
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, draw: Draw | None) -> Tensor:
         grad = torch.is_grad_enabled()
         if self.plain_forward:
-            if not grad or not (weight.requires_grad or self.backward_std):
+            if not grad or not (weight.requires_grad or self.backward_std or self.gradient):
                 return F.linear(x, quantized, bias)
             grad = x.requires_grad or weight.requires_grad
             if not grad:
                 return F.linear(x, quantized, bias)
         elif grad:
             grad = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        if draw is None and (self.forward_std or self.faults or (grad and self.backward_std)):
+        random = self.backward_std or (self.gradient is not None and self.gradient.stochastic)
+        if draw is None and (self.forward_std or self.faults or (grad and random)):
             draw = self.runtime.current(self.name)
+        elif draw is None and grad and self.gradient:
+            draw = self.runtime.draw  # which tokens are padding
         if not grad:
             return self.product(self.shared_input(x), quantized, bias, draw)
         result: Tensor = _Product.apply(x, weight, bias, self.shared_input(x), quantized, self, draw)  # type: ignore
@@ -268,7 +301,8 @@ class _Product(torch.autograd.Function):
         # The weight is saved only for torch's version check: a weight that changes before backward is an error, as for
         # a plain Linear, and the buffer of Q(W) is overwritten only after such a change. Only dW needs Q(x).
         tag = None if draw is None else draw.tag
-        ctx.save_for_backward(qx if ctx.needs_input_grad[1] else None, qw, weight, tag)
+        kept = qx if state.gradient is None else state.after_deadzone(x)
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, qw, weight, tag)
         ctx.state, ctx.draw = state, draw
         y = state.product(qx, qw, bias, draw)
         # Some adapters (AdaLoRA) add to the output in place, which autograd refuses for a view made here.
@@ -277,7 +311,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qx, qw, _, tag = ctx.saved_tensors
+        kept, qw, weight, tag = ctx.saved_tensors
         state: LinearState = ctx.state
         draw: Draw | None = ctx.draw
         if draw is not None:
@@ -286,20 +320,38 @@ class _Product(torch.autograd.Function):
         std = state.backward_std
         dx = dw = db = None
         if needs_x:
-            dx = dy.matmul(qw)
+            dx = _dx(state, dy, qw, weight, draw)
             if std:
                 assert draw is not None
                 rows = draw.rows_of(dx.shape[:-1], state.name, last=state.is_output)
                 matmul_noise(dx, std, state.keys(draw.key).dx, rows=rows, out=dx)
         flat = dy.reshape(-1, dy.shape[-1]) if needs_weight or needs_bias else dy
         if needs_weight:
-            dw = flat.t().matmul(qx.reshape(-1, qx.shape[-1]))
+            dw = _dw(state, flat, kept.reshape(-1, kept.shape[-1]), draw, dy.shape[:-1])
             if std:
                 assert draw is not None
                 matmul_noise(dw, std, state.keys(draw.key).dw.fold(draw.fingerprint), out=dw)
         if needs_bias:
             db = flat.sum(0)
         return dx, dw, db, None, None, None, None
+
+
+def _dx(state: LinearState, dy: Tensor, qw: Tensor, weight: Tensor, draw: Draw | None) -> Tensor:
+    """The gradient of the input, before noise."""
+    if state.gradient is None:
+        return dy.matmul(qw)
+    key = None if draw is None else state.keys(draw.key).dx.fold(draw.fingerprint)
+    return state.gradient.for_dx(dy, key).matmul(state.weight_of_dx(weight, qw))
+
+
+def _dw(state: LinearState, dy: Tensor, kept: Tensor, draw: Draw | None, leading: torch.Size) -> Tensor:
+    """The gradient of the weight, before noise, from dY [tokens, out_features] and the input that was kept."""
+    if state.gradient is None:
+        return dy.t().matmul(kept)
+    key = None if draw is None else state.keys(draw.key).dw.fold(draw.fingerprint)
+    real = None if draw is None else draw.real_tokens(leading, state.name, last=state.is_output)
+    qdy, qx = state.gradient.for_dw(dy, kept, state.activation_format, key, real)
+    return qdy.t().matmul(qx)
 
 
 class HardwareLinear(nn.Linear):

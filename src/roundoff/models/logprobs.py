@@ -100,7 +100,7 @@ def _token_logprobs(
     order = layout.source.argsort(stable=True)  # sorted by logits: each row of logits with the tokens it predicts
     source, targets = layout.source[order], targets[order]
     results = None
-    with noise_context(model, None if shared else key, layout.rows):
+    with noise_context(model, None if shared else key, layout.rows, layout.real):
         head = _lean_head(model, layout, chunk)
         if head is not None:
             hidden = _decoder(model)(**_inputs(layout)).last_hidden_state[:, -layout.kept :].flatten(0, 1)
@@ -129,10 +129,13 @@ def _tokens_at_once(vocabulary: int) -> int:
 
 
 def _draws(model: PreTrainedModel) -> bool:
-    """Whether anything in a training pass draws by row id, so that every rollout needs its own pass over its prompt."""
+    """Whether every rollout needs its own pass over its prompt: draws by row id, or formats of gradients."""
     state = installed(model)
-    noisy = state is not None and state.is_on and (state.hardware.matmul_noise.relative_std or state.hardware.faults)
-    return bool(noisy) or is_dropping(model)
+    if state is None or not state.is_on:
+        return is_dropping(model)
+    hardware = state.hardware
+    alone = hardware.matmul_noise.relative_std or hardware.faults or hardware.precision.gradient
+    return bool(alone) or is_dropping(model)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:
@@ -148,7 +151,7 @@ def _lean_head(model: PreTrainedModel, layout: Layout, chunk: int | None) -> nn.
         return None
     if len(layout.tokens) * layout.kept <= (chunk or _tokens_at_once(head.out_features)):
         return None
-    if type(head) is HardwareLinear and (head.hardware_state.forward_std or head.hardware_state.backward_std):
+    if type(head) is HardwareLinear and head.hardware_state.needs_all_tokens:
         return None
     # The model and its output layer over its decoder must give the same bits on single tokens, under one draw. Several
     # tokens are tried because one may have logits of zero (the embedding of padding), which a soft cap does not change.

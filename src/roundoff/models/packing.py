@@ -11,7 +11,8 @@ that wrote a: "2", end; b: "12", end; c: "13", end; d: "2", end:
     position   0    0    1    2    3    4    4    5    4    5
 
 The result equals that of the plain layout up to float32 rounding: the same sums in another order. Packing is only for
-arithmetic without random draws: on noisy hardware every rollout has its own pass over its prompt, as in sampling.
+arithmetic without random draws and without formats of gradients: on noisy hardware every rollout has its own pass over
+its prompt, as in sampling, and a gradient that is summed over the rollouts before it is quantized is another number.
 
 The number of responses in a row minimizes an estimated cost, in which a column costs as much as `COLUMN * hidden`
 query-key pairs. Long responses to short prompts keep the plain layout.
@@ -55,6 +56,8 @@ class Layout:
     """Index, among the `rows * kept` rows of logits, of those that predict the target."""
     rows: Int[Tensor, "rows columns"] | None
     """Row ids for the hardware's draws; None in a packed layout."""
+    real: Bool[Tensor, "rows columns"] | None
+    """Which tokens are no padding, for hardware that quantizes gradients; None in a packed layout."""
 
 
 def plain(
@@ -82,6 +85,7 @@ def plain(
         index=index,
         source=rollout * kept + index,
         rows=None if rows is None else rows[:, columns],
+        real=mask[:, columns],
     )
 
 
@@ -140,6 +144,7 @@ def packed(
         index=index,
         source=row[rollout] * (extra + 1) + torch.where(index > 0, offset[rollout] + index, 0),
         rows=None,
+        real=None,
     )
 
 
