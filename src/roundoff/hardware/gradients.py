@@ -12,8 +12,8 @@ tensor take one for each token in dX, as activations do, and one for the whole o
 
 Under `stochastic`, both roundings of dY draw from keys of their own; x and W are always rounded to nearest. Under
 `hadamard`, both operands of dW are multiplied by the same random orthogonal matrix in groups of 16 tokens, which leaves
-the exact product unchanged and spreads outliers; the tokens are padded with zeros to a multiple of 16. Both are parts of
-NVIDIA's NVFP4 recipe (arXiv:2509.25149, sections 3 and 4).
+the exact product unchanged and spreads outliers; the tokens are padded with zeros to a multiple of 16. Both are parts
+of NVIDIA's NVFP4 recipe (arXiv:2509.25149). Rounding at random is unbiased for all but what saturates.
 """
 
 from __future__ import annotations
