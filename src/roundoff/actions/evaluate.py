@@ -206,7 +206,7 @@ def _shown(hardware: Hardware) -> str:
     parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
     parts += [f"deadzone {hardware.deadzone.threshold:g}"] if hardware.deadzone else []
     parts += [f"fault {fault.kind} in layer {fault.layer}" for fault in hardware.faults]
-    return ", ".join(parts) or "noise in the backward pass alone"
+    return ", ".join(parts) or "none in the forward pass"
 
 
 def _numbers(interval: Interval) -> dict[str, float]:

@@ -95,6 +95,8 @@ def where(entries: Iterable[Entry]) -> str:
 def described(entry: Entry) -> str:
     """Describe what the hardware does to a module, as in `weight mxfp4, activation mxfp4, noise 0.05`."""
     parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
+    if entry.gradient:
+        parts.append(f"gradient {entry.gradient}")
     if entry.noise:
         parts.append(f"noise {entry.noise:g}")
     if entry.deadzone:

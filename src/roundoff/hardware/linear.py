@@ -167,7 +167,14 @@ class LinearState:
     def __getstate__(self) -> dict[str, Any]:
         """The state of a copy (deepcopy, pickle), without `Q(W)`: the copy quantizes its own weight."""
         state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
-        return state | {"_cached": None, "_along_out": None, "_cached_of": None, "_cached_in": None, "_checked": -1, "_watched": None}
+        return state | {
+            "_cached": None,
+            "_along_out": None,
+            "_cached_of": None,
+            "_cached_in": None,
+            "_checked": -1,
+            "_watched": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():

@@ -30,7 +30,18 @@ from roundoff.runs.strict_json import finite_or_null
 
 COLUMNS = (
     *("family", "id", "title", "profile", "model", "task", "algorithm", "epochs", "lora", "weight_format"),
-    *("activation_format", "keep", "matmul_noise", "other_hardware", "aqn", "aqn_layers", "srdd", "ratio", "other"),
+    *(
+        "activation_format",
+        "gradient_format",
+        "keep",
+        "matmul_noise",
+        "other_hardware",
+        "aqn",
+        "aqn_layers",
+        "srdd",
+        "ratio",
+        "other",
+    ),
     *("seeds", "problems", "start", "deployed", "deployed_low", "deployed_high", "clean", "clean_low", "clean_high"),
     *("interval_covers", "truncated", "baseline", "kind", "difference", "difference_low", "difference_high", "p"),
     *("p_holm", "tests", "outcome", "verdict", "clean_difference", "best", "collapsed", "collapsed_compared", "status"),

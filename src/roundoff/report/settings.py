@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from roundoff.config import ALGORITHMS, AQN, NAMES_ONLY, SRDD, Algorithm, Experiment, Hardware, Profile
+from roundoff.config import ALGORITHMS, AQN, NAMES_ONLY, SRDD, Algorithm, Experiment, Hardware, Precision, Profile
 
 IN_WORDS = (
     *(
@@ -32,6 +32,8 @@ class SettingsInWords:
     lora: str
     weight_format: str
     activation_format: str
+    gradient_format: str
+    """Format of gradients, and what is done to them besides."""
     keep: str
     matmul_noise: float
     """`hardware.matmul_noise.relative_std` (fraction)."""
@@ -51,10 +53,10 @@ class SettingsInWords:
 
     @property
     def formats(self) -> str:
-        """Formats of weights (W) and activations (A), such as `W mxfp4` or `W, A mxfp4`; empty without any."""
-        if self.weight_format and self.weight_format == self.activation_format:
+        """Formats of weights (W), activations (A) and gradients (G), such as `W mxfp4` or `W, A mxfp4`."""
+        if self.weight_format and self.weight_format == self.activation_format and not self.gradient_format:
             return f"W, A {self.weight_format}"
-        named = (("W", self.weight_format), ("A", self.activation_format))
+        named = (("W", self.weight_format), ("A", self.activation_format), ("G", self.gradient_format))
         return ", ".join(f"{what} {name}" for what, name in named if name)
 
     @property
@@ -87,6 +89,7 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         lora=f"LoRA rank {lora.rank}" if lora else "",
         weight_format=precision.weight or "",
         activation_format=precision.activation or "",
+        gradient_format=_gradient(precision),
         keep=keep if isinstance(keep, str) else f"layers {', '.join(map(str, keep))}" if keep else "",
         matmul_noise=experiment.hardware.matmul_noise.relative_std,
         other_hardware=_other(experiment.hardware),
@@ -100,6 +103,14 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         model=profile.model if profile else "",
         task=profile.task.name if profile else "",
     )
+
+
+def _gradient(precision: Precision) -> str:
+    if precision.gradient is None:
+        return ""
+    extras = ["stochastic"] if precision.gradient_rounding == "stochastic" else []
+    extras += ["Hadamard on dW"] if precision.hadamard == "dw" else []
+    return precision.gradient + (f" ({', '.join(extras)})" if extras else "")
 
 
 def _rest(experiment: Experiment) -> str:
