@@ -13,7 +13,7 @@ from roundoff.config import (
     result_hash,
     validate,
 )
-from roundoff.experiments import load_profile
+from roundoff.experiments import load_experiment, load_profile
 
 GRPO = {"name": "GRPO"}
 
@@ -125,6 +125,18 @@ def test_hash_covers_results_and_not_names(profile):
     assert result_hash(plain, profile) != result_hash(other, profile)
     smaller = profile.model_copy(update={"training": profile.training.model_copy(update={"learning_rate": 1e-5})})
     assert result_hash(plain, profile) != result_hash(plain, smaller)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("quickstart-clean", "7fa72ae9"), ("quickstart-mxfp4", "db08a6a4"), ("E13n", "c509ed76")]
+)
+def test_settings_that_came_later_leave_the_hashes_of_earlier_runs(profile, name, expected):
+    # The hashes were printed before `gradient` and its companions existed.
+    experiment = load_experiment(name)
+    assert result_hash(experiment, profile) == expected
+    precision = experiment.hardware.precision.model_copy(update={"gradient": "mxfp4"})
+    hardware = experiment.hardware.model_copy(update={"precision": precision})
+    assert result_hash(experiment.model_copy(update={"hardware": hardware}), profile) != expected
 
 
 def test_settings_are_frozen():
