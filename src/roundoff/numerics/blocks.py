@@ -18,7 +18,7 @@ from torch import Tensor
 from roundoff.formats.element import E4M3, Element
 from roundoff.formats.table import Format
 
-from .grid import round_stochastic, round_to_grid
+from .grid import divided, round_stochastic, round_to_grid
 from .hifloat import e6m2_scale, hif4, hif8
 from .nvfp4 import encoding_scale, transformer_engine
 from .rng import Key, word_rows
@@ -31,7 +31,7 @@ def power_of_two_scale(amax: Float[Tensor, "*shape"], fmt: Format) -> Float[Tens
     """MX block scales 2^k (float32) by the format's rule, for finite block maxima; k is clamped to [-127, 127]."""
     assert fmt.element is not None
     if fmt.rule == "rceil":
-        amax = amax / fmt.divisor
+        amax = divided(amax, fmt.divisor)
     bits = amax.view(torch.int32)
     if fmt.rule == "even":
         bits = bits + (1 << (22 - fmt.element.mantissa_bits))
@@ -52,7 +52,7 @@ def _block_scale(amax: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Tens
     if fmt.scale == "e8m0":
         scale = power_of_two_scale(amax.nan_to_num(0.0, 0.0, 0.0), fmt)
     elif fmt.scale == "e4m3":
-        scale = amax.nan_to_num(0.0, 0.0, 0.0) / fmt.divisor
+        scale = divided(amax.nan_to_num(0.0, 0.0, 0.0), fmt.divisor)
         if tensor_scale is not None:
             # A tensor scale that underflowed to 0 makes every element zero.
             scale = torch.where(tensor_scale == 0, 0.0, scale / tensor_scale)
@@ -60,7 +60,7 @@ def _block_scale(amax: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Tens
         if tensor_scale is not None:
             scale = scale * tensor_scale
     else:
-        scale = amax / fmt.divisor
+        scale = divided(amax, fmt.divisor)
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
@@ -181,7 +181,7 @@ def quantize_rows(
     """Quantize-dequantize the rows of `x` and write the result to `out`.
 
     Args:
-        x: the rows, float32 or bfloat16, with blocks along the columns.
+        x: the rows, float32, bfloat16 or float16, with blocks along the columns.
         fmt: the format; not a plain cast, and with blocks of one row.
         scales: tensor scales (as `tensor_scales` gives them), one for all rows or one for each row; None if the format
             has none.
@@ -212,4 +212,6 @@ def tensor_scales(x: Float[Tensor, "rows columns"], fmt: Format, per_row: bool) 
         amax = torch.zeros(x.shape[0], 1, dtype=torch.float32, device=x.device)
     else:
         amax = x.to(torch.float32).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
-    return encoding_scale(amax, fmt.tensor_divisor) if fmt.follows_transformer_engine else amax / fmt.tensor_divisor
+    if fmt.follows_transformer_engine:
+        return encoding_scale(amax, fmt.tensor_divisor)
+    return divided(amax, fmt.tensor_divisor)

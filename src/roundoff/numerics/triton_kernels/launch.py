@@ -36,8 +36,8 @@ LONGEST_ROW = 16384
 """Elements of a row that is held in registers: 32 for each of the 512 threads of sixteen warps."""
 MOST_BLOCKS = 2**31 - 1
 """Blocks, rows and columns are counted in 32 bits."""
-NONE, FROM_TENSOR, FROM_ROW, GIVEN, GIVEN_ROWS = range(5)
-"""Origins of the tensor scales, as in `numerics/quantize.py`."""
+FROM_TENSOR, FROM_ROW, GIVEN_ROWS, GIVEN_ONE, FROM_MAXIMA = 1, 2, 4, 5, 6
+"""Origins of the tensor scales, as in `quantize.py`; the first five are those of `numerics/quantize.py`."""
 _MASK64 = (1 << 64) - 1
 
 
@@ -67,15 +67,15 @@ def _tile(columns: int) -> tuple[int, int]:
     return max(1, TILE // width), width
 
 
-def can_quantize(x: Float[Tensor, "rows columns"], form: Layout) -> bool:
-    """Whether a matrix is within the numbers that the kernels count with."""
-    rows, columns = x.shape
-    return max(rows, columns, rows * triton.cdiv(columns, form.block or columns or 1)) < MOST_BLOCKS - TILE
+def can_quantize(shape: Sequence[int], form: Layout) -> bool:
+    """Whether a tensor of this shape is within the numbers that the kernels count with."""
+    rows, columns = sizes(shape)
+    return max(rows, columns, rows * triton.cdiv(columns, form.columns or columns or 1)) < MOST_BLOCKS - 2 * TILE
 
 
 def quantize(
-    x: Float[Tensor, "rows columns"],
-    out: Float[Tensor, "rows columns"],
+    x: Float[Tensor, "*rows columns"],
+    out: Float[Tensor, "*rows columns"],
     form: Layout,
     source: int,
     scales: Float[Tensor, " scales"] | None,
@@ -86,43 +86,50 @@ def quantize(
     """Quantize-dequantize the rows of `x` into `out`, both contiguous; `out` may be `x`.
 
     Args:
-        x: the rows, float32, bfloat16 or float16.
+        x: the rows, float32, bfloat16 or float16; the last two axes are a matrix, for blocks that span rows.
         out: where to write; the dtype of `x`.
         form: the layout of the format.
-        source: origin of the tensor scales: one of the five above.
-        scales: one for each row, for `GIVEN_ROWS`.
-        scalar: the scale for `GIVEN`.
+        source: origin of the tensor scales.
+        scales: those that were given: one, or one for each row.
+        scalar: the one that was given as a number.
         key: key of the random bits of stochastic rounding, 64 bits; None rounds to nearest.
-        deadzone: numbers below this fraction of the row's largest magnitude count as 0; rows of at most `LONGEST_ROW`
-            elements, and no scales from elsewhere.
+        deadzone: numbers below this fraction of the row's largest magnitude count as 0; only where `holds_rows`.
     """
-    rows, columns = x.shape
+    rows, columns = sizes(x.shape)
     if x.numel() == 0:
         return
-    by_row = form.scale == layout.FLOAT32 and form.block == 0
-    width = max(4, triton.next_power_of_2(columns))
     with _on(x):
-        if deadzone or ((source == FROM_ROW or by_row) and columns <= LONGEST_ROW):
-            _rows(x, out, form, max(width, form.block), key, deadzone)
+        if deadzone or (_by_row(form, source) and holds_rows(columns, form)):
+            _rows(x, out, form, key, deadzone)
             return
-        if source == FROM_ROW or by_row:
+        if _by_row(form, source):
             scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-            options = {"num_warps": 8, "enable_fp_fusion": False}
-            row_scales[(rows,)](x, scales, columns, LAYOUT=form, WIDTH=4096, **options)
-            source = GIVEN_ROWS
+            row_scales[(rows,)](x, scales, columns, LAYOUT=form, WIDTH=4096, num_warps=8, enable_fp_fusion=False)
+            source = GIVEN_ROWS if form.scale == layout.FLOAT32 else FROM_MAXIMA
         elif source == FROM_TENSOR:
             scales = torch.zeros(1, dtype=torch.float32, device=x.device)
-            grid = (triton.cdiv(x.numel(), 4 * TILE),)
-            options = {"num_warps": 8, "enable_fp_fusion": False}
-            tensor_amax[grid](x, scales.view(torch.int32), x.numel(), TILE=4 * TILE, **options)
-        if form.block:
-            _blocks(x, out, form, source, scales, scalar, key)
-        else:
-            _elements(x, out, form, source, scales, scalar, key)
+            count, tile = x.numel(), 4 * TILE
+            grid = (triton.cdiv(count, tile),)
+            tensor_amax[grid](x, scales.view(torch.int32), count, TILE=tile, num_warps=8, enable_fp_fusion=False)
+        elif source == GIVEN_ROWS and scales is not None and scales.numel() == 1:
+            source = GIVEN_ONE
+        work = _blocks if form.columns else _elements
+        work(x, out, form, source, scales, scalar, key)
 
 
-def _rows(x: Tensor, out: Tensor, form: Layout, width: int, key: int | None, deadzone: float) -> None:
-    rows, columns = x.shape
+def _by_row(form: Layout, source: int) -> bool:
+    """Whether the scale of an element depends on its whole row."""
+    return source == FROM_ROW or (form.scale == layout.FLOAT32 and form.columns == 0)
+
+
+def holds_rows(columns: int, form: Layout) -> bool:
+    """Whether the kernel for whole rows knows the format, and its registers hold a row of this length."""
+    return columns <= LONGEST_ROW and form.rows == 1 and form.rule <= layout.TE
+
+
+def _rows(x: Tensor, out: Tensor, form: Layout, key: int | None, deadzone: float) -> None:
+    rows, columns = sizes(x.shape)
+    width = max(4, triton.next_power_of_2(columns), form.columns)
     tall = max(1, TILE // width)
     quantize_rows[(triton.cdiv(rows, tall),)](
         x,
@@ -143,22 +150,27 @@ def _rows(x: Tensor, out: Tensor, form: Layout, width: int, key: int | None, dea
 def _blocks(
     x: Tensor, out: Tensor, form: Layout, source: int, scales: Tensor | None, scalar: float, key: int | None
 ) -> None:
-    rows, columns = x.shape
-    per_row = triton.cdiv(columns, form.block)
-    tile = max(1, (TILE if x.dtype is torch.float32 else 2 * TILE) // form.block)
-    quantize_blocks[(triton.cdiv(rows * per_row, tile),)](
+    count, columns = sizes(x.shape)
+    rows = count if form.rows == 1 else int(x.shape[-2]) if x.dim() > 1 else 1
+    down, across = triton.cdiv(rows, form.rows), triton.cdiv(columns, form.columns)
+    blocks = count // rows * down * across
+    size = form.rows * form.columns
+    tile = max(1, (TILE if x.dtype is torch.float32 else 2 * TILE) // size)
+    quantize_blocks[(triton.cdiv(blocks, tile),)](
         x,
         out,
         x if scales is None else scales,
         scalar,
         0 if key is None else key & _MASK64,
+        rows,
         columns,
-        per_row,
-        rows * per_row,
+        down,
+        across,
+        blocks,
         LAYOUT=form,
         SOURCE=source,
         RANDOM=key is not None,
-        WHOLE=columns % form.block == 0,
+        WHOLE=form.rows == 1 and columns % form.columns == 0,
         TILE=tile,
         **_options(TILE),
     )
@@ -167,7 +179,7 @@ def _blocks(
 def _elements(
     x: Tensor, out: Tensor, form: Layout, source: int, scales: Tensor | None, scalar: float, key: int | None
 ) -> None:
-    rows, columns = x.shape
+    rows, columns = sizes(x.shape)
     tall, width = _tile(columns)
     quantize_elements[(triton.cdiv(rows, tall), triton.cdiv(columns, width))](
         x,

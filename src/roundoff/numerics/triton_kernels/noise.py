@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from roundoff.numerics.triton_kernels.philox import high_half, in_columns, low_half, normals, uniforms, words
-from roundoff.numerics.triton_kernels.rounding import MAGNITUDE, bits, narrowed, real, widened
+from roundoff.numerics.triton_kernels.philox import high_half, in_columns, low_half, normals, words
+from roundoff.numerics.triton_kernels.rounding import MAGNITUDE, bits, narrowed, real, uniforms, widened
 
 NOISE, NORMAL, UNIFORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from roundoff.numerics.triton_kernels.rounding import MANTISSA, STEP_OF_WORDS, bits, real
+from roundoff.numerics.triton_kernels.rounding import MANTISSA, bits, real
 
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
@@ -75,9 +75,3 @@ def normals(word0, word1):
     c = real(bits(c) ^ ((word1 << 1) & 0x80000000).to(tl.int32, bitcast=True))
     exchange = (word1 & 0x80000000) != 0
     return r * tl.where(exchange, s, c), r * tl.where(exchange, c, s)
-
-
-@triton.jit
-def uniforms(word):
-    """Uniform numbers in [0, 1), multiples of 2^-24."""
-    return (word >> 8).to(tl.float32) * STEP_OF_WORDS
