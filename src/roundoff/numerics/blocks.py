@@ -25,6 +25,9 @@ from .rng import Key, word_rows
 
 _MANTISSA = 0x007FFFFF
 _CHUNK = 1 << 18  # elements processed at a time, so that temporaries stay in the cache
+_LARGEST = torch.finfo(torch.float32).max
+NONE, FROM_TENSOR, FROM_ROW, GIVEN, GIVEN_ROWS = range(5)
+"""Origins of the tensor scales: the enum `Source` of kernels/roundoff.cpp."""
 
 
 def power_of_two_scale(amax: Float[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]:
@@ -215,3 +218,47 @@ def tensor_scales(x: Float[Tensor, "rows columns"], fmt: Format, per_row: bool) 
     if fmt.follows_transformer_engine:
         return encoding_scale(amax, fmt.tensor_divisor)
     return divided(amax, fmt.tensor_divisor)
+
+
+def row_scales(
+    rows: Float[Tensor, "rows columns"], fmt: Format, source: int, scales: float | Float[Tensor, " #rows"]
+) -> Float[Tensor, "#rows 1"] | None:
+    """Tensor scales, as `quantize_rows` takes them, from one of the origins above; None if the format has none."""
+    if source == NONE:
+        return None
+    if isinstance(scales, Tensor) or source == GIVEN:
+        if not isinstance(scales, Tensor):
+            scales = torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
+        scales = scales.reshape(-1, 1)
+        return (1.0 / scales).clamp(max=_LARGEST) if fmt.follows_transformer_engine else scales
+    return tensor_scales(rows, fmt, per_row=source == FROM_ROW)
+
+
+def quantize_matrices(
+    x: Float[Tensor, "*shape"],
+    fmt: Format,
+    source: int,
+    scales: float | Float[Tensor, " #rows"],
+    stochastic: Key | None,
+) -> Float[Tensor, "*shape"]:
+    """Quantize-dequantize a tensor with blocks along the last axis, and along the one before it if they span rows.
+
+    Args:
+        x: the numbers, with at least one axis.
+        fmt: the format; not a plain cast.
+        source: origin of the tensor scales, one of those above.
+        scales: those that were given.
+        stochastic: key of the random bits for stochastic rounding; None rounds to nearest.
+    """
+    columns = x.shape[-1]
+    flat = x.reshape(x.numel() // columns if columns else 0, columns)
+    scale = row_scales(flat, fmt, source, scales)
+    if fmt.rows == 1:
+        rows = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        quantize_rows(flat, fmt, scale, rows, stochastic)
+        return rows.reshape(x.shape)
+    # Each block is laid out as a row of its own.
+    tiles = tiles_of(x if x.dim() > 1 else flat, fmt)
+    rows = torch.empty_like(tiles)
+    quantize_rows(tiles, one_row_a_block(fmt), scale, rows, stochastic)
+    return matrices_of(rows, fmt, x.shape if x.dim() > 1 else flat.shape).reshape(x.shape)

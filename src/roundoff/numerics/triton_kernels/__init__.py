@@ -4,8 +4,8 @@ One source serves every device for which Triton has a compiler: NVIDIA (`cuda`),
 and Ascend (`npu`, where the package triton-ascend provides `triton`). `roundoff.numerics.backend` decides when it is
 used; nothing here is imported before a tensor of such a device is seen.
 
-**The bits are those of the CPU.** Every step is an operation that IEEE 754 rounds correctly, in the order of `blocks.py`
-and `rng.py`: additions and multiplications of float32 without contraction to fused multiply-adds (the launch option
+**The bits are those of the CPU.** Every step is an operation that IEEE 754 rounds correctly, in the order of the torch
+path: additions and multiplications of float32 without contraction to fused multiply-adds (the launch option
 `enable_fp_fusion=False`), division and square root in their correctly rounded forms (`div_rn`, `sqrt_rn`), and
 exponents read from bits. Subnormal numbers are kept, which is Triton's default.
 
@@ -20,10 +20,9 @@ a GPU or an NPU.
 | module | holds |
 |---|---|
 | `layout` | what a kernel must know of a format; it imports no Triton |
-| `rounding` | device functions: storage types, rounding to a grid, scales of blocks |
-| `philox` | device functions: random words, and normal numbers from them |
+| `rounding`, `philox`, `hifloat`, `nvfp4`, `blocks` | device functions, named after the modules whose work they do |
 | `quantize` | kernels of quantize-dequantize, and of maxima |
 | `noise` | the kernel of noise and draws |
 | `launch` | which kernel does which work, on tiles of which size |
-| `operators` | the same as operators of torch, for `torch.compile` |
+| `examples` | two small examples, with which the kernels are tried on a device before they are used |
 """

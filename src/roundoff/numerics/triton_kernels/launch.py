@@ -56,7 +56,7 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device of the process, which becomes that of `x`."""
     if x.is_cpu:
         return contextlib.nullcontext()
-    return torch.get_device_module(x.device).device(x.device)  # type: ignore[no-any-return]
+    return torch.get_device_module(x.device).device(x.device)
 
 
 def _tile(columns: int) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def quantize(
 
 def _by_row(form: Layout, source: int) -> bool:
     """Whether the scale of an element depends on its whole row."""
-    return source == FROM_ROW or (form.scale == layout.FLOAT32 and form.columns == 0)
+    return source == FROM_ROW or bool(form.scale == layout.FLOAT32 and form.columns == 0)
 
 
 def holds_rows(columns: int, form: Layout) -> bool:

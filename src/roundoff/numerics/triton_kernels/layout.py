@@ -27,7 +27,8 @@ class Layout(NamedTuple):
     """0 for a grid of integers."""
     emin: int
     emax: int
-    tapered: bool
+    tapered: int
+    """1 for the grid of HiF8. The numbers up to here are integers."""
     low: float
     high: float
     divisor: float
@@ -53,13 +54,13 @@ def layout_of(fmt: Format) -> Layout | None:
     scale, rule = _SCALES.index(fmt.scale), _RULES.index(fmt.rule)
     if scale == E8M0:
         rule = rule or FLOOR
-    grid = (e.mantissa_bits, e.emin, e.emax, e.tapered, e.low, e.high)
+    grid = (e.mantissa_bits, e.emin, e.emax, int(e.tapered), e.low, e.high)
     return Layout(scale, rule, fmt.rows, fmt.block or 0, *grid, fmt.divisor, fmt.tensor_divisor or 0.0)
 
 
 def format_of(form: Layout) -> Format:
     """The format of a layout, without its name."""
-    numbers = (form.mantissa, form.emin, form.emax, form.low, form.high, form.tapered)
+    numbers = (form.mantissa, form.emin, form.emax, form.low, form.high, bool(form.tapered))
     element = next((known for known in (E2M1, S1P2) if known == Element(known.name, *numbers)), Element("", *numbers))
     block, scale, rule = form.columns or None, _SCALES[form.scale], _RULES[form.rule]
     return Format("", element, block, scale, rule, form.divisor, form.tensor_divisor or None, form.rows)

@@ -1,6 +1,6 @@
 """The kernel of noise on a product, and of draws by themselves, to the bits of `numerics/noise.py` and `rng.py`.
 
-    KIND  0 `y + s * |y| * eps`, then the bias   1 standard normal numbers   2 uniform numbers
+KIND  0 `y + s * |y| * eps`, then the bias   1 standard normal numbers   2 uniform numbers
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ def stored_scales(amax_bits, encoding, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def transformer_engine(
-    v, words, amax_bits, encoding, takes_second, LAYOUT: tl.constexpr, RANDOM: tl.constexpr
-):
+def transformer_engine(v, words, amax_bits, encoding, takes_second, LAYOUT: tl.constexpr, RANDOM: tl.constexpr):
     """Blocks [blocks, N]; those of which `takes_second` is true are stored under the second scale."""
     finite = (amax_bits < EXPONENT)[:, None]
     first, second = stored_scales(amax_bits, encoding, LAYOUT)

@@ -23,7 +23,7 @@ def low_half(v):
 @triton.jit
 def high_half(v):
     """The high 32 bits of 64, as uint32."""
-    return (v.to(tl.uint64, bitcast=True) >> 32).to(tl.uint32)
+    return (v.to(tl.uint64) >> 32).to(tl.uint32)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def narrowed(v, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     A device has an instruction for that. Triton's interpreter cuts bits off where it should round to bfloat16, so
     there (and only there) the rounding is done on the bits.
     """
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         b = bits(v)
         rounded = tl.where((b & MAGNITUDE) > EXPONENT, QUIET_NAN >> 16, (b + (((b >> 16) & 1) + 0x7FFF)) >> 16)
         stored = rounded.to(tl.int16).to(tl.bfloat16, bitcast=True)
