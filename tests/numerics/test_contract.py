@@ -1,4 +1,4 @@
-"""The promises that hold for every entry of FORMATS, on both paths and in both dtypes."""
+"""The promises that hold for every entry of FORMATS, on both paths and in each dtype."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundoff.formats.table import FORMATS
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
@@ -21,7 +21,7 @@ def backend(request):
         yield
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16", "float16"])
 def dtype(request):
     return request.param
 
@@ -201,11 +201,14 @@ def test_published_sqnr_of_the_scale_rules(name, db):
 
 @pytest.mark.parametrize("name", sorted(n for n in FORMATS if n not in ("fp16", "hif8")))
 def test_a_number_up_to_2_to_the_127_stays_finite(name, dtype):
-    """Above 2^127 rounding up may leave the dtype: an MX block can then hold 2^128, which is Inf in float32."""
-    least = torch.finfo(dtype).smallest_normal
+    """Above 2^127 rounding up may leave the dtype: an MX block can then hold 2^128, which is Inf in float32.
+
+    In float16, 2^15 takes the place of 2^127.
+    """
+    least, large = torch.finfo(dtype).smallest_normal, 2.0**15 if dtype is torch.float16 else 2.0**127
     x = torch.empty(3, 64, dtype=dtype)
-    x[0] = torch.linspace(-1, 1, 64) * 2.0**127
+    x[0] = torch.linspace(-1, 1, 64) * large
     x[1] = torch.linspace(-1, 1, 64) * least
-    x[2] = torch.where(torch.arange(64) % 5 == 0, 2.0**127, least / 8)
+    x[2] = torch.where(torch.arange(64) % 5 == 0, large, least / 8)
     for options in ({},) if name not in BLOCKS or name in TWO_DIMENSIONAL else ({}, {"tensor_scale": "row"}):
         assert bool(quantize(x, name, **options).isfinite().all()), options

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key, normal, philox_bits, uniform
 
@@ -56,7 +56,7 @@ def backend(request):
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 @pytest.mark.usefixtures("backend")
 class TestReplay:
     def y(self, dtype, *shape):
@@ -134,7 +134,7 @@ def test_bad_noise_is_refused_before_anything_is_written(options):
         with pytest.raises(ValueError, match="relative_std must be finite and not negative"):
             matmul_noise(y, s, KEY, out=y, **options)
     for bad in (torch.ones(3, 8, dtype=torch.float64), torch.ones(3, 8, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="float32 or bfloat16"):
+        with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
             matmul_noise(bad, 0.1, KEY, **options)
     with pytest.raises(TypeError, match=r"draws by a Key .* but got 7"):
         matmul_noise(y, 0.1, 7, out=y, **options)
