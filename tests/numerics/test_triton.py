@@ -25,8 +25,8 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def run_cases(marker):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, str(CASES)]
+def run_cases(marker, names=""):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marker, "-k", names, str(CASES)]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -35,8 +35,9 @@ def run_cases(marker):
 
 
 @needs_triton
-def test_the_interpreter_gives_the_bits_of_the_cpu():
-    run_cases("not slow")
+@pytest.mark.parametrize("names", ["golden", "not golden"])
+def test_the_interpreter_gives_the_bits_of_the_cpu(names):
+    run_cases("not slow", names)
 
 
 @needs_triton
@@ -120,7 +121,7 @@ def test_kernels_compile_without_a_gpu(compiled_for):
     def work(launch):
         launch.quantize(x, y, layout_of(FORMATS["mxfp4"]), 0, None, 1.0, None)
         launch.quantize(x, y, layout_of(FORMATS["nvfp4"]), launch.FROM_ROW, None, 1.0, KEY.value)
-        launch.noise(x, y, 0.05, KEY.value, torch.empty(4, dtype=torch.int64), None)
+        launch.noise(x, y, 0.05, KEY.value, torch.empty(4, dtype=torch.int64), None, y[0])
 
     for name, kernels in compiled_for(90, work).items():
         for kernel in kernels:
@@ -192,8 +193,8 @@ class TestOperators:
         for operator, arguments in (
             (torch.ops.roundoff.quantize.default, self.arguments()),
             (torch.ops.roundoff.quantize.default, self.arguments("nvfp4:2d", source=1, key=signed(KEY))),
-            (torch.ops.roundoff.noise.default, (torch.ones(6, 70), 0.05, signed(KEY), ids, ids)),
-            (torch.ops.roundoff.noise.default, (torch.ones(6, 70), 0.05, signed(KEY), None, None)),
+            (torch.ops.roundoff.noise.default, (torch.ones(6, 70), 0.05, signed(KEY), ids, ids, torch.ones(70))),
+            (torch.ops.roundoff.noise.default, (torch.ones(6, 70), 0.05, signed(KEY), None, None, None)),
             (torch.ops.roundoff.draw.default, (1, ids, 30, signed(KEY))),
         ):
             torch.library.opcheck(operator, arguments, test_utils=checks)
@@ -204,7 +205,7 @@ class TestOperators:
         assert torch.equal(torch.ops.roundoff.quantize(*arguments), expected)
         y, ids = arguments[0], torch.arange(6) * 7
         expected = matmul_noise(y, 0.05, KEY, rows=ids)
-        assert torch.equal(torch.ops.roundoff.noise(y, 0.05, signed(KEY), ids, None), expected)
+        assert torch.equal(torch.ops.roundoff.noise(y, 0.05, signed(KEY), ids, None, None), expected)
         assert torch.equal(torch.ops.roundoff.draw(1, ids, 30, signed(KEY)), normal(KEY, (6, 30), rows=ids))
 
     def test_know_their_shapes_without_numbers(self):

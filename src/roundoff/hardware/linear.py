@@ -238,9 +238,7 @@ class LinearState:
             assert draw is not None
             y = F.linear(x, weight)
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
-            matmul_noise(y, self.forward_std, self.keys(draw.key).forward, rows=rows, out=y)
-            if bias is not None:
-                y += bias
+            matmul_noise(y, self.forward_std, self.keys(draw.key).forward, rows=rows, bias=bias, out=y)
         for index, fault in enumerate(self.faults):
             assert draw is not None
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
