@@ -137,6 +137,16 @@ class TestEveryFormat:
         alone = torch.cat([quantize(row, name, tensor_scale="row") for row in x.split(1)])
         assert same(together, alone)
 
+    def test_a_deadzone_comes_before_the_format(self, name, dtype):
+        x = draw(3, 5, 96, dtype=dtype)
+        size = x.abs()
+        cut = x.masked_fill(size < 0.1 * size.amax(-1, keepdim=True), 0.0)
+        assert same(quantize(x, name, deadzone=0.1), quantize(cut, name)) and not torch.equal(cut, x)
+        turned = quantize(x.movedim(1, -1).contiguous(), name, deadzone=0.1).movedim(-1, 1)
+        assert same(quantize(x, name, axis=1, deadzone=0.1), turned.contiguous())
+        out = torch.empty_like(x)
+        assert quantize(x, name, deadzone=0.1, out=out) is out and same(out, quantize(cut, name))
+
     def test_scalars_and_empty_tensors_keep_their_shape(self, name, dtype):
         for shape in ((), (1,), (0,), (3, 0), (0, 3)):
             x = torch.full(shape, 3.0, dtype=dtype)  # every format represents an amax of 3 to within 2^-3

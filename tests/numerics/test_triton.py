@@ -17,7 +17,7 @@ from roundoff.numerics.backend import BuildError, computed_by, use_backend
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, signed
-from roundoff.numerics.triton_kernels.layout import format_of, layout_of
+from roundoff.numerics.triton_kernels.layout import LONGEST_ROW, format_of, layout_of
 
 CASES = Path(__file__).parent / "triton_cases.py"
 KEY = Key.from_seed(5)
@@ -147,7 +147,7 @@ def test_all_kernels_compile_for(capability, dtype, compiled_for):
             for source in (0,) if fmt.tensor_divisor is None else (1, 3) if fmt.rows > 1 else (1, 2, 3, 4):
                 for key in (None, KEY.value):
                     launch.quantize(x, y, form, source, torch.empty(4), 1.0, key)
-        long, out = matrices(dtype, 1, 2 * launch.LONGEST_ROW)
+        long, out = matrices(dtype, 1, 2 * LONGEST_ROW)
         for name in ("int8", "nvfp4"):
             launch.quantize(long, out, layout_of(FORMATS[name]), launch.FROM_ROW, None, 1.0, None)
         launch.noise(x, y, 0.05, KEY.value, None, None)
@@ -185,7 +185,7 @@ class TestOperators:
     def arguments(self, name="nvfp4", **changes):
         form = layout_of(FORMATS[name])
         x = torch.randn(6, 70, generator=torch.Generator().manual_seed(2))
-        return (x, list(form[:8]), list(form[8:]), changes.get("source", 2), None, 1.0, changes.get("key"))
+        return (x, list(form[:8]), list(form[8:]), changes.get("source", 2), None, 1.0, changes.get("key"), 0.1)
 
     def test_have_schemas_and_fake_forms_that_are_right(self):
         checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
@@ -201,7 +201,7 @@ class TestOperators:
 
     def test_compute_what_the_functions_do(self):
         arguments = self.arguments(key=signed(KEY))
-        expected = quantize(arguments[0], "nvfp4", tensor_scale="row", stochastic=KEY)
+        expected = quantize(arguments[0], "nvfp4", tensor_scale="row", stochastic=KEY, deadzone=0.1)
         assert torch.equal(torch.ops.roundoff.quantize(*arguments), expected)
         y, ids = arguments[0], torch.arange(6) * 7
         expected = matmul_noise(y, 0.05, KEY, rows=ids)
@@ -211,7 +211,7 @@ class TestOperators:
     def test_know_their_shapes_without_numbers(self):
         form = layout_of(FORMATS["mxfp4"])
         x = torch.empty(3, 5, 64, dtype=torch.bfloat16, device="meta").transpose(0, 1)
-        q = torch.ops.roundoff.quantize(x, form[:8], form[8:], 0, None, 1.0, None)
+        q = torch.ops.roundoff.quantize(x, form[:8], form[8:], 0, None, 1.0, None, 0.0)
         assert q.shape == x.shape and q.dtype is torch.bfloat16 and q.is_contiguous()
         eps = torch.ops.roundoff.draw(1, torch.empty(7, dtype=torch.int64, device="meta"), 30, 0)
         assert eps.shape == (7, 30) and eps.dtype is torch.float32

@@ -18,7 +18,7 @@ from roundoff.numerics.backend import DTYPES, BuildError, computed_by, use_backe
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
-from roundoff.numerics.triton_kernels import examples, launch
+from roundoff.numerics.triton_kernels import examples, launch, layout
 from tests.numerics.test_golden import FILES, GOLDEN, bits, tensor_scale
 from tests.numerics.test_paths import BLOCKS, CUSTOM, random_bits, random_blocks, same
 
@@ -164,9 +164,20 @@ def test_given_tensor_scales_agree(name, on_triton):
 
 @pytest.mark.parametrize("name", ["nvfp4", "nvfp4:te", "fp8_e4m3", "int8"])
 def test_rows_too_long_for_the_registers_agree(name, on_triton, monkeypatch):
-    monkeypatch.setattr(launch, "LONGEST_ROW", 64)
+    monkeypatch.setattr(layout, "LONGEST_ROW", 64)
     for make in (random_bits, random_blocks):
         agree(on_triton, make(3, 5000, 2), name, tensor_scale="row", stochastic=KEY)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+def test_deadzones_agree(dtype, on_triton):
+    for make in (random_bits, random_blocks):
+        x = make(6, 70, 3, dtype)
+        for name in ("nvfp4", "mxfp4", "int8", "hif4", "fp8_e4m3", "nvfp4:te", "bf16"):
+            agree(on_triton, x, name, tensor_scale="row", deadzone=0.07)
+    agree(on_triton, x, "mxfp4", axis=0, deadzone=0.07)
+    agree(on_triton, x, "nvfp4", deadzone=0.07)  # a scale of the tensor: not fused
+    agree(on_triton, x, "nvfp4:2d", deadzone=0.07)
 
 
 def test_axes_layouts_and_outputs_agree(on_triton):

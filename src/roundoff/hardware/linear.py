@@ -31,6 +31,7 @@ from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.freshness import Part, part_name
 from roundoff.hardware.graphs import outside_of_graphs
+from roundoff.numerics.deadzone import outside_of_deadzone
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -151,10 +152,9 @@ class LinearState:
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""
         x = x.detach()
-        if self.deadzone:
-            size = x.abs()
-            x = x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
-        return x if self.activation_format is None else quantize(x, self.activation_format, tensor_scale="row")
+        if self.activation_format is None:
+            return outside_of_deadzone(x, self.deadzone) if self.deadzone else x
+        return quantize(x, self.activation_format, tensor_scale="row", deadzone=self.deadzone)
 
     def shared_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """`quantized_input(x)`, computed only once for consecutive Linears with the same input (q, k, v)."""

@@ -20,8 +20,9 @@ from roundoff.formats.table import FORMATS, Format, get_format
 
 from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
 from .blocks import FROM_ROW, FROM_TENSOR, GIVEN, GIVEN_ROWS, NONE, quantize_matrices
+from .deadzone import outside_of_deadzone
 from .rng import Key, signed
-from .triton_kernels.layout import Layout, format_of, layout_of
+from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
 
 _LARGEST = torch.finfo(torch.float32).max
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,6 +36,7 @@ def quantize(
     tensor_scale: str | float | Float[Tensor, " ..."] | None = None,
     out: Float[Tensor, "*shape"] | None = None,
     stochastic: Key | None = None,
+    deadzone: float = 0.0,
 ) -> Float[Tensor, "*shape"]:
     """Store `x` in a number format and read it back; the result has the shape and dtype of `x`.
 
@@ -52,6 +54,7 @@ def quantize(
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
+        deadzone: numbers below this fraction of the largest magnitude along the axis count as zero.
 
     Raises:
         TypeError, ValueError, IndexError: if an argument cannot be used; nothing has been written then.
@@ -60,11 +63,15 @@ def quantize(
         fmt = FORMATS.get(fmt) or get_format(fmt)
     _check(x, fmt, axis, out, stochastic)
     source, scales = _source(x, fmt, axis, tensor_scale)
+    if deadzone and not _is_fused(x, fmt, axis, source):
+        with torch.no_grad():
+            x = outside_of_deadzone(x, deadzone, axis) if x.numel() and x.dim() else x
+            return quantize(x, fmt, axis=axis, tensor_scale=tensor_scale, out=out, stochastic=stochastic)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
     if may_use_triton(x) and layout_of(fmt) is not None:
         with torch.no_grad():
-            return _on_device(x, fmt, axis, source, scales, out, stochastic)
+            return _on_device(x, fmt, axis, source, scales, out, stochastic, deadzone)
     kernels = kernels_for(x) if fmt.has_kernel else None
     if kernels is not None and x.dtype is torch.float16:  # which the kernels do not know
         result = quantize(
@@ -117,8 +124,21 @@ def _compiled(
     return y
 
 
+def _is_fused(x: Tensor, fmt: Format, axis: int, source: int) -> bool:
+    """Whether one kernel computes deadzone and format: that of whole rows, without scales from elsewhere."""
+    form = layout_of(fmt) if may_use_triton(x) and x.dim() else None
+    return form is not None and source in (NONE, FROM_ROW) and holds_rows(x.shape[axis], form)
+
+
 def _on_device(
-    x: Tensor, fmt: Format, axis: int, source: int, scales: float | Tensor, out: Tensor | None, stochastic: Key | None
+    x: Tensor,
+    fmt: Format,
+    axis: int,
+    source: int,
+    scales: float | Tensor,
+    out: Tensor | None,
+    stochastic: Key | None,
+    deadzone: float,
 ) -> Tensor:
     """The path on a GPU or NPU, of any memory layout and axis: one operator on contiguous memory."""
     moved = (x.movedim(axis, -1) if x.dim() else x.reshape(1)).contiguous()
@@ -133,9 +153,9 @@ def _on_device(
     assert form is not None
     key = None if stochastic is None else signed(stochastic)
     if torch.compiler.is_compiling():
-        rows = torch.ops.roundoff.quantize(moved, form[:8], form[8:], source, given, scalar, key)
+        rows = torch.ops.roundoff.quantize(moved, form[:8], form[8:], source, given, scalar, key, deadzone)
     else:
-        rows = _launched(moved, form, fmt, source, given, scalar, key, target)
+        rows = _launched(moved, form, fmt, source, given, scalar, key, deadzone, target)
     if target is not None:
         return target
     result: Tensor = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
@@ -150,6 +170,7 @@ def _launched(
     given: Tensor | None,
     scalar: float,
     key: int | None,
+    deadzone: float,
     out: Tensor | None,
 ) -> Tensor:
     """Quantize contiguous memory with blocks along the last axis by Triton's kernels, if they can be used."""
@@ -158,9 +179,11 @@ def _launched(
 
         if launch.can_quantize(x.shape, form):
             out = torch.empty_like(x) if out is None else out
-            launch.quantize(x, out, form, source, given, scalar, key)
+            launch.quantize(x, out, form, source, given, scalar, key, deadzone)
             return out
     stochastic = None if key is None else Key(key % (1 << 64))
+    if deadzone and x.numel():
+        x = outside_of_deadzone(x, deadzone)
     result = quantize_matrices(x, fmt, source, scalar if given is None else given, stochastic)
     return result.contiguous() if out is None else out.copy_(result)
 
@@ -168,7 +191,8 @@ def _launched(
 @torch.library.custom_op(
     "roundoff::quantize",
     mutates_args=(),
-    schema="(Tensor x, int[] whole, float[] real, int source, Tensor? given, float scalar, int? key) -> Tensor",
+    schema="(Tensor x, int[] whole, float[] real, int source, Tensor? given, float scalar, int? key, float deadzone)"
+    " -> Tensor",
 )
 def _operator(
     x: Tensor,
@@ -178,9 +202,10 @@ def _operator(
     given: Tensor | None,
     scalar: float,
     key: int | None,
+    deadzone: float,
 ) -> Tensor:
     form = Layout(*whole, *real)
-    return _launched(x, form, format_of(form), source, given, scalar, key, None)
+    return _launched(x, form, format_of(form), source, given, scalar, key, deadzone, None)
 
 
 @_operator.register_fake

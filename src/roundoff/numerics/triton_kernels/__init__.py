@@ -11,7 +11,7 @@ exponents read from bits. Subnormal numbers are kept, which is Triton's default.
 
 **Memory.** Each element is read once and written once, with two exceptions. A scale for the whole tensor needs a pass
 of its own to find it; the maximum stays on the device, so nothing waits for it. A scale for a row of more than
-`launch.LONGEST_ROW` elements does too.
+`layout.LONGEST_ROW` elements does too.
 
 **What was run.** Triton's interpreter executes these kernels on a CPU against the other paths, and Triton compiles them
 for three generations of NVIDIA GPUs, on machines without one (`tests/numerics/test_triton.py`). They were never run on

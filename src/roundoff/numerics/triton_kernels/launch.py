@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roundoff.numerics.triton_kernels import layout
-from roundoff.numerics.triton_kernels.layout import Layout
+from roundoff.numerics.triton_kernels.layout import Layout, holds_rows
 from roundoff.numerics.triton_kernels.noise import noise as noise_kernel
 from roundoff.numerics.triton_kernels.quantize import (
     quantize_blocks,
@@ -32,8 +32,6 @@ TILE = 2048
 """Elements of a tile: 16 for each of the 128 threads of four warps."""
 WIDEST = 1024
 """Columns of a tile."""
-LONGEST_ROW = 16384
-"""Elements of a row that is held in registers: 32 for each of the 512 threads of sixteen warps."""
 MOST_BLOCKS = 2**31 - 1
 """Blocks, rows and columns are counted in 32 bits."""
 FROM_TENSOR, FROM_ROW, GIVEN_ROWS, GIVEN_ONE, FROM_MAXIMA = 1, 2, 4, 5, 6
@@ -120,11 +118,6 @@ def quantize(
 def _by_row(form: Layout, source: int) -> bool:
     """Whether the scale of an element depends on its whole row."""
     return source == FROM_ROW or bool(form.scale == layout.FLOAT32 and form.columns == 0)
-
-
-def holds_rows(columns: int, form: Layout) -> bool:
-    """Whether the kernel for whole rows knows the format, and its registers hold a row of this length."""
-    return columns <= LONGEST_ROW and form.rows == 1 and form.rule <= layout.TE
 
 
 def _rows(x: Tensor, out: Tensor, form: Layout, key: int | None, deadzone: float) -> None:

@@ -11,6 +11,8 @@ NONE, E8M0, E4M3, FLOAT32, E6M2 = range(5)
 NO_RULE, FLOOR, CEIL, EVEN, RCEIL, TE, SQUARED, ABSOLUTE = range(8)
 _SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32", "e6m2")
 _RULES: tuple[Rule, ...] = ("", "floor", "ceil", "even", "rceil", "te", "46", "46_mae")
+LONGEST_ROW = 16384
+"""Elements of a row that a kernel holds in registers: 32 for each of the 512 threads of sixteen warps."""
 _BLOCKS = tuple(2**k for k in range(2, 11))  # from 4, the columns that share a counter of the generator
 
 
@@ -64,3 +66,8 @@ def format_of(form: Layout) -> Format:
     element = next((known for known in (E2M1, S1P2) if known == Element(known.name, *numbers)), Element("", *numbers))
     block, scale, rule = form.columns or None, _SCALES[form.scale], _RULES[form.rule]
     return Format("", element, block, scale, rule, form.divisor, form.tensor_divisor or None, form.rows)
+
+
+def holds_rows(columns: int, form: Layout) -> bool:
+    """Whether the kernel for whole rows knows the format, and its registers hold a row of this length."""
+    return columns <= LONGEST_ROW and form.rows == 1 and form.rule <= TE
