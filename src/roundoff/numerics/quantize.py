@@ -63,15 +63,16 @@ def quantize(
         fmt = FORMATS.get(fmt) or get_format(fmt)
     _check(x, fmt, axis, out, stochastic)
     source, scales = _source(x, fmt, axis, tensor_scale)
-    if deadzone and not _is_fused(x, fmt, axis, source):
+    form = layout_of(fmt) if may_use_triton(x) else None
+    if deadzone and not (form is not None and x.dim() and _is_fused(x.shape[axis], form, source)):
         with torch.no_grad():
             x = outside_of_deadzone(x, deadzone, axis) if x.numel() and x.dim() else x
             return quantize(x, fmt, axis=axis, tensor_scale=tensor_scale, out=out, stochastic=stochastic)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
-    if may_use_triton(x) and layout_of(fmt) is not None:
+    if form is not None:
         with torch.no_grad():
-            return _on_device(x, fmt, axis, source, scales, out, stochastic, deadzone)
+            return _on_device(x, form, fmt, axis, source, scales, out, stochastic, deadzone)
     kernels = kernels_for(x) if fmt.has_kernel else None
     if kernels is not None and x.dtype is torch.float16:  # which the kernels do not know
         result = quantize(
@@ -124,14 +125,14 @@ def _compiled(
     return y
 
 
-def _is_fused(x: Tensor, fmt: Format, axis: int, source: int) -> bool:
+def _is_fused(columns: int, form: Layout, source: int) -> bool:
     """Whether one kernel computes deadzone and format: that of whole rows, without scales from elsewhere."""
-    form = layout_of(fmt) if may_use_triton(x) and x.dim() else None
-    return form is not None and source in (NONE, FROM_ROW) and holds_rows(x.shape[axis], form)
+    return source in (NONE, FROM_ROW) and holds_rows(columns, form)
 
 
 def _on_device(
     x: Tensor,
+    form: Layout,
     fmt: Format,
     axis: int,
     source: int,
@@ -149,8 +150,6 @@ def _on_device(
         if not out.is_inference():
             torch.autograd.graph.increment_version(out)
     given, scalar = (scales, 1.0) if isinstance(scales, Tensor) else (None, scales)
-    form = layout_of(fmt)
-    assert form is not None
     key = None if stochastic is None else signed(stochastic)
     if torch.compiler.is_compiling():
         rows = torch.ops.roundoff.quantize(moved, form[:8], form[8:], source, given, scalar, key, deadzone)
