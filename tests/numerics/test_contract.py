@@ -161,6 +161,20 @@ class TestEveryFormat:
         assert x._version > version
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_float16_is_computed_in_float32_and_rounded_once(name):
+    x = draw(20, 96, dtype=torch.float16)
+    x[0] *= 2.0**-20  # below float16's smallest normal number, 2^-14
+    x[1, :4] = torch.tensor([65504.0, -40000.0, 1.0, 0.0])
+    wide = quantize(x.float(), name)
+    assert same(quantize(x, name), wide.to(torch.float16))
+    if FORMATS[name].element is not None:
+        rounded = quantize(x, name, stochastic=Key(4))
+        assert same(rounded, quantize(x.float(), name, stochastic=Key(4)).to(torch.float16))
+    turned = quantize(x, name, axis=0)
+    assert same(turned, quantize(x.float(), name, axis=0).to(torch.float16))
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_stochastic_rounding_is_unbiased(name, dtype):
     # The same numbers are rounded 4,096 times. The standard error of a mean is at most step / 2 / 64; 5 are allowed.

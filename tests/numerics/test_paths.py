@@ -1,12 +1,16 @@
 """The compiled path and the torch path give the same bits for any input, any split, and any number of threads."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roundoff.formats.element import E2M1, E4M3, Element
 from roundoff.formats.table import FORMATS, Format
 from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.nvfp4 import encoding_scale
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
 
@@ -112,6 +116,36 @@ CUSTOM = [
     Format("fp4 rows", E2M1, None, "float32", divisor=6.0),
     Format("e4m3 without a scale", E4M3, None, "none"),
 ]
+
+
+class DivisionsByTensors(TorchDispatchMode):
+    """Refuses `tensor / number`, which torch computes on a GPU as a product with the rounded reciprocal.
+
+    The reciprocal of a power of two is exact.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.div:
+            exact = isinstance(args[1], torch.Tensor) or math.frexp(args[1])[0] == 0.5
+            assert exact, f"a division by {args[1]}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_torch_path_divides_by_tensors_alone(name):
+    x = random_blocks(20, 70, seed=3)
+    with use_backend("torch"), DivisionsByTensors():
+        quantize(x, name)
+        if FORMATS[name].rows == 1:
+            quantize(x, name, tensor_scale="row", stochastic=KEY)
+    with pytest.raises(AssertionError, match=r"a division by 3\.0"), DivisionsByTensors():
+        x / 3.0
+
+
+def test_the_encoding_scale_is_rounded_once():
+    amax = torch.rand(10_000, generator=torch.Generator().manual_seed(4)) + 0.1
+    exact = (2688.0 / amax.double()).to(torch.float32)  # a float64 quotient is never so near a tie of float32
+    assert torch.equal(encoding_scale(amax, 2688.0), exact)
 
 
 @pytest.mark.parametrize("fmt", CUSTOM, ids=lambda fmt: fmt.name)
