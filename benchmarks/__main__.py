@@ -41,15 +41,16 @@ def run(words: list[str]) -> int:
             print(f"{name:12} {title}")
         return 0
     chosen = [name for name in known if name not in ALONE] if names == ["all"] else names
-    if options and (not names or not hasattr(importlib.import_module(f"benchmarks.{chosen[-1]}"), "parser")):
+    for name in chosen:
+        if name not in known:
+            print(f"there is no benchmark {name!r} (known: {', '.join(known)})", file=sys.stderr)
+            return 2
+    if options and not (names and hasattr(importlib.import_module(f"benchmarks.{chosen[-1]}"), "parser")):
         print(f"{names[-1] if names else 'python -m benchmarks'} takes no options, but got {options}", file=sys.stderr)
         return 2
     print(f"processor: {machine()['processor']}; on the CPU computes: {computed_by(torch.ones(1))}")
     codes = []
     for name in chosen:
-        if name not in known:
-            print(f"there is no benchmark {name!r} (known: {', '.join(known)})", file=sys.stderr)
-            return 2
         module = importlib.import_module(f"benchmarks.{name}")
         own = [module.parser().parse_args(options if name == chosen[-1] else [])] if hasattr(module, "parser") else []
         print(f"\n# {name}: {known[name]}\n", flush=True)

@@ -6,14 +6,16 @@
     d  the quickstart on the device, beside the CPU
     e  a run that is killed and resumed, bit for bit
 
-Each part works in a process of its own (`benchmarks.device.worker`) for its share of the time, and what it leaves over
-goes to those after it. A part that fails, hangs or loses the device is shown, and the next one begins. The table is
-printed as it grows, and after every row the JSON file holds all that is known.
+Each part works in processes of its own (`benchmarks.device.worker`) for its share of the time: those that time nothing
+all at once, since they wait for compilers and CPUs, then those of c one after the other, each with what is left over by
+those before it. A part that fails, hangs or loses the device is shown, and the others go on. The table is printed as it
+grows, and after every row the JSON file holds all that is known.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -22,14 +24,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.device.results import EQUAL, FAILED, NOT_JUDGED, REACHED, SHOWN, Row
-from benchmarks.device.worker import PREFIX
+from benchmarks.device.results import EQUAL, FAILED, NOT_JUDGED, PREFIX, REACHED, SHOWN, Row
 from roundoff.runs.files import write_atomic
 from roundoff.runs.provenance import provenance
 
@@ -38,30 +39,38 @@ MACHINE = "machine"
 OUT = Path("gpu-results.json")
 GRACE_SECONDS = 10.0
 """Between asking a part to end and killing it."""
+DESCRIPTION_SHARE = 0.2
+"""Of all the time, which the description of the device may take at most."""
 IN_TIME = 0.8
 """Share of its time after which a part begins nothing new."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One process: the letter of its part, what it is called, where it begins, and its share of the time."""
+    """One process: the letter of its part, what it is called, and where it begins."""
 
     letter: str
     name: str
     function: str
-    share: float
 
 
-PARTS = (
-    Part("a", "bits", "benchmarks.device.bits:measure", 0.20),
-    Part("b", "models", "benchmarks.device.models:measure", 0.12),
-    Part("c", "kernels", "benchmarks.device.kernels:measure", 0.13),
-    Part("c", "decoding", "benchmarks.device.decoding:measure", 0.17),
-    Part("c", "training", "benchmarks.device.training:measure", 0.17),
-    Part("d", "quickstart", "benchmarks.device.runs:quickstart", 0.12),
-    Part("e", "kill and resume", "benchmarks.device.runs:resume", 0.09),
+DESCRIPTION = Part(MACHINE, MACHINE, "benchmarks.device.worker:describe")
+STAGES: tuple[tuple[float, tuple[Part, ...]], ...] = (
+    (
+        0.45,
+        (
+            Part("a", "bits", "benchmarks.device.bits:measure"),
+            Part("b", "models", "benchmarks.device.models:measure"),
+            Part("d", "quickstart", "benchmarks.device.runs:quickstart"),
+            Part("e", "kill and resume", "benchmarks.device.runs:resume"),
+        ),
+    ),
+    (0.15, (Part("c", "kernels", "benchmarks.device.kernels:measure"),)),
+    (0.20, (Part("c", "decoding", "benchmarks.device.decoding:measure"),)),
+    (0.20, (Part("c", "training", "benchmarks.device.training:measure"),)),
 )
-DESCRIPTION = Part(MACHINE, MACHINE, "benchmarks.device.worker:describe", 0.2)
+"""Shares of the time, and the parts that work at once."""
+LETTERS = tuple(sorted({part.letter for _, parts in STAGES for part in parts}))
 
 
 @dataclass
@@ -71,9 +80,14 @@ class Table:
     out: Path
     content: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, row: Row) -> None:
         """Print a row and write the file anew."""
+        with self._one_at_a_time:
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
         if row.part == MACHINE and row.verdict != FAILED:
             self.content["machine"] = row.details
             print("".join(f"{name}: {value}\n" for name, value in row.details.items()), flush=True)
@@ -87,76 +101,99 @@ class Table:
 
     def write(self) -> None:
         """Write the JSON file."""
-        content = {**self.content, "rows": [asdict(row) for row in self.rows]}
+        rows = sorted(self.rows, key=lambda row: row.part)
+        content = {**self.content, "rows": [asdict(row) for row in rows]}
         write_atomic(self.out, json.dumps(content, indent=1) + "\n")
 
     def summary(self) -> Iterator[str]:
         """How many rows ended how, and once more those that are not as they should be."""
-        counts = Counter(row.verdict.split(" ")[0] if row.verdict else "shown" for row in self.rows)
+        counts = Counter(row.verdict.partition(" by ")[0] or "shown" for row in self.rows)
         yield f"{len(self.rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         good = (EQUAL, REACHED, SHOWN, NOT_JUDGED)
         yield from (f"{r.verdict}: {r.part}, {r.what}: {r.measured}" for r in self.rows if r.verdict not in good)
 
 
-def run_part(part: Part, options: argparse.Namespace, seconds: float, table: Table, log: TextIO) -> str:
-    """Run one part in a process of its own for at most so long; returns how it ended.
+class Running:
+    """A part at work in a process of its own; what it prints beside its rows goes to the log."""
 
-    What it prints beside its rows goes to the log.
-    """
-    size = ["small"] if options.small else []
-    arguments = [part.function, part.letter, options.device, f"{IN_TIME * seconds:.0f}", *size]
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "benchmarks.device.worker", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="replace",
-        start_new_session=True,
-    )
-    print(f"\n## {part.letter}, {part.name}: at most {seconds:.0f} s", file=log, flush=True)
-    reader = threading.Thread(target=_read, args=(process, table, log), daemon=True)
-    reader.start()
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return f"ended after its {seconds:.0f} s"
-    finally:
-        _end(process)
-        reader.join(GRACE_SECONDS)
-    return "complete" if process.returncode == 0 else f"exit code {process.returncode}"
+    def __init__(self, part: Part, options: argparse.Namespace, seconds: float, table: Table, log: TextIO) -> None:
+        self.part, self._table, self._log = part, table, log
+        self.began = time.monotonic()
+        arguments = [part.function, part.letter, options.device, f"{IN_TIME * seconds:.0f}"]
+        arguments += ["small"] if options.small else []
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "benchmarks.device.worker", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(PREFIX):
+                self._table.add(Row(**json.loads(line.removeprefix(PREFIX))))
+            elif line.strip():
+                self._log.write(f"{self.part.letter}, {self.part.name}: {line}")
+                self._log.flush()
 
-def _read(process: subprocess.Popen[str], table: Table, log: TextIO) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith(PREFIX):
-            table.add(Row(**json.loads(line.removeprefix(PREFIX))))
-        elif line.strip():
-            print(line, end="", file=log, flush=True)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a part: it is asked first, so that it ends its own runs, and then killed with its process group."""
-    if process.poll() is None:
-        process.terminate()
+    def wait(self, until: float) -> str:
+        """Wait for the end, but not beyond a moment (`time.monotonic`); returns how it ended."""
+        late = False
         try:
-            process.wait(GRACE_SECONDS)
+            self._process.wait(max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            late = True
+        self.end()
+        if late:
+            return f"ended after {time.monotonic() - self.began:.0f} s, when its time was over"
+        return "complete" if self._process.returncode == 0 else f"exit code {self._process.returncode}"
+
+    def end(self) -> None:
+        """End the process if it is still there: it is asked first, so that it ends its own runs, and then killed."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it has left behind
+        self._process.wait()
+        self._reader.join(GRACE_SECONDS)
 
 
-def chosen_parts(letters: str) -> tuple[Part, ...]:
-    """The parts with these letters, such as `a,c`, in their order.
+def run_stage(
+    parts: Sequence[Part], options: argparse.Namespace, seconds: float, table: Table, log: TextIO
+) -> dict[str, dict[str, Any]]:
+    """Run parts at once for at most so long; returns how each ended, and after how many seconds."""
+    until = time.monotonic() + seconds
+    running = [Running(part, options, seconds, table, log) for part in parts]
+    ended = {}
+    try:
+        for one in running:
+            how = one.wait(until)
+            ended[one.part.name] = {"ended": how, "seconds": round(time.monotonic() - one.began, 1)}
+            if how != "complete":
+                table.add(Row(one.part.letter, one.part.name, f"{how}; see {log.name}", "", FAILED))
+    finally:
+        for one in running:
+            one.end()
+    return ended
+
+
+def letters(text: str) -> tuple[str, ...]:
+    """Letters of parts, from a text such as `a,c`.
 
     Raises:
         argparse.ArgumentTypeError: if there is no such part.
     """
-    wanted = {letter.strip() for letter in letters.split(",")}
-    known = {part.letter for part in PARTS}
-    if unknown := sorted(wanted - known):
-        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r} (known: {', '.join(sorted(known))})")
-    return tuple(part for part in PARTS if part.letter in wanted)
+    wanted = tuple(letter.strip() for letter in text.split(","))
+    if unknown := sorted(set(wanted) - set(LETTERS)):
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r} (known: {', '.join(LETTERS)})")
+    return wanted
 
 
 def _minutes(text: str) -> float:
@@ -171,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks gpu", description=(__doc__ or "").splitlines()[0])
     made.add_argument("--device", default="cuda", choices=("cuda", "xpu", "npu", "cpu"))
     made.add_argument("--minutes", type=_minutes, default=8.0, help="time for all parts together [%(default)s]")
-    made.add_argument("--parts", type=chosen_parts, default=PARTS, metavar="a,c", help="only these parts [all]")
+    made.add_argument("--parts", type=letters, default=LETTERS, metavar="a,c", help="only these parts [all]")
     made.add_argument("--small", action="store_true", help="a rehearsal: small sizes, and speeds are not judged")
     made.add_argument("--out", type=Path, default=OUT, help="the JSON file; a log lies beside it [%(default)s]")
     return made
@@ -181,22 +218,22 @@ def main(options: argparse.Namespace | None = None) -> int:
     """Run the parts; returns 0 if each came to its end, whatever it measured, and 1 otherwise."""
     options = options or parser().parse_args([])
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + 60 * options.minutes
-    content = {"source": provenance(), "small": options.small, "minutes": options.minutes, "machine": {}, "parts": {}}
+    seconds = 60 * options.minutes
+    until = time.monotonic() + seconds
+    command = ["python", "-m", "benchmarks", *sys.argv[1:]]
+    content = {"source": provenance(command), "small": options.small, "minutes": options.minutes, "parts": {}}
     table = Table(options.out, content)
+    chosen = [(share, [part for part in parts if part.letter in options.parts]) for share, parts in STAGES]
+    stages = [(share, parts) for share, parts in chosen if parts]
     with options.out.with_suffix(".log").open("w", encoding="utf-8") as log:
-        if run_part(DESCRIPTION, options, 60 * options.minutes * DESCRIPTION.share, table, log) != "complete":
+        run_stage([DESCRIPTION], options, DESCRIPTION_SHARE * seconds, table, log)
+        if "machine" not in content:
             print(f"nothing can be measured on {options.device!r}; the log is {log.name}", file=sys.stderr)
             return 1
-        for number, part in enumerate(options.parts):
-            later = sum(other.share for other in options.parts[number + 1 :])
-            share = part.share / (part.share + later)
-            began = time.monotonic()
-            ended = run_part(part, options, max(1.0, share * (until - began)), table, log)
-            if ended != "complete":
-                table.add(Row(part.letter, part.name, f"{ended}; see {log.name}", "", FAILED))
-            content["parts"][part.name] = {"ended": ended, "seconds": round(time.monotonic() - began, 1)}
-            table.write()
+        for number, (share, parts) in enumerate(stages):
+            left = max(1.0, until - time.monotonic())
+            part_of_it = share / sum(later for later, _ in stages[number:])
+            content["parts"] |= run_stage(parts, options, part_of_it * left, table, log)
     content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     table.write()
     print("\n" + "\n".join(table.summary()) + f"\nwritten: {options.out}")

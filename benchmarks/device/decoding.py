@@ -81,7 +81,7 @@ def measure(device: Device, results: Results, *, small: bool) -> None:
     for number, (name, hardware) in enumerate(qwen.HARDWARE.items()):
         what = f"decode step, {rollouts} rollouts, {name}"
         share = results.seconds_left() / (len(qwen.HARDWARE) - number)
-        if why := qwen.too_slow(device, model, hardware, rollouts * length, share / 6, trained=False):
+        if why := qwen.too_slow(device, model, hardware, rollouts * (length + many), share / 6, trained=False):
             results.left_out(what, why)
             continue
         device.free_memory()

@@ -96,7 +96,6 @@ def time_kernel(device: Device, results: Results, kernel: Kernel, x: torch.Tenso
 
 def measure(device: Device, results: Results, *, small: bool) -> None:
     """All of this part."""
-    torch.set_grad_enabled(False)
     size = SMALL_BYTES if small else BYTES
     bandwidth = device.copy_bandwidth(size)
     results.shown("copy", f"{bandwidth / 1e9:,.0f} GB/s, read and written", bytes_per_second=bandwidth)

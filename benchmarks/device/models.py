@@ -20,7 +20,7 @@ import torch
 from tests.families import FAMILIES, Batch, build
 from transformers import PreTrainedModel
 
-from benchmarks.device.machine import Device
+from benchmarks.device.machine import Device, one_thread
 from benchmarks.device.results import MISSED, REACHED, Results
 from roundoff.config import Deadzone, Hardware, MatmulNoise, Precision
 from roundoff.hardware import install, noise_key
@@ -94,6 +94,7 @@ def judge(results: Results, what: str, hardware: Hardware, found: dict[str, list
     results.row(what, ", ".join(shown), goal, verdict, **found)
 
 
+@one_thread()
 def measure(device: Device, results: Results, *, small: bool) -> None:
     """All of part b."""
     for family in FAMILIES:

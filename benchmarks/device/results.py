@@ -6,6 +6,7 @@ A row is written as soon as it is measured, so that a part that dies or runs out
 from __future__ import annotations
 
 import json
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,6 +39,16 @@ class Row:
     def to_json(self) -> str:
         """The row in one line."""
         return json.dumps(asdict(self))
+
+
+PREFIX = "ROW "
+"""What a line of standard output begins with if the rest is a row."""
+
+
+def write_row(row: Row) -> None:
+    """Write a row to standard output, in one piece, since several processes may write there."""
+    sys.stdout.write(f"\n{PREFIX}{row.to_json()}\n")
+    sys.stdout.flush()
 
 
 class Results:

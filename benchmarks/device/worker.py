@@ -1,6 +1,6 @@
 """One part in a process of its own: `python -m benchmarks.device.worker MODULE:FUNCTION PART DEVICE SECONDS [small]`.
 
-Rows go to standard output, one JSON object a line after `ROW`; all else that is printed belongs to the log.
+Rows go to standard output, one JSON object a line after the word ROW; all else that is printed belongs to the log.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import signal
 import sys
 
 from benchmarks.device.machine import Device
-from benchmarks.device.results import FAILED, DeviceLostError, Results, Row, one_line
-
-PREFIX = "ROW "
+from benchmarks.device.results import FAILED, DeviceLostError, Results, Row, one_line, write_row
 
 
 def describe(device: Device, results: Results, *, small: bool) -> None:
@@ -24,11 +22,8 @@ def main(function: str, part: str, device: str, seconds: str, size: str = "") ->
     """Measure; returns the exit code, 1 if the part did not come to its end."""
     small = size == "small"
 
-    def write(row: Row) -> None:
-        print(f"\n{PREFIX}{row.to_json()}", flush=True)
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the runs that it started
-    results = Results(part, float(seconds), is_judged=not small, write=write)
+    results = Results(part, float(seconds), is_judged=not small, write=write_row)
     try:
         module, _, name = function.partition(":")
         getattr(importlib.import_module(module), name)(Device.named(device), results, small=small)
@@ -42,5 +37,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
     except Exception as error:
-        print(f"\n{PREFIX}{Row(sys.argv[2], sys.argv[1], one_line(error), '', FAILED).to_json()}", flush=True)
+        write_row(Row(sys.argv[2], sys.argv[1], one_line(error), "", FAILED))
         raise
