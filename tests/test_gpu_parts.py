@@ -8,7 +8,7 @@ import torch
 from benchmarks.device import bits, decoding, kernels, models, qwen, training
 from benchmarks.device.results import Row
 
-from roundoff.numerics.formats import FORMATS
+from roundoff import FORMATS
 from tests.pretend_cuda import CPU, Rows, pretended_cuda
 
 

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from tests.numerics.test_golden import FILES, GOLDEN, tensor_scale
 
+from benchmarks.device.dtypes import DTYPES, accepts, shown
 from benchmarks.device.machine import Device, one_thread
 from benchmarks.device.results import FAILED, Results, write_row
-from roundoff.numerics.formats import FORMATS, Format
+from roundoff import FORMATS, Format
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
@@ -82,23 +83,6 @@ def near(bits: torch.Tensor) -> torch.Tensor:
     return (bits & -0x78000001) + (112 << 23)
 
 
-def taken(work: Callable[[torch.Tensor], object]) -> list[torch.dtype]:
-    """The dtypes that an operation accepts."""
-    found = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        try:
-            work(torch.ones(1, 32, dtype=dtype))
-        except TypeError:
-            continue
-        found.append(dtype)
-    return found
-
-
-def shown(dtype: torch.dtype) -> str:
-    """The name of a dtype alone."""
-    return str(dtype).removeprefix("torch.")
-
-
 def golden(device: Device, results: Results, files: Sequence[str]) -> None:
     """Compare with golden files; zeros of either sign are equal, as in the tests."""
     for file in files:
@@ -126,10 +110,10 @@ def work_of_format(fmt: Format) -> dict[str, Work]:
         work["float32, stochastic"] = way(single, stochastic=KEY)
     if fmt.tensor_divisor is not None:
         work["float32, scale 0.002"] = way(single, tensor_scale=0.002)
-    for dtype in taken(lambda x: quantize(x, fmt)):
-        if dtype is not single:
+    for dtype in DTYPES:
+        if dtype is not single and accepts(lambda x: quantize(x, fmt), dtype):
             work[shown(dtype)] = way(dtype)
-        if fmt.tensor_divisor is not None:
+        if fmt.tensor_divisor is not None and accepts(lambda x: quantize(x, fmt, tensor_scale="row"), dtype):
             work[f"{shown(dtype)}, a scale a row"] = way(dtype, tensor_scale="row")
     return work
 
@@ -140,7 +124,7 @@ def work_of_noise() -> dict[str, Work]:
     def noise(dtype: torch.dtype) -> Work:
         return lambda x: matmul_noise(x.to(dtype), 0.05, KEY, rows=row_ids(x), column_start=row_ids(x) >> 40)
 
-    return {shown(dtype): noise(dtype) for dtype in taken(lambda x: matmul_noise(x, 0.05, KEY))}
+    return {shown(dtype): noise(dtype) for dtype in DTYPES if accepts(lambda x: matmul_noise(x, 0.05, KEY), dtype)}
 
 
 def row_ids(x: torch.Tensor) -> torch.Tensor:

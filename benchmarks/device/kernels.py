@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.device.dtypes import accepts, shown
 from benchmarks.device.machine import Device
 from benchmarks.device.results import Results
-from roundoff.numerics.formats import FORMATS
+from roundoff import FORMATS
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal
@@ -50,10 +51,11 @@ def of_format(name: str, x: torch.Tensor, out: torch.Tensor) -> list[Kernel]:
     goal = None if fmt.element is None else FORMAT_GOAL  # torch's own casts have none
     if fmt.tensor_divisor is None:
         return [Kernel(name, lambda: quantize(x, name, out=out), 2, goal)]
-    return [
-        Kernel(f"{name}, a scale a row", lambda: quantize(x, name, tensor_scale="row", out=out), 2, goal),
-        Kernel(f"{name}, scale computed", lambda: quantize(x, name, out=out), 3, goal),
-    ]
+    computed = Kernel(f"{name}, scale computed", lambda: quantize(x, name, out=out), 3, goal)
+    if not accepts(lambda x: quantize(x, name, tensor_scale="row")):
+        return [computed]
+    by_row = Kernel(f"{name}, a scale a row", lambda: quantize(x, name, tensor_scale="row", out=out), 2, goal)
+    return [by_row, computed]
 
 
 def of_dtype(dtype: torch.dtype, x: torch.Tensor, out: torch.Tensor) -> tuple[list[Kernel], list[Kernel]]:
@@ -85,13 +87,13 @@ def time_kernel(device: Device, results: Results, kernel: Kernel, x: torch.Tenso
         taken += device.seconds(kernel.call, 2)[1:] if turns > 1 else [once]
     seconds, copy = statistics.median(taken), statistics.median(copied)
     share = kernel.traffic * copy / (2 * seconds)
-    what = f"{kernel.name}, {str(x.dtype).removeprefix('torch.')}"
-    shown = f"{share:.2f} of a copy ({1e3 * seconds:.3f} ms; copy {1e3 * copy:.3f} ms)"
+    what = f"{kernel.name}, {shown(x.dtype)}"
+    measured = f"{share:.2f} of a copy ({1e3 * seconds:.3f} ms; copy {1e3 * copy:.3f} ms)"
     details = {"seconds": seconds, "copy_seconds": copy, "first_call_seconds": compiled}
     if kernel.goal is None:
-        results.shown(what, shown, **details)
+        results.shown(what, measured, **details)
     else:
-        results.at_least(what, share, kernel.goal, shown, **details)
+        results.at_least(what, share, kernel.goal, measured, **details)
 
 
 def measure(device: Device, results: Results, *, small: bool) -> None:
@@ -108,7 +110,7 @@ def measure(device: Device, results: Results, *, small: bool) -> None:
         for place, kernels in zip(work, of_dtype(dtype, x, out), strict=True):
             place += [(kernel, x, out) for kernel in kernels]
     for kernel, x, out in work[0] + work[1]:
-        what = f"{kernel.name}, {str(x.dtype).removeprefix('torch.')}"
+        what = f"{kernel.name}, {shown(x.dtype)}"
         if results.seconds_left() < 0:
             results.left_out(what, "the time of this part was over")
             continue
