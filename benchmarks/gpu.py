@@ -70,6 +70,10 @@ STAGES: tuple[tuple[float, tuple[Part, ...]], ...] = (
     (0.20, (Part("c", "training", "benchmarks.device.training:measure"),)),
 )
 """Shares of the time, and the parts that work at once."""
+COMPARED = ("a", "b")
+"""Parts of many like comparisons."""
+GOOD = (EQUAL, REACHED, SHOWN, NOT_JUDGED)
+HEAD = "| part | what | measured | goal | verdict |\n|---|---|---|---|---|"
 LETTERS = tuple(sorted({part.letter for _, parts in STAGES for part in parts}))
 
 
@@ -93,10 +97,9 @@ class Table:
             print("".join(f"{name}: {value}\n" for name, value in row.details.items()), flush=True)
         else:
             if not self.rows:
-                print("| part | what | measured | goal | verdict |\n|---|---|---|---|---|")
+                print(HEAD)
             self.rows.append(row)
-            cells = (row.part, row.what, row.measured, row.goal, row.verdict)
-            print("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |", flush=True)
+            print(row.line(), flush=True)
         self.write()
 
     def write(self) -> None:
@@ -109,8 +112,19 @@ class Table:
         """How many rows ended how, and once more those that are not as they should be."""
         counts = Counter(row.verdict.partition(" by ")[0] or "shown" for row in self.rows)
         yield f"{len(self.rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        good = (EQUAL, REACHED, SHOWN, NOT_JUDGED)
-        yield from (f"{r.verdict}: {r.part}, {r.what}: {r.measured}" for r in self.rows if r.verdict not in good)
+        yield from (f"{r.verdict}: {r.part}, {r.what}: {r.measured}" for r in self.rows if r.verdict not in GOOD)
+
+    def page(self) -> Iterator[str]:
+        """The table by part in Markdown, for docs/gpu.md; comparisons that found nothing are one row for each part."""
+        machine = self.content["machine"].items()
+        yield "; ".join(f"{name} {value}" for name, value in machine) + f"; commit {self.content['source']['commit']}"
+        yield f"\n{HEAD}"
+        for letter in LETTERS:
+            rows = [row for row in self.rows if row.part == letter]
+            silent = [row for row in rows if letter in COMPARED and row.verdict in GOOD]
+            if silent:
+                yield f"| {letter} | {len(silent)} comparisons | as they should be | | |"
+            yield from (row.line() for row in rows if row not in silent)
 
 
 class Running:
@@ -135,8 +149,12 @@ class Running:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(PREFIX):
-                self._table.add(Row(**json.loads(line.removeprefix(PREFIX))))
+            try:
+                row = Row(**json.loads(line.removeprefix(PREFIX))) if line.startswith(PREFIX) else None
+            except (ValueError, TypeError):  # cut off by the end of a process
+                row = None
+            if row is not None:
+                self._table.add(row)
             elif line.strip():
                 self._log.write(f"{self.part.letter}, {self.part.name}: {line}")
                 self._log.flush()
@@ -210,7 +228,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=_minutes, default=8.0, help="time for all parts together [%(default)s]")
     made.add_argument("--parts", type=letters, default=LETTERS, metavar="a,c", help="only these parts [all]")
     made.add_argument("--small", action="store_true", help="a rehearsal: small sizes, and speeds are not judged")
-    made.add_argument("--out", type=Path, default=OUT, help="the JSON file; a log lies beside it [%(default)s]")
+    made.add_argument(
+        "--out", type=Path, default=OUT, help="the JSON file; a page and a log lie beside it [%(default)s]"
+    )
     return made
 
 
@@ -236,6 +256,7 @@ def main(options: argparse.Namespace | None = None) -> int:
             content["parts"] |= run_stage(parts, options, part_of_it * left, table, log)
     content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     table.write()
+    write_atomic(options.out.with_suffix(".md"), "\n".join(table.page()) + "\n")
     print("\n" + "\n".join(table.summary()) + f"\nwritten: {options.out}")
     return int(any(row.verdict == FAILED for row in table.rows))
 

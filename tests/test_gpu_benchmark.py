@@ -13,7 +13,7 @@ from benchmarks import __main__ as listing
 from benchmarks import gpu
 from benchmarks.device import runs
 from benchmarks.device.machine import Device
-from benchmarks.device.results import DeviceLostError
+from benchmarks.device.results import DeviceLostError, Row
 
 from tests.pretend_cuda import CPU, Rows
 
@@ -144,6 +144,24 @@ def test_options_after_the_last_name_belong_to_it(monkeypatch, capsys):
     assert "there is no benchmark 'nothing'" in capsys.readouterr().err
 
 
+def test_the_page_sums_up_what_found_nothing(tmp_path, capsys):
+    table = gpu.Table(tmp_path / "out.json", {"source": {"commit": "abc"}, "parts": {}})
+    table.add(Row("machine", "machine", "cuda", "", "", {"card": "Pretended 100"}))
+    table.add(Row("c", "copy", "3,000 GB/s", "", ""))
+    for what, verdict in (("mxfp4", "equal"), ("int4", "equal"), ("nvfp4", "DIFFERS")):
+        table.add(Row("a", what, "x|y", "0 unequal", verdict))
+    assert list(table.page()) == [
+        "card Pretended 100; commit abc",
+        f"\n{gpu.HEAD}",
+        "| a | 2 comparisons | as they should be | | |",
+        "| a | nvfp4 | x\\|y | 0 unequal | DIFFERS |",
+        "| c | copy | 3,000 GB/s |  |  |",
+    ]
+    assert list(table.summary()) == ["4 rows: 1 shown, 2 equal, 1 DIFFERS", "DIFFERS: a, nvfp4: x|y"]
+    assert [row["part"] for row in json.loads(table.out.read_text())["rows"]] == ["a", "a", "a", "c"]
+    assert "card: Pretended 100\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_whole_script_on_a_cpu(tmp_path):
     out = tmp_path / "results.json"
@@ -158,6 +176,7 @@ def test_the_whole_script_on_a_cpu(tmp_path):
     assert all("synchronisations" in row["what"] for row in content["rows"] if row["verdict"] == "left out")
     assert content["machine"]["device"] == "cpu"
     assert any("killed at step" in row["what"] for row in content["rows"])
+    assert "comparisons | as they should be" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.slow

@@ -40,6 +40,11 @@ class Row:
         """The row in one line."""
         return json.dumps(asdict(self))
 
+    def line(self) -> str:
+        """The row of a Markdown table."""
+        cells = (self.part, self.what, self.measured, self.goal, self.verdict)
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
 
 PREFIX = "ROW "
 """What a line of standard output begins with if the rest is a row."""
