@@ -133,6 +133,7 @@ class Running:
     def __init__(self, part: Part, options: argparse.Namespace, seconds: float, table: Table, log: TextIO) -> None:
         self.part, self._table, self._log = part, table, log
         self.began = time.monotonic()
+        self._ended: float | None = None
         arguments = [part.function, part.letter, options.device, f"{IN_TIME * seconds:.0f}"]
         arguments += ["small"] if options.small else []
         self._process = subprocess.Popen(
@@ -158,6 +159,12 @@ class Running:
             elif line.strip():
                 self._log.write(f"{self.part.letter}, {self.part.name}: {line}")
                 self._log.flush()
+        self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds until its output ended, or until now."""
+        return (self._ended or time.monotonic()) - self.began
 
     def wait(self, until: float) -> str:
         """Wait for the end, but not beyond a moment (`time.monotonic`); returns how it ended."""
@@ -168,13 +175,18 @@ class Running:
             late = True
         self.end()
         if late:
-            return f"ended after {time.monotonic() - self.began:.0f} s, when its time was over"
+            return f"ended after {self.seconds:.0f} s, when its time was over"
         return "complete" if self._process.returncode == 0 else f"exit code {self._process.returncode}"
 
-    def end(self) -> None:
-        """End the process if it is still there: it is asked first, so that it ends its own runs, and then killed."""
+    def ask_to_end(self) -> None:
+        """Ask the process to end, which ends its own runs first."""
         if self._process.poll() is None:
             self._process.terminate()
+
+    def end(self) -> None:
+        """End the process if it is still there: it is asked first, and then killed."""
+        self.ask_to_end()
+        if self._process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_SECONDS)
         with contextlib.suppress(ProcessLookupError):
@@ -193,10 +205,12 @@ def run_stage(
     try:
         for one in running:
             how = one.wait(until)
-            ended[one.part.name] = {"ended": how, "seconds": round(time.monotonic() - one.began, 1)}
+            ended[one.part.name] = {"ended": how, "seconds": round(one.seconds, 1)}
             if how != "complete":
                 table.add(Row(one.part.letter, one.part.name, f"{how}; see {log.name}", "", FAILED))
     finally:
+        for one in running:
+            one.ask_to_end()
         for one in running:
             one.end()
     return ended
@@ -237,6 +251,15 @@ def parser() -> argparse.ArgumentParser:
 def main(options: argparse.Namespace | None = None) -> int:
     """Run the parts; returns 0 if each came to its end, whatever it measured, and 1 otherwise."""
     options = options or parser().parse_args([])
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the parts end, too
+    try:
+        return measure(options)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """What `main` does, where the parts are ended with it."""
     options.out.parent.mkdir(parents=True, exist_ok=True)
     seconds = 60 * options.minutes
     until = time.monotonic() + seconds

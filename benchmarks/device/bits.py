@@ -72,7 +72,7 @@ def chunks(total: int) -> Iterator[torch.Tensor]:
         rows = FIRST_ROWS if number == 0 else min(ROWS, 32 * -(-(total - done) // (32 * COLUMNS)))
         drawn = torch.randint(-(2**31), 2**31, (rows, COLUMNS), generator=generator, dtype=torch.int64)
         bits = drawn.to(torch.int32)
-        tame = bits[rows // 2 :] if number == 0 else bits[rows * (number % 2) :]
+        tame = bits[rows // 2 :] if number == 0 else bits[: rows * (number % 2)]
         tame.copy_(near(tame))
         yield bits.view(torch.float32)
         number, done = number + 1, done + rows * COLUMNS
