@@ -4,6 +4,7 @@ Options after the last name belong to it: `python -m benchmarks gpu --parts a,c`
 function `parser`, whose result its `main` gets.
 """
 
+import ast
 import importlib
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ def available() -> dict[str, str]:
     """Name of each benchmark and the first line of its docstring."""
     found = {}
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if not path.stem.startswith("_") and "\ndef main(" in path.read_text("utf-8"):
-            found[path.stem] = (importlib.import_module(f"benchmarks.{path.stem}").__doc__ or "").splitlines()[0]
+        text = path.read_text("utf-8")
+        if not path.stem.startswith("_") and "\ndef main(" in text:  # read, not imported: one may lack a package
+            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     return found
 
 

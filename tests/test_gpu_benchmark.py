@@ -141,6 +141,7 @@ def test_options_after_the_last_name_belong_to_it(monkeypatch, capsys):
     assert listing.run(["noise", "--small"]) == listing.run(["--small"]) == 2
     assert "noise takes no options, but got ['--small']" in capsys.readouterr().err
     assert listing.run(["nothing", "--small"]) == 2
+    assert "gpu" in listing.ALONE and "gpu" in listing.available()
     assert "there is no benchmark 'nothing'" in capsys.readouterr().err
 
 

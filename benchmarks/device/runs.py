@@ -119,7 +119,10 @@ def quickstart(device: Device, results: Results, *, small: bool) -> None:
         both = runs_of(here), runs_of(there)
         for name in EXPERIMENTS:
             compare(results, name, *(found[name] for found in both))
-        results.shown("quickstart, 3 runs at a time", f"{device.name} {taken[0]:.0f} s, cpu {taken[1]:.0f} s")
+        results.shown(
+            "quickstart, 3 runs at a time beside the other parts",
+            f"{device.name} {taken[0]:.0f} s, cpu {taken[1]:.0f} s",
+        )
 
 
 def compare(results: Results, name: str, here: Run, there: Run) -> None:
