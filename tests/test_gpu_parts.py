@@ -38,7 +38,8 @@ def test_a_comparison_counts_every_bit_but_those_of_nan():
     assert total.first.startswith("mode")
 
 
-def test_patterns_have_every_exponent_and_tame_ones_beside_them():
+def test_patterns_have_every_exponent_and_tame_ones_beside_them(monkeypatch):
+    monkeypatch.setattr(bits, "ROWS", 96)
     first, second, third = list(bits.chunks((bits.FIRST_ROWS + bits.ROWS + 1) * bits.COLUMNS))
     assert [len(x) % 32 for x in (first, second, third)] == [0, 0, 0]
     exponents = [((x.view(torch.int32) >> 23) & 255).unique() for x in (first[:32], first[32:], second, third)]
@@ -152,7 +153,8 @@ def test_kernels_on_a_pretended_device(rows, cuda, monkeypatch):
 
 
 def test_decoding_on_a_pretended_device(rows, cuda, monkeypatch):
-    monkeypatch.setattr(decoding, "SMALL_MANY", 18)
+    monkeypatch.setattr(decoding, "FEW", 2)
+    monkeypatch.setattr(decoding, "SMALL_MANY", 4)
     monkeypatch.setattr(decoding, "REPEATS", 1)
     monkeypatch.delitem(qwen.HARDWARE, "W4A4 nvfp4")
     monkeypatch.setattr(kernels, "SMALL_BYTES", 1 << 16)
@@ -161,7 +163,7 @@ def test_decoding_on_a_pretended_device(rows, cuda, monkeypatch):
     assert rows.verdicts() == {"", "not judged"}
     assert "peak 3.0 GiB" in rows.of("decode step, 4 rollouts, plain").measured
     assert math.isfinite(rows.of("decode step, 4 rollouts, 5 % noise, over plain").details["value"])
-    # one for each token of a call: (18 - 16) / (18 - 16)
+    # one for each token of a call: (4 - 2) / (4 - 2)
     found = rows.of("decode step, 4 rollouts, W4A4 mxfp4, host synchronisations")
     assert found.details["value"] == 1.0 and found.measured.startswith("1.00 a step (tests/test_gpu_parts.py:")
 
