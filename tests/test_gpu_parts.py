@@ -55,7 +55,7 @@ def test_bits_are_compared_in_every_mode_of_some_formats(rows, monkeypatch, caps
     found = [Row(**json.loads(line)) for line in lines]
     assert {row.verdict for row in found} == {"equal"}
     assert len(found) == 2 + 3 + 4
-    assert "7 of 7 modes" in next(row.measured for row in found if row.what.startswith("nvfp4,"))
+    assert "9 of 9 modes" in next(row.measured for row in found if row.what.startswith("nvfp4,"))
 
 
 def test_bits_that_differ_are_counted_and_shown(rows, monkeypatch):

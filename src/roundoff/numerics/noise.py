@@ -186,10 +186,10 @@ def _check(y: Tensor, relative_std: float, key: object, bias: Tensor | None, out
         )
     if not isinstance(key, Key):
         raise TypeError(f"matmul_noise draws by a Key (Key.from_seed(0)), but got {key!r}")
-    if bias is not None and (bias.dtype is not y.dtype or bias.shape != y.shape[-1:] or bias.device != y.device):
+    if bias is not None and (bias.dtype is not y.dtype or bias.shape != y.shape[-1:]):
         raise ValueError(
-            f"bias must be {y.dtype} of shape {tuple(y.shape[-1:])} on {y.device} like the rows of y, "
-            f"but is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
+            f"bias must be {y.dtype} of shape {tuple(y.shape[-1:])} like the rows of y, "
+            f"but is {bias.dtype} of shape {tuple(bias.shape)}"
         )
     if out is not None and out is not y and (out.shape != y.shape or out.dtype != y.dtype or out.device != y.device):
         raise ValueError(f"out must be like y ({y.dtype}, {tuple(y.shape)}), but is {out.dtype}, {tuple(out.shape)}")
