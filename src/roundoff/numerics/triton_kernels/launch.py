@@ -17,7 +17,7 @@ import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from roundoff.numerics.triton_kernels import layout
+from roundoff.numerics.triton_kernels import layout, rounding
 from roundoff.numerics.triton_kernels.layout import Layout, holds_rows
 from roundoff.numerics.triton_kernels.noise import noise as noise_kernel
 from roundoff.numerics.triton_kernels.quantize import (
@@ -41,7 +41,7 @@ _MASK64 = (1 << 64) - 1
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels on the CPU (`TRITON_INTERPRET=1`)."""
-    return bool(triton.knobs.runtime.interpret)
+    return not isinstance(rounding.narrowed, triton.JITFunction)
 
 
 def _options(elements: int, width: int = 0) -> dict[str, Any]:
