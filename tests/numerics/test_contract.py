@@ -1,4 +1,4 @@
-"""The promises that hold for every entry of FORMATS, on both paths and in both dtypes."""
+"""The promises that hold for every entry of FORMATS, on both paths and in each dtype."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundoff.formats.table import FORMATS
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 
@@ -21,7 +21,7 @@ def backend(request):
         yield
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(params=DTYPES, ids=["float32", "bfloat16", "float16"])
 def dtype(request):
     return request.param
 
@@ -137,6 +137,16 @@ class TestEveryFormat:
         alone = torch.cat([quantize(row, name, tensor_scale="row") for row in x.split(1)])
         assert same(together, alone)
 
+    def test_a_deadzone_comes_before_the_format(self, name, dtype):
+        x = draw(3, 5, 96, dtype=dtype)
+        size = x.abs()
+        cut = x.masked_fill(size < 0.1 * size.amax(-1, keepdim=True), 0.0)
+        assert same(quantize(x, name, deadzone=0.1), quantize(cut, name)) and not torch.equal(cut, x)
+        turned = quantize(x.movedim(1, -1).contiguous(), name, deadzone=0.1).movedim(-1, 1)
+        assert same(quantize(x, name, axis=1, deadzone=0.1), turned.contiguous())
+        out = torch.empty_like(x)
+        assert quantize(x, name, deadzone=0.1, out=out) is out and same(out, quantize(cut, name))
+
     def test_scalars_and_empty_tensors_keep_their_shape(self, name, dtype):
         for shape in ((), (1,), (0,), (3, 0), (0, 3)):
             x = torch.full(shape, 3.0, dtype=dtype)  # every format represents an amax of 3 to within 2^-3
@@ -149,6 +159,20 @@ class TestEveryFormat:
         version = x._version
         quantize(x, name, out=x)
         assert x._version > version
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_float16_is_computed_in_float32_and_rounded_once(name):
+    x = draw(20, 96, dtype=torch.float16)
+    x[0] *= 2.0**-20  # below float16's smallest normal number, 2^-14
+    x[1, :4] = torch.tensor([65504.0, -40000.0, 1.0, 0.0])
+    wide = quantize(x.float(), name)
+    assert same(quantize(x, name), wide.to(torch.float16))
+    if FORMATS[name].element is not None:
+        rounded = quantize(x, name, stochastic=Key(4))
+        assert same(rounded, quantize(x.float(), name, stochastic=Key(4)).to(torch.float16))
+    turned = quantize(x, name, axis=0)
+    assert same(turned, quantize(x.float(), name, axis=0).to(torch.float16))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -201,11 +225,14 @@ def test_published_sqnr_of_the_scale_rules(name, db):
 
 @pytest.mark.parametrize("name", sorted(n for n in FORMATS if n not in ("fp16", "hif8")))
 def test_a_number_up_to_2_to_the_127_stays_finite(name, dtype):
-    """Above 2^127 rounding up may leave the dtype: an MX block can then hold 2^128, which is Inf in float32."""
-    least = torch.finfo(dtype).smallest_normal
+    """Above 2^127 rounding up may leave the dtype: an MX block can then hold 2^128, which is Inf in float32.
+
+    In float16, 2^15 takes the place of 2^127.
+    """
+    least, large = torch.finfo(dtype).smallest_normal, 2.0**15 if dtype is torch.float16 else 2.0**127
     x = torch.empty(3, 64, dtype=dtype)
-    x[0] = torch.linspace(-1, 1, 64) * 2.0**127
+    x[0] = torch.linspace(-1, 1, 64) * large
     x[1] = torch.linspace(-1, 1, 64) * least
-    x[2] = torch.where(torch.arange(64) % 5 == 0, 2.0**127, least / 8)
+    x[2] = torch.where(torch.arange(64) % 5 == 0, large, least / 8)
     for options in ({},) if name not in BLOCKS or name in TWO_DIMENSIONAL else ({}, {"tensor_scale": "row"}):
         assert bool(quantize(x, name, **options).isfinite().all()), options

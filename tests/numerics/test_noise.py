@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key, normal, philox_bits, uniform
 
@@ -56,7 +56,7 @@ def backend(request):
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 @pytest.mark.usefixtures("backend")
 class TestReplay:
     def y(self, dtype, *shape):
@@ -113,6 +113,13 @@ class TestReplay:
             expected = matmul_noise(y.clone(), 0.05, KEY)
             assert matmul_noise(y, 0.05, KEY, out=out) is out and torch.equal(out, expected)
 
+    def test_a_bias_is_added_after_the_noise_and_in_the_dtype(self, dtype):
+        y, bias = self.y(dtype, 5, 40), self.y(dtype, 40)
+        expected = matmul_noise(y, 0.05, KEY) + bias
+        assert torch.equal(matmul_noise(y, 0.05, KEY, bias=bias), expected)
+        assert torch.equal(matmul_noise(y, 0.0, KEY, bias=bias), y + bias)
+        assert matmul_noise(y, 0.05, KEY, bias=bias, out=y) is y and torch.equal(y, expected)
+
     def test_leading_axes_count_as_rows(self, dtype):
         y = self.y(dtype, 2, 3, 4, 16)
         flat = matmul_noise(y.reshape(24, 16), 0.05, KEY)
@@ -134,7 +141,7 @@ def test_bad_noise_is_refused_before_anything_is_written(options):
         with pytest.raises(ValueError, match="relative_std must be finite and not negative"):
             matmul_noise(y, s, KEY, out=y, **options)
     for bad in (torch.ones(3, 8, dtype=torch.float64), torch.ones(3, 8, dtype=torch.int64)):
-        with pytest.raises(TypeError, match="float32 or bfloat16"):
+        with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
             matmul_noise(bad, 0.1, KEY, **options)
     with pytest.raises(TypeError, match=r"draws by a Key .* but got 7"):
         matmul_noise(y, 0.1, 7, out=y, **options)
@@ -142,6 +149,9 @@ def test_bad_noise_is_refused_before_anything_is_written(options):
         matmul_noise(y, 0.1, KEY, rows=torch.arange(4), out=y)
     with pytest.raises(ValueError, match="column_start must be int64"):
         matmul_noise(y, 0.1, KEY, column_start=torch.zeros(3), out=y)
+    for bias in (torch.ones(9), torch.ones(8, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"bias must be torch.float32 of shape \(8,\)"):
+            matmul_noise(y, 0.1, KEY, bias=bias, out=y)
     with pytest.raises(ValueError, match="out must be like y"):
         matmul_noise(y, 0.1, KEY, out=torch.ones(3, 9))
     assert torch.equal(y, torch.ones(3, 8))

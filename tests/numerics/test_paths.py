@@ -1,12 +1,16 @@
 """The compiled path and the torch path give the same bits for any input, any split, and any number of threads."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roundoff.formats.element import E2M1, E4M3, Element
 from roundoff.formats.table import FORMATS, Format
-from roundoff.numerics.backend import use_backend
+from roundoff.numerics.backend import DTYPES, use_backend
 from roundoff.numerics.noise import matmul_noise
+from roundoff.numerics.nvfp4 import encoding_scale
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
 
@@ -50,7 +54,7 @@ def random_blocks(rows, columns, seed, dtype=torch.float32):
 
 
 def compare(name, rows, columns, seed):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in DTYPES:
         for make in (random_bits, random_blocks):
             x = make(rows, columns, seed, dtype)
             for scale in (None, "row") if FORMATS[name].rows == 1 else (None, 0.01):
@@ -60,14 +64,14 @@ def compare(name, rows, columns, seed):
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_random_bits(name):
-    # 36 formats x 2 dtypes x 2 kinds x 2 scales x 9,600 = 3 * 10^6 patterns
+    # 36 formats x 3 dtypes x 2 kinds x 2 scales x 9,600 = 4 * 10^6 patterns
     compare(name, 100, 96, seed=BLOCKS.index(name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BLOCKS)
 def test_paths_agree_on_many_random_bits(name):
-    # 10^8 patterns in all, over both kinds and all formats, a quarter of them for each dtype and scale
+    # 2 * 10^8 patterns in all, over both kinds and all formats, a sixth of them for each dtype and scale
     for seed in range(4):
         compare(name, 1250, 96, seed=1000 + 100 * seed + BLOCKS.index(name))
 
@@ -114,6 +118,36 @@ CUSTOM = [
 ]
 
 
+class DivisionsByTensors(TorchDispatchMode):
+    """Refuses `tensor / number`, which torch computes on a GPU as a product with the rounded reciprocal.
+
+    The reciprocal of a power of two is exact.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.div:
+            exact = isinstance(args[1], torch.Tensor) or math.frexp(args[1])[0] == 0.5
+            assert exact, f"a division by {args[1]}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_torch_path_divides_by_tensors_alone(name):
+    x = random_blocks(20, 70, seed=3)
+    with use_backend("torch"), DivisionsByTensors():
+        quantize(x, name)
+        if FORMATS[name].rows == 1:
+            quantize(x, name, tensor_scale="row", stochastic=KEY)
+    with pytest.raises(AssertionError, match=r"a division by 3\.0"), DivisionsByTensors():
+        x / 3.0
+
+
+def test_the_encoding_scale_is_rounded_once():
+    amax = torch.rand(10_000, generator=torch.Generator().manual_seed(4)) + 0.1
+    exact = (2688.0 / amax.double()).to(torch.float32)  # a float64 quotient is never so near a tie of float32
+    assert torch.equal(encoding_scale(amax, 2688.0), exact)
+
+
 @pytest.mark.parametrize("fmt", CUSTOM, ids=lambda fmt: fmt.name)
 def test_paths_agree_on_custom_formats(fmt):
     # Both paths compute a layout that no kernel knows in plain torch.
@@ -140,7 +174,7 @@ def test_paths_agree_on_given_tensor_scales(name):
         assert same(expected, q), scale
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 def test_paths_agree_on_noise(dtype):
     generator = torch.Generator().manual_seed(1)
     for shape in ((64, 64), (33, 70), (5, 1), (300, 3), (2, 5000), (7, 16), (2, 3, 4, 32)):

@@ -34,6 +34,7 @@ from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.freshness import Part, part_name
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.graphs import outside_of_graphs
+from roundoff.numerics.deadzone import outside_of_deadzone
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
@@ -182,16 +183,14 @@ class LinearState:
 
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""
-        x = self.after_deadzone(x)
-        return x if self.activation_format is None else quantize(x, self.activation_format, tensor_scale="row")
+        if self.activation_format is None:
+            return self.after_deadzone(x)
+        return quantize(x.detach(), self.activation_format, tensor_scale="row", deadzone=self.deadzone)
 
     def after_deadzone(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """x after the deadzone, without gradient."""
         x = x.detach()
-        if not self.deadzone:
-            return x
-        size = x.abs()
-        return x.masked_fill(size < self.deadzone * size.amax(-1, keepdim=True), 0.0)
+        return outside_of_deadzone(x, self.deadzone) if self.deadzone else x
 
     def shared_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """`quantized_input(x)`, computed only once for consecutive Linears with the same input (q, k, v)."""
@@ -278,9 +277,7 @@ class LinearState:
             assert draw is not None
             y = F.linear(x, weight)
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
-            matmul_noise(y, self.forward_std, self.keys(draw.key).forward, rows=rows, out=y)
-            if bias is not None:
-                y += bias
+            matmul_noise(y, self.forward_std, self.keys(draw.key).forward, rows=rows, bias=bias, out=y)
         for index, fault in enumerate(self.faults):
             assert draw is not None
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)

@@ -1,8 +1,12 @@
-"""The choice between two paths that give the same bits: compiled kernels on a CPU, or plain torch.
+"""The choice between paths that give the same bits: compiled kernels on a CPU, Triton's on a GPU or NPU, plain torch.
 
 The kernels are one C++ source without dependencies (`kernels/roundoff.cpp`). `roundoff.numerics.build` compiles it for
 each kind of processor, and this module loads the library of the widest vectors that the processor has, through ctypes.
 Where there is no library and no compiler, the torch path is used, and one line says so.
+
+On the devices of `TRITON_DEVICES` the kernels are those of `roundoff.numerics.triton_kernels`. The first tensor of such
+a device has them tried on two small examples with known bits. If Triton is missing, has no compiler for the device, or
+gives other bits, the torch path is used there, too, and one line says why.
 """
 
 from __future__ import annotations
@@ -28,6 +32,11 @@ Backend = Literal["auto", "compiled", "torch"]
 THREADED_ELEMENTS = 1 << 18
 """Elements per thread below which another thread does not pay off (`PER_THREAD` in kernels/roundoff.cpp)."""
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Those of the tensors that numerics take; everything is computed in float32 and rounded once."""
+TRITON_DEVICES = ("cuda", "xpu", "npu")
+"""Types of devices for which Triton has compilers; `cuda` is AMD's, too, and triton-ascend provides that for `npu`."""
+
 _LOG = logging.getLogger("roundoff")
 _choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
 
@@ -52,14 +61,15 @@ class Kernels:
 
 @contextlib.contextmanager
 def use_backend(choice: Backend) -> Iterator[None]:
-    """Fix the path that numerics take on the CPU inside the block.
+    """Fix the path that numerics take inside the block.
 
     Args:
-        choice: "compiled", "torch", or "auto" (compiled if possible).
+        choice: "compiled" (C++ on the CPU, Triton on a device), "torch", or "auto" (compiled if possible).
 
     Raises:
         ValueError: if there is no such path.
-        BuildError: if `choice` is "compiled" and the kernels cannot be built.
+        BuildError: if `choice` is "compiled" and the kernels for the CPU cannot be built. Inside the block it is
+            raised where a tensor is on a device that has no kernels.
     """
     if choice not in ("auto", "compiled", "torch"):
         raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
@@ -77,6 +87,42 @@ def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
     if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
         return None
     return available_kernels()
+
+
+def may_use_triton(x: Shaped[Tensor, " ..."]) -> bool:
+    """Whether this tensor is on a device for which there may be Triton kernels; nothing is imported or tried."""
+    return x.device.type in TRITON_DEVICES
+
+
+def uses_triton(x: Shaped[Tensor, " ..."]) -> bool:
+    """Whether Triton's kernels do the work on this tensor; the first call for a type of device tries them.
+
+    Raises:
+        BuildError: if "compiled" was chosen for a device on which they cannot be used.
+    """
+    if _choice.get() == "torch" or not may_use_triton(x):
+        return False
+    problem = triton_problem(x.device.type)
+    if problem is not None and _choice.get() == "compiled":
+        raise BuildError(problem)
+    return problem is None
+
+
+@functools.cache
+def triton_problem(device: str) -> str | None:
+    """Why Triton's kernels cannot be used on this type of device, or None; the reason is logged once, in one line."""
+    try:
+        from roundoff.numerics.triton_kernels.examples import first_difference
+
+        problem = first_difference(device)
+    except ModuleNotFoundError as error:
+        problem = f"the package {error.name} is not installed"
+    except Exception as error:  # Triton, its compilers and drivers raise anything
+        problem = f"Triton failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if problem is not None:
+        problem = f"no Triton kernels on {device}: {problem}"
+        _LOG.warning("roundoff: %s; using the slower pure-torch path", problem)
+    return problem
 
 
 def can_write(out: Shaped[Tensor, "*shape"], x: Shaped[Tensor, "*shape"]) -> bool:
@@ -131,7 +177,9 @@ def _built(target: str) -> Kernels:
 
 
 def computed_by(x: Shaped[Tensor, " ..."]) -> str:
-    """What does the work on this tensor: the target of the compiled kernels, or `torch`."""
+    """What does the work on this tensor: the target of the compiled kernels, `triton`, or `torch`."""
+    if uses_triton(x):
+        return "triton"
     kernels = kernels_for(x)
     return "torch" if kernels is None else kernels.target
 

@@ -18,20 +18,23 @@ from torch import Tensor
 from roundoff.formats.element import E4M3, Element
 from roundoff.formats.table import Format
 
-from .grid import round_stochastic, round_to_grid
+from .grid import divided, round_stochastic, round_to_grid
 from .hifloat import e6m2_scale, hif4, hif8
 from .nvfp4 import encoding_scale, transformer_engine
 from .rng import Key, word_rows
 
 _MANTISSA = 0x007FFFFF
 _CHUNK = 1 << 18  # elements processed at a time, so that temporaries stay in the cache
+_LARGEST = torch.finfo(torch.float32).max
+NONE, FROM_TENSOR, FROM_ROW, GIVEN, GIVEN_ROWS = range(5)
+"""Origins of the tensor scales: the enum `Source` of kernels/roundoff.cpp."""
 
 
 def power_of_two_scale(amax: Float[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]:
     """MX block scales 2^k (float32) by the format's rule, for finite block maxima; k is clamped to [-127, 127]."""
     assert fmt.element is not None
     if fmt.rule == "rceil":
-        amax = amax / fmt.divisor
+        amax = divided(amax, fmt.divisor)
     bits = amax.view(torch.int32)
     if fmt.rule == "even":
         bits = bits + (1 << (22 - fmt.element.mantissa_bits))
@@ -52,7 +55,7 @@ def _block_scale(amax: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Tens
     if fmt.scale == "e8m0":
         scale = power_of_two_scale(amax.nan_to_num(0.0, 0.0, 0.0), fmt)
     elif fmt.scale == "e4m3":
-        scale = amax.nan_to_num(0.0, 0.0, 0.0) / fmt.divisor
+        scale = divided(amax.nan_to_num(0.0, 0.0, 0.0), fmt.divisor)
         if tensor_scale is not None:
             # A tensor scale that underflowed to 0 makes every element zero.
             scale = torch.where(tensor_scale == 0, 0.0, scale / tensor_scale)
@@ -60,7 +63,7 @@ def _block_scale(amax: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Tens
         if tensor_scale is not None:
             scale = scale * tensor_scale
     else:
-        scale = amax / fmt.divisor
+        scale = divided(amax, fmt.divisor)
     return torch.where(amax.isfinite(), scale, torch.nan)
 
 
@@ -181,7 +184,7 @@ def quantize_rows(
     """Quantize-dequantize the rows of `x` and write the result to `out`.
 
     Args:
-        x: the rows, float32 or bfloat16, with blocks along the columns.
+        x: the rows, float32, bfloat16 or float16, with blocks along the columns.
         fmt: the format; not a plain cast, and with blocks of one row.
         scales: tensor scales (as `tensor_scales` gives them), one for all rows or one for each row; None if the format
             has none.
@@ -212,4 +215,50 @@ def tensor_scales(x: Float[Tensor, "rows columns"], fmt: Format, per_row: bool) 
         amax = torch.zeros(x.shape[0], 1, dtype=torch.float32, device=x.device)
     else:
         amax = x.to(torch.float32).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
-    return encoding_scale(amax, fmt.tensor_divisor) if fmt.follows_transformer_engine else amax / fmt.tensor_divisor
+    if fmt.follows_transformer_engine:
+        return encoding_scale(amax, fmt.tensor_divisor)
+    return divided(amax, fmt.tensor_divisor)
+
+
+def row_scales(
+    rows: Float[Tensor, "rows columns"], fmt: Format, source: int, scales: float | Float[Tensor, " #rows"]
+) -> Float[Tensor, "#rows 1"] | None:
+    """Tensor scales, as `quantize_rows` takes them, from one of the origins above; None if the format has none."""
+    if source == NONE:
+        return None
+    if isinstance(scales, Tensor) or source == GIVEN:
+        if not isinstance(scales, Tensor):
+            scales = torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
+        scales = scales.reshape(-1, 1)
+        return (1.0 / scales).clamp(max=_LARGEST) if fmt.follows_transformer_engine else scales
+    return tensor_scales(rows, fmt, per_row=source == FROM_ROW)
+
+
+def quantize_matrices(
+    x: Float[Tensor, "*shape"],
+    fmt: Format,
+    source: int,
+    scales: float | Float[Tensor, " #rows"],
+    stochastic: Key | None,
+) -> Float[Tensor, "*shape"]:
+    """Quantize-dequantize a tensor with blocks along the last axis, and along the one before it if they span rows.
+
+    Args:
+        x: the numbers, with at least one axis.
+        fmt: the format; not a plain cast.
+        source: origin of the tensor scales, one of those above.
+        scales: those that were given.
+        stochastic: key of the random bits for stochastic rounding; None rounds to nearest.
+    """
+    columns = x.shape[-1]
+    flat = x.reshape(x.numel() // columns if columns else 0, columns)
+    scale = row_scales(flat, fmt, source, scales)
+    if fmt.rows == 1:
+        rows = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        quantize_rows(flat, fmt, scale, rows, stochastic)
+        return rows.reshape(x.shape)
+    # Each block is laid out as a row of its own.
+    tiles = tiles_of(x if x.dim() > 1 else flat, fmt)
+    rows = torch.empty_like(tiles)
+    quantize_rows(tiles, one_row_a_block(fmt), scale, rows, stochastic)
+    return matrices_of(rows, fmt, x.shape if x.dim() > 1 else flat.shape).reshape(x.shape)

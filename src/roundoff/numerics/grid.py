@@ -52,3 +52,8 @@ def round_stochastic(
     threshold = (words >> 8).to(torch.float32) * 2.0**-24
     up = (threshold < quotient - lower).to(torch.float32)
     return ((lower + up) * step).copysign_(v)
+
+
+def divided(x: Float[Tensor, "*shape"], divisor: float) -> Float[Tensor, "*shape"]:
+    """`x / divisor`, correctly rounded: on a GPU, torch multiplies by the reciprocal where the divisor is a number."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)

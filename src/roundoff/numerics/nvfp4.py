@@ -22,7 +22,7 @@ from torch import Tensor
 
 from roundoff.formats.element import E4M3
 from roundoff.formats.table import Format
-from roundoff.numerics.grid import round_stochastic, round_to_grid
+from roundoff.numerics.grid import divided, round_stochastic, round_to_grid
 
 _LARGEST = torch.finfo(torch.float32).max
 _SECOND_CANDIDATE = 1.5  # 6 / 4
@@ -30,7 +30,8 @@ _SECOND_CANDIDATE = 1.5  # 6 / 4
 
 def encoding_scale(amax: Float[Tensor, "*shape"], divisor: float) -> Float[Tensor, "*shape"]:
     """The encoding scale of a tensor (float32) from its largest finite magnitude; 1 if that is 0."""
-    return torch.where(amax == 0, 1.0, (divisor / amax).clamp(max=_LARGEST))
+    # A quotient of two tensors: torch computes `number / tensor` as a product with the reciprocal, which rounds twice.
+    return torch.where(amax == 0, 1.0, (torch.full_like(amax, divisor) / amax).clamp(max=_LARGEST))
 
 
 def transformer_engine(
@@ -54,7 +55,7 @@ def transformer_engine(
     finite = amax.isfinite()
     x = torch.where(finite, blocks, 0.0)
     g = torch.ones(1, 1, 1, dtype=torch.float32, device=blocks.device) if encoding is None else encoding
-    stored = torch.where(finite, amax, 0.0) * (g / fmt.divisor)
+    stored = torch.where(finite, amax, 0.0) * divided(g, fmt.divisor)
     scale = round_to_grid(stored.clone(), E4M3)
     if fmt.tries_two_scales:
         second = round_to_grid(stored * _SECOND_CANDIDATE, E4M3)

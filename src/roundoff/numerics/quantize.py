@@ -3,9 +3,14 @@
 Blocks lie along `axis` and never cross a row; a row whose length is not a multiple of the block is padded with zeros
 and cut back. The compiled kernels and plain torch give the same bits, with any number of threads. The result carries
 no gradient: `roundoff.hardware` decides how a gradient passes (straight-through).
+
+On a GPU or NPU the work is one operator, `roundoff::quantize`, which `torch.compile` takes as a whole. It launches
+Triton's kernels if they can be used, and computes in plain torch otherwise.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,14 +18,14 @@ from torch import Tensor
 
 from roundoff.formats.table import FORMATS, Format, get_format
 
-from .backend import Kernels, can_write, kernels_for, thread_count
-from .blocks import matrices_of, one_row_a_block, quantize_rows, tensor_scales, tiles_of
-from .rng import Key
+from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
+from .blocks import FROM_ROW, FROM_TENSOR, GIVEN, GIVEN_ROWS, NONE, quantize_matrices
+from .deadzone import outside_of_deadzone
+from .rng import Key, signed
+from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
 
 _LARGEST = torch.finfo(torch.float32).max
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Origins of the tensor scales: the enum `Source` of kernels/roundoff.cpp.
-_NONE, _FROM_TENSOR, _FROM_ROW, _GIVEN, _GIVEN_ROWS = range(5)
 
 
 def quantize(
@@ -31,11 +36,13 @@ def quantize(
     tensor_scale: str | float | Float[Tensor, " ..."] | None = None,
     out: Float[Tensor, "*shape"] | None = None,
     stochastic: Key | None = None,
+    deadzone: float = 0.0,
 ) -> Float[Tensor, "*shape"]:
     """Store `x` in a number format and read it back; the result has the shape and dtype of `x`.
 
     Args:
-        x: the tensor, float32 or bfloat16; never changed unless it is also `out`.
+        x: the tensor, float32, bfloat16 or float16; never changed unless it is also `out`. Numbers are computed in
+            float32 and rounded once to this dtype.
         fmt: the name of an entry of `FORMATS`, or a `Format`.
         axis: the axis along which blocks lie: the contraction axis of the product that `x` enters. Two-dimensional
             blocks span the last one of the other axes as well.
@@ -47,6 +54,7 @@ def quantize(
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
+        deadzone: numbers below this fraction of the largest magnitude along the axis count as zero.
 
     Raises:
         TypeError, ValueError, IndexError: if an argument cannot be used; nothing has been written then.
@@ -55,13 +63,24 @@ def quantize(
         fmt = FORMATS.get(fmt) or get_format(fmt)
     _check(x, fmt, axis, out, stochastic)
     source, scales = _source(x, fmt, axis, tensor_scale)
+    form = layout_of(fmt) if may_use_triton(x) else None
+    if deadzone and not (form is not None and x.dim() and _is_fused(x.shape[axis], form, source)):
+        with torch.no_grad():
+            x = outside_of_deadzone(x, deadzone, axis) if x.numel() and x.dim() else x
+            return quantize(x, fmt, axis=axis, tensor_scale=tensor_scale, out=out, stochastic=stochastic)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
-    if fmt.rows > 1:
+    if form is not None:
         with torch.no_grad():
-            return _two_dimensional(x, fmt, axis, source, scales, out, stochastic)
-    last = axis == -1 or axis == x.dim() - 1
+            return _on_device(x, form, fmt, axis, source, scales, out, stochastic, deadzone)
     kernels = kernels_for(x) if fmt.has_kernel else None
+    if kernels is not None and x.dtype is torch.float16:  # which the kernels do not know
+        result = quantize(
+            x.detach().to(torch.float32), fmt, axis=axis, tensor_scale=tensor_scale, stochastic=stochastic
+        )
+        with torch.no_grad():
+            return result.to(torch.float16) if out is None else out.copy_(result)
+    last = axis == -1 or axis == x.dim() - 1
     if kernels is not None and last and x.is_contiguous() and (out is None or can_write(out, x)):
         return _compiled(kernels, x, fmt, source, scales, out, stochastic)
     with torch.no_grad():
@@ -106,6 +125,93 @@ def _compiled(
     return y
 
 
+def _is_fused(columns: int, form: Layout, source: int) -> bool:
+    """Whether one kernel computes deadzone and format: that of whole rows, without scales from elsewhere."""
+    return source in (NONE, FROM_ROW) and holds_rows(columns, form)
+
+
+def _on_device(
+    x: Tensor,
+    form: Layout,
+    fmt: Format,
+    axis: int,
+    source: int,
+    scales: float | Tensor,
+    out: Tensor | None,
+    stochastic: Key | None,
+    deadzone: float,
+) -> Tensor:
+    """The path on a GPU or NPU, of any memory layout and axis: one operator on contiguous memory."""
+    moved = (x.movedim(axis, -1) if x.dim() else x.reshape(1)).contiguous()
+    last = axis == -1 or axis == x.dim() - 1
+    target = None
+    if out is not None and not torch.compiler.is_compiling() and last and x.is_contiguous() and can_write(out, x):
+        target = out
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)
+    given, scalar = (scales, 1.0) if isinstance(scales, Tensor) else (None, scales)
+    key = None if stochastic is None else signed(stochastic)
+    if torch.compiler.is_compiling():
+        rows = torch.ops.roundoff.quantize(moved, form[:8], form[8:], source, given, scalar, key, deadzone)
+    else:
+        rows = _launched(moved, form, fmt, source, given, scalar, key, deadzone, target)
+    if target is not None:
+        return target
+    result: Tensor = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
+    return result.contiguous() if out is None else out.copy_(result)
+
+
+def _launched(
+    x: Tensor,
+    form: Layout,
+    fmt: Format,
+    source: int,
+    given: Tensor | None,
+    scalar: float,
+    key: int | None,
+    deadzone: float,
+    out: Tensor | None,
+) -> Tensor:
+    """Quantize contiguous memory with blocks along the last axis by Triton's kernels, if they can be used."""
+    if uses_triton(x):
+        from .triton_kernels import launch
+
+        if launch.can_quantize(x.shape, form):
+            out = torch.empty_like(x) if out is None else out
+            launch.quantize(x, out, form, source, given, scalar, key, deadzone)
+            return out
+    stochastic = None if key is None else Key(key % (1 << 64))
+    if deadzone and x.numel():
+        x = outside_of_deadzone(x, deadzone)
+    result = quantize_matrices(x, fmt, source, scalar if given is None else given, stochastic)
+    return result.contiguous() if out is None else out.copy_(result)
+
+
+@torch.library.custom_op(
+    "roundoff::quantize",
+    mutates_args=(),
+    schema="(Tensor x, int[] whole, float[] real, int source, Tensor? given, float scalar, int? key, float deadzone)"
+    " -> Tensor",
+)
+def _operator(
+    x: Tensor,
+    whole: Sequence[int],
+    real: Sequence[float],
+    source: int,
+    given: Tensor | None,
+    scalar: float,
+    key: int | None,
+    deadzone: float,
+) -> Tensor:
+    form = Layout(*whole, *real)
+    return _launched(x, form, format_of(form), source, given, scalar, key, deadzone, None)
+
+
+@_operator.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _general(
     kernels: Kernels | None,
     x: Tensor,
@@ -121,28 +227,8 @@ def _general(
     if kernels is not None:
         rows = _compiled(kernels, moved.contiguous(), fmt, source, scales, None, stochastic)
     else:
-        columns = moved.shape[-1]
-        flat = moved.reshape(moved.numel() // columns if columns else 0, columns)
-        rows = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
-        quantize_rows(flat, fmt, _row_scales(flat, fmt, source, scales), rows, stochastic)
-        rows = rows.reshape(moved.shape)
+        rows = quantize_matrices(moved, fmt, source, scales, stochastic)
     result = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
-    return result.contiguous() if out is None else out.copy_(result)
-
-
-def _two_dimensional(
-    x: Tensor, fmt: Format, axis: int, source: int, scales: float | Tensor, out: Tensor | None, stochastic: Key | None
-) -> Tensor:
-    """Blocks that span rows as well: lay out each block as a row of its own, quantize the rows, and put them back."""
-    matrices = (x.movedim(axis, -1) if x.dim() > 1 else x.reshape(1, -1)).contiguous()
-    if x.numel() == 0:
-        return x.clone() if out is None else out
-    tiles = tiles_of(matrices, fmt)
-    flat = matrices.reshape(-1, matrices.shape[-1])
-    rows = torch.empty_like(tiles)
-    quantize_rows(tiles, one_row_a_block(fmt), _row_scales(flat, fmt, source, scales), rows, stochastic)
-    result = matrices_of(rows, fmt, matrices.shape)
-    result = result.movedim(-1, axis) if x.dim() > 1 else result.reshape(x.shape)
     return result.contiguous() if out is None else out.copy_(result)
 
 
@@ -166,8 +252,8 @@ def _check(x: Tensor, fmt: object, axis: int, out: Tensor | None, stochastic: ob
     if stochastic is not None and not isinstance(stochastic, Key):
         raise TypeError(f"stochastic must be a Key (Key.from_seed(0)) or None, but is {stochastic!r}")
     dtype = x.dtype
-    if dtype is not torch.float32 and dtype is not torch.bfloat16:
-        raise TypeError(f"quantize takes float32 or bfloat16, but the tensor is {dtype}; convert it first")
+    if dtype not in DTYPES:
+        raise TypeError(f"quantize takes float32, bfloat16 or float16, but the tensor is {dtype}; convert it first")
     if axis != -1:
         dims = max(1, x.dim())
         if not -dims <= axis < dims:
@@ -189,43 +275,35 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
         raise ValueError(f"blocks of {fmt.name!r} span rows, so that a row cannot have a tensor scale of its own")
     if fmt.tensor_divisor is None:
         if tensor_scale is None or (isinstance(tensor_scale, str) and tensor_scale == "row"):
-            return _NONE, 1.0
+            return NONE, 1.0
         raise ValueError(f"format {fmt.name!r} has no tensor scale, but tensor_scale is {tensor_scale!r}; leave it out")
     if tensor_scale is None:
-        return _FROM_TENSOR, 1.0
+        return FROM_TENSOR, 1.0
     if isinstance(tensor_scale, str):
         if tensor_scale == "row":
-            return _FROM_ROW, 1.0
+            return FROM_ROW, 1.0
         raise ValueError(f'tensor_scale must be None, "row", a number or a tensor, but is {tensor_scale!r}')
     if isinstance(tensor_scale, Tensor):
         return _given_scales(x, axis, tensor_scale)
     if not 0 <= tensor_scale <= _LARGEST:
         raise ValueError(f"tensor_scale must be finite and not negative in float32, but is {tensor_scale}")
-    return _GIVEN, float(tensor_scale)
+    return GIVEN, float(tensor_scale)
 
 
 def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
     """A scale tensor that the caller passed, as a number or as float32 [rows]."""
-    scale = scale.detach().to(device=x.device, dtype=torch.float32)
-    if not bool((scale.isfinite() & (scale >= 0)).all()):
-        raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+    scale = scale.detach().to(torch.float32)
+    if not (may_use_triton(scale) and may_use_triton(x)):  # to look at its values would wait for the device
+        if not bool((scale.isfinite() & (scale >= 0)).all()):
+            raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+        if scale.numel() == 1:
+            return GIVEN, float(scale)
+    scale = scale.to(x.device)
     if scale.numel() == 1:
-        return _GIVEN, float(scale)
+        return GIVEN_ROWS, scale.reshape(1)
     shape = list(x.shape)
     del shape[axis]
     try:
-        return _GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
+        return GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
     except RuntimeError:
         raise ValueError(f"tensor_scale must broadcast to {(*shape, 1)}, but has shape {tuple(scale.shape)}") from None
-
-
-def _row_scales(rows: Tensor, fmt: Format, source: int, scales: float | Tensor) -> Tensor | None:
-    """Tensor scales [1, 1] or [rows, 1] for the torch path."""
-    if source == _NONE:
-        return None
-    if isinstance(scales, Tensor) or source == _GIVEN:
-        if not isinstance(scales, Tensor):
-            scales = torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
-        scales = scales.reshape(-1, 1)
-        return (1.0 / scales).clamp(max=_LARGEST) if fmt.follows_transformer_engine else scales
-    return tensor_scales(rows, fmt, per_row=source == _FROM_ROW)

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .backend import kernels_for, thread_count
+from .backend import kernels_for, may_use_triton, thread_count, uses_triton
 
 _MASK64 = (1 << 64) - 1
 _MASK32 = 0xFFFFFFFF
@@ -83,6 +83,11 @@ class Key:
                 word = (int(part) * 0x9E3779B97F4A7C15 + 0x14057B7EF767814F) & _MASK64
             value = _mix(((value << 1 | value >> 63) & _MASK64) ^ _mix(word))
         return Key(value)
+
+
+def signed(key: Key) -> int:
+    """The 64 bits of a key as a signed integer, which is what an operator of torch takes."""
+    return key.value - (1 << 64) if key.value >= 1 << 63 else key.value
 
 
 def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
@@ -195,11 +200,16 @@ def normal_rows(
 _NORMALS, _UNIFORMS = 1, 2  # the enum `Draw` of kernels/philox.h
 
 
-def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
-    """Draws [rows, columns] on the compiled path, or None if plain torch is to be used."""
+def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
+    """Draws [rows, columns] of one kind (float32)."""
+    if may_use_triton(ids):
+        if torch.compiler.is_compiling():
+            result: Tensor = torch.ops.roundoff.draw(kind, ids, columns, signed(key))
+            return result
+        return _launched(kind, key, ids, columns)
     kernels = kernels_for(ids)
     if kernels is None:
-        return None
+        return _plain_draw(kind, key, ids, columns)
     # torch's default dtype and device may be anything, so both are named.
     out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)
     if out.numel():
@@ -207,6 +217,36 @@ def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor | None:
         threads = thread_count(out.numel())
         kernels.draw(kind, out.data_ptr(), ids.shape[0], columns, ids.data_ptr(), None, key.value, threads)
     return out
+
+
+def _plain_draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
+    first = torch.zeros_like(ids)
+    if kind == _NORMALS:
+        return normal_rows(key, ids, first, columns)
+    return (word_rows(key, ids, first, columns) >> 8).to(torch.float32) * 2.0**-24
+
+
+def _launched(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
+    """Draws by Triton's kernels, if they can be used."""
+    if not uses_triton(ids):
+        return _plain_draw(kind, key, ids, columns)
+    from .triton_kernels import launch
+
+    out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)
+    launch.draw(kind, out, key.value, ids.contiguous())
+    return out
+
+
+@torch.library.custom_op(
+    "roundoff::draw", mutates_args=(), schema="(int kind, Tensor ids, int columns, int key) -> Tensor"
+)
+def _operator(kind: int, ids: Tensor, columns: int, key: int) -> Tensor:
+    return _launched(kind, Key(key & _MASK64), ids, columns).contiguous()
+
+
+@_operator.register_fake
+def _(kind: int, ids: Tensor, columns: int, key: int) -> Tensor:
+    return torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)
 
 
 def _row_ids(shape: Sequence[int], rows: Tensor | None, device: torch.device | str) -> tuple[Tensor, int]:
@@ -237,11 +277,7 @@ def uniform(
         ValueError: if `rows` does not have the leading shape or is not int64.
     """
     ids, columns = _row_ids(shape, rows, device)
-    draws = _draw(_UNIFORMS, key, ids, columns)
-    if draws is None:
-        words = word_rows(key, ids, torch.zeros_like(ids), columns)
-        draws = (words >> 8).to(torch.float32) * 2.0**-24
-    return draws.reshape(tuple(shape))
+    return _draw(_UNIFORMS, key, ids, columns).reshape(tuple(shape))
 
 
 def normal(
@@ -265,7 +301,4 @@ def normal(
         ValueError: if `rows` does not have the leading shape or is not int64.
     """
     ids, columns = _row_ids(shape, rows, device)
-    draws = _draw(_NORMALS, key, ids, columns)
-    if draws is None:
-        draws = normal_rows(key, ids, torch.zeros_like(ids), columns)
-    return draws.to(dtype).reshape(tuple(shape))
+    return _draw(_NORMALS, key, ids, columns).to(dtype).reshape(tuple(shape))

@@ -109,7 +109,7 @@ def measure_machine(device: str = "auto", threads: int = 1) -> Machine:
     import torch
 
     from roundoff.models.device import resolve_device
-    from roundoff.numerics.backend import kernels_for
+    from roundoff.numerics.backend import computed_by
 
     place = torch.device(resolve_device(device))
     clock = _clock(place, threads)
@@ -125,7 +125,7 @@ def measure_machine(device: str = "auto", threads: int = 1) -> Machine:
         target = torch.empty_like(source)
         copied = 2 * source.nbytes / clock(lambda: target.copy_(source))
         issue = _issue_time(place, clock)
-        compiled = kernels_for(source) is not None
+        compiled = computed_by(source) != "torch"
     finally:
         torch.set_num_threads(before)
     return Machine(
