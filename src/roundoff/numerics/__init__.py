@@ -5,5 +5,5 @@ business of `roundoff.hardware`. On a CPU the work is done by the C++ kernels in
 plain torch path.
 
 Doors: `quantize.quantize`, `noise.matmul_noise`, `rng.Key`, `rng.normal` and `rng.uniform`, `formats.FORMATS` and
-`formats.get_format`, `torch_state`, and for code that goes below them `backend` and `blocks`.
+`formats.get_format`, `torch_state`, `transfer`, and for code that goes below them `backend` and `blocks`.
 """

@@ -15,6 +15,7 @@ from .backend import Kernels, can_write, kernels_for, thread_count
 from .blocks import quantize_rows, tensor_scales
 from .formats import FORMATS, Format, get_format
 from .rng import Key
+from .transfer import put
 
 _LARGEST = torch.finfo(torch.float32).max
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,6 +42,7 @@ def quantize(
             tensor's finite values; "row" computes one for each row along the axis, so that the result of a token does
             not depend on its batch; a number, or a tensor that broadcasts to [..., 1], is used as it is (nvfp4:
             amax / 2688; fp8_e4m3: amax / 448). Formats without such a scale accept None and "row" and ignore them.
+            A tensor on a device must be finite and not negative; where it is not, the result there is NaN.
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
@@ -182,13 +184,17 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
 
 def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
     """A scale tensor that the caller passed, as a number or as float32 [rows]."""
-    scale = scale.detach().to(device=x.device, dtype=torch.float32)
-    if not bool((scale.isfinite() & (scale >= 0)).all()):
+    scale = put(scale.detach(), x.device, torch.float32)
+    valid = scale.isfinite() & (scale >= 0)
+    if not x.is_cpu:  # asking whether all are valid would wait for the device
+        scale = torch.where(valid, scale, torch.nan)
+    elif not bool(valid.all()):
         raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
-    if scale.numel() == 1:
+    elif scale.numel() == 1:
         return _GIVEN, float(scale)
     shape = list(x.shape)
-    del shape[axis]
+    if shape:
+        del shape[axis]
     try:
         return _GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
     except RuntimeError:
