@@ -289,7 +289,10 @@ def _gain_offsets(targets: list[AqnTarget], aqn: AQN) -> list[float]:
 
 
 def _fitting_offsets(target: AqnTarget) -> Tensor:
-    """Whether the gain of a norm is `w`, and whether it is `1 + w`; ones have RMS 1, so the norm of ones is its gain."""
+    """Whether the gain of a norm is `w`, and whether it is `1 + w`.
+
+    Ones have RMS 1, so that the norm of ones is its gain.
+    """
     weight = target.weight
     gain = target.module(torch.ones_like(weight)[None])[0].to(torch.float32)
     shift = gain - weight.to(torch.float32)

@@ -83,9 +83,12 @@ def token_logprobs(
     """
     _check(tokens, attention_mask, response_length, temperature, rows, key)
     refuse_autocast("a training pass", model.device)
-    tokens, attention_mask, *rest = fetch([tokens, attention_mask] if rows is None else [tokens, attention_mask, rows])
+    if rows is None:
+        tokens, attention_mask = fetch([tokens, attention_mask])
+    else:
+        tokens, attention_mask, rows = fetch([tokens, attention_mask, rows])
     with own_torch_state():
-        return _token_logprobs(model, tokens, attention_mask, response_length, temperature, *(rest or [None]), key, chunk)
+        return _token_logprobs(model, tokens, attention_mask, response_length, temperature, rows, key, chunk)
 
 
 def _token_logprobs(
@@ -108,7 +111,8 @@ def _token_logprobs(
     targets = tokens[layout.rollout, tokens.shape[1] - response_length + layout.index]
     order = layout.source.argsort(stable=True)  # sorted by logits: each row of logits with the tokens it predicts
     numbers = torch.stack([layout.source, targets, layout.rollout, layout.index])[:, order]
-    wanted = Targets(*put(numbers, device).unbind(), numbers[0])
+    there = put(numbers, device)
+    wanted = Targets(there[0], there[1], there[2], there[3], numbers[0])
     results = None
     with noise_context(model, None if shared else key, layout.rows):
         head = _lean_head(model, tokens, len(layout.tokens) * layout.kept, chunk)

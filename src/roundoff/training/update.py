@@ -20,8 +20,8 @@ from roundoff.models.gradient_checkpointing import checkpointed
 from roundoff.models.keyed_dropout import dropout_on
 from roundoff.models.logprobs import token_logprobs
 from roundoff.numerics.rng import Key
-from roundoff.parallel.ranks import Ranks
 from roundoff.numerics.transfer import put
+from roundoff.parallel.ranks import Ranks
 from roundoff.sampling.rollouts import Rollouts
 from roundoff.training.batch import Batch
 from roundoff.training.divergence import (
@@ -42,7 +42,6 @@ from roundoff.training.loss import (
     widest_float,
 )
 from roundoff.training.session import Session
-
 
 __all__ = ["Minibatch", "NonFiniteLossError", "update"]
 
