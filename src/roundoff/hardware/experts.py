@@ -99,7 +99,7 @@ def experts_forward(
 
 
 def _inner_draw(draw: Draw, rows: Tensor, tokens: Tensor) -> Draw:
-    """The draw of one expert's products; `rows` are the row ids of its tokens, and `tokens` their places in the pass."""
+    """The draw of one expert's products; `rows` are the row ids of its tokens, and `tokens` their places."""
     host = draw.host
     return Draw(draw.key, rows[None], host.reshape(-1)[tokens][None] if host is not None and host.is_cpu else None)
 

@@ -51,6 +51,8 @@ from roundoff.sampling.choice import SamplingSettings, choose
 from roundoff.sampling.decoding import DecodingBatch, Passes, Prompts
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.rollouts import Rollouts, concatenate
+from roundoff.sampling.static_buffers import Buffers
+from roundoff.sampling.static_decoder import StaticDecoder
 
 __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
 
@@ -144,7 +146,14 @@ def _sampled(
         if settings.temperature > 0:
             uniforms = uniform(key.fold("sample"), shape, rows=batch_ids)
         slots = put(places, model.device)
-        _decode(passes.batch(batch_prompts, batch_ids), written, slots, uniforms, settings)
+        static = None if passes.fused is not None else StaticDecoder.of(model)
+        results = None
+        if static is not None:
+            results = static.decode(passes, batch_prompts, batch_ids, uniforms, settings, ASK_EVERY)
+        if results is None:
+            _decode(passes.batch(batch_prompts, batch_ids), written, slots, uniforms, settings)
+        else:
+            written.take(slots, results)
     return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
 
 
@@ -176,6 +185,15 @@ class _Written:
         self.length[slots] = torch.where(stopped, t + finite.long(), self.length[slots])
         self.truncated[slots] = torch.where(stopped, ~finite, self.truncated[slots])
         self.nonfinite[slots] = torch.where(stopped, ~finite, self.nonfinite[slots])
+
+    def take(self, slots: Tensor, results: Buffers) -> None:
+        """Record a batch that was decoded in static buffers."""
+        count, tokens = len(slots), self.tokens.shape[1]
+        self.tokens[slots] = results.tokens[:count, :tokens]
+        self.logprobs[slots] = results.logprobs[:count, :tokens]
+        self.length[slots] = results.length[:count]
+        self.truncated[slots] = results.truncated[:count]
+        self.nonfinite[slots] = results.nonfinite[:count]
 
 
 def _decode(
