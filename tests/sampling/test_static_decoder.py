@@ -187,12 +187,12 @@ def test_a_rollout_that_is_not_finite_does_not_reach_others(monkeypatch, tokeniz
     model = make()
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = torch.nan
-    static, eager = both(monkeypatch, model, tokenizer, prompts=["12+7=", "9=", "40-3-2=", "1+1="])
+    static, eager = both(monkeypatch, model, tokenizer, prompts=["5=", "9=", "40-3-2=", "1+1="])
     assert 0 < int(static.nonfinite.sum()) < len(static)
     same(static, eager)
     assert torch.equal(static.nonfinite, eager.nonfinite)
     good, _ = both(monkeypatch, model, tokenizer, prompts=["1=", "2="], temperature=0.0, max_new_tokens=3)
-    assert good.logprobs.isfinite().all()  # although the buffers held NaN
+    assert not good.nonfinite.any()  # although the buffers held NaN
 
 
 def reason(caplog):
