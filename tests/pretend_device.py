@@ -181,7 +181,8 @@ def _waits_in(name: str, args: Any, kwargs: Any) -> bool:
     if name == "repeat_interleave":
         return any(map(_there, args[1:])) and kwargs.get("output_size") is None
     if name in INDEXING:
-        return any(map(_index_waits, args[1] if isinstance(args[1], tuple | list) else (args[1],)))
+        several = isinstance(args[1], tuple) or name.startswith("index_put")
+        return any(map(_index_waits, args[1] if several else (args[1],)))
     return name in READING
 
 

@@ -46,7 +46,7 @@ def session_on(monkeypatch, profile, experiment, **training):
     monkeypatch.setattr(transfer, "mark", lambda device: Passed())
     for module in ("policy", "checks"):
         monkeypatch.setattr(import_module(f"roundoff.training.{module}"), "resolve_device", lambda _: "cuda")
-    settings = {"prompts_per_step": 4, "max_new_tokens": 20, "minibatches": 2} | training
+    settings = {"prompts_per_step": 4, "max_new_tokens": 17, "minibatches": 2} | training
     return prepare(experiment, with_training(profile, **settings), 0)
 
 
@@ -56,6 +56,7 @@ def waits_of(session, step=1):
         group["lr"] = 1e-4
     with waits() as rollout:
         batch = sample_batch(session, step)
+    batch.advantages[::2], batch.advantages[1::2] = 1.0, -1.0  # as if every other rollout were right
     with waits() as updating:
         metrics = update(session, step, batch)
     assert metrics["grad_norm"] > 0
@@ -79,17 +80,17 @@ def waits_of(session, step=1):
     ],
 )
 def test_a_step_waits_where_the_documentation_says(monkeypatch, small, hardware, lora, ratio):
-    experiment = with_algorithm(load_experiment("quickstart-clean"), ratio=ratio)
+    experiment = with_algorithm(load_experiment("quickstart-clean"), ratio=ratio, group_size=2)
     experiment = experiment.model_copy(update={"hardware": HARDWARE[hardware], "lora": lora})
     with pretended():
-        session = session_on(monkeypatch, small, experiment, micro_batch=12, prompts_per_step=2)
+        session = session_on(monkeypatch, small, experiment, micro_batch=1, prompts_per_step=2)
         rollout, updating = waits_of(session)
-    assert len(rollout) == 2, rollout  # which have ended after 16 of 20 tokens, and the rollouts
+    assert len(rollout) == 2, rollout  # which have ended after 16 of 17 tokens, and the rollouts
     assert len(updating) == 1, updating  # the metrics
 
 
 def test_aqn_and_a_reference_model_wait_once_more_in_a_rollout(monkeypatch, small):
-    experiment = with_algorithm(load_experiment("quickstart-noise-aqn"), kl_coefficient=0.01)
+    experiment = with_algorithm(load_experiment("quickstart-noise-aqn"), kl_coefficient=0.01, group_size=2)
     aqn = experiment.aqn.model_copy(update={"schedule": "constant", "noise": "relative"})
     experiment = experiment.model_copy(update={"aqn": aqn, "hardware": HARDWARE["plain"]})
     with pretended():
