@@ -16,6 +16,7 @@ from roundoff.numerics.backend import use_backend
 from roundoff.numerics.rng import Key
 from roundoff.sampling import static_decoder
 from roundoff.sampling.static_buffers import Buffers, bucket, rounded_columns, vacancies
+from tests.families import build
 from tests.pretend_device import pretended, waits
 from tests.pretend_graphs import RecordedGraphs
 from tests.small_models import KEY, PROMPTS, ROUNDING, draw, make, same
@@ -219,6 +220,27 @@ def test_forward_hooks_are_called_for_every_token(monkeypatch, tokenizer, graphs
         rollouts = draw(model, tokenizer, max_new_tokens=TOKENS)
     assert len(calls) >= rollouts.response_mask.shape[1]
     assert "forward hooks" in reason(caplog)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: build("qwen3_moe"), "how many tokens each expert has"),
+        (lambda: make(rope_parameters=DYNAMIC), "depends on the longest sequence"),
+        (lambda: make(lm_head="elsewhere"), "spread over several devices"),
+    ],
+)
+def test_models_whose_steps_cannot_be_captured_are_known_beforehand(graphs, caplog, model, why):
+    made = model()
+    if getattr(made.config, "lm_head", None):
+        made.lm_head.to("meta")
+    with caplog.at_level(logging.WARNING, "roundoff"):
+        for _ in range(2):
+            assert static_decoder.StaticDecoder.of(made) is None
+    assert why in reason(caplog)
 
 
 def test_a_number_that_a_graph_froze_is_noticed(monkeypatch, tokenizer, graphs, caplog):

@@ -308,6 +308,8 @@ def _obstacle(model: PreTrainedModel) -> str:
     """Why steps of a model cannot be captured, as far as is known beforehand; empty if nothing is known."""
     if any(is_experts(module) for module in model.modules()):
         return "how many tokens each expert has decides the shapes of its products"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "its weights are spread over several devices"
     if not has_static_positions(model):
         return "its rotary embedding depends on the longest sequence"
     if any(_is_watched(module) for module in model.modules()):
