@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from roundoff.numerics import transfer
 
 NAME = "cuda"
 MARK = "pretended_side"
@@ -230,13 +233,24 @@ def _caller() -> str:
 _ACTIVE: list[_Watch] = []
 
 
+class _Passed:
+    """A mark that the pretended device, which computes at once, has passed."""
+
+    def query(self) -> bool:
+        return True
+
+
 @contextmanager
 def pretended() -> Iterator[str]:
-    """The name of a device that can be used inside."""
+    """The name of a device that can be used inside; a real one of that name is hidden."""
     watch = _Watch()
     _ACTIVE.append(watch)
     try:
-        with watch:
+        with (
+            mock.patch.object(transfer, "mark", lambda device: _Passed()),
+            mock.patch.object(torch.cuda, "is_available", lambda: False),
+            watch,
+        ):
             yield NAME
     finally:
         _ACTIVE.remove(watch)

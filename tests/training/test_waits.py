@@ -9,7 +9,6 @@ from roundoff.config import Deadzone, Fault, Hardware, LoRA, MatmulNoise, Precis
 from roundoff.errors import RoundoffWarning
 from roundoff.experiments import load_experiment
 from roundoff.hardware import install
-from roundoff.numerics import transfer
 from roundoff.training.loop import sample_batch
 from roundoff.training.preparation import prepare
 from roundoff.training.update import NonFiniteLossError, update
@@ -35,15 +34,7 @@ HARDWARE = {
 LORA = LoRA(rank=4, dropout=0.1)
 
 
-class Passed:
-    """A mark that the pretended device, which computes at once, has passed."""
-
-    def query(self):
-        return True
-
-
 def session_on(monkeypatch, profile, experiment, **training):
-    monkeypatch.setattr(transfer, "mark", lambda device: Passed())
     for module in ("policy", "checks"):
         monkeypatch.setattr(import_module(f"roundoff.training.{module}"), "resolve_device", lambda _: "cuda")
     settings = {"prompts_per_step": 4, "max_new_tokens": 17, "minibatches": 2} | training
@@ -141,8 +132,7 @@ def test_a_weight_that_a_step_on_a_device_makes_nan_stops_the_run(monkeypatch, s
 
 
 @pytest.mark.parametrize("tokens", [16, 2048])
-def test_a_write_that_torch_does_not_count_is_noticed_a_pass_later_on_a_device(monkeypatch, tokens):
-    monkeypatch.setattr(transfer, "mark", lambda device: Passed())
+def test_a_write_that_torch_does_not_count_is_noticed_a_pass_later_on_a_device(tokens):
     with pretended() as device:
         model = make().to(device)
         hardware = install(model, Hardware(precision=Precision(weight="mxfp4")), seed=0)
