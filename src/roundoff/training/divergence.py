@@ -134,6 +134,8 @@ def diverged(row: Sequence[float], gradients: Mapping[str, bool], weights: str) 
 
 def gradient_norms(gradients: Sequence[Shaped[Tensor, " ..."]]) -> tuple[Float[Tensor, " weights"], Float[Tensor, ""]]:
     """The Euclidean norm of each gradient, and that of all together, as `torch.nn.utils.get_total_norm` computes it."""
+    if not gradients:
+        return torch.zeros(0, dtype=torch.float32), torch.zeros((), dtype=torch.float32)
     device = gradients[0].device
     norms = torch.stack([norm.to(device) for norm in torch._foreach_norm(list(gradients))])
     return norms, torch.linalg.vector_norm(norms)
