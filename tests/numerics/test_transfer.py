@@ -49,7 +49,7 @@ def test_given_tensor_scales_are_not_looked_at_on_a_device():
         bad = put(torch.tensor([[0.01], [-1.0]]), device)
         with waits(refused=True):
             found = quantize(there, "nvfp4", tensor_scale=given)
-            single = quantize(there, "nvfp4", tensor_scale=given[:1, 0])
+            single = quantize(there, "nvfp4", tensor_scale=given[:1, :, None])
             spoilt = quantize(there, "nvfp4", tensor_scale=bad)
         assert torch.equal(found.cpu(), expected)
         assert torch.equal(single.cpu(), one)

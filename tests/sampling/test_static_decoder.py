@@ -86,6 +86,8 @@ def test_each_size_is_captured_once_and_replayed_from_then_on(tokenizer, graphs)
     count, replays = len(graphs.captures), len(graphs.replays)
     again = draw(model, tokenizer, max_new_tokens=TOKENS)
     same(again, rollouts)
+    draw(model, tokenizer, max_new_tokens=TOKENS - 1)
+    assert len(decoder_of(model).captured) == 1  # a shorter limit needs no other graphs
     assert len(graphs.captures) - count <= 1  # a size with too few tokens for a capture in the first call
     assert len(graphs.replays) - replays >= TOKENS - 4
 

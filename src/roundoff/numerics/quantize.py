@@ -188,6 +188,7 @@ def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Ten
     valid = scale.isfinite() & (scale >= 0)
     if not x.is_cpu:  # asking whether all are valid would wait for the device
         scale = torch.where(valid, scale, torch.nan)
+        scale = scale.reshape(1) if scale.numel() == 1 else scale
     elif not bool(valid.all()):
         raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
     elif scale.numel() == 1:

@@ -31,7 +31,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -294,7 +294,7 @@ def _stamp(passes: Passes, settings: SamplingSettings, buffers: Buffers) -> tupl
     config: Any = model.config
     return (
         passes.noise,
-        settings,
+        replace(settings, max_new_tokens=1),  # any limit: a graph is one step
         buffers.token.data_ptr(),
         tuple(parameter.data_ptr() for parameter in model.parameters()),
         tuple(buffer.data_ptr() for buffer in model.buffers()),
