@@ -40,7 +40,14 @@ def plain_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] | None = None) -> Iterator[None]:
+def noise_key(
+    model: nn.Module,
+    key: Key,
+    rows: Int[Tensor, "rollouts columns"] | None = None,
+    *,
+    host: Int[Tensor, "rollouts columns"] | None = None,
+    column: Int[Tensor, ""] | None = None,
+) -> Iterator[None]:
     """Fix the noise of the forward pass inside the block: the same key and rows give the same bits.
 
     Every product draws from `key`, its own name and the row ids. Open one block for each forward pass, because a second
@@ -53,6 +60,8 @@ def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] 
         key: key of the pass.
         rows: identity of each token, int64: `rollout_id * POSITIONS + position`, with positions counted without
             padding. The tensor must not be changed afterwards. None: each product counts its rows from 0.
+        host: the same row ids in host memory; without them, the noise of a weight gradient waits for the device.
+        column: column of a static key-value cache that holds the last token; None: the last one.
 
     Raises:
         ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
@@ -61,7 +70,7 @@ def noise_key(model: nn.Module, key: Key, rows: Int[Tensor, "rollouts columns"] 
     """
     hardware = required(model)
     hardware.check_switches()
-    runtime, draw = hardware.runtime, Draw(key, rows)
+    runtime, draw = hardware.runtime, Draw(key, rows, host, column)
     block = runtime.enter("noise_key", runtime.draw)
     runtime.draw = draw
     try:

@@ -51,19 +51,33 @@ class AttentionRows:
 class Draw:
     """The key and the row ids of one forward pass; without row ids, each product counts its rows from 0.
 
+    Args:
+        key: key of the pass.
+        rows: row id of each token, where the products are computed.
+        host: the row ids in host memory.
+        column: column of a static key-value cache that holds the last token; None: the last one.
+
     Raises:
         ValueError: if the row ids are not int64 or do not have two axes.
     """
 
-    __slots__ = ("_attention", "_fingerprint", "_names", "_tag", "_views", "key", "rows")
+    __slots__ = ("_attention", "_column", "_fingerprint", "_names", "_tag", "_views", "host", "key", "rows")
 
-    def __init__(self, key: Key, rows: Int[Tensor, "rollouts columns"] | None) -> None:
+    def __init__(
+        self,
+        key: Key,
+        rows: Int[Tensor, "rollouts columns"] | None,
+        host: Int[Tensor, "rollouts columns"] | None = None,
+        column: Int[Tensor, ""] | None = None,
+    ) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
             raise ValueError(
                 f"rows must be int64 of shape [rollouts, columns], but is {rows.dtype} of shape {tuple(rows.shape)}"
             )
         self.key = key
         self.rows = rows
+        self.host = rows if host is None else host
+        self._column = column
         self._views: dict[tuple[int, ...], Tensor] = {}
         self._attention: dict[tuple[int, int, int, int, int], AttentionRows] = {}
         self._fingerprint: int | None = None
@@ -115,7 +129,7 @@ class Draw:
     def fingerprint(self) -> int:
         """64-bit hash of the row ids of this pass, for products that have no token rows; 0 without row ids."""
         if self._fingerprint is None:
-            data = b"" if self.rows is None else self.rows.cpu().contiguous().numpy().tobytes()
+            data = b"" if self.host is None else self.host.cpu().contiguous().numpy().tobytes()
             digest = hashlib.blake2b(data, digest_size=8).digest()
             self._fingerprint = int.from_bytes(digest, "little") if data else 0
         return self._fingerprint
@@ -172,14 +186,19 @@ class Draw:
                     f"{name} has queries of {batch} x {queries} tokens, but noise_key was given rows of shape "
                     f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass"
                 )
-            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys)
+            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys, self._column)
         return rows
 
 
-def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int) -> AttentionRows:
-    """Row ids of attention; the last key belongs to the last query's token, as in a growing or sliding cache."""
+def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int, column: Tensor | None) -> AttentionRows:
+    """Row ids of attention. The key at `column` belongs to the last query's token.
+
+    Without a column it is the last key, as in a growing or sliding cache.
+    """
     batch, queries = rows.shape
     columns = torch.arange(keys - queries, keys, device=rows.device)
+    if column is not None:
+        columns = columns + (column + 1 - keys)
     start = rows % POSITIONS - columns  # [rollouts, queries]: logical position of the first key
     if keys == queries:
         key_rows = rows

@@ -136,6 +136,11 @@ class LinearState:
         self._cached_of = None
 
     @property
+    def cached_address(self) -> int:
+        """Address of `Q(W)`, which stays where it is when it is computed again; 0 if there is none."""
+        return 0 if self._cached is None else self._cached.data_ptr()
+
+    @property
     def is_cached(self) -> bool:
         """Whether there is a `Q(W)` to use."""
         return self._cached_of is not None

@@ -12,21 +12,28 @@ from transformers import PreTrainedModel
 from roundoff.hardware import installed, noise_key
 from roundoff.models.keyed_dropout import dropout_draws
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import put
 
 
 @contextmanager
 def noise_context(
-    model: PreTrainedModel, key: Key | None, rows: Int[Tensor, "rollouts columns"] | None
+    model: PreTrainedModel,
+    key: Key | None,
+    rows: Int[Tensor, "rollouts columns"] | None,
+    column: Int[Tensor, ""] | None = None,
 ) -> Iterator[None]:
     """Inside the block, the hardware and the adapters' dropout draw by `key` and the row ids `rows`.
 
-    Without a key the block changes nothing.
+    Without a key the block changes nothing. Row ids in host memory are copied to the model's device; a backward pass
+    over them then does not wait for the device. `column` is the cache's column of the last token (`noise_key`).
     """
     if key is None:
         yield
         return
-    hardware = nullcontext() if installed(model) is None else noise_key(model, key, rows)
-    with dropout_draws(model, key, rows), hardware:
+    there = None if rows is None else put(rows, model.device)
+    host = rows if rows is not None and rows.is_cpu else None
+    hardware = nullcontext() if installed(model) is None else noise_key(model, key, there, host=host, column=column)
+    with dropout_draws(model, key, there), hardware:
         yield
 
 

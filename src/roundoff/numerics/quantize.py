@@ -22,6 +22,7 @@ from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, th
 from .blocks import FROM_ROW, FROM_TENSOR, GIVEN, GIVEN_ROWS, NONE, quantize_matrices
 from .deadzone import outside_of_deadzone
 from .rng import Key, signed
+from .transfer import put
 from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -51,6 +52,7 @@ def quantize(
             not depend on its batch; a number, or a tensor that broadcasts to [..., 1], is used as it is (nvfp4:
             amax / 2688; nvfp4:46: amax / 1536; fp8_e4m3: amax / 448). Formats without such a scale accept None and
             "row" and ignore them. Formats with two-dimensional blocks accept None and a number.
+            A tensor on a device must be finite and not negative; where it is not, the result there is NaN.
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
@@ -292,17 +294,19 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
 
 def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
     """A scale tensor that the caller passed, as a number or as float32 [rows]."""
-    scale = scale.detach().to(torch.float32)
-    if not (may_use_triton(scale) and may_use_triton(x)):  # to look at its values would wait for the device
-        if not bool((scale.isfinite() & (scale >= 0)).all()):
-            raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+    scale = put(scale.detach(), x.device, torch.float32)
+    valid = scale.isfinite() & (scale >= 0)
+    if not x.is_cpu:  # asking whether all are valid would wait for the device
+        scale = torch.where(valid, scale, torch.nan)
         if scale.numel() == 1:
-            return GIVEN, float(scale)
-    scale = scale.to(x.device)
-    if scale.numel() == 1:
-        return GIVEN_ROWS, scale.reshape(1)
+            return GIVEN_ROWS, scale.reshape(1)
+    elif not bool(valid.all()):
+        raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+    elif scale.numel() == 1:
+        return GIVEN, float(scale)
     shape = list(x.shape)
-    del shape[axis]
+    if shape:
+        del shape[axis]
     try:
         return GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
     except RuntimeError:
