@@ -1,16 +1,23 @@
-"""`python -m benchmarks` lists the benchmarks; `python -m benchmarks NAME...` (or `all`) runs them in turn."""
+"""`python -m benchmarks` lists the benchmarks; `python -m benchmarks NAME...` (or `all`) runs them in turn.
 
+`--target avx2` takes the kernels of another target than the processor's widest, or `--target torch` none. It does not
+reach benchmarks that start processes of their own (quickstart, parallel, ray_grid, real), which are refused with it.
+"""
+
+import argparse
 import importlib
 import sys
 from pathlib import Path
 
 import torch
 
-from roundoff.numerics.backend import computed_by
+from roundoff.numerics.backend import computed_by, use_backend
 from roundoff.runs.provenance import machine
 
 ALONE = ("real",)
 """Benchmarks that `all` leaves out: they need the network."""
+STARTS_PROCESSES = ("quickstart", "parallel", "ray_grid", "real")
+"""Benchmarks whose work is done by other processes, which choose their kernels themselves."""
 
 
 def available() -> dict[str, str]:
@@ -39,5 +46,23 @@ def run(names: list[str]) -> int:
     return 0
 
 
+def main(arguments: list[str]) -> int:
+    """Read the command line, and run under the target that it names."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run, or `all`; none lists them")
+    parser.add_argument("--target", default="auto", help="kernels to measure, such as avx2; or torch")
+    options = parser.parse_args(arguments)
+    unreached = [name for name in STARTS_PROCESSES if name in options.names]
+    if options.target != "auto" and (unreached or options.names == ["all"]):
+        parser.error(f"--target does not reach the processes that {', '.join(unreached) or '`all`'} would start")
+    try:
+        with use_backend(options.target):
+            return run(options.names)
+    except ValueError as error:
+        if "the backend must be" not in str(error):
+            raise
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -29,7 +29,7 @@ THREADED_ELEMENTS = 1 << 18
 """Elements per thread below which another thread does not pay off (`PER_THREAD` in kernels/roundoff.cpp)."""
 
 _LOG = logging.getLogger("roundoff")
-_choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
+_choice: ContextVar[str] = ContextVar("roundoff_backend", default="auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +51,29 @@ class Kernels:
 
 
 @contextlib.contextmanager
-def use_backend(choice: Backend) -> Iterator[None]:
+def use_backend(choice: Backend | str) -> Iterator[None]:
     """Fix the path that numerics take on the CPU inside the block.
 
     Args:
-        choice: "compiled", "torch", or "auto" (compiled if possible).
+        choice: "compiled", "torch", "auto" (compiled if possible), or the target of the kernels, such as "avx2", to
+            measure or check a narrower one than the processor's widest. Inside a block of a target, "compiled" keeps
+            that target.
 
     Raises:
-        ValueError: if there is no such path.
-        BuildError: if `choice` is "compiled" and the kernels cannot be built.
+        ValueError: if there is no such path, or this processor does not have the target's vectors.
+        BuildError: if the kernels are asked for and cannot be built.
     """
-    if choice not in ("auto", "compiled", "torch"):
-        raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
+    here = targets_for(torch.backends.cpu.get_cpu_capability())
+    if choice not in ("auto", "compiled", "torch", *here):
+        known = ", ".join(f'"{target}"' for target in here)
+        raise ValueError(f'the backend must be "auto", "compiled", "torch" or a target ({known}), but is {choice!r}')
     if choice == "compiled":
-        build()
+        if _choice.get() in here:
+            choice = _choice.get()
+        else:
+            build()
+    if choice in here:
+        kernels_of(choice)
     token = _choice.set(choice)
     try:
         yield
@@ -74,9 +83,10 @@ def use_backend(choice: Backend) -> Iterator[None]:
 
 def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
     """The compiled kernels for work on this tensor, or None if plain torch is to be used."""
-    if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
+    choice = _choice.get()
+    if torch.compiler.is_compiling() or not x.is_cpu or choice == "torch":
         return None
-    return available_kernels()
+    return available_kernels() if choice in ("auto", "compiled") else kernels_of(choice)
 
 
 def can_write(out: Shaped[Tensor, "*shape"], x: Shaped[Tensor, "*shape"]) -> bool:
@@ -120,12 +130,17 @@ def build() -> Kernels:
     *wider, narrowest = targets_for(torch.backends.cpu.get_cpu_capability())
     for target in wider:
         with contextlib.suppress(BuildError):
-            return _built(target)
-    return _built(narrowest)
+            return kernels_of(target)
+    return kernels_of(narrowest)
 
 
-def _built(target: str) -> Kernels:
-    """The kernels of one target."""
+@functools.cache
+def kernels_of(target: str) -> Kernels:
+    """The kernels of one target; they are compiled first if they are not there yet.
+
+    Raises:
+        BuildError: if there is no compiler, it fails, or there is nowhere to write.
+    """
     with library_for(target, lambda line: _LOG.warning("roundoff: %s", line)) as library:
         return load(library, target)
 
