@@ -14,6 +14,7 @@ from torch import Tensor
 from .backend import Kernels, can_write, kernels_for, thread_count
 from .blocks import quantize_rows, tensor_scales
 from .formats import FORMATS, Format, get_format
+from .memory import empty_like
 from .rng import Key
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -73,7 +74,7 @@ def _compiled(
 ) -> Tensor:
     """The compiled path, on contiguous memory with blocks along the last axis."""
     if out is None:
-        y = torch.empty_like(x)
+        y = empty_like(x)
     else:
         y = out
         if not out.is_inference():
