@@ -148,12 +148,3 @@ def test_backward_noise_alone_leaves_evaluations_deterministic():
 def test_aqn_defaults_are_the_published_ones():
     aqn = AQN(sigma_start=0.01, sigma_end=0.0001)
     assert (aqn.schedule, aqn.target, aqn.noise, aqn.layers) == ("epoch", "rmsnorm", "absolute", "all")
-
-
-def test_settings_and_numerics_know_the_same_formats():
-    from roundoff.config import FORMAT_NAMES
-    from roundoff.numerics.formats import FORMATS, get_format
-
-    assert set(FORMATS) <= set(FORMAT_NAMES)
-    for name in FORMAT_NAMES:
-        get_format(name)

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from roundoff.formats.element import E2M1
+from roundoff.formats.table import Format, get_format
 from roundoff.numerics.backend import use_backend
-from roundoff.numerics.formats import E2M1, Format, get_format
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from roundoff.formats.table import FORMATS
 from roundoff.models.load import load_model
 from roundoff.numerics import backend
-from roundoff.numerics.formats import FORMATS
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform

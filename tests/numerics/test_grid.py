@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from roundoff.formats.element import E2M1, E2M3, E3M2, E4M3, E5M2
+from roundoff.formats.table import FORMATS, get_format
 from roundoff.numerics.backend import use_backend
-from roundoff.numerics.formats import E2M1, E2M3, E3M2, E4M3, E5M2, FORMATS, get_format
 from roundoff.numerics.quantize import quantize
 
 CODES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
+from roundoff.formats.table import FORMATS
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.build import COMPILERS, BuildError, find_compiler, targets_for
-from roundoff.numerics.formats import FORMATS
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from tests.numerics.test_paths import KEY, random_bits, same

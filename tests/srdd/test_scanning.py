@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
+from roundoff.formats.table import FORMATS
 from roundoff.hardware import install, uninstall
 from roundoff.models.calibration import calibration_batches, read_batches, text_kl
 from roundoff.models.load import load_model
-from roundoff.numerics.formats import FORMATS
 from roundoff.numerics.rng import Key
 from roundoff.srdd import METRICS, frontier, resolve_keep, scan
 from roundoff.srdd.exact import divergence

@@ -5,13 +5,11 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from roundoff.config import FORMAT_NAMES, ConfigError, Hardware, Precision, nearest, validate
+from roundoff.config import FORMAT_NAMES, PLAIN_FORMAT_NAMES, ConfigError, Hardware, nearest, validate
 from roundoff.experiments import experiment_ids, load_experiment
 
 PLAIN = "none"
 """Name of the hardware that changes nothing."""
-PLAIN_FORMATS = ", ".join(name for name in FORMAT_NAMES if ":" not in name)
-"""Names of all formats, without those that add a rule, for messages."""
 
 
 def load_hardware(name: str) -> Hardware:
@@ -24,8 +22,8 @@ def load_hardware(name: str) -> Hardware:
     """
     if name == PLAIN:
         return Hardware()
-    if name in FORMAT_NAMES:
-        return Hardware(precision=Precision(weight=name, activation=name))
+    if name in FORMAT_NAMES or (name.count("/") == 2 and not Path(name).exists()):
+        return validate(Hardware, {"precision": {"weight": name, "activation": name}}, source="--hardware")
     path = Path(name)
     if name.endswith(".toml") and path.is_file():
         try:
@@ -40,7 +38,7 @@ def load_hardware(name: str) -> Hardware:
     if path.suffix != ".toml" and name not in experiment_ids():
         known = (PLAIN, *FORMAT_NAMES, *experiment_ids())
         raise ConfigError(
-            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMATS}), the id of an "
+            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMAT_NAMES}), the id of an "
             f"experiment (`roundoff list` shows all) or a TOML file, but is {name!r}{nearest(name, known)}"
         )
     return load_experiment(name).hardware

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from roundoff.actions.named_hardware import PLAIN_FORMATS, load_hardware
+from roundoff.actions.named_hardware import load_hardware
 from roundoff.actions.terminal import show
 from roundoff.aqn.multipliers import DIRECTIONS, MODES
-from roundoff.config import FORMAT_NAMES, ConfigError, Hardware, MatmulNoise, Precision, Task, nearest, validate
+from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, Task, nearest, validate
 from roundoff.experiments import load_profile
 from roundoff.report.scan_picture import scan_picture
 from roundoff.report.scan_tables import fault_lines, frontier_table, linear_table, scan_table
@@ -145,14 +145,13 @@ def chosen_hardware(options: ScanOptions) -> tuple[Hardware, str]:
         return load_hardware(options.hardware), options.hardware
     if options.both is not None and (options.weight is not None or options.activation is not None):
         raise ConfigError("--format sets weights and activations: use either it, or --weight and --activation")
-    for option, name in formats.items():
-        if name is not None and name not in FORMAT_NAMES:
-            raise ConfigError(
-                f"{option} must be a number format, but is {name!r}{nearest(name, FORMAT_NAMES)} (known: "
-                f"{PLAIN_FORMATS}; an MX format also with ':' and a rule for its scales)"
-            )
     both = DEFAULT_FORMAT if none_given else options.both
-    precision = Precision(weight=options.weight or both, activation=options.activation or both)
+    given = {"weight": options.weight or both, "activation": options.activation or both}
+    for option, name in formats.items():
+        kinds = ("weight", "activation") if option == "--format" else (option.removeprefix("--"),)
+        if name is not None:
+            validate(Precision, dict.fromkeys(kinds, name), source=option)
+    precision = validate(Precision, given, source="--format")
     noise = validate(MatmulNoise, {"relative_std": options.noise or 0.0}, source="--noise")
     parts = [f"{kind} {name}" for kind in ("weight", "activation") if (name := getattr(precision, kind))]
     if noise.relative_std:

@@ -11,7 +11,7 @@ Doors: everything that this module exports.
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
-from roundoff.config.hardware import FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
+from roundoff.config.hardware import FORMAT_NAMES, PLAIN_FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
 from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
@@ -21,6 +21,7 @@ __all__ = [
     "AQN",
     "FORMAT_NAMES",
     "NAMES_ONLY",
+    "PLAIN_FORMAT_NAMES",
     "SRDD",
     "TEMPERATURE_RULE",
     "Algorithm",

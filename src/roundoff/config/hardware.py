@@ -3,31 +3,56 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from roundoff.config.base import Fraction, Positive, Settings, Share, Whole, nearest, rule
+from roundoff.formats.spelling import spelled
+from roundoff.formats.table import FORMATS, get_format
 
-SCALE_RULES = ("floor", "ceil", "even", "rceil")
-MX_FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2")
-FORMAT_NAMES = (
-    *MX_FORMATS,
-    *(f"{name}:{rule}" for name in MX_FORMATS for rule in SCALE_RULES),
-    *("nvfp4", "nvfp4_block", "fp8_e4m3", "fp8_e4m3_row", "int8", "int8:full", "int4", "int4:full"),
-    *("bf16", "fp16"),
-)
-"""Names of the formats in `numerics.formats.FORMATS`, repeated here to avoid importing torch (a test compares them)."""
+FORMAT_NAMES = tuple(FORMATS)
+"""Names of all formats of the table; one's own formats have other names."""
+PLAIN_FORMAT_NAMES = ", ".join(name for name in FORMATS if ":" not in name)
+"""The same without those that add a rule, for messages."""
 
 
-def _known_format(name: str) -> str:
-    if name not in FORMAT_NAMES:
-        shown = ", ".join(n for n in FORMAT_NAMES if ":" not in n)
-        raise ValueError(f"must be a number format{nearest(name, FORMAT_NAMES)} (known: {shown}; MX with ':rule')")
+def _as_word(value: Any) -> Any:
+    return spelled(value) if isinstance(value, Mapping) else value
+
+
+def known_format(name: str) -> str:
+    """The name of a format as settings hold it: a word that spells out a known format becomes the known name.
+
+    Raises:
+        ValueError: if there is no such format; the message is a clause that begins with "must" or names the fault.
+    """
+    if "/" in name:
+        return get_format(name).name
+    try:
+        get_format(name)
+    except ValueError:
+        raise ValueError(
+            f"must be a number format{nearest(name, FORMAT_NAMES)} (known: {PLAIN_FORMAT_NAMES}; "
+            "`roundoff list --formats` shows all)"
+        ) from None
     return name
 
 
-FormatName = Annotated[str, AfterValidator(_known_format)]
+def _of_one_row(name: str) -> str:
+    if get_format(name).rows > 1:
+        raise ValueError(
+            f"must be a format whose blocks lie within a token, but the blocks of {name!r} span tokens "
+            "(weights may have it)"
+        )
+    return name
+
+
+FormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(known_format)]
+"""A name among `formats.table.FORMATS`, or a format of one's own: a word as in `formats.spelling`, or a table of its
+parts, which becomes that word."""
+ActivationFormatName = Annotated[FormatName, AfterValidator(_of_one_row)]
 
 
 def _kept_layers(value: Any) -> Any:
@@ -61,7 +86,7 @@ class Precision(Settings):
 
     weight: FormatName | None = None
     """Format of `Linear.weight`, with blocks along `in_features`."""
-    activation: FormatName | None = None
+    activation: ActivationFormatName | None = None
     """Format of the input of a Linear, with blocks along its last axis."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
     """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k layers that the scan ranks as

@@ -2,63 +2,29 @@
 
 One routine serves all block formats. It cuts a matrix [rows, columns] into blocks [rows, blocks, n] and derives the
 scale of each block from its largest magnitude (amax). Then it divides each element by the scale, rounds the quotient
-to the grid, and multiplies by the scale again. The rounding of v to M mantissa bits, ties to even, is
-
-    (v + C) - C      with  C = 1.5 * 2^(e - M + 23),  e = max(exponent of v, emin)
-
-because the sum lies in [C/1.5, 4C/3], where the spacing of float32 is 2^(e - M). All exponents are read from bits.
+to the grid (`grid`), and multiplies by the scale again. Blocks of several rows are first laid out as rows of their
+own. HiF8 and HiF4 (`hifloat`), and NVFP4 as Transformer Engine computes it (`nvfp4`), have arithmetic of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from .formats import E4M3, Element, Format
+from roundoff.formats.element import E4M3, Element
+from roundoff.formats.table import Format
+
+from .grid import round_stochastic, round_to_grid
+from .hifloat import e6m2_scale, hif4, hif8
+from .nvfp4 import encoding_scale, transformer_engine
 from .rng import Key, word_rows
 
-_EXPONENT = 0x7F800000
 _MANTISSA = 0x007FFFFF
 _CHUNK = 1 << 18  # elements processed at a time, so that temporaries stay in the cache
-
-
-def round_to_grid(v: Float[Tensor, "*shape"], element: Element) -> Float[Tensor, "*shape"]:
-    """Round the float32 tensor `v`, which is overwritten, to the nearest grid number with ties to even.
-
-    Values beyond the grid saturate, and zeros keep their signs.
-    """
-    v.clamp_(element.low, element.high)
-    if element.is_integer:
-        return v.round_()
-    rounder_bits = v.view(torch.int32).bitwise_and(_EXPONENT)
-    rounder_bits.clamp_(min=(element.emin + 127) << 23).add_(((23 - element.mantissa_bits) << 23) | 0x400000)
-    rounder = rounder_bits.view(torch.float32)
-    return (v + rounder).sub_(rounder).copysign_(v)
-
-
-def round_stochastic(
-    v: Float[Tensor, "*shape"], element: Element, words: Int[Tensor, "*shape"]
-) -> Float[Tensor, "*shape"]:
-    """Round `v` to one of its two grid neighbours, to each with the probability that leaves the mean unchanged.
-
-    The probability is a multiple of 2^-24; `words` holds 32 random bits for each element. Values beyond the grid
-    saturate.
-    """
-    v = v.clamp(element.low, element.high)
-    magnitude = v.abs()
-    if element.is_integer:
-        step = torch.ones_like(v)
-    else:
-        exponent = magnitude.view(torch.int32).bitwise_and(_EXPONENT).clamp_(min=(element.emin + 127) << 23)
-        step = (exponent - (element.mantissa_bits << 23)).view(torch.float32)
-    quotient = magnitude / step  # exact: step is a power of two
-    lower = quotient.floor()
-    threshold = (words >> 8).to(torch.float32) * 2.0**-24
-    up = (threshold < quotient - lower).to(torch.float32)
-    return ((lower + up) * step).copysign_(v)
 
 
 def power_of_two_scale(amax: Float[Tensor, "*shape"], fmt: Format) -> Float[Tensor, "*shape"]:
@@ -121,23 +87,88 @@ def finite_amax(x: Float[Tensor, " ..."]) -> Float[Tensor, ""]:
     return x.to(torch.float32).abs().nan_to_num(0.0, 0.0, 0.0).amax()
 
 
+def _blocks_of(x: Tensor, size: int) -> Tensor:
+    """The rows of `x` [rows, columns], padded with zeros, as blocks [rows, blocks, size]."""
+    padding = -x.shape[1] % size
+    if padding:
+        x = torch.nn.functional.pad(x, (0, padding))
+    return x.reshape(x.shape[0], -1, size)
+
+
 def _chunk(x: Tensor, fmt: Format, scales: Tensor | None, words: Tensor | None) -> Tensor:
     """Quantize-dequantize float32 `x` [rows, columns] under tensor scales [rows, 1], with random words like `x`."""
     assert fmt.element is not None
     rows, columns = x.shape
+    if fmt.element.tapered:
+        return hif8(x, words)
     if fmt.scale == "none":
         q = _elements(x, torch.ones_like(x[:1, :1]) if scales is None else scales, fmt.element, words)
         return q.masked_fill_(~x.isfinite(), math.nan)
     size = fmt.block or columns
-    padding = -columns % size
-    if padding:
-        x = torch.nn.functional.pad(x, (0, padding))
-        words = None if words is None else torch.nn.functional.pad(words, (0, padding))
-    blocks = x.reshape(rows, -1, size)
-    amax = blocks.abs().amax(-1, keepdim=True)
-    scale = _block_scale(amax, fmt, None if scales is None else scales.unsqueeze(-1))
-    q = _elements(blocks, scale, fmt.element, None if words is None else words.reshape(rows, -1, size))
+    blocks = _blocks_of(x, size)
+    words = None if words is None else _blocks_of(words, size)
+    scales = None if scales is None else scales.unsqueeze(-1)
+    if fmt.scale == "e6m2":
+        q = hif4(blocks, words)
+    elif fmt.follows_transformer_engine:
+        q, _ = transformer_engine(blocks, fmt, scales, words)
+    else:
+        scale = _block_scale(blocks.abs().amax(-1, keepdim=True), fmt, scales)
+        q = _elements(blocks, scale, fmt.element, words)
     return q.reshape(rows, -1)[:, :columns]
+
+
+def saturated(x: Float[Tensor, "rows columns"], fmt: Format) -> Bool[Tensor, "rows columns"]:
+    """Which elements of the finite `x` (float32) are beyond the largest number that their block can hold.
+
+    The scale of the whole tensor, where the format has one, is taken from each row, as activations have it.
+    """
+    assert fmt.element is not None
+    rows, columns = x.shape
+    if fmt.element.tapered:
+        return hif8(x, None).isinf()
+    blocks = _blocks_of(x, fmt.block or columns)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    scales = None if fmt.tensor_divisor is None else tensor_scales(x, fmt, per_row=True).unsqueeze(-1)
+    if fmt.scale == "none":
+        assert scales is not None
+        scale = scales
+    elif fmt.scale == "e6m2":
+        scale = e6m2_scale(amax) * 4.0  # under both micro-exponents
+    elif fmt.follows_transformer_engine:
+        _, scale = transformer_engine(blocks, fmt, scales, None)
+    else:
+        scale = _block_scale(amax, fmt, scales)
+    limit = fmt.element.high * scale * (1 + 1e-6)  # a float32 scale is rounded, and amax itself must not count
+    over = (blocks > limit) | (-blocks > limit * (-fmt.element.low / fmt.element.high))
+    return over.reshape(rows, -1)[:, :columns]
+
+
+def tiles_of(x: Shaped[Tensor, "*stack rows columns"], fmt: Format) -> Shaped[Tensor, "tiles elements"]:
+    """The two-dimensional blocks of each matrix, padded with zeros, as rows in row-major order."""
+    assert fmt.block is not None
+    height, width = fmt.rows, fmt.block
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
+    *stack, rows, columns = x.shape
+    x = x.reshape(*stack, rows // height, height, columns // width, width)
+    return x.transpose(-3, -2).reshape(-1, height * width)
+
+
+def matrices_of(
+    tiles: Shaped[Tensor, "tiles elements"], fmt: Format, shape: torch.Size
+) -> Shaped[Tensor, "*stack rows columns"]:
+    """The matrices of this shape [..., rows, columns] whose blocks `tiles_of` laid out; the padding is cut off."""
+    assert fmt.block is not None
+    *stack, rows, columns = shape
+    down, across = -(-rows // fmt.rows), -(-columns // fmt.block)
+    x = tiles.reshape(*stack, down, across, fmt.rows, fmt.block).transpose(-3, -2)
+    return x.reshape(*stack, down * fmt.rows, across * fmt.block)[..., :rows, :columns]
+
+
+def one_row_a_block(fmt: Format) -> Format:
+    """The format of the rows of `tiles_of`: each is one block."""
+    assert fmt.block is not None
+    return dataclasses.replace(fmt, block=fmt.rows * fmt.block, rows=1)
 
 
 def quantize_rows(
@@ -151,8 +182,9 @@ def quantize_rows(
 
     Args:
         x: the rows, float32 or bfloat16, with blocks along the columns.
-        fmt: the format; not a plain cast.
-        scales: tensor scales, one for all rows or one for each row; None if the format has none.
+        fmt: the format; not a plain cast, and with blocks of one row.
+        scales: tensor scales (as `tensor_scales` gives them), one for all rows or one for each row; None if the format
+            has none.
         out: where to write.
         stochastic: key of the random bits for stochastic rounding; None rounds to nearest.
     """
@@ -169,7 +201,10 @@ def quantize_rows(
 
 
 def tensor_scales(x: Float[Tensor, "rows columns"], fmt: Format, per_row: bool) -> Float[Tensor, "#rows 1"]:
-    """Tensor scales (float32): the largest finite magnitude of each row, or of all of `x`, over `tensor_divisor`."""
+    """Tensor scales (float32), from the largest finite magnitude of each row, or of all of `x`.
+
+    It is that magnitude over `tensor_divisor`; where the format follows Transformer Engine, its encoding scale.
+    """
     assert fmt.tensor_divisor is not None
     if not per_row:
         amax = finite_amax(x).reshape(1, 1)
@@ -177,4 +212,4 @@ def tensor_scales(x: Float[Tensor, "rows columns"], fmt: Format, per_row: bool) 
         amax = torch.zeros(x.shape[0], 1, dtype=torch.float32, device=x.device)
     else:
         amax = x.to(torch.float32).abs().nan_to_num(0.0, 0.0, 0.0).amax(-1, keepdim=True)
-    return amax / fmt.tensor_divisor
+    return encoding_scale(amax, fmt.tensor_divisor) if fmt.follows_transformer_engine else amax / fmt.tensor_divisor

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from roundoff.formats.table import FORMATS, Format, get_format
+
 from .backend import Kernels, can_write, kernels_for, thread_count
-from .blocks import quantize_rows, tensor_scales
-from .formats import FORMATS, Format, get_format
+from .blocks import matrices_of, one_row_a_block, quantize_rows, tensor_scales, tiles_of
 from .memory import empty_like
 from .rng import Key
 
@@ -37,11 +38,13 @@ def quantize(
     Args:
         x: the tensor, float32 or bfloat16; never changed unless it is also `out`.
         fmt: the name of an entry of `FORMATS`, or a `Format`.
-        axis: the axis along which blocks lie: the contraction axis of the product that `x` enters.
+        axis: the axis along which blocks lie: the contraction axis of the product that `x` enters. Two-dimensional
+            blocks span the last one of the other axes as well.
         tensor_scale: for formats with a float32 scale for the whole tensor (nvfp4, fp8_e4m3): None computes it from the
             tensor's finite values; "row" computes one for each row along the axis, so that the result of a token does
             not depend on its batch; a number, or a tensor that broadcasts to [..., 1], is used as it is (nvfp4:
-            amax / 2688; fp8_e4m3: amax / 448). Formats without such a scale accept None and "row" and ignore them.
+            amax / 2688; nvfp4:46: amax / 1536; fp8_e4m3: amax / 448). Formats without such a scale accept None and
+            "row" and ignore them. Formats with two-dimensional blocks accept None and a number.
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
@@ -55,6 +58,9 @@ def quantize(
     source, scales = _source(x, fmt, axis, tensor_scale)
     if fmt.element is None:
         return _cast(x, fmt, out, stochastic)
+    if fmt.rows > 1:
+        with torch.no_grad():
+            return _two_dimensional(x, fmt, axis, source, scales, out, stochastic)
     last = axis == -1 or axis == x.dim() - 1
     kernels = kernels_for(x) if fmt.has_kernel else None
     if kernels is not None and last and x.is_contiguous() and (out is None or can_write(out, x)):
@@ -125,6 +131,22 @@ def _general(
     return result.contiguous() if out is None else out.copy_(result)
 
 
+def _two_dimensional(
+    x: Tensor, fmt: Format, axis: int, source: int, scales: float | Tensor, out: Tensor | None, stochastic: Key | None
+) -> Tensor:
+    """Blocks that span rows as well: lay out each block as a row of its own, quantize the rows, and put them back."""
+    matrices = (x.movedim(axis, -1) if x.dim() > 1 else x.reshape(1, -1)).contiguous()
+    if x.numel() == 0:
+        return x.clone() if out is None else out
+    tiles = tiles_of(matrices, fmt)
+    flat = matrices.reshape(-1, matrices.shape[-1])
+    rows = torch.empty_like(tiles)
+    quantize_rows(tiles, one_row_a_block(fmt), _row_scales(flat, fmt, source, scales), rows, stochastic)
+    result = matrices_of(rows, fmt, matrices.shape)
+    result = result.movedim(-1, axis) if x.dim() > 1 else result.reshape(x.shape)
+    return result.contiguous() if out is None else out.copy_(result)
+
+
 def _cast(x: Tensor, fmt: Format, out: Tensor | None, stochastic: Key | None) -> Tensor:
     """Cast to the format's dtype and back, with torch's own operators on every path."""
     if stochastic is not None:
@@ -164,6 +186,8 @@ def _check(x: Tensor, fmt: object, axis: int, out: Tensor | None, stochastic: ob
 
 def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tensor | None) -> tuple[int, float | Tensor]:
     """The origin of the tensor scales, and those that the caller passed: a number, or float32 [rows]."""
+    if fmt.rows > 1 and (isinstance(tensor_scale, Tensor) or tensor_scale == "row"):
+        raise ValueError(f"blocks of {fmt.name!r} span rows, so that a row cannot have a tensor scale of its own")
     if fmt.tensor_divisor is None:
         if tensor_scale is None or (isinstance(tensor_scale, str) and tensor_scale == "row"):
             return _NONE, 1.0
@@ -200,8 +224,9 @@ def _row_scales(rows: Tensor, fmt: Format, source: int, scales: float | Tensor) 
     """Tensor scales [1, 1] or [rows, 1] for the torch path."""
     if source == _NONE:
         return None
-    if isinstance(scales, Tensor):
-        return scales.reshape(-1, 1)
-    if source == _GIVEN:
-        return torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
+    if isinstance(scales, Tensor) or source == _GIVEN:
+        if not isinstance(scales, Tensor):
+            scales = torch.full((1, 1), scales, dtype=torch.float32, device=rows.device)
+        scales = scales.reshape(-1, 1)
+        return (1.0 / scales).clamp(max=_LARGEST) if fmt.follows_transformer_engine else scales
     return tensor_scales(rows, fmt, per_row=source == _FROM_ROW)

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from roundoff.formats.table import get_format
 from roundoff.hardware import InstalledHardware
 from roundoff.hardware.experts import PROJECTIONS
 from roundoff.hardware.linear import HardwareLinear
-from roundoff.numerics.blocks import power_of_two_scale, round_to_grid
-from roundoff.numerics.formats import E4M3, get_format
+from roundoff.numerics import blocks
 from roundoff.numerics.quantize import quantize
 
 SINK_FACTOR = 100.0
@@ -105,24 +105,7 @@ def saturated(x: Float[Tensor, "tokens in_features"], fmt: str) -> Bool[Tensor, 
     spec = get_format(fmt)
     if spec.element is None:
         return x.isfinite() & ~quantize(x, fmt).isfinite()
-    columns = x.shape[-1]
-    size = spec.block or columns
-    blocks = torch.nn.functional.pad(x, (0, -columns % size)).reshape(x.shape[0], -1, size)
-    amax = blocks.abs().amax(-1, keepdim=True)
-    if spec.scale == "e8m0":
-        scale = power_of_two_scale(amax, spec)
-    elif spec.scale == "e4m3":
-        tensor = (
-            torch.ones((), dtype=torch.float32)
-            if spec.tensor_divisor is None
-            else amax.amax(-2, keepdim=True) / spec.tensor_divisor
-        )
-        scale = round_to_grid(amax / spec.divisor / torch.where(tensor == 0, 1.0, tensor), E4M3) * tensor
-    else:
-        scale = amax / (spec.tensor_divisor or spec.divisor)
-    limit = spec.element.high * scale * (1 + 1e-6)  # a float32 scale is rounded, and amax itself must not count
-    over = (blocks > limit) | (-blocks > limit * (-spec.element.low / spec.element.high))
-    return over.reshape(x.shape[0], -1)[:, :columns]
+    return blocks.saturated(x, spec)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,45 +49,49 @@ becomes NaN throughout, which is what that code means), and no accumulation spec
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import functools
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-Scale = Literal["none", "e8m0", "e4m3", "float32"]
-Rule = Literal["", "floor", "ceil", "even", "rceil"]
+from roundoff.formats.element import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E4M3_MAX,
+    E4M3_MAX_46,
+    E5M2,
+    HIF8,
+    S1P2,
+    Element,
+    integers,
+)
+from roundoff.formats.spelling import parts_of
+
+Scale = Literal["none", "e8m0", "e4m3", "float32", "e6m2"]
+Rule = Literal["", "floor", "ceil", "even", "rceil", "te", "46", "46_mae"]
 
 MX_BLOCK = 32  # OCP MX v1.0, section 5.2
 NVFP4_BLOCK = 16
+HIF4_BLOCK = 64  # 8 groups of 8, each of two groups of 4 (arXiv:2602.11287)
 INT4_GROUP = 32
-E4M3_MAX = 448.0
 # In the order of the enums `Scale` and `Rule` of kernels/blocks.h.
-_SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32")
-_RULES: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """A grid of numbers: floating point with subnormals and without infinity, or the integers from `low` to `high`."""
-
-    name: str
-    mantissa_bits: int
-    """Explicit bits of the mantissa; 0 for an integer grid."""
-    emin: int
-    """Exponent of the smallest normal number; 0 for an integer grid."""
-    emax: int
-    """Exponent of the largest number; 0 for the integer grids of `FORMATS`, whose scales do not use it."""
-    low: float
-    """Smallest number of the grid."""
-    high: float
-    """Largest number of the grid."""
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether the grid is the integers from `low` to `high`."""
-        return self.mantissa_bits == 0
+_SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32", "e6m2")
+_MX_RULES: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
+_FOUR_OVER_SIX: tuple[Rule, ...] = ("46", "46_mae")
+_RULES: tuple[Rule, ...] = (*_MX_RULES, "te", *_FOUR_OVER_SIX)
+_RULES_OF: Mapping[Scale, tuple[Rule, ...]] = {
+    "none": ("",),
+    "e8m0": ("", *_MX_RULES),
+    "e4m3": ("", "te", *_FOUR_OVER_SIX),
+    "float32": ("",),
+    "e6m2": ("",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ class Format:
     """How numbers are stored: the grid of an element, how many elements share a scale, and what a scale may be.
 
     Raises:
-        ValueError: if there are blocks but no scale for them.
+        ValueError: if the parts do not fit together, such as blocks without a scale.
     """
 
     name: str
@@ -105,23 +109,25 @@ class Format:
     """Number of elements along the axis that share a scale; None for a whole row, or for the whole tensor if `scale` is
     "none" and `tensor_divisor` is set."""
     scale: Scale
-    """Values that the scale of a block may take: powers of two (e8m0), E4M3 numbers, or any float32."""
+    """Values that the scale of a block may take: powers of two (e8m0), E4M3 numbers, any float32, or HiF4's (e6m2)."""
     rule: Rule = ""
-    """How an E8M0 scale is derived from a block's amax."""
+    """How the scale is derived from a block's amax: for E8M0 one of four rules; for E4M3 `te` (the order of operations
+    of Transformer Engine), or four over six by the squared (`46`) or the absolute error (`46_mae`)."""
     divisor: float = 1.0
     """A block's scale is its amax divided by this."""
     tensor_divisor: float | None = None
     """The tensor's float32 scale is its amax divided by this; None if the tensor has no scale."""
+    rows: int = 1
+    """Number of rows that a block spans: above 1, blocks are two-dimensional, `rows` x `block`."""
     packed: bytes = field(init=False, repr=False, compare=False)
     """This format as the struct `Spec` of kernels/blocks.h."""
     has_kernel: bool = field(init=False, repr=False, compare=False)
     """Whether the compiled kernels know this layout; other formats are computed in plain torch everywhere."""
 
     def __post_init__(self) -> None:
-        if self.scale == "none" and self.block is not None:
-            raise ValueError(
-                f"format {self.name!r} has blocks of {self.block} without a scale: set scale, or block=None"
-            )
+        problem = self._problem()
+        if problem:
+            raise ValueError(f"format {self.name!r} {problem}")
         e = self.element or Element("", 0, 0, 0, 0.0, 0.0)
         rule = _RULES.index(self.rule or "floor")
         integers = (_SCALES.index(self.scale), rule, self.block or 0, e.mantissa_bits, e.emin, e.emax)
@@ -129,26 +135,52 @@ class Format:
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "has_kernel", self.element is not None and self._is_laid_out_as_kernels_are())
 
-    def _is_laid_out_as_kernels_are(self) -> bool:
-        integer = self.element is not None and self.element.is_integer
-        layouts = {
-            "none": self.block is None,
-            "e8m0": self.block == MX_BLOCK and not integer,
-            "e4m3": self.block == NVFP4_BLOCK and not integer,
-            "float32": self.block is None or (self.block == INT4_GROUP and integer),
+    def _problem(self) -> str | None:
+        """What does not fit together, or None."""
+        hif4 = self.element == S1P2 and self.block == HIF4_BLOCK and self.rows == 1
+        tapered = self.element is not None and self.element.tapered
+        faults = {
+            f"has blocks of {self.block} without a scale: set scale, or block=None": (
+                self.scale == "none" and self.block is not None
+            ),
+            f"has blocks of {self.rows} rows, but no number of columns: set block": self.rows > 1 and not self.block,
+            f"has blocks of {self.rows} x {self.block}; both must be at least 1": min(self.rows, self.block or 1) < 1,
+            f"has the rule {self.rule!r}, which is none for a scale in {self.scale}": (
+                self.rule not in _RULES_OF[self.scale]
+            ),
+            f"has the rule {self.rule!r}, which needs elements in E2M1 and a scale of the tensor": (
+                self.rule in _FOUR_OVER_SIX and not (self.element == E2M1 and self.tensor_divisor)
+            ),
+            "has a scale in E6M2, which is defined for blocks of 64 elements in S1P2": (
+                self.scale == "e6m2" and not hif4
+            ),
+            "has tapered elements, which have no scale": (
+                tapered and (self.scale != "none" or self.tensor_divisor is not None)
+            ),
         }
-        return layouts[self.scale]
+        return next((text for text, wrong in faults.items() if wrong), None)
 
+    @property
+    def follows_transformer_engine(self) -> bool:
+        """Whether a block is computed in the order of operations of Transformer Engine."""
+        return self.rule == "te" or self.rule in _FOUR_OVER_SIX
 
-E2M1 = Element("e2m1", 1, 0, 2, -6.0, 6.0)
-E2M3 = Element("e2m3", 3, 0, 2, -7.5, 7.5)
-E3M2 = Element("e3m2", 2, -2, 4, -28.0, 28.0)
-E4M3 = Element("e4m3", 3, -6, 8, -E4M3_MAX, E4M3_MAX)
-E5M2 = Element("e5m2", 2, -14, 15, -57344.0, 57344.0)
+    @property
+    def tries_two_scales(self) -> bool:
+        """Whether two scales are tried for each block (four over six)."""
+        return self.rule in _FOUR_OVER_SIX
 
-
-def _integers(low: int, high: int) -> Element:
-    return Element(f"int[{low}, {high}]", 0, 0, 0, float(low), float(high))
+    def _is_laid_out_as_kernels_are(self) -> bool:
+        assert self.element is not None
+        integer = self.element.is_integer
+        layouts = {
+            "none": self.block is None and not self.element.tapered,
+            "e8m0": self.block == MX_BLOCK and not integer,
+            "e4m3": self.block == NVFP4_BLOCK and not integer and not self.rule,
+            "float32": self.block is None or (self.block == INT4_GROUP and integer),
+            "e6m2": False,
+        }
+        return layouts[self.scale] and self.rows == 1
 
 
 def _table() -> dict[str, Format]:
@@ -156,29 +188,50 @@ def _table() -> dict[str, Format]:
     formats: list[Format] = []
     mx = {"mxfp4": E2M1, "mxfp6_e2m3": E2M3, "mxfp6_e3m2": E3M2, "mxfp8_e4m3": E4M3, "mxfp8_e5m2": E5M2}
     for name, element in mx.items():
-        for rule in _RULES:
+        for rule in _MX_RULES:
             full = name if rule == "floor" else f"{name}:{rule}"
             formats.append(Format(full, element, MX_BLOCK, "e8m0", rule, element.high))
     formats += [
         Format("nvfp4", E2M1, NVFP4_BLOCK, "e4m3", divisor=6.0, tensor_divisor=E4M3_MAX * 6.0),
         Format("nvfp4_block", E2M1, NVFP4_BLOCK, "e4m3", divisor=6.0),
+        *_transformer_engine(),
+        Format("hif8", HIF8, None, "none"),
+        Format("hif4", S1P2, HIF4_BLOCK, "e6m2", divisor=7.0),
         Format("fp8_e4m3", E4M3, None, "none", tensor_divisor=E4M3_MAX),
         Format("fp8_e4m3_row", E4M3, None, "float32", divisor=E4M3_MAX),
-        Format("int8", _integers(-127, 127), None, "float32", divisor=127.0),
-        Format("int8:full", _integers(-128, 127), None, "float32", divisor=127.5),
-        Format("int4", _integers(-7, 7), INT4_GROUP, "float32", divisor=7.0),
-        Format("int4:full", _integers(-8, 7), INT4_GROUP, "float32", divisor=7.5),
+        Format("int8", integers(-127, 127), None, "float32", divisor=127.0),
+        Format("int8:full", integers(-128, 127), None, "float32", divisor=127.5),
+        Format("int4", integers(-7, 7), INT4_GROUP, "float32", divisor=7.0),
+        Format("int4:full", integers(-8, 7), INT4_GROUP, "float32", divisor=7.5),
         Format("bf16", None, None, "none"),
         Format("fp16", None, None, "none"),
     ]
     return {fmt.name: fmt for fmt in formats}
 
 
+def _transformer_engine() -> Iterator[Format]:
+    """NVFP4 in the order of operations of Transformer Engine, in blocks of 1 x 16 and 16 x 16, and four over six."""
+    for rows in (1, NVFP4_BLOCK):
+        for rule in ("te", *_FOUR_OVER_SIX):
+            name = f"nvfp4:{rule}" if rows == 1 else "nvfp4:2d" if rule == "te" else f"nvfp4:{rule}_2d"
+            largest = E4M3_MAX if rule == "te" else E4M3_MAX_46
+            yield Format(name, E2M1, NVFP4_BLOCK, "e4m3", rule, 6.0, largest * 6.0, rows)
+
+
 FORMATS: Mapping[str, Format] = MappingProxyType(_table())
+
+
+@functools.cache
+def _own_format(word: str) -> Format:
+    """The format that a word spells out; one of `FORMATS` if it is the same."""
+    own = Format(word, **parts_of(word))
+    return next((fmt for fmt in FORMATS.values() if dataclasses.replace(fmt, name=word) == own), own)
 
 
 def get_format(name: str) -> Format:
     """The format with this name; the default rule may be spelled out (`mxfp4:floor` is `mxfp4`).
+
+    A name with slashes spells out a format of one's own (`spelling`).
 
     Raises:
         ValueError: if there is no such format; the message suggests the nearest names.
@@ -186,6 +239,8 @@ def get_format(name: str) -> Format:
     fmt = FORMATS.get(name)
     if fmt is not None:
         return fmt
+    if "/" in name:
+        return _own_format(name)
     base, _, rule = name.partition(":")
     default = FORMATS.get(base)
     if default is not None and rule and default.rule == rule:
