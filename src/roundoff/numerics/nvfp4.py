@@ -30,7 +30,8 @@ _SECOND_CANDIDATE = 1.5  # 6 / 4
 
 def encoding_scale(amax: Float[Tensor, "*shape"], divisor: float) -> Float[Tensor, "*shape"]:
     """The encoding scale of a tensor (float32) from its largest finite magnitude; 1 if that is 0."""
-    return torch.where(amax == 0, 1.0, (divisor / amax).clamp(max=_LARGEST))
+    quotient = torch.full_like(amax, divisor) / amax  # torch takes `number / tensor` as a product with the reciprocal
+    return torch.where(amax == 0, 1.0, quotient.clamp(max=_LARGEST))
 
 
 def transformer_engine(

@@ -139,9 +139,14 @@ def _two_dimensional(
     if x.numel() == 0:
         return x.clone() if out is None else out
     tiles = tiles_of(matrices, fmt)
-    flat = matrices.reshape(-1, matrices.shape[-1])
-    rows = torch.empty_like(tiles)
-    quantize_rows(tiles, one_row_a_block(fmt), _row_scales(flat, fmt, source, scales), rows, stochastic)
+    flat = one_row_a_block(fmt)
+    kernels = kernels_for(x) if flat.has_kernel else None
+    if kernels is not None:  # the zeros of the padding do not change the scale of the whole tensor
+        rows = _compiled(kernels, tiles.contiguous(), flat, source, scales, None, stochastic)
+    else:
+        rows = torch.empty_like(tiles)
+        given = _row_scales(matrices.reshape(-1, matrices.shape[-1]), fmt, source, scales)
+        quantize_rows(tiles, flat, given, rows, stochastic)
     result = matrices_of(rows, fmt, matrices.shape)
     result = result.movedim(-1, axis) if x.dim() > 1 else result.reshape(x.shape)
     return result.contiguous() if out is None else out.copy_(result)

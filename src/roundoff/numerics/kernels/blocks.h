@@ -6,8 +6,9 @@
 
 namespace roundoff {
 
-enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3 };
-enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3 };
+// In the order of formats/table.py. ENCODED: E4M3 under the last three rules, which nvfp4.h computes.
+enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3, E6M2 = 4, TAPERED = 5, ENCODED = 6 };
+enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3, TRANSFORMER_ENGINE = 4, SQUARED = 5, ABSOLUTE = 6 };
 
 // The layout of `formats.Format.packed`.
 struct Spec {
@@ -109,9 +110,20 @@ __attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64
     }
 }
 
+// Tiles of formats with arithmetic of their own: hifloat.h and nvfp4.h.
+template <class T, int N, bool STREAM, bool RANDOM>
+static void hif4_tile(const Work& w, const T* x, T* y, int blocks, int64_t row, int64_t column);
+template <class T, int N, bool STREAM>
+static void encoded_tile(const Work& w, const T* x, T* y, int blocks, F encoding, int64_t row, int64_t column);
+
 // Quantizes up to LANES blocks of N elements that start at `column` of `row`; lane b of tensor_scale is for block b.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_scale, int64_t row, int64_t column) {
+    if constexpr (SCALE == E6M2) {
+        return w.random ? hif4_tile<T, N, STREAM, true>(w, x, y, blocks, row, column)
+                        : hif4_tile<T, N, STREAM, false>(w, x, y, blocks, row, column);
+    }
+    if constexpr (SCALE == ENCODED) return encoded_tile<T, N, STREAM>(w, x, y, blocks, tensor_scale, row, column);
     constexpr int V = N / LANES;
     U m[LANES];
     for (int b = 0; b < LANES; ++b) {
@@ -194,7 +206,7 @@ static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_sca
 // Quantizes LANES whole blocks on the fastest path.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, int64_t row, int64_t column) {
-    if constexpr (std::is_same<T, bf16>::value && !INTEGER) {
+    if constexpr (std::is_same<T, bf16>::value && !INTEGER && SCALE != E6M2 && SCALE != ENCODED) {
         if (!w.random) return pair_tile<SCALE, N, STREAM>(w, x, y, tensor_scale);
     }
     tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, LANES, tensor_scale, row, column);
