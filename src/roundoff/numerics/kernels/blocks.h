@@ -30,15 +30,20 @@ static const float E4M3_HIGH = 448.0f;
 
 static inline F with_sign(F magnitude, F of) { return real(bits(magnitude) | (bits(of) & SIGN)); }
 
+// Rounds v on a floating-point grid, whose largest number is `high` and whose smallest normal one has the bits `smallest`.
+static inline F nearest_on(F v, F high, U smallest, U rounder) {
+    F t = at_most(real(bits(v) & MAGNITUDE), high);
+    F c = real(max(bits(t) & EXPONENT, smallest) + rounder);
+    return with_sign((t + c) - c, v);
+}
+
 // Rounds v to the nearest grid number, ties to even. Values beyond the grid saturate, and NaN stays NaN.
 template <bool INTEGER> static inline F nearest(F v, const Grid& g) {
     if (INTEGER) {
         F t = at_least(at_most(v, g.high), g.low);
         return with_sign(real(bits((t + 0x1.8p23f) - 0x1.8p23f) & MAGNITUDE), v);
     }
-    F t = at_most(real(bits(v) & MAGNITUDE), g.high);
-    F c = real(max(bits(t) & EXPONENT, g.smallest) + g.rounder);
-    return with_sign((t + c) - c, v);
+    return nearest_on(v, g.high, g.smallest, g.rounder);
 }
 
 // Rounds v to one of its two grid neighbours, chosen by random words so that the mean is v.
@@ -91,6 +96,22 @@ template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F ten
     return r;
 }
 
+// The grid of an element times the power-of-two scales of LANES blocks. Rounding on it gives the same bits as dividing,
+// rounding and multiplying, as long as no number on the way leaves float32's normal range: `exact` says so.
+struct MovedGrid {
+    F high;
+    U smallest;
+    bool exact;
+    MovedGrid(const Spec& s, const Grid& g, U amax, F scale) {
+        scale = amax == 0u ? splat(1.0f) : scale;  // any scale serves a block of zeros
+        const U exponent = bits(scale) >> 23;      // 255 for a block that holds NaN or Inf
+        high = g.high * scale;
+        smallest = g.smallest + ((exponent - 127u) << 23);
+        const U far = exponent > 127u ? exponent - 127u : 127u - exponent;
+        exact = s.emin >= -32 && s.emax <= 32 && maximum(far) <= 60;
+    }
+};
+
 // The parameters of a call, apart from its arrays.
 struct Work {
     const Spec& spec;
@@ -110,7 +131,7 @@ __attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64
     }
 }
 
-// Tiles of formats with arithmetic of their own: hifloat.h and nvfp4.h.
+// Tiles with arithmetic of their own: hifloat.h, nvfp4.h and pairs.h.
 template <class T, int N, bool STREAM, bool RANDOM>
 static void hif4_tile(const Work& w, const T* x, T* y, int blocks, int64_t row, int64_t column);
 template <class T, int N, bool STREAM>
@@ -131,7 +152,25 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
         if (b >= blocks) continue;
         for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
     }
-    Scales s = scales_of<SCALE>(maxima(m), w.spec, tensor_scale);
+    const U amax = maxima(m);
+    Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
+    if constexpr (SCALE == E8M0) {
+        const MovedGrid moved(w.spec, w.grid, amax, s.multiply);
+        if (moved.exact && !w.random) {
+            alignas(64) float high[LANES], smallest[LANES];
+            store<false>(high, moved.high);
+            store<false>(smallest, real(moved.smallest));
+            for (int b = 0; b < blocks; ++b) {
+                const F most = splat(high[b]);
+                const U least = bits(splat(smallest[b]));
+                for (int v = 0; v < V; ++v) {
+                    const F a = load(x + b * N + v * LANES);
+                    store<STREAM>(y + b * N + v * LANES, nearest_on(a, most, least, w.grid.rounder));
+                }
+            }
+            return;
+        }
+    }
     alignas(64) float multiply[LANES], divide[LANES], words[LANES * N];
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
@@ -147,61 +186,8 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
     }
 }
 
-// `pair_tile` quantizes LANES whole blocks of bfloat16 as pairs (low half: even element, high half: odd element), which
-// avoids widening and narrowing. Under a power-of-two scale every result is exact in bfloat16: it has fewer bits, and
-// it is a multiple of the smallest bfloat16 number, because either its grid step is one or the input is on the grid.
-struct EvenThenOdd {
-    static constexpr int at(int k) { return k < LANES / 2 ? 2 * k : 2 * k + 1 - LANES; }
-};
-struct LowThenHigh {  // the low half of a beside the high half of b
-    static constexpr int at(int k) { return k < LANES / 2 ? k : k + LANES; }
-};
 template <int SCALE, int N, bool STREAM>
-static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale) {
-    constexpr bool SHARED = N < 2 * LANES;  // two blocks in a vector
-    constexpr int EACH = SHARED ? 1 : N / (2 * LANES), VECTORS = SHARED ? LANES / 2 : LANES;  // vectors that share scales
-    static_assert(N >= LANES, "a block fills at least half of a vector of pairs");
-    U m[VECTORS];
-    for (int i = 0; i < VECTORS; ++i) {
-        m[i] = splat(0u);
-        for (int k = 0; k < EACH; ++k) {
-            U v = load_pairs(x + 2 * LANES * (EACH * i + k));
-            m[i] = max(m[i], max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE));
-        }
-    }
-    // With two blocks per vector, the tree without its last step leaves block 2i in lane i, and block 2i + 1 half a
-    // vector further.
-    U amax;
-    if constexpr (SHARED) {
-        amax = maxima_of_halves(m);
-        tensor_scale = shuffled<EvenThenOdd>(tensor_scale, tensor_scale);
-    } else {
-        amax = maxima(m);
-    }
-    Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
-    alignas(64) float multiply[LANES], divide[LANES];
-    store<false>(multiply, s.multiply);
-    store<false>(divide, s.divide);
-    for (int i = 0; i < VECTORS; ++i) {
-        F d = splat(divide[i]), back = splat(multiply[i]);
-        if constexpr (SHARED) {
-            d = shuffled<LowThenHigh>(d, splat(divide[i + LANES / 2]));
-            back = shuffled<LowThenHigh>(back, splat(multiply[i + LANES / 2]));
-        }
-        for (int k = 0; k < EACH; ++k) {
-            const int64_t at = 2 * LANES * (EACH * i + k);
-            U v = load_pairs(x + at);
-            F even = real(v << 16), odd = real(v & ~0xffffu);
-            U a = bits(nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back);
-            U b = bits(nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back);
-            if (SCALE != E8M0) {  // round to nearest even; a NaN here has no low bits that could carry into the sign
-                a = a + (((a >> 16) & 1u) + 0x7fffu);
-                b = b + (((b >> 16) & 1u) + 0x7fffu);
-            }
-            store_pairs<STREAM>(y + at, (a >> 16) | (b & ~0xffffu));
-        }
-    }
-}
+static void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale);
 
 // Quantizes LANES whole blocks on the fastest path.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>

@@ -4,11 +4,6 @@
 
 namespace roundoff {
 
-typedef int16_t S __attribute__((vector_size(4 * LANES)));  // twice as many lanes, for pairs of bfloat16
-
-template <class V> static inline V signed_max(V a, V b) { return a > b ? a : b; }
-template <class V> static inline V signed_min(V a, V b) { return a < b ? a : b; }
-
 // The bits of magnitudes of HiF8, to nearest and halves away from zero, for the bits of float32 (M = 23) or bfloat16
 // (M = 7). Adding half a step to the bits and clearing those below the step also carries into the exponent.
 template <int M, class V> static inline V hif8_bits(V v) {

@@ -10,6 +10,7 @@
 #include "hifloat.h"
 #include "noise.h"
 #include "nvfp4.h"
+#include "pairs.h"
 
 using namespace roundoff;
 
