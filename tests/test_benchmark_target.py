@@ -12,7 +12,7 @@ def test_a_target_reaches_the_benchmark(monkeypatch, capsys):
     *_, narrowest = targets_for(torch.backends.cpu.get_cpu_capability())
     monkeypatch.setattr(listing, "run", lambda names: print(*names, computed_by(torch.ones(1))) or 0)
     assert listing.main(["--target", narrowest, "noise"]) == 0
-    assert listing.main(["noise", "--target", "torch"]) == 0
+    assert listing.main(["--target=torch", "noise"]) == 0
     assert capsys.readouterr().out == f"noise {narrowest}\nnoise torch\n"
 
 

@@ -15,6 +15,7 @@ from roundoff.cli import main
 from roundoff.commands.options import parse_seeds
 from roundoff.config import ConfigError
 from roundoff.experiments import experiment_ids, families, load_experiment
+from roundoff.formats.table import FORMATS
 from tests.program import roundoff
 from tests.training.test_loop import run as make_run
 
@@ -28,6 +29,12 @@ def in_its_own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProces
     """Of commands that import no torch; others take seconds for that, and are called by `roundoff` in this process."""
     command = [sys.executable, "-m", "roundoff", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_list_of_formats_names_every_one(tmp_path):
+    rows = in_its_own_process("list", "--formats", cwd=tmp_path).stdout.splitlines()
+    assert [row.split()[0] for row in rows[1 : 1 + len(FORMATS)]] == list(FORMATS)
+    assert next(row for row in rows if row.startswith("nvfp4:2d")).split()[1:5] == ["E2M1", "16", "x", "16"]
 
 
 def test_list_names_every_experiment_and_imports_no_torch(tmp_path):

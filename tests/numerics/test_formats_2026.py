@@ -114,7 +114,7 @@ class TestTwoDimensions:
 
     def test_a_scale_for_each_row_is_refused(self, name):
         for scale in ("row", torch.ones(20, 1)):
-            with pytest.raises(ValueError, match="blocks of .* span rows"):
+            with pytest.raises(ValueError, match=r"blocks of .* span rows"):
                 quantize(draw(20, 24), name, tensor_scale=scale)
 
     def test_stochastic_rounding_is_keyed_and_unbiased(self, name):

@@ -15,7 +15,17 @@ import click
 from roundoff.actions.named_hardware import load_hardware
 from roundoff.actions.terminal import show
 from roundoff.aqn.multipliers import DIRECTIONS, MODES
-from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, Task, nearest, validate
+from roundoff.config import (
+    ConfigError,
+    Hardware,
+    MatmulNoise,
+    Precision,
+    Task,
+    activation_format,
+    known_format,
+    nearest,
+    validate,
+)
 from roundoff.experiments import load_profile
 from roundoff.report.scan_picture import scan_picture
 from roundoff.report.scan_tables import fault_lines, frontier_table, linear_table, scan_table
@@ -148,10 +158,12 @@ def chosen_hardware(options: ScanOptions) -> tuple[Hardware, str]:
     both = DEFAULT_FORMAT if none_given else options.both
     given = {"weight": options.weight or both, "activation": options.activation or both}
     for option, name in formats.items():
-        kinds = ("weight", "activation") if option == "--format" else (option.removeprefix("--"),)
-        if name is not None:
-            validate(Precision, dict.fromkeys(kinds, name), source=option)
-    precision = validate(Precision, given, source="--format")
+        try:
+            if name is not None:
+                known_format(name) if option == "--weight" else activation_format(name)
+        except ValueError as error:
+            raise ConfigError(f"{option} {error}, but is {name!r}") from None
+    precision = Precision.model_validate(given)
     noise = validate(MatmulNoise, {"relative_std": options.noise or 0.0}, source="--noise")
     parts = [f"{kind} {name}" for kind in ("weight", "activation") if (name := getattr(precision, kind))]
     if noise.relative_std:

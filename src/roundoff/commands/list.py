@@ -6,10 +6,14 @@ import click
 
 
 @click.command("list")
-def list_command() -> None:
+@click.option("--formats", is_flag=True, help="List the number formats instead.")
+def list_command(formats: bool) -> None:
     """List the declared experiments, family by family, and the profiles."""
     from roundoff.experiments import families, load_experiment, load_profile, profile_names
 
+    if formats:
+        _list_formats()
+        return
     for family, ids in families().items():
         click.secho(family, bold=True)
         width = max(map(len, ids))
@@ -20,3 +24,19 @@ def list_command() -> None:
     click.secho("profiles", bold=True)
     for name in profile_names():
         click.echo(f"  {name}  {load_profile(name).title}")
+
+
+def _list_formats() -> None:
+    """One line for each format of the table, and how to spell one's own."""
+    from roundoff.formats.table import FORMATS
+    from roundoff.formats.words import HEADER, in_words
+
+    rows = [HEADER, *map(in_words, FORMATS.values())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        click.secho(line, bold=number == 0)
+    click.echo(
+        "\nOne's own: element/block/scale, such as e2m1/16/e8m0:ceil, e4m3/row/float32 or e2m1/16x16/e4m3+tensor, "
+        "wherever a name is taken."
+    )

@@ -11,7 +11,17 @@ Doors: everything that this module exports.
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
-from roundoff.config.hardware import FORMAT_NAMES, PLAIN_FORMAT_NAMES, Deadzone, Fault, Hardware, MatmulNoise, Precision
+from roundoff.config.hardware import (
+    FORMAT_NAMES,
+    PLAIN_FORMAT_NAMES,
+    Deadzone,
+    Fault,
+    Hardware,
+    MatmulNoise,
+    Precision,
+    activation_format,
+    known_format,
+)
 from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
@@ -38,7 +48,9 @@ __all__ = [
     "Settings",
     "Task",
     "Training",
+    "activation_format",
     "is_temperature",
+    "known_format",
     "learning_rate",
     "nearest",
     "result_hash",

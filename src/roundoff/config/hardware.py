@@ -40,7 +40,9 @@ def known_format(name: str) -> str:
     return name
 
 
-def _of_one_row(name: str) -> str:
+def activation_format(name: str) -> str:
+    """The same for activations, whose blocks must lie within a token."""
+    name = known_format(name)
     if get_format(name).rows > 1:
         raise ValueError(
             f"must be a format whose blocks lie within a token, but the blocks of {name!r} span tokens "
@@ -52,7 +54,7 @@ def _of_one_row(name: str) -> str:
 FormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(known_format)]
 """A name among `formats.table.FORMATS`, or a format of one's own: a word as in `formats.spelling`, or a table of its
 parts, which becomes that word."""
-ActivationFormatName = Annotated[FormatName, AfterValidator(_of_one_row)]
+ActivationFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(activation_format)]
 
 
 def _kept_layers(value: Any) -> Any:

@@ -27,6 +27,10 @@ saturates, but small numbers are rounded more coarsely. The four scale rules are
     nvfp4       blocks of 16; scale in E4M3, relative to one float32 scale `amax_tensor / (448 * 6)` for the tensor
     nvfp4_block the same without the tensor's scale. Weights of sigma 0.02 push block scales into E4M3's subnormals; at
                 sigma 0.001 nothing is left. It demonstrates that, and serves tensors that were scaled beforehand.
+    nvfp4:te    the same in the order of operations of Transformer Engine (`numerics.nvfp4`)
+    nvfp4:46, nvfp4:46_mae     four over six: of two scales, the one with the smaller squared, or absolute, error
+    nvfp4:2d, nvfp4:46_2d, nvfp4:46_mae_2d     the last three in blocks of 16 x 16
+    hif8, hif4  HiFloat8 and HiFloat4 of Ascend NPUs (`numerics.hifloat`)
     fp8_e4m3, fp8_e4m3_row     one float32 scale `amax / 448` for the tensor, or for each row
     int8, int8:full            one float32 scale per row: `amax / 127` on [-127, 127], or `amax / 127.5` on [-128, 127]
     int4, int4:full            the same for groups of 32: `amax / 7` on [-7, 7], or `amax / 7.5` on [-8, 7]
