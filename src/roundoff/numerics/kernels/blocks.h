@@ -175,15 +175,17 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
     if (w.random) words_of(w, row, column, (int64_t)blocks * N, words);
-    for (int b = 0; b < blocks; ++b) {
-        for (int v = 0; v < V; ++v) {
-            F a = load(x + b * N + v * LANES);
-            F q = SCALE == E8M0 ? a * splat(divide[b]) : a / splat(divide[b]);
-            q = w.random ? stochastic<INTEGER>(q, w.grid, bits(load(words + b * N + v * LANES)))
-                         : nearest<INTEGER>(q, w.grid);
-            store<STREAM>(y + b * N + v * LANES, q * splat(multiply[b]));
-        }
-    }
+    auto each = [&](auto rounded) {
+        for (int b = 0; b < blocks; ++b)
+            for (int v = 0; v < V; ++v) {
+                const int at = b * N + v * LANES;
+                const F a = load(x + at), d = splat(divide[b]);
+                store<STREAM>(y + at, rounded(SCALE == E8M0 ? a * d : a / d, at) * splat(multiply[b]));
+            }
+    };
+    const Grid grid = w.grid;
+    if (w.random) each([&](F q, int at) { return stochastic<INTEGER>(q, grid, bits(load(words + at))); });
+    else each([&](F q, int) { return nearest<INTEGER>(q, grid); });
 }
 
 template <int SCALE, int N, bool STREAM>

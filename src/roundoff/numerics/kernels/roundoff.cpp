@@ -1,6 +1,6 @@
 // roundoff's compiled kernels: quantize-dequantize, keyed noise, decoding, and fingerprints of memory. They have no
 // dependencies and are loaded through ctypes.
-// Build with -O3 -march=native -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
+// Build as build.py does, with -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
 #include <algorithm>
 #include <system_error>
 #include <thread>

@@ -34,7 +34,7 @@ struct bf16 { uint16_t bits; };
 constexpr uint32_t SIGN = 0x80000000u, MAGNITUDE = 0x7fffffffu, EXPONENT = 0x7f800000u, MANTISSA = 0x007fffffu;
 constexpr uint32_t QUIET_NAN = 0x7fc00000u;
 
-static inline F splat(float a) { return F{} + a; }
+static inline F splat(float a) { return a - F{}; }  // a + 0 would be an addition, because -0 + 0 is 0
 static inline U splat(uint32_t a) { return U{} + a; }
 static inline U bits(F a) { return (U)a; }
 static inline F real(U a) { return (F)a; }
