@@ -111,7 +111,10 @@ class LinearState:
             ):
                 cached = None
             self._cached_of = None  # an error below must not leave a half-written copy in use
-            with torch.inference_mode(False):  # autograd does not accept a tensor made in inference mode
+            if torch.is_inference_mode_enabled():  # autograd does not accept a tensor made in inference mode
+                with torch.inference_mode(False):
+                    cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
+            else:
                 cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1

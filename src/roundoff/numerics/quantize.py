@@ -19,8 +19,19 @@ from torch import Tensor
 from roundoff.formats.table import FORMATS, Format, get_format
 
 from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
-from .blocks import FROM_ROW, FROM_TENSOR, GIVEN, GIVEN_ROWS, NONE, quantize_matrices
+from .blocks import (
+    FROM_ROW,
+    FROM_TENSOR,
+    GIVEN,
+    GIVEN_ROWS,
+    NONE,
+    matrices_of,
+    one_row_a_block,
+    quantize_matrices,
+    tiles_of,
+)
 from .deadzone import outside_of_deadzone
+from .memory import empty_like
 from .rng import Key, signed
 from .transfer import put
 from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
@@ -100,7 +111,7 @@ def _compiled(
 ) -> Tensor:
     """The compiled path, on contiguous memory with blocks along the last axis."""
     if out is None:
-        y = torch.empty_like(x)
+        y = empty_like(x)
     else:
         y = out
         if not out.is_inference():
@@ -226,8 +237,15 @@ def _general(
 ) -> Tensor:
     """The path for any memory layout, axis and device: gather the rows, quantize them, and put them back."""
     moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
+    flat = one_row_a_block(fmt) if fmt.rows > 1 and x.numel() else fmt
+    of_tiles = kernels_for(x) if flat is not fmt and flat.has_kernel and x.dtype is not torch.float16 else None
     if kernels is not None:
         rows = _compiled(kernels, moved.contiguous(), fmt, source, scales, None, stochastic)
+    elif of_tiles is not None:  # the zeros of the padding do not change the scale of the whole tensor
+        matrices = moved if moved.dim() > 1 else moved[None]
+        tiles = tiles_of(matrices, fmt).contiguous()
+        rows = _compiled(of_tiles, tiles, flat, source, scales, None, stochastic)
+        rows = matrices_of(rows, fmt, matrices.shape).reshape(moved.shape)
     else:
         rows = quantize_matrices(moved, fmt, source, scales, stochastic)
     result = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
