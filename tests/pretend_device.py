@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from roundoff.numerics import transfer
+from roundoff.numerics.backend import triton_problem
 
 NAME = "cuda"
 MARK = "pretended_side"
@@ -264,6 +265,7 @@ def waits(*, refused: bool = False) -> Iterator[list[str]]:
         WaitError: with `refused`, where the program waits.
     """
     watch = _ACTIVE[-1]
+    triton_problem(NAME)  # Triton is tried once in a process, which waits
     before = watch.waits, watch.refused
     watch.waits, watch.refused = [], refused
     try:

@@ -314,7 +314,7 @@ def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Ten
     """A scale tensor that the caller passed, as a number or as float32 [rows]."""
     scale = put(scale.detach(), x.device, torch.float32)
     valid = scale.isfinite() & (scale >= 0)
-    if not x.is_cpu:  # asking whether all are valid would wait for the device
+    if not x.is_cpu or may_use_triton(x):  # asking whether all are valid would wait for the device
         scale = torch.where(valid, scale, torch.nan)
         if scale.numel() == 1:
             return GIVEN_ROWS, scale.reshape(1)
