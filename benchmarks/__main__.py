@@ -2,8 +2,12 @@
 
 Options after the last name belong to it: `python -m benchmarks gpu --parts a,c`. A benchmark takes options if it has a
 function `parser`, whose result its `main` gets.
+
+Before the first name, `--target avx2` takes the kernels of another target than the processor's widest, or
+`--target torch` none. It does not reach benchmarks that start processes of their own, which are refused with it.
 """
 
+import argparse
 import ast
 import importlib
 import sys
@@ -11,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from roundoff.numerics.backend import computed_by
+from roundoff.numerics.backend import computed_by, use_backend
 from roundoff.runs.provenance import machine
 
 ALONE = ("gpu", "real")
 """Benchmarks that `all` leaves out: they need a device, or the network."""
+STARTS_PROCESSES = ("quickstart", "parallel", "ray_grid", "gpu", "real")
+"""Benchmarks whose work is done by other processes, which choose their kernels themselves, or on a device."""
 
 
 def available() -> dict[str, str]:
@@ -60,5 +66,23 @@ def run(words: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
+def main(arguments: list[str]) -> int:
+    """Read the target from the command line, and run the rest under it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", default="auto", help="kernels to measure, such as avx2; or torch")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="NAME", help="benchmarks to run; none lists them")
+    options = parser.parse_args(arguments)
+    unreached = [name for name in STARTS_PROCESSES if name in options.words]
+    if options.target != "auto" and (unreached or options.words == ["all"]):
+        parser.error(f"--target does not reach the processes that {', '.join(unreached) or '`all`'} would start")
+    try:
+        with use_backend(options.target):
+            return run(options.words)
+    except ValueError as error:
+        if "the backend must be" not in str(error):
+            raise
+        parser.error(str(error))
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -39,7 +39,7 @@ COLUMNS, SMALL_COLUMNS = 512, 16
 """Tokens of a rollout, of which half are the response."""
 STEPS = 7
 LEARNING_RATE = 1e-6
-SYNCHRONISATIONS_GOAL = 0.0
+SYNCHRONISATIONS_GOAL = 1.0
 GROUP = 2
 
 
@@ -69,24 +69,24 @@ def batch_of(device: str, count: int, *, small: bool) -> Batch:
     """Random rollouts without padding, with advantages of 1 and -1 in turn."""
     columns = SMALL_COLUMNS if small else COLUMNS
     response = columns // 2
-    tokens = qwen.random_tokens(count, columns, small=small, seed=3).to(device)
-    positions = torch.arange(columns, device=device).expand(count, -1)
-    none = torch.zeros(count, dtype=torch.bool, device=device)
+    tokens = qwen.random_tokens(count, columns, small=small, seed=3)
+    positions = torch.arange(columns).expand(count, -1)
+    none = torch.zeros(count, dtype=torch.bool)
     rollouts = Rollouts(
         tokens=tokens,
         attention_mask=torch.ones_like(tokens, dtype=torch.bool),
         prompt_length=columns - response,
-        response_mask=torch.ones(count, response, dtype=torch.bool, device=device),
-        logprobs=torch.full((count, response), -12.0, device=device),
+        response_mask=torch.ones(count, response, dtype=torch.bool),
+        logprobs=torch.full((count, response), -12.0),
         texts=[""] * count,
         truncated=none,
         nonfinite=none,
-        rows=row_ids(torch.arange(count, device=device), positions),
+        rows=row_ids(torch.arange(count), positions),
         group_size=GROUP,
         noise_key=Key.from_seed(1),
         pad_token_id=0,
     )
-    advantages = 1.0 - 2.0 * (torch.arange(count, device=device) % 2)
+    advantages = 1.0 - 2.0 * (torch.arange(count) % 2)
     return Batch(rollouts, advantages, 0.5, 0.5, 1.0, count // GROUP, 0, float(response), 0.0, 0.0, count, 0)
 
 

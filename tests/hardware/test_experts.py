@@ -8,6 +8,7 @@ from roundoff.hardware import hardware_off, install, noise_key
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build
+from tests.pretend_device import pretended, waits
 
 KEY = Key.from_seed(8)
 W4A4 = Hardware(precision=Precision(weight="mxfp4", activation="mxfp4"))
@@ -61,6 +62,18 @@ def test_noise_reaches_experts_and_is_off_when_off(family):
         torch.testing.assert_close(layer(x)[1:], one, rtol=0, atol=2e-5)
     with torch.no_grad(), hardware_off(model):
         assert torch.equal(layer(x), plain.model.layers[0].mlp(x))
+
+
+def test_a_layer_of_experts_waits_once_for_its_device():
+    with pretended() as device:
+        model, batch = build("qwen3_moe").to(device), Batch()
+        install(model, NOISY, seed=0)
+        layer = model.model.layers[0].mlp
+        x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        there = batch.rows.to(device)
+        with waits() as waited, noise_key(model, KEY, there, host=batch.rows):
+            layer(x).sum().backward()
+    assert [line.split()[0] for line in waited] == ["cpu"], waited
 
 
 def test_experts_that_are_not_simulated_are_listed():

@@ -1,5 +1,6 @@
 """A run on a pretended accelerator: all of its tensors are there, and none stays on the CPU."""
 
+import contextlib
 from importlib import import_module
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from roundoff.config import LoRA
 from roundoff.experiments import load_experiment
-from tests.pretend_device import MixedDevicesError, pretended, side
+from tests.pretend_device import MixedDevicesError, WaitError, pretended, side, waits
 from tests.training.test_loop import run, with_training
 
 
@@ -48,6 +49,48 @@ def test_the_pretence_is_noticed_where_it_should_be():
         ):
             with pytest.raises(MixedDevicesError):
                 mixed()
+
+
+def test_waits_are_noticed_where_they_should_be():
+    with pretended() as device:
+        there, here = torch.ones(2, device=device), torch.ones(2)
+        mask, index = there > 0, torch.tensor([0]).pin_memory().to(device, non_blocking=True)
+        for waiting in (
+            lambda: there.sum().item(),
+            lambda: bool(mask.any()),
+            lambda: float(there[index]),
+            lambda: int(index),
+            lambda: there.tolist(),
+            lambda: there.cpu(),
+            lambda: there.to("cpu"),
+            lambda: there.nonzero(),
+            lambda: torch.where(mask),
+            lambda: there[mask],
+            lambda: there[torch.tensor([0])],
+            lambda: there[[0, 1]],
+            lambda: there.repeat_interleave(index + 1),
+            lambda: torch.equal(there, there),
+            lambda: torch.unique(there),
+            lambda: torch.tensor([1.0], device=device),
+            lambda: torch.as_tensor([1.0], device=device),
+            lambda: here.to(device),
+            lambda: here.to(device, non_blocking=True),  # not from pinned memory
+            lambda: there.copy_(here),
+            lambda: here.copy_(there),
+        ):
+            with waits() as waited, contextlib.suppress(RuntimeError):
+                waiting()
+            assert len(waited) == 1, waited
+            with waits(refused=True), pytest.raises(WaitError):
+                waiting()
+        with waits(refused=True):
+            torch.full((2,), 3, device=device)
+            torch.arange(2, device=device)
+            here.pin_memory().to(device, non_blocking=True)
+            there.to("cpu", non_blocking=True)
+            there.index_put_((index,), there[index] * 2.0)
+            there.repeat_interleave(torch.cat([index, index + 1]), output_size=1)
+            torch.where(mask, there, 0.0)
 
 
 @pytest.mark.parametrize("name", ["quickstart-clean", "Baseline"])

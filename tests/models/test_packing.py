@@ -33,7 +33,7 @@ def batch(tokenizer, prompts, responses):
 def test_the_layout_of_the_documented_example(tokenizer, model):
     prompts = ["40-3=", *["3-1="] * 4]
     tokens, mask, T = batch(tokenizer, prompts, ["37", "2", "12", "13", "2"])
-    layout = packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 4096)
+    layout = packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 4096, model.device)
     three, minus, one, equals, two = (tokenizer(c)["input_ids"][0] for c in "3-1=2")
     assert layout.tokens[1].tolist() == [0, three, minus, one, equals, two, one, two, one, three]
     assert layout.position[1].tolist() == [0, 0, 1, 2, 3, 4, 4, 5, 4, 5]
@@ -157,6 +157,6 @@ def test_noisy_hardware_does_not_pack(monkeypatch, tokenizer):
 
 def test_responses_with_gaps_stay_plain(model, tokenizer):
     tokens, mask, T = batch(tokenizer, ["3-1="] * 3, ["12", "13", "14"])
-    assert packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 64) is not None
+    assert packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 64, model.device) is not None
     mask[1, -2] = False
-    assert packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 64) is None
+    assert packing.packed(tokens, mask, T, AttentionPattern.of(model), torch.float32, 64, model.device) is None

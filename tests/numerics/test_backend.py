@@ -47,11 +47,13 @@ def test_a_target_that_the_compiler_does_not_know_is_passed_over(monkeypatch):
     if "avx512" not in backend.targets_for("AVX512"):
         pytest.skip("no such target on this kind of machine")
     backend.build.cache_clear()
+    backend.kernels_of.cache_clear()
     try:
         assert backend.build().target == "avx2"
         assert refused == ["avx512"]
     finally:
         backend.build.cache_clear()
+        backend.kernels_of.cache_clear()
 
 
 def test_what_computes_is_named():
@@ -69,6 +71,23 @@ def test_the_choice_of_backend_is_restored_and_checked():
             assert backend.kernels_for(x) is not None
         assert backend.kernels_for(x) is None
     with pytest.raises(ValueError, match="but is 'cuda'"), backend.use_backend("cuda"):
+        pass
+
+
+def test_a_narrower_target_may_be_chosen():
+    x = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    *_, narrowest = backend.targets_for(torch.backends.cpu.get_cpu_capability())
+    with backend.use_backend(narrowest):
+        assert backend.computed_by(x) == narrowest
+        narrow = quantize(x, "nvfp4")
+        with backend.use_backend("compiled"):  # as a part of a benchmark says that asks for kernels
+            assert backend.computed_by(x) == narrowest
+    assert backend.computed_by(x) == backend.build().target
+    assert torch.equal(narrow, quantize(x, "nvfp4"))
+
+
+def test_a_target_of_another_processor_is_refused():
+    with pytest.raises(ValueError, match=r"or a target \(.*\), but is 'sve'"), backend.use_backend("sve"):
         pass
 
 

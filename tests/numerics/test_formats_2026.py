@@ -81,6 +81,29 @@ def test_nvfp4_agrees_with_transformer_engine_in_every_code():
     assert not torch.equal(a, b) and torch.allclose(a, b, rtol=1e-6, atol=0)
 
 
+def test_the_blocks_of_the_page_on_formats():
+    first = torch.tensor([[7.0, 5.0, -3.4, 0.3] + [0.0] * 12])
+    second = torch.tensor([[1.0, 0.6, 0.2] + [0.0] * 13])
+    assert quantize(first, "nvfp4")[0, :4].tolist() == [
+        7.000000476837158,
+        4.6666669845581055,
+        -3.500000238418579,
+        0.5833333730697632,
+    ]
+    assert quantize(first, "nvfp4:te")[0, :4].tolist() == [
+        7.0,
+        4.6666669845581055,
+        -3.5,
+        0.5833333730697632,
+    ]
+    both = torch.cat([first, second])
+    assert torch.allclose(quantize(both, "nvfp4:te")[1, :3], torch.tensor([1.0, 0.6667, 0.1667]), atol=1e-4)
+    assert torch.allclose(quantize(both, "nvfp4:2d")[1, :3], torch.tensor([1.1667, 0.5833, 0.0]), atol=1e-4)
+    large = torch.tensor([[6.0, 5.0, 4.6, 2.4] + [0.0] * 12])
+    assert torch.allclose(quantize(large, "nvfp4:te")[0, :4], torch.tensor([6.0, 4.0, 4.0, 2.0]), atol=1e-5)
+    assert quantize(large, "nvfp4:46")[0, :4].tolist() == [6.0, 4.5, 4.5, 2.25]
+
+
 def test_four_over_six_never_errs_more_than_both_of_its_scales():
     x = draw(64, 256, seed=2) * 0.02
     blocks = x.reshape(-1, 16)

@@ -22,13 +22,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from roundoff.config import AQN, ConfigError
 from roundoff.hardware.freshness import bit_sums
 from roundoff.hardware.inventory import layer_index, plain_name
 from roundoff.numerics.rng import Key, normal
+from roundoff.numerics.transfer import fetch
 
 _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
 """Possible names of the norm whose output a decoder layer's MLP reads; the first one that a layer has is used."""
@@ -44,6 +45,10 @@ _SAVED = "_roundoff_aqn_saved"
 """Attribute of a perturbed weight: what its open `aqn_noise` blocks will restore, in the order they were entered."""
 
 
+_OFFSET = "_roundoff_gain_offset"
+"""Attribute of a norm: 0 if it multiplies by its weight, 1 if by 1 + its weight."""
+
+
 @dataclass(eq=False, slots=True)
 class _Saved:
     """What one block will restore of one weight.
@@ -53,8 +58,8 @@ class _Saved:
     """
 
     original: Tensor
-    noisy: int = 0
-    """Sum of the weight's bits with the block's noise, to detect writes."""
+    noisy: Int[Tensor, ""] | None = None
+    """Sum of the weight's bits with the block's noise, to detect writes; where the weight is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +172,16 @@ def aqn_noise(
         raise ConfigError(f"sigma of AQN must be above 0 and finite, but is {sigma}: skip AQN at silent steps")
     targets = aqn_targets(model, aqn)
     factors = _factors(targets, multipliers)
+    offsets = _gain_offsets(targets, aqn)
     saved: list[tuple[Tensor, _Saved]] = []
     try:
         with torch.no_grad():
-            for target, factor in zip(targets, factors, strict=True):
+            for target, factor, offset in zip(targets, factors, offsets, strict=True):
                 if factor:
                     weight = target.weight
                     saved.append((weight, _Saved(weight.detach().clone())))
                     weight.__dict__.setdefault(_SAVED, []).append(saved[-1][1])
-                    _perturb(target, sigma * factor, key.fold("aqn", target.name), aqn)
+                    _perturb(weight, sigma * factor, key.fold("aqn", target.name), aqn, offset)
         for (_, own), noisy in zip(saved, bit_sums([weight for weight, _ in saved]), strict=True):
             own.noisy = noisy
         marked = [place for target in targets for place in (target.module, target.weight)]
@@ -200,8 +206,8 @@ def _written(saved: list[tuple[Tensor, _Saved]]) -> int:
     """Number of weights that no longer hold their block's noise; those perturbed again or cast are not counted."""
     pairs = [(weight, own) for weight, own in saved if weight.dtype is own.original.dtype]
     last = [(weight, own) for weight, own in pairs if weight.__dict__[_SAVED][-1] is own]
-    now = bit_sums([weight for weight, _ in last])
-    return sum(own.noisy != value for (_, own), value in zip(last, now, strict=True))
+    noisy = [own.noisy for _, own in last if own.noisy is not None]
+    return int((bit_sums([weight for weight, _ in last]) != torch.stack(noisy)).sum()) if noisy else 0
 
 
 def _restore(weight: Tensor, own: _Saved) -> None:
@@ -245,32 +251,50 @@ def _factors(targets: list[AqnTarget], multipliers: Mapping[int, float] | None) 
     return factors
 
 
-def _perturb(target: AqnTarget, sigma: float, key: Key, aqn: AQN) -> None:
-    """Add noise to one weight in place, computed in float32 and rounded once to the weight's dtype."""
-    weight = target.weight
+def _perturb(weight: Tensor, sigma: float, key: Key, aqn: AQN, offset: float) -> None:
+    """Add noise to one weight in place, computed in float32 and rounded once to the weight's dtype.
+
+    Its gain is `weight + offset`.
+    """
     eps = normal(key, weight.shape, device=weight.device)
     value = weight.to(torch.float32)
     if aqn.noise == "absolute":
         value = value + sigma * eps
     else:
-        offset = _gain_offset(target) if aqn.target == "rmsnorm" else 0.0
         value = value + (value + offset) * (sigma * eps)
     weight.copy_(value)
 
 
-def _gain_offset(target: AqnTarget) -> float:
-    """0 for a norm that multiplies by `w`, 1 for one that multiplies by `1 + w`.
+@torch.no_grad()
+def _gain_offsets(targets: list[AqnTarget], aqn: AQN) -> list[float]:
+    """0 for a norm that multiplies by `w`, 1 for one that multiplies by `1 + w`; 0 wherever that does not matter.
+
+    The offset is a property of the module, and is kept there.
+
+    Raises:
+        ConfigError: if a norm multiplies by neither, so that relative noise is not defined for it.
+    """
+    if aqn.noise == "absolute" or aqn.target != "rmsnorm":
+        return [0.0] * len(targets)
+    new = [target for target in targets if _OFFSET not in target.module.__dict__]
+    for target, fits in zip(new, fetch([_fitting_offsets(target) for target in new]), strict=True):
+        is_zero, is_one = fits.tolist()
+        if not (is_zero or is_one):
+            raise ConfigError(
+                f"{target.name} ({type(target.module).__name__}) multiplies neither by w nor by 1 + w, so relative "
+                "noise is not defined for it: set aqn.noise = 'absolute'"
+            )
+        target.module.__dict__[_OFFSET] = 0.0 if is_zero else 1.0
+    return [float(target.module.__dict__[_OFFSET]) for target in targets]
+
+
+def _fitting_offsets(target: AqnTarget) -> Tensor:
+    """Whether the gain of a norm is `w`, and whether it is `1 + w`.
 
     Ones have RMS 1, so that the norm of ones is its gain.
     """
     weight = target.weight
     gain = target.module(torch.ones_like(weight)[None])[0].to(torch.float32)
     shift = gain - weight.to(torch.float32)
-    for offset in (0.0, 1.0):
-        # The norm's epsilon (1e-6 to 1e-5, added to 1) and rounding to bfloat16 (2^-8) shift the gain a little.
-        if bool(((shift - offset).abs() <= 0.02 * (1.0 + weight.abs())).all()):
-            return offset
-    raise ConfigError(
-        f"{target.name} ({type(target.module).__name__}) multiplies neither by w nor by 1 + w, so relative noise is "
-        "not defined for it: set aqn.noise = 'absolute'"
-    )
+    # The norm's epsilon (1e-6 to 1e-5, added to 1) and rounding to bfloat16 (2^-8) shift the gain a little.
+    return torch.stack([((shift - offset).abs() <= 0.02 * (1.0 + weight.abs())).all() for offset in (0.0, 1.0)])

@@ -84,8 +84,9 @@ MX_BLOCK = 32  # OCP MX v1.0, section 5.2
 NVFP4_BLOCK = 16
 HIF4_BLOCK = 64  # 8 groups of 8, each of two groups of 4 (arXiv:2602.11287)
 INT4_GROUP = 32
-# In the order of the enums `Scale` and `Rule` of kernels/blocks.h.
+# In the order of the enums `Scale` and `Rule` of kernels/blocks.h, where tapered elements follow the scales.
 _SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32", "e6m2")
+_TAPERED = len(_SCALES)
 _MX_RULES: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
 _FOUR_OVER_SIX: tuple[Rule, ...] = ("46", "46_mae")
 _RULES: tuple[Rule, ...] = (*_MX_RULES, "te", *_FOUR_OVER_SIX)
@@ -134,7 +135,8 @@ class Format:
             raise ValueError(f"format {self.name!r} {problem}")
         e = self.element or Element("", 0, 0, 0, 0.0, 0.0)
         rule = _RULES.index(self.rule or "floor")
-        integers = (_SCALES.index(self.scale), rule, self.block or 0, e.mantissa_bits, e.emin, e.emax)
+        scale = _TAPERED if e.tapered else _SCALES.index(self.scale)
+        integers = (scale, rule, self.block or 0, e.mantissa_bits, e.emin, e.emax)
         packed = struct.pack("=6i4f", *integers, e.low, e.high, self.divisor, self.tensor_divisor or 0.0)
         object.__setattr__(self, "packed", packed)
         object.__setattr__(self, "has_kernel", self.element is not None and self._is_laid_out_as_kernels_are())
@@ -178,11 +180,12 @@ class Format:
         assert self.element is not None
         integer = self.element.is_integer
         layouts = {
-            "none": self.block is None and not self.element.tapered,
+            "none": self.block is None,
             "e8m0": self.block == MX_BLOCK and not integer,
-            "e4m3": self.block == NVFP4_BLOCK and not integer and not self.rule,
+            # Two-dimensional blocks are laid out as rows of one block each.
+            "e4m3": not integer and self.block in (NVFP4_BLOCK, NVFP4_BLOCK**2 if self.rule else NVFP4_BLOCK),
             "float32": self.block is None or (self.block == INT4_GROUP and integer),
-            "e6m2": False,
+            "e6m2": True,
         }
         return layouts[self.scale] and self.rows == 1
 

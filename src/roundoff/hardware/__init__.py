@@ -4,7 +4,7 @@ The arithmetic of one tensor (formats, noise, keys) lives in `roundoff.numerics`
 in `roundoff.models`, and the scan for sensitive layers in `roundoff.srdd`.
 
 Doors: everything that this module exports; `inventory.plain_name`, `inventory.layer_index` and `inventory.exclusion`
-for names of modules; `linear.HardwareLinear` and `experts.PROJECTIONS` to recognize what is installed;
+for names of modules; `linear.HardwareLinear`, `experts.PROJECTIONS` and `experts.is_experts` to recognize modules;
 `installed.required`, `attention` and `freshness.bit_sums`.
 """
 

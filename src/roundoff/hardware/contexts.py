@@ -45,6 +45,8 @@ def noise_key(
     key: Key,
     rows: Int[Tensor, "rollouts columns"] | None = None,
     *,
+    host: Int[Tensor, "rollouts columns"] | None = None,
+    column: Int[Tensor, ""] | None = None,
     real: Bool[Tensor, "_rollouts _columns"] | None = None,
 ) -> Iterator[None]:
     """Fix the noise of the forward pass inside the block: the same key and rows give the same bits.
@@ -59,7 +61,10 @@ def noise_key(
         key: key of the pass.
         rows: identity of each token, int64: `rollout_id * POSITIONS + position`, with positions counted without
             padding. The tensor must not be changed afterwards. None: each product counts its rows from 0.
-        real: which tokens are no padding, for hardware that quantizes gradients along the tokens; None means all.
+        host: the same row ids in host memory; without them, the noise of a weight gradient waits for the device.
+        column: column of a static key-value cache that holds the last token; None: the last one.
+        real: which tokens are no padding, in host memory, for hardware that quantizes gradients along the tokens; None
+            means all.
 
     Raises:
         ConfigError: if no hardware is installed, or the model's attention was switched to another function since.
@@ -68,7 +73,7 @@ def noise_key(
     """
     hardware = required(model)
     hardware.check_switches()
-    runtime, draw = hardware.runtime, Draw(key, rows, real)
+    runtime, draw = hardware.runtime, Draw(key, rows, host, column, real)
     block = runtime.enter("noise_key", runtime.draw)
     runtime.draw = draw
     try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from roundoff.errors import RoundoffWarning
 from roundoff.hardware.freshness import Freshness
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import put
 
 POSITIONS = 1 << 20
 """Row ids reserved for each rollout, and so its longest sequence: `row = rollout_id * POSITIONS + position`."""
@@ -51,16 +52,36 @@ class AttentionRows:
 class Draw:
     """The key and the row ids of one forward pass; without row ids, each product counts its rows from 0.
 
+    Args:
+        key: key of the pass.
+        rows: row id of each token, where the products are computed.
+        host: the row ids in host memory.
+        column: column of a static key-value cache that holds the last token; None: the last one.
+
     Raises:
         ValueError: if the row ids are not int64 or do not have two axes.
     """
 
-    __slots__ = ("_attention", "_fingerprint", "_names", "_real", "_tag", "_views", "key", "real", "rows")
+    __slots__ = (
+        "_attention",
+        "_column",
+        "_fingerprint",
+        "_names",
+        "_real",
+        "_tag",
+        "_views",
+        "host",
+        "key",
+        "real",
+        "rows",
+    )
 
     def __init__(
         self,
         key: Key,
         rows: Int[Tensor, "rollouts columns"] | None,
+        host: Int[Tensor, "rollouts columns"] | None = None,
+        column: Int[Tensor, ""] | None = None,
         real: Bool[Tensor, "rollouts columns"] | None = None,
     ) -> None:
         if rows is not None and (rows.dtype is not torch.int64 or rows.dim() != 2):
@@ -68,9 +89,11 @@ class Draw:
                 f"rows must be int64 of shape [rollouts, columns], but is {rows.dtype} of shape {tuple(rows.shape)}"
             )
         if real is not None and (rows is None or real.shape != rows.shape or real.dtype is not torch.bool):
-            raise ValueError("real must be a bool for each of the rows")
+            raise ValueError("real must be bool, with one value for each of the rows")
         self.key = key
         self.rows = rows
+        self.host = rows if host is None else host
+        self._column = column
         self.real = real
         self._real: dict[torch.Size, Tensor] = {}
         self._views: dict[tuple[int, ...], Tensor] = {}
@@ -124,7 +147,7 @@ class Draw:
     def fingerprint(self) -> int:
         """64-bit hash of the row ids of this pass, for products that have no token rows; 0 without row ids."""
         if self._fingerprint is None:
-            data = b"" if self.rows is None else self.rows.cpu().contiguous().numpy().tobytes()
+            data = b"" if self.host is None else self.host.cpu().contiguous().numpy().tobytes()
             digest = hashlib.blake2b(data, digest_size=8).digest()
             self._fingerprint = int.from_bytes(digest, "little") if data else 0
         return self._fingerprint
@@ -166,7 +189,8 @@ class Draw:
         found = self._real.get(leading)
         if found is None:
             real = self.real if leading.numel() == self.real.numel() else self.real[:, -leading[1] :]
-            found = self._real[leading] = real.reshape(-1).nonzero().flatten()
+            index = real.reshape(-1).nonzero().flatten()
+            found = self._real[leading] = index if self.rows is None else put(index, self.rows.device)
         return found
 
     def attention_rows(self, name: str, query: torch.Size, key: torch.Size) -> AttentionRows | None:
@@ -192,14 +216,19 @@ class Draw:
                     f"{name} has queries of {batch} x {queries} tokens, but noise_key was given rows of shape "
                     f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass"
                 )
-            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys)
+            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys, self._column)
         return rows
 
 
-def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int) -> AttentionRows:
-    """Row ids of attention; the last key belongs to the last query's token, as in a growing or sliding cache."""
+def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int, column: Tensor | None) -> AttentionRows:
+    """Row ids of attention. The key at `column` belongs to the last query's token.
+
+    Without a column it is the last key, as in a growing or sliding cache.
+    """
     batch, queries = rows.shape
     columns = torch.arange(keys - queries, keys, device=rows.device)
+    if column is not None:
+        columns = columns + (column + 1 - keys)
     start = rows % POSITIONS - columns  # [rollouts, queries]: logical position of the first key
     if keys == queries:
         key_rows = rows

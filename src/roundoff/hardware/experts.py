@@ -4,7 +4,8 @@
 by name. Each of an expert's two products (`gate_up_proj`, `down_proj`) is computed like a Linear of its own: it has
 blocks along `in_features` and a tensor scale per expert, and it draws its noise under the name
 `name.<expert>.gate_up_proj` with the row ids of the expert's tokens. A token's noise therefore does not depend on the
-other tokens that were routed to the same expert. The router stays in high precision and without noise.
+other tokens that were routed to the same expert. The router stays in high precision and without noise. A pass waits for
+the device once in each layer of experts, to learn which tokens go where.
 
 Not supported, and then listed as skipped: experts with biases, without a gate, transposed, or spread over devices.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from roundoff.hardware.draw import Draw, Runtime
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.linear import LinearState
+from roundoff.numerics.transfer import fetch, put
 
 NAME = "roundoff"
 """Name of the computation in transformers' registry."""
@@ -84,9 +86,11 @@ def experts_forward(
     draw = state.runtime.draw
     rows = None if draw is None else draw.rows_of(hidden.shape[:-1], state.linears[PROJECTIONS[0]][0].name)
     result = torch.zeros_like(hidden)
-    for expert in sorted(set(top_k_index.flatten().tolist())):
-        token, choice = torch.where(top_k_index == expert)
-        inner = None if draw is None or rows is None else _of_tokens(draw, rows, token)
+    (chosen,) = fetch([top_k_index])  # how many tokens each expert has decides the shapes of its products
+    for expert in sorted(set(chosen.flatten().tolist())):
+        places = torch.stack(torch.where(chosen == expert))
+        token, choice = put(places, hidden.device)
+        inner = None if draw is None or rows is None else _inner_draw(draw, rows[token], places[0])
         y = _product(module, state, "gate_up_proj", expert, hidden[token], inner)
         y = _product(module, state, "down_proj", expert, module._apply_gate(y), inner)  # type: ignore[operator]
         y = y * top_k_weights[token, choice, None]
@@ -94,10 +98,11 @@ def experts_forward(
     return result
 
 
-def _of_tokens(draw: Draw, rows: Tensor, token: Tensor) -> Draw:
-    """The draw of the tokens with these indices."""
-    real = None if draw.real is None else draw.real.reshape(-1)[token][None]
-    return Draw(draw.key, rows.reshape(-1)[token][None], real)
+def _inner_draw(draw: Draw, rows: Tensor, tokens: Tensor) -> Draw:
+    """The draw of one expert's products; `rows` are the row ids of its tokens, and `tokens` their places."""
+    host = draw.host.reshape(-1)[tokens][None] if draw.host is not None and draw.host.is_cpu else None
+    real = None if draw.real is None else draw.real.reshape(-1)[tokens][None]
+    return Draw(draw.key, rows[None], host, real=real)
 
 
 def _product(

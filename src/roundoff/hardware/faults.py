@@ -30,6 +30,7 @@ from torch import Tensor
 from roundoff.config import Fault
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key, normal, uniform
+from roundoff.numerics.transfer import put
 
 RANDOM_KINDS = ("noise", "bitflip")
 
@@ -63,7 +64,7 @@ class InstalledFault:
     def _channels_on(self, device: torch.device) -> Tensor | None:
         """The broken channels on the device of the output; the copy is kept for the next call."""
         if self.channels is not None and self.channels.device != device:
-            self.channels = self.channels.to(device)
+            self.channels = put(self.channels, device)
         return self.channels
 
     def _broken(self, y: Tensor, key: Key, rows: Tensor | None) -> Tensor:

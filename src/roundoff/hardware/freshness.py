@@ -26,23 +26,29 @@ goes unnoticed with probability `(1 - f)^128` for 8 lines and `(1 - f)^(n / 16)`
 is the probability that two 64-bit hashes collide.
 
 **Without the kernels** (no compiler, or another device), passes of 2,048 tokens or more, and every 256th check, compare
-two sums of each weight's bits, which may not notice that elements only changed places. On an accelerator this takes
-one synchronization per layer.
+two sums of each weight's bits, which may not notice that elements only changed places.
+
+**On an accelerator** no pass waits for the comparison. Its result is copied to host memory while the device works, and
+is looked at by a later check. So a pass may have used an old `Q(W)` before it is computed again; a warning says so and
+names `refresh`, which is to be called after such writes.
 """
 
 from __future__ import annotations
 
 import ctypes
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from roundoff.errors import RoundoffWarning
 from roundoff.numerics.backend import Kernels, build, kernels_for
+from roundoff.numerics.transfer import Underway
 
 ALL_FROM, SOME_FROM = 2048, 1024
 """Number of tokens in a pass from which all lines, or every `SOME_STEP`-th line, of each weight are read."""
@@ -63,6 +69,10 @@ class HasQuantizedWeight(Protocol):
     def refresh(self) -> None:
         """Discard `Q(W)`."""
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether there is a `Q(W)` to use."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
@@ -78,8 +88,10 @@ class _Watched:
     """Bytes from the tensor's address to the weight's."""
     size: int
     """Bytes that the weight spans."""
-    prints: tuple[int, ...]
-    """Fingerprints, one for each of `_LEVELS`; or the single one that torch computes."""
+    prints: tuple[int, ...] = ()
+    """Fingerprints, one for each of `_LEVELS`; empty if torch computes them."""
+    sums: Int[Tensor, ""] | None = None
+    """The fingerprint that torch computes, where the weight is."""
 
 
 @dataclass(eq=False, slots=True)
@@ -139,6 +151,10 @@ class Freshness:
     _parts: dict[str, Part] = field(default_factory=dict)
     _table: _Table | None = None
     """The table of all parts, built at the next check of all if it is None."""
+    paused: bool = False
+    """Whether nothing is checked, as while a CUDA graph is captured."""
+    _underway: list[tuple[list[_Watched], Underway]] = field(default_factory=list)
+    """Comparisons on an accelerator that nobody has looked at: the weights, and whether each has changed."""
 
     def part(self, name: str) -> Part:
         """The part with this name (see `part_name`); it is created at the first call."""
@@ -166,11 +182,13 @@ class Freshness:
             prints = tuple(out)
         item = _Watched(weakref.ref(state), weakref.ref(tensor), address, start - address, size, prints)
         if kernels is None:
-            item = replace(item, prints=tuple(bit_sums([_memory(item, tensor)])))
+            item = replace(item, sums=bit_sums([_memory(item, tensor)])[0])
         part.watched[id(state)] = item
 
     def check(self, part: Part, tokens: int) -> None:
         """Check one part, before a pass of many tokens computes it, or all parts, at the start of a small pass."""
+        if self.paused:
+            return
         if tokens < ALL_FROM:
             self.check_all(tokens)
             return
@@ -179,7 +197,7 @@ class Freshness:
             part.table = self._table_of([part])
         if not _compare(part.table, 2):
             part.table = self._table = None
-        _check_sums([part])
+        self._check_sums([part])
 
     def check_all(self, tokens: int) -> None:
         """Check all parts, at the start of a pass of this many tokens."""
@@ -193,7 +211,43 @@ class Freshness:
             for part in self._parts.values():
                 part.table = None
         if all_lines:
-            _check_sums(list(self._parts.values()))
+            self._check_sums(list(self._parts.values()))
+
+    def _check_sums(self, parts: Sequence[Part]) -> None:
+        """Discard the `Q(W)` of every weight that torch fingerprints and that was written to."""
+        self._look()
+        items = [item for part in parts for item in part.watched.values() if item.sums is not None]
+        items = [item for item in items if _is_in_place(item)]
+        groups: dict[torch.device, list[tuple[_Watched, Tensor]]] = {}
+        for item in items:
+            tensor = item.tensor()
+            if tensor is not None:
+                groups.setdefault(tensor.device, []).append((item, tensor))
+        for device, pairs in groups.items():
+            own = [item for item, _ in pairs]
+            expected = torch.stack([item.sums for item in own if item.sums is not None])
+            changed = bit_sums([_memory(item, tensor) for item, tensor in pairs]) != expected
+            if device.type == "cpu":
+                _refresh_changed(own, changed)
+            else:
+                self._underway.append((own, Underway(changed)))
+
+    def _look(self) -> None:
+        """Act on the comparisons that the accelerator has finished."""
+        waiting = []
+        for items, changed in self._underway:
+            value = changed.value()
+            if value is None:
+                waiting.append((items, changed))
+            elif count := _refresh_changed(items, value):
+                warnings.warn(
+                    f"{count} weights on hardware were written to in a way that torch does not count (through .data, "
+                    "say), and passes since then may have used their old quantized values: call refresh() of the "
+                    "installed hardware after such writes",
+                    RoundoffWarning,
+                    stacklevel=2,
+                )
+        self._underway = waiting
 
     def _table_of(self, parts: Sequence[Part]) -> _Table:
         """The table of some parts; weights whose tensor is gone or has moved are dropped from the watch."""
@@ -244,15 +298,15 @@ def _is_in_place(item: _Watched) -> bool:
     return False
 
 
-def _check_sums(parts: Sequence[Part]) -> None:
-    """Discard the `Q(W)` of every weight that torch fingerprints and that was written to."""
-    items = [item for part in parts for item in part.watched.values() if len(item.prints) == 1]
-    items = [item for item in items if _is_in_place(item)]
-    tensors = [tensor for item in items if (tensor := item.tensor()) is not None]
-    for item, value in zip(items, bit_sums([_memory(i, t) for i, t in zip(items, tensors, strict=True)]), strict=True):
-        state = item.state()
-        if state is not None and item.prints[0] != value:
+def _refresh_changed(items: Sequence[_Watched], changed: Tensor) -> int:
+    """Discard the `Q(W)` of the weights that have `changed` (in host memory); returns how many were in use."""
+    count = 0
+    for item, flag in zip(items, changed.tolist(), strict=True):
+        state = item.state() if flag else None
+        if state is not None and state.is_cached:
             state.refresh()
+            count += 1
+    return count
 
 
 def part_name(name: str) -> str:
@@ -267,12 +321,15 @@ def _memory(item: _Watched, tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((count,), (1,), tensor.storage_offset() + first)
 
 
-def bit_sums(weights: Sequence[Shaped[Tensor, " ..."]]) -> list[int]:
-    """A fingerprint of the bits of each weight: three times the sum of its words, plus the sum of every third one."""
+def bit_sums(weights: Sequence[Shaped[Tensor, " ..."]]) -> Int[Tensor, " weights"]:
+    """A fingerprint of the bits of each weight: three times the sum of its words, plus the sum of every third one.
+
+    The weights are on one device, and so are the fingerprints.
+    """
     if not weights:
-        return []
+        return torch.zeros(0, dtype=torch.int64)
     sums = []
     for weight in weights:
         words = weight.detach().view(torch.int32 if weight.element_size() == 4 else torch.int16).reshape(-1)
         sums.append(words.sum(dtype=torch.int64) * 3 + words[::3].sum(dtype=torch.int64))
-    return [int(value) for value in torch.stack(sums).tolist()]
+    return torch.stack(sums)

@@ -10,16 +10,13 @@
   reason the deadzone is relative to the maximum of the token. The deadzone comes before the format.
 - `dX` and `dW` pass straight through formats, deadzone and faults: the derivative of each counts as 1. Where a format
   of gradients is set, their operands are quantized as `gradients` says.
-- `Q(W)` is kept in a buffer of its own, outside of the parameters, and is computed again only when the weight has
-  changed (version counter, storage, address, dtype or device). torch does not count every write. A hook in
-  `installed.py` counts the steps of fused optimizers; `freshness.py` detects the others, such as writes through
-  `weight.data` and the steps of compiled optimizers, by the weight's memory.
+- `Q(W)` is kept until the weight changes (`quantized_weight`).
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +25,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from roundoff.formats.table import get_format
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Draw
 from roundoff.hardware.faults import InstalledFault
-from roundoff.hardware.freshness import Part, part_name
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.graphs import outside_of_graphs
+from roundoff.hardware.quantized_weight import QuantizedWeight
 from roundoff.numerics.deadzone import outside_of_deadzone
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -53,16 +49,10 @@ class ProductKeys:
     dw: Key
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
-class LinearState:
+@dataclass(eq=False, slots=True)
+class LinearState(QuantizedWeight):
     """What the hardware does to one Linear, and its cached `Q(W)`; it is no parameter and no buffer of the module."""
 
-    name: str
-    """Dotted name without the parts that PEFT adds, so that draws do not depend on adapters around the model."""
-    runtime: Runtime
-    """State that all layers of the model share."""
-    weight_format: str | None = None
-    """Format of the weight; None means high precision."""
     activation_format: str | None = None
     """Format of the input; None means high precision."""
     forward_std: float = 0.0
@@ -77,109 +67,19 @@ class LinearState:
     """Faults of the unit, in the order in which they apply."""
     is_output: bool = False
     """Whether this is the output embedding, which sees only the last tokens under `logits_to_keep`."""
-    quantizations: int = 0
-    """How often `Q(W)` was computed."""
-    _cached: Tensor | None = None
-    """`Q(W)`, valid only while `_cached_of` describes the weight."""
-    _along_out: Tensor | None = None
-    """The weight in blocks along `out_features`, for dX; valid only beside `_cached_of`."""
-    _cached_of: tuple[int, int, torch.dtype, torch.device] | None = None
-    """Version, address, dtype and device of the weight that `Q(W)` was computed from."""
-    _cached_in: weakref.ref[torch.UntypedStorage] | None = None
-    """Storage of that weight; needed because a later tensor of version 0 may get the same address."""
-    _checked: int = -1
-    """Value of `Part.checks` when this Linear was last computed."""
-    _watched: Part | None = None
-    """The part of `Freshness` that holds this weight; looked up at the first use."""
-    _part: str = field(init=False)
-    """Name of that part."""
     _keys: ProductKeys | None = field(default=None)
     """Keys under the base key of the last product."""
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear with Q(W)."""
 
     def __post_init__(self) -> None:
-        self._part = part_name(self.name)
+        QuantizedWeight.__post_init__(self)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
 
     @property
     def needs_all_tokens(self) -> bool:
         """Whether the product of some tokens differs from theirs among all tokens: noise, or blocks along tokens."""
         return bool(self.forward_std or self.backward_std or self.gradient)
-
-    def quantized_weight(
-        self, weight: Float[Tensor, "out_features in_features"]
-    ) -> Float[Tensor, "out_features in_features"]:
-        """`Q(W)`, from the cache unless the weight has changed; the weight itself if it has no format."""
-        if self.weight_format is None:
-            return weight.detach()
-        tag = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
-        cached, storage = self._cached, self._cached_in
-        if cached is None or storage is None or tag != self._cached_of or storage() is not weight.untyped_storage():
-            if cached is not None and (cached.shape, cached.dtype, cached.device) != (
-                weight.shape,
-                weight.dtype,
-                weight.device,
-            ):
-                cached = None
-            self._cached_of = self._along_out = None  # an error below must not leave a half-written copy in use
-            with torch.inference_mode(False):  # autograd does not accept a tensor made in inference mode
-                cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
-            self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
-            self.quantizations += 1
-            self.runtime.freshness.record(self._watch(), self, weight)
-        return cached
-
-    def weight_of_dx(
-        self, weight: Float[Tensor, "out_features in_features"], quantized: Float[Tensor, "out_features in_features"]
-    ) -> Float[Tensor, "out_features in_features"]:
-        """The weight that dX is computed from, given the `Q(W)` of the forward pass."""
-        if self.gradient is None or self.weight_format is None or get_format(self.weight_format).rows > 1:
-            return quantized
-        if self._along_out is None or quantized is not self._cached:
-            along = quantize(weight.detach(), self.weight_format, axis=0).to(quantized.dtype)
-            if quantized is not self._cached:
-                return along
-            self._along_out = along
-        return self._along_out
-
-    def check_weights(self, x: Float[Tensor, "*tokens in_features"]) -> None:
-        """Detect writes that torch did not count; call this before every product (it acts once in a pass)."""
-        part = self._watched or self._watch()
-        if self._checked == part.checks:  # computed since the last check, so a new pass has begun
-            self.runtime.freshness.check(part, x.numel() // max(1, x.shape[-1]))
-        self._checked = part.checks
-
-    def _watch(self) -> Part:
-        """The part of `Freshness` that holds this Linear's weight."""
-        if self._watched is None:
-            self._watched = self.runtime.freshness.part(self._part)
-        return self._watched
-
-    def refresh(self) -> None:
-        """Discard `Q(W)`, so that the next product computes it again."""
-        self._cached_of = None
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether there is a `Q(W)` to use."""
-        return self._cached_of is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The state of a copy (deepcopy, pickle), without `Q(W)`: the copy quantizes its own weight."""
-        state = {slot.name: getattr(self, slot.name) for slot in fields(self)}
-        return state | {
-            "_cached": None,
-            "_along_out": None,
-            "_cached_of": None,
-            "_cached_in": None,
-            "_checked": -1,
-            "_watched": None,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""

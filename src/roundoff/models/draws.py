@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from roundoff.hardware import installed, noise_key
 from roundoff.models.keyed_dropout import dropout_draws
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import put
 
 
 @contextmanager
@@ -19,18 +20,24 @@ def noise_context(
     model: PreTrainedModel,
     key: Key | None,
     rows: Int[Tensor, "rollouts columns"] | None,
+    column: Int[Tensor, ""] | None = None,
     real: Bool[Tensor, "rollouts columns"] | None = None,
 ) -> Iterator[None]:
     """Inside the block, the hardware and the adapters' dropout draw by `key` and the row ids `rows`.
 
-    `real` says which tokens are no padding, for hardware that quantizes gradients along the tokens; None means all.
-    Without a key the block changes nothing.
+    Without a key the block changes nothing. Row ids in host memory are copied to the model's device; a backward pass
+    over them then does not wait for the device. `column` is the cache's column of the last token, and `real` says which
+    tokens are no padding (`noise_key`).
     """
     if key is None:
         yield
         return
-    hardware = nullcontext() if installed(model) is None else noise_key(model, key, rows, real=real)
-    with dropout_draws(model, key, rows), hardware:
+    there = None if rows is None else put(rows, model.device)
+    host = rows if rows is not None and rows.is_cpu else None
+    hardware: AbstractContextManager[None] = nullcontext()
+    if installed(model) is not None:
+        hardware = noise_key(model, key, there, host=host, column=column, real=real)
+    with dropout_draws(model, key, there), hardware:
         yield
 
 

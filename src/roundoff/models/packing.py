@@ -14,6 +14,8 @@ The result equals that of the plain layout up to float32 rounding: the same sums
 arithmetic without random draws and without formats of gradients: on noisy hardware every rollout has its own pass over
 its prompt, as in sampling, and a gradient that is summed over the rollouts before it is quantized is another number.
 
+A layout is planned in host memory, where the tokens are; only what the model reads is copied to its device.
+
 The number of responses in a row minimizes an estimated cost, in which a column costs as much as `COLUMN * hidden`
 query-key pairs. Long responses to short prompts keep the plain layout.
 """
@@ -27,6 +29,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from roundoff.models.masks import AttentionPattern, Masks, left_padding, positions
+from roundoff.numerics.transfer import put
 
 COLUMN = 6
 """Cost of a column in query-key pairs, per unit of hidden size h. A decoder layer has about 12*h*h weights, and
@@ -39,13 +42,17 @@ SPLITS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Inputs of one pass, and where to find the logits of each of its `targets` (the response tokens)."""
+    """Inputs of one pass, and where to find the logits of each of its `targets` (the response tokens).
+
+    The inputs are on the model's device, the targets in host memory.
+    """
 
     tokens: Int[Tensor, "rows columns"]
-    """Token ids, int64."""
+    """Token ids, int64; on the device."""
     position: Int[Tensor, "rows columns"]
-    """Position of each token, int64."""
+    """Position of each token, int64; on the device."""
     masks: Masks
+    """Attention masks; on the device."""
     kept: int
     """Number of columns at the end of each row whose logits are needed."""
     rollout: Int[Tensor, " targets"]
@@ -55,9 +62,9 @@ class Layout:
     source: Int[Tensor, " targets"]
     """Index, among the `rows * kept` rows of logits, of those that predict the target."""
     rows: Int[Tensor, "rows columns"] | None
-    """Row ids for the hardware's draws; None in a packed layout."""
+    """Row ids for the hardware's draws, in host memory; None in a packed layout."""
     real: Bool[Tensor, "rows columns"] | None
-    """Which tokens are no padding, for hardware that quantizes gradients; None in a packed layout."""
+    """Which tokens are no padding, in host memory, for hardware that quantizes gradients; None in a packed layout."""
 
 
 def plain(
@@ -67,8 +74,12 @@ def plain(
     rows: Int[Tensor, "rollouts columns"] | None,
     pattern: AttentionPattern,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> Layout:
-    """The layout with one rollout per row, without the columns that are padding in every rollout."""
+    """The layout with one rollout per row, without the columns that are padding in every rollout.
+
+    The arguments are in host memory; `device` is the model's.
+    """
     first, last = _used_columns(mask, response_length)
     columns = slice(first, last)  # of the input: the last token predicts nothing
     left = left_padding(mask[:, columns])
@@ -77,9 +88,9 @@ def plain(
     kept = last - start + 1
     rollout, index = mask[:, start : last + 1].nonzero(as_tuple=True)
     return Layout(
-        tokens=tokens[:, columns],
-        position=positions(left, width),
-        masks=pattern.masks(torch.arange(width, device=tokens.device), left, width, dtype),
+        tokens=put(tokens[:, columns], device),
+        position=put(positions(left, width), device),
+        masks=pattern.masks(torch.arange(width, device=device), put(left, device), width, dtype),
         kept=kept,
         rollout=rollout,
         index=index,
@@ -96,16 +107,18 @@ def packed(
     pattern: AttentionPattern,
     dtype: torch.dtype,
     hidden: int,
+    device: torch.device,
 ) -> Layout | None:
     """The layout with adjacent rollouts of one prompt in one row or a few.
 
-    `hidden` is the model's hidden size. Returns None where packing does not pay, or where a response has gaps.
+    `hidden` is the model's hidden size and `device` its device; the tensors are in host memory. Returns None where
+    packing does not pay, or where a response has gaps.
     """
     start = tokens.shape[1] - response_length
     first, last = _used_columns(mask, response_length)
     prompts, inside = tokens[:, first:start].masked_fill(~mask[:, first:start], -1), mask[:, start:]
     lengths = inside.sum(dim=1)
-    if not bool((inside == (torch.arange(response_length, device=tokens.device) < lengths[:, None])).all()):
+    if not bool((inside == (torch.arange(response_length) < lengths[:, None])).all()):
         return None
     inputs = (lengths - 1).clamp(min=0)
     written = [tuple(text[:n]) for text, n in zip(tokens[:, start:].tolist(), inputs.tolist(), strict=True)]
@@ -113,9 +126,7 @@ def packed(
     rows = plan_rows(texts, start - first, last - first, hidden)
     if rows is None:
         return None
-    number, writer, row, offset = (
-        torch.tensor(x, device=tokens.device) for x in (texts.number, texts.writer, rows.row, rows.offset)
-    )
+    number, writer, row, offset = map(torch.tensor, (texts.number, texts.writer, rows.row, rows.offset))
     opener = writer[torch.cat([row.new_ones(1), row.diff()]).bool()]
     is_writer = torch.zeros_like(number, dtype=torch.bool).index_fill_(0, writer, True)
     row, offset = row[number], offset[number]
@@ -136,9 +147,9 @@ def packed(
     segment[place] = n + 1
     position[place] = (width - left)[row[n]] + t
     return Layout(
-        tokens=packed_tokens,
-        position=position,
-        masks=pattern.packed_masks(segment, position, dtype),
+        tokens=put(packed_tokens, device),
+        position=(on_device := put(position, device)),
+        masks=pattern.packed_masks(put(segment, device), on_device, dtype),
         kept=extra + 1,
         rollout=rollout,
         index=index,

@@ -66,13 +66,17 @@ def check_lengths(model: PreTrainedModel, attention_mask: Shaped[Tensor, "rollou
     Raises:
         ConfigError: if one is.
     """
-    config = model.config.get_text_config(decoder=True)
-    if all(_kind(rope) in STATIC for rope in _parameters(config)):
+    if has_static_positions(model):
         return
     limit, reason = position_limit(model)
     longest = int((attention_mask != 0).sum(dim=1).max()) if attention_mask.numel() else 0
     if limit is not None and longest > limit:
         raise ConfigError(f"a sequence of {longest} tokens does not fit into the {limit} {reason}")
+
+
+def has_static_positions(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of the model's rotary embedding never change, however long a sequence is."""
+    return all(_kind(rope) in STATIC for rope in _parameters(model.config.get_text_config(decoder=True)))
 
 
 def _kind(rope: Mapping[str, Any]) -> str:

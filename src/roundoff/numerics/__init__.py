@@ -5,5 +5,5 @@ business of `roundoff.hardware`. On a CPU the work is done by the C++ kernels in
 `triton_kernels/`, and where there are none by plain torch, with the same bits everywhere.
 
 Doors: `quantize.quantize`, `noise.matmul_noise`, `deadzone.outside_of_deadzone`, `hadamard.hadamard`, `rng.Key`,
-`rng.normal` and `rng.uniform`, `torch_state`, and for code that goes below them `backend` and `blocks`.
+`rng.normal` and `rng.uniform`, `torch_state`, `transfer`, and for code that goes below them `backend` and `blocks`.
 """

@@ -38,7 +38,7 @@ TRITON_DEVICES = ("cuda", "xpu", "npu")
 """Types of devices for which Triton has compilers; `cuda` is AMD's, too, and triton-ascend provides that for `npu`."""
 
 _LOG = logging.getLogger("roundoff")
-_choice: ContextVar[Backend] = ContextVar("roundoff_backend", default="auto")
+_choice: ContextVar[str] = ContextVar("roundoff_backend", default="auto")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,21 +60,30 @@ class Kernels:
 
 
 @contextlib.contextmanager
-def use_backend(choice: Backend) -> Iterator[None]:
+def use_backend(choice: Backend | str) -> Iterator[None]:
     """Fix the path that numerics take inside the block.
 
     Args:
-        choice: "compiled" (C++ on the CPU, Triton on a device), "torch", or "auto" (compiled if possible).
+        choice: "compiled" (C++ on the CPU, Triton on a device), "torch", "auto" (compiled if possible), or the target
+            of the kernels for the CPU, such as "avx2", to measure or check a narrower one than the processor's widest.
+            Inside a block of a target, "compiled" keeps that target.
 
     Raises:
-        ValueError: if there is no such path.
-        BuildError: if `choice` is "compiled" and the kernels for the CPU cannot be built. Inside the block it is
-            raised where a tensor is on a device that has no kernels.
+        ValueError: if there is no such path, or this processor does not have the target's vectors.
+        BuildError: if the kernels for the CPU are asked for and cannot be built. Under "compiled" it is also raised
+            inside the block where a tensor is on a device that has no kernels.
     """
-    if choice not in ("auto", "compiled", "torch"):
-        raise ValueError(f'the backend must be "auto", "compiled" or "torch", but is {choice!r}')
+    here = targets_for(torch.backends.cpu.get_cpu_capability())
+    if choice not in ("auto", "compiled", "torch", *here):
+        known = ", ".join(f'"{target}"' for target in here)
+        raise ValueError(f'the backend must be "auto", "compiled", "torch" or a target ({known}), but is {choice!r}')
     if choice == "compiled":
-        build()
+        if _choice.get() in here:
+            choice = _choice.get()
+        else:
+            build()
+    if choice in here:
+        kernels_of(choice)
     token = _choice.set(choice)
     try:
         yield
@@ -84,9 +93,10 @@ def use_backend(choice: Backend) -> Iterator[None]:
 
 def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
     """The compiled kernels for work on this tensor, or None if plain torch is to be used."""
-    if torch.compiler.is_compiling() or not x.is_cpu or _choice.get() == "torch":
+    choice = _choice.get()
+    if torch.compiler.is_compiling() or not x.is_cpu or choice == "torch":
         return None
-    return available_kernels()
+    return available_kernels() if choice in ("auto", "compiled") else kernels_of(choice)
 
 
 def may_use_triton(x: Shaped[Tensor, " ..."]) -> bool:
@@ -166,12 +176,17 @@ def build() -> Kernels:
     *wider, narrowest = targets_for(torch.backends.cpu.get_cpu_capability())
     for target in wider:
         with contextlib.suppress(BuildError):
-            return _built(target)
-    return _built(narrowest)
+            return kernels_of(target)
+    return kernels_of(narrowest)
 
 
-def _built(target: str) -> Kernels:
-    """The kernels of one target."""
+@functools.cache
+def kernels_of(target: str) -> Kernels:
+    """The kernels of one target; they are compiled first if they are not there yet.
+
+    Raises:
+        BuildError: if there is no compiler, it fails, or there is nowhere to write.
+    """
     with library_for(target, lambda line: _LOG.warning("roundoff: %s", line)) as library:
         return load(library, target)
 

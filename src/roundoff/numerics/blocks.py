@@ -9,6 +9,7 @@ own. HiF8 and HiF4 (`hifloat`), and NVFP4 as Transformer Engine computes it (`nv
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -168,6 +169,7 @@ def matrices_of(
     return x.reshape(*stack, down * fmt.rows, across * fmt.block)[..., :rows, :columns]
 
 
+@functools.cache
 def one_row_a_block(fmt: Format) -> Format:
     """The format of the rows of `tiles_of`: each is one block."""
     assert fmt.block is not None

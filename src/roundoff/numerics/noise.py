@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
+from .memory import empty_like
 from .rng import Key, normal_rows, signed
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -77,7 +78,7 @@ def _compiled(
 ) -> Tensor:
     """The compiled path, on contiguous memory."""
     if out is None:
-        out = torch.empty_like(y)
+        out = empty_like(y)
     elif not out.is_inference():
         torch.autograd.graph.increment_version(out)
     count, columns = y.numel(), y.shape[-1]

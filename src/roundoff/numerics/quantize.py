@@ -19,9 +19,21 @@ from torch import Tensor
 from roundoff.formats.table import FORMATS, Format, get_format
 
 from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
-from .blocks import FROM_ROW, FROM_TENSOR, GIVEN, GIVEN_ROWS, NONE, quantize_matrices
+from .blocks import (
+    FROM_ROW,
+    FROM_TENSOR,
+    GIVEN,
+    GIVEN_ROWS,
+    NONE,
+    matrices_of,
+    one_row_a_block,
+    quantize_matrices,
+    tiles_of,
+)
 from .deadzone import outside_of_deadzone
+from .memory import empty_like
 from .rng import Key, signed
+from .transfer import put
 from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -51,6 +63,7 @@ def quantize(
             not depend on its batch; a number, or a tensor that broadcasts to [..., 1], is used as it is (nvfp4:
             amax / 2688; nvfp4:46: amax / 1536; fp8_e4m3: amax / 448). Formats without such a scale accept None and
             "row" and ignore them. Formats with two-dimensional blocks accept None and a number.
+            A tensor on a device must be finite and not negative; where it is not, the result there is NaN.
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
@@ -98,7 +111,7 @@ def _compiled(
 ) -> Tensor:
     """The compiled path, on contiguous memory with blocks along the last axis."""
     if out is None:
-        y = torch.empty_like(x)
+        y = empty_like(x)
     else:
         y = out
         if not out.is_inference():
@@ -224,8 +237,15 @@ def _general(
 ) -> Tensor:
     """The path for any memory layout, axis and device: gather the rows, quantize them, and put them back."""
     moved = x.movedim(axis, -1) if x.dim() else x.reshape(1)
+    flat = one_row_a_block(fmt) if fmt.rows > 1 and x.numel() else fmt
+    of_tiles = kernels_for(x) if flat is not fmt and flat.has_kernel and x.dtype is not torch.float16 else None
     if kernels is not None:
         rows = _compiled(kernels, moved.contiguous(), fmt, source, scales, None, stochastic)
+    elif of_tiles is not None:  # the zeros of the padding do not change the scale of the whole tensor
+        matrices = moved if moved.dim() > 1 else moved[None]
+        tiles = tiles_of(matrices, fmt).contiguous()
+        rows = _compiled(of_tiles, tiles, flat, source, scales, None, stochastic)
+        rows = matrices_of(rows, fmt, matrices.shape).reshape(moved.shape)
     else:
         rows = quantize_matrices(moved, fmt, source, scales, stochastic)
     result = rows.movedim(-1, axis) if x.dim() else rows.reshape(())
@@ -292,17 +312,19 @@ def _source(x: Tensor, fmt: Format, axis: int, tensor_scale: str | float | Tenso
 
 def _given_scales(x: Tensor, axis: int, scale: Tensor) -> tuple[int, float | Tensor]:
     """A scale tensor that the caller passed, as a number or as float32 [rows]."""
-    scale = scale.detach().to(torch.float32)
-    if not (may_use_triton(scale) and may_use_triton(x)):  # to look at its values would wait for the device
-        if not bool((scale.isfinite() & (scale >= 0)).all()):
-            raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+    scale = put(scale.detach(), x.device, torch.float32)
+    valid = scale.isfinite() & (scale >= 0)
+    if not x.is_cpu or may_use_triton(x):  # asking whether all are valid would wait for the device
+        scale = torch.where(valid, scale, torch.nan)
         if scale.numel() == 1:
-            return GIVEN, float(scale)
-    scale = scale.to(x.device)
-    if scale.numel() == 1:
-        return GIVEN_ROWS, scale.reshape(1)
+            return GIVEN_ROWS, scale.reshape(1)
+    elif not bool(valid.all()):
+        raise ValueError("tensor_scale must be finite and not negative in float32, but holds other values")
+    elif scale.numel() == 1:
+        return GIVEN, float(scale)
     shape = list(x.shape)
-    del shape[axis]
+    if shape:
+        del shape[axis]
     try:
         return GIVEN_ROWS, scale.broadcast_to((*shape, 1)).reshape(-1).contiguous()
     except RuntimeError:

@@ -44,8 +44,8 @@ def encode(value: Any) -> bytes:
     return len(head).to_bytes(HEAD, "little") + head + (save(tensors) if tensors else b"")
 
 
-def decode(message: bytes, device: str) -> Any:
-    """The value of a message, with its tensors on `device`.
+def decode(message: bytes) -> Any:
+    """The value of a message, with its tensors in host memory.
 
     Raises:
         MessageError: if it names anything but a dataclass of roundoff or an error.
@@ -54,7 +54,7 @@ def decode(message: bytes, device: str) -> Any:
 
     end = HEAD + int.from_bytes(message[:HEAD], "little")
     content, rest = json.loads(message[HEAD:end]), message[end:]
-    tensors = {name: tensor.to(device) for name, tensor in load(rest).items()} if rest else {}
+    tensors = load(rest) if rest else {}
     return _value(content, tensors)
 
 

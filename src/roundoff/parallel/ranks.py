@@ -42,8 +42,6 @@ class Ranks:
     """Which of them this process is."""
     count: int = 1
     """Number of processes."""
-    device: str = "cpu"
-    """Device on which tensors from other ranks are placed."""
 
     @property
     def leads(self) -> bool:
@@ -55,7 +53,7 @@ class Ranks:
         return slice(size * self.index // self.count, size * (self.index + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks in the order of the ranks; every rank gets all of them.
+        """The values of all ranks in the order of the ranks; every rank gets all of them, with tensors in host memory.
 
         Raises:
             MessageError: on every rank, if one rank's value cannot be sent (`roundoff.parallel.messages`).
@@ -70,7 +68,7 @@ class Ranks:
         for message in received:
             if message.startswith(REFUSED):
                 raise MessageError(message.removeprefix(REFUSED).decode())
-        return [decode(message.removeprefix(VALUE), self.device) for message in received]
+        return [decode(message.removeprefix(VALUE)) for message in received]
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` returns on the first rank, the only one that calls it; its error is raised on every rank."""
@@ -145,7 +143,7 @@ class Ranks:
         import torch
 
         trained = list(parameters)
-        here = torch.tensor([float(p.grad is not None) for p in trained], device=self.device)
+        here = torch.tensor([float(p.grad is not None) for p in trained], device="cpu")  # by gloo, beside the device
         self._sum(here)
         summed = [p for p, ranks in zip(trained, here.tolist(), strict=True) if ranks]
         for parameter in summed:
@@ -223,8 +221,7 @@ def joined(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     dist.init_process_group(backends[device])
     try:
-        place = device if device == "cpu" else f"{device}:{torch.cuda.current_device()}"
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from roundoff.config import TEMPERATURE_RULE, is_temperature
+from roundoff.numerics.transfer import put
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,12 @@ class SamplingSettings:
         ):
             if not holds:
                 raise ValueError(f"{name} must be {rule}, but is {value}")
+
+    def ends(self, vocabulary: int, device: torch.device) -> Bool[Tensor, " vocabulary"]:
+        """Whether each token of a vocabulary of this size ends a response."""
+        is_end = torch.zeros(vocabulary, dtype=torch.bool)
+        is_end[[token for token in self.end_tokens if token < vocabulary]] = True
+        return put(is_end, device)
 
 
 def choose(

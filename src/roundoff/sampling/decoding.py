@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from roundoff.models.draws import noise_context
 from roundoff.models.masks import AttentionPattern, Masks, positions, row_ids
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import put
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.kv_cache import KVCache, SharedCache
 
@@ -40,7 +41,10 @@ class DecodingBatch(Protocol):
         ...
 
     def leave(self, running: Bool[Tensor, " rollouts"]) -> Int[Tensor, " remaining"]:
-        """Drop rollouts that are not `running`, now or later; returns the index of those that stay for now."""
+        """Drop rollouts that are not `running`, now or later; returns the index of those that stay for now.
+
+        `running` is in host memory, and the index where the rollouts are.
+        """
         ...
 
     def feed(self, tokens: Int[Tensor, " rollouts"]) -> None:
@@ -57,7 +61,7 @@ class Prompts:
     left: Int[Tensor, " rows"]
     """Columns of left padding in each row."""
     counts: Int[Tensor, " rows"]
-    """Number of rollouts of each row."""
+    """Number of rollouts of each row; in host memory."""
 
     @classmethod
     def of(cls, encoded: list[list[int]], pad: int, device: torch.device, *, alone: bool) -> Prompts:
@@ -66,9 +70,9 @@ class Prompts:
         width = max(map(len, encoded))
         rows = [[pad] * (width - len(encoded[i])) + encoded[i] for i in first]
         return cls(
-            tokens=torch.tensor(rows, device=device),
-            left=torch.tensor([width - len(encoded[i]) for i in first], device=device),
-            counts=torch.tensor([*first, len(encoded)], device=device).diff(),
+            tokens=put(rows, device),
+            left=put([width - len(encoded[i]) for i in first], device),
+            counts=torch.tensor([*first, len(encoded)]).diff(),
         )
 
 
@@ -141,11 +145,14 @@ class RolloutRows:
         one_each = len(prompts.counts) == len(ids)
         self.passes, self.ids, self.column = passes, ids, width
         first = prompts.counts.cumsum(0) - prompts.counts
-        self.cache, self._logits = passes.read(prompts, ids[first], capacity if one_each else width)
-        self.left = prompts.left.repeat_interleave(prompts.counts)
+        reading = ids if one_each else ids[put(first, ids.device)]
+        self.cache, self._logits = passes.read(prompts, reading, capacity if one_each else width)
+        self.left = prompts.left
         if not one_each:
+            row = put(torch.arange(len(prompts.counts)).repeat_interleave(prompts.counts), ids.device)
+            self.left = prompts.left[row]
             self.cache = self.cache.repeated(prompts.counts, capacity)
-            self._logits = self._logits.repeat_interleave(prompts.counts, dim=0)
+            self._logits = self._logits[row]
         # Mask [rollouts, 1, 1, capacity + 1] of the last column; without a sliding window, a part of it serves
         # every earlier column
         self.mask: Tensor | None = None
@@ -160,15 +167,16 @@ class RolloutRows:
 
     def leave(self, running: Bool[Tensor, " rollouts"]) -> Int[Tensor, " remaining"]:
         """Drop ended rollouts once there are enough of them to pay; returns the index of those that stay."""
-        rows = len(running)
+        rows, device = len(running), self.left.device
         index = running.nonzero()[:, 0]
         count = len(index)
         if count and rows - count < COMPACT_SHARE * rows:
-            return torch.arange(rows, device=running.device)
+            return torch.arange(rows, device=device)
         # Running rows from `count` on move into the places of ended rows before it; the others stay where they are.
         holes, tails = (~running[:count]).nonzero()[:, 0], index[index >= count]
-        keep = torch.arange(count, device=index.device)
+        keep = torch.arange(count)
         keep[holes] = tails
+        holes, tails, keep = (put(part, device) for part in (holes, tails, keep))
         self.cache.keep(holes, tails, count)
         self.ids, self.left = self.ids[keep], self.left[keep]
         self.mask = None if self.mask is None else self.mask[keep]
@@ -187,7 +195,7 @@ class RolloutRows:
             self._logits = passes.fused.logits(tokens[:, None], self.left, self.cache, mask)
 
     def _masks(self, column: int) -> Masks:
-        queries = torch.tensor([column], device=self.left.device)
+        queries = torch.full((1,), column, device=self.left.device)
         return self.passes.pattern.masks(queries, self.left, column + 1, self.passes.model.dtype)
 
 

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.hardware.inventory import plain_name
 from roundoff.models.draws import noise_context
 from roundoff.models.mode import evaluation_mode
+from roundoff.numerics.transfer import put
 from roundoff.sampling.rollouts import Rollouts
 
 UNSEEN = "a module that a second pass over the response does not show"
@@ -30,7 +32,7 @@ def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
         return ""
     rollout = rollouts.select(bad[:1])
     inside = rollout.attention_mask[0]  # without padding, every output counts
-    tokens, rows = rollout.tokens[:, inside], rollout.rows[:, inside]
+    tokens, rows = put(rollout.tokens[:, inside], model.device), rollout.rows[:, inside]
     modules: list[str] = []
 
     def watch(name: str) -> Any:
@@ -59,9 +61,23 @@ def nonfinite_parameters(parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of the parameters that hold NaN or infinity."""
     if not parameters:
         return []
-    # A sum is not finite if a term is not, and costs a tenth of `isfinite`; a sum may also overflow, so check again.
-    sums = torch.stack([p.sum(dtype=torch.float32) for p in parameters.values()])
-    suspects = [name for name, ok in zip(parameters, sums.isfinite().tolist(), strict=True) if not ok]
+    return nonfinite_among(parameters, finite_sums(parameters))
+
+
+@torch.no_grad()
+def finite_sums(parameters: Mapping[str, nn.Parameter]) -> Bool[Tensor, " parameters"]:
+    """Whether the sum of each parameter is finite, where the parameters are.
+
+    A sum is not finite if a term is not, and costs a tenth of `isfinite`; it may also overflow.
+    """
+    sums = [p.sum(dtype=torch.float32) for p in parameters.values()]
+    return torch.stack(sums).isfinite() if sums else torch.zeros(0, dtype=torch.bool)
+
+
+@torch.no_grad()
+def nonfinite_among(parameters: Mapping[str, nn.Parameter], sums: Bool[Tensor, " parameters"]) -> list[str]:
+    """Names of the parameters that hold NaN or infinity, given their `finite_sums`; only suspects are read again."""
+    suspects = [name for name, ok in zip(parameters, sums.tolist(), strict=True) if not ok]
     return [name for name in suspects if not bool(parameters[name].isfinite().all())]
 
 

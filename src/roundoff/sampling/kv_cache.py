@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from roundoff.numerics.transfer import put
+
 
 class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, of which the first `length` columns are in use."""
@@ -56,7 +58,7 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
     def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCacheLayer:
-        """A layer with row i repeated `counts[i]` times, and room for `capacity` columns."""
+        """A layer with row i repeated `counts[i]` times (in host memory), and room for `capacity` columns."""
         layer = KVCacheLayer(capacity)
         layer.length, layer.is_initialized = self.length, True
         layer.keys, layer.values = (_repeated(x, self.length, counts, capacity) for x in (self.keys, self.values))
@@ -102,8 +104,10 @@ def _repeated(storage: Tensor, length: int, counts: Tensor, capacity: int) -> Te
         copies = storage.new_empty((rows, times, heads, capacity, size))
         copies.narrow(3, 0, length).copy_(used.unsqueeze(1))
         return copies.flatten(0, 1)
-    copies = storage.new_empty((int(counts.sum()), heads, capacity, size))
-    copies.narrow(2, 0, length).copy_(used.repeat_interleave(counts, dim=0))
+    total = int(counts.sum())
+    copies = storage.new_empty((total, heads, capacity, size))
+    times_there = put(counts, storage.device)
+    copies.narrow(2, 0, length).copy_(used.repeat_interleave(times_there, dim=0, output_size=total))
     return copies
 
 
@@ -155,7 +159,7 @@ class KVCache(Cache):
         super().__init__(layers=list(self.stack))
 
     def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCache:
-        """A cache with row i repeated `counts[i]` times, and room for `capacity` columns."""
+        """A cache with row i repeated `counts[i]` times (in host memory), and room for `capacity` columns."""
         cache = KVCache(0, capacity)
         cache.stack = [layer.repeated(counts, capacity) for layer in self.stack]
         cache.layers = list(cache.stack)

@@ -1,7 +1,8 @@
 """Sampled completions as padded tensors.
 
 A row holds padding, the prompt, which ends at column `prompt_length`, the response, and padding again. The rollouts of
-one prompt (a group) are adjacent. `columns` means prompt and response together; `tokens` means response columns.
+one prompt (a group) are adjacent. `columns` means prompt and response together; `tokens` means response columns. All
+tensors are in host memory, whatever the model's device: what is trained on is decided there.
 """
 
 from __future__ import annotations
@@ -56,11 +57,17 @@ class Rollouts:
 
     def select(self, index: Int[Tensor, " selected"] | Sequence[int], *, trim: bool = True) -> Rollouts:
         """The rollouts at `index`, in that order; with `trim`, without columns that are padding in all of them."""
-        places = torch.as_tensor(index, dtype=torch.int64, device=self.tokens.device)
+        places = torch.as_tensor(index, dtype=torch.int64)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors: dict[str, Any] = {name: value[places] for name, value in values.items() if isinstance(value, Tensor)}
         selection = replace(self, texts=[self.texts[i] for i in places.tolist()], **tensors)
         return selection.trimmed() if trim else selection
+
+    def part(self, rows: slice) -> Rollouts:
+        """Consecutive rollouts, with every column."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, texts=self.texts[rows], **tensors)
 
     def trimmed(self) -> Rollouts:
         """The same rollouts without columns that are padding in all; one prompt and one response column always stay."""

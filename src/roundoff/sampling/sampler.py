@@ -19,6 +19,9 @@ beginning that they have in common (`roundoff.sampling.decoding`).
 cut by top-k and top-p, as in trl and verl. Greedy decoding (temperature 0) reports them at temperature 1. With
 top_p = 1 and top_k = 0 this is the distribution that is sampled from.
 
+**Devices.** Decoding asks a device which rollouts have ended once in `ASK_EVERY` tokens, and fetches the rollouts when
+all of them have; nothing else waits for it. `Rollouts` are in host memory.
+
 **A bad rollout is data.** Where the distribution is not finite, the rollout ends before that token with `nonfinite` and
 `truncated` set; what it wrote before stays.
 """
@@ -43,15 +46,21 @@ from roundoff.models.prompts import Asked, encode
 from roundoff.models.tokenizer import check_embedded, check_open, end_tokens
 from roundoff.numerics.rng import Key, uniform
 from roundoff.numerics.torch_state import own_torch_state, refuse_autocast
+from roundoff.numerics.transfer import fetch, put
 from roundoff.sampling.choice import SamplingSettings, choose
 from roundoff.sampling.decoding import DecodingBatch, Passes, Prompts
 from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.rollouts import Rollouts, concatenate
+from roundoff.sampling.static_buffers import Buffers
+from roundoff.sampling.static_decoder import StaticDecoder
 
 __all__ = ["Rollouts", "concatenate", "sample", "token_logprobs"]
 
 MAX_ROWS = 512
 """Rollouts decoded together; more are split into batches of similar prompt length."""
+ASK_EVERY = 16
+"""Tokens after which an accelerator is asked which rollouts have ended. A CPU is asked after every token, since asking
+costs nothing there."""
 
 
 @torch.no_grad()
@@ -129,15 +138,22 @@ def _sampled(
     )
     for start in range(0, count, max_rows):
         places = order[start : start + max_rows]
-        batch_ids = ids[places].to(model.device)
+        batch_ids = put(ids[places], model.device)
         texts = [encoded[n // group_size] for n in places]
         batch_prompts = Prompts.of(texts, settings.pad_token, model.device, alone=passes.noise is not None)
         shape = len(places), max_new_tokens
         uniforms = None
         if settings.temperature > 0:
-            uniforms = uniform(key.fold("sample"), shape, rows=batch_ids).to(model.device)
-        slots = torch.tensor(places, device=model.device)
-        _decode(passes.batch(batch_prompts, batch_ids), written, slots, uniforms, settings)
+            uniforms = uniform(key.fold("sample"), shape, rows=batch_ids)
+        slots = put(places, model.device)
+        static = None if passes.fused is not None else StaticDecoder.of(model)
+        results = None
+        if static is not None:
+            results = static.decode(passes, batch_prompts, batch_ids, uniforms, settings, ASK_EVERY)
+        if results is None:
+            _decode(passes.batch(batch_prompts, batch_ids), written, slots, uniforms, settings)
+        else:
+            written.take(slots, results)
     return _assemble(written, [p for p in encoded for _ in range(group_size)], ids, group_size, noise_key, tokenizer)
 
 
@@ -166,10 +182,18 @@ class _Written:
 
     def end(self, slots: Tensor, stopped: Tensor, finite: Tensor, t: int) -> None:
         """Record that the `stopped` rollouts among `slots` end with token t, or before it where it is not `finite`."""
-        ended, proper = slots[stopped], finite[stopped]
-        self.length[ended] = t + proper.long()
-        self.truncated[ended] = ~proper
-        self.nonfinite[ended] = ~proper
+        self.length[slots] = torch.where(stopped, t + finite.long(), self.length[slots])
+        self.truncated[slots] = torch.where(stopped, ~finite, self.truncated[slots])
+        self.nonfinite[slots] = torch.where(stopped, ~finite, self.nonfinite[slots])
+
+    def take(self, slots: Tensor, results: Buffers) -> None:
+        """Record a batch that was decoded in static buffers."""
+        count, tokens = len(slots), self.tokens.shape[1]
+        self.tokens[slots] = results.tokens[:count, :tokens]
+        self.logprobs[slots] = results.logprobs[:count, :tokens]
+        self.length[slots] = results.length[:count]
+        self.truncated[slots] = results.truncated[:count]
+        self.nonfinite[slots] = results.nonfinite[:count]
 
 
 def _decode(
@@ -180,25 +204,32 @@ def _decode(
     `uniforms` [rollouts, max_new_tokens] choose the tokens; without them decoding is greedy.
     """
     running = torch.ones_like(slots, dtype=torch.bool)
+    ask_every = 1 if slots.is_cpu else ASK_EVERY
     is_end: Tensor | None = None
+    changed = False
     for t in range(settings.max_new_tokens):
         logits = batch.logits()
         if is_end is None:
-            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            is_end[[token for token in settings.end_tokens if token < len(is_end)]] = True
+            is_end = settings.ends(logits.shape[-1], logits.device)
         tokens, logprobs = choose(logits, None if uniforms is None else uniforms[:, t], settings)
         written.tokens[slots, t] = tokens
         written.logprobs[slots, t] = logprobs
         finite = logprobs.isfinite()
         stopped = (is_end[tokens] | ~finite) & running
-        if stopped.any():
+        if not slots.is_cpu or stopped.any():
             written.end(slots, stopped, finite, t)
             running &= ~stopped
-            keep = batch.leave(running)
+            changed = True
+        if t + 1 == settings.max_new_tokens:
+            return
+        if changed and (t + 1) % ask_every == 0:
+            changed = False
+            (still,) = fetch([running])
+            keep = batch.leave(still)
             if len(keep) < len(running):
                 slots, running, tokens = slots[keep], running[keep], tokens[keep]
                 uniforms = None if uniforms is None else uniforms[keep]
-        if t + 1 == settings.max_new_tokens or not len(tokens):
+        if not len(tokens):
             return
         batch.feed(tokens)
 
@@ -273,14 +304,16 @@ def _assemble(
     noise_key: Key,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rollouts:
-    """The finished rollouts, padded to the columns that they need."""
-    device = written.tokens.device
-    P, T = max(map(len, prompts)), max(1, int(written.length.max()))
-    left = torch.tensor([P - len(prompt) for prompt in prompts], device=device)
-    inside = torch.arange(T, device=device) < written.length[:, None]
-    responses = written.tokens[:, :T].masked_fill(~inside, written.pad_token)
-    padded = torch.tensor([[written.pad_token] * (P - len(prompt)) + prompt for prompt in prompts], device=device)
-    each = [tuple(row[:n]) for row, n in zip(responses.tolist(), written.length.tolist(), strict=True)]
+    """The finished rollouts in host memory, padded to the columns that they need."""
+    tokens, logprobs, length, truncated, nonfinite = fetch(
+        [written.tokens, written.logprobs, written.length, written.truncated, written.nonfinite]
+    )
+    P, T = max(map(len, prompts)), max(1, int(length.max()))
+    left = torch.tensor([P - len(prompt) for prompt in prompts])
+    inside = torch.arange(T) < length[:, None]
+    responses = tokens[:, :T].masked_fill(~inside, written.pad_token)
+    padded = torch.tensor([[written.pad_token] * (P - len(prompt)) + prompt for prompt in prompts])
+    each = [tuple(row[:n]) for row, n in zip(responses.tolist(), length.tolist(), strict=True)]
     distinct = list(dict.fromkeys(each))
     decoded = tokenizer.batch_decode(
         [list(text) for text in distinct], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -288,14 +321,14 @@ def _assemble(
     text_of = dict(zip(distinct, decoded, strict=True))
     return Rollouts(
         tokens=torch.cat([padded, responses], dim=1),
-        attention_mask=torch.cat([torch.arange(P, device=device) >= left[:, None], inside], dim=1),
+        attention_mask=torch.cat([torch.arange(P) >= left[:, None], inside], dim=1),
         prompt_length=P,
         response_mask=inside,
-        logprobs=written.logprobs[:, :T].masked_fill(~inside, 0.0),
-        texts=[text_of[tokens] for tokens in each],
-        truncated=written.truncated,
-        nonfinite=written.nonfinite,
-        rows=row_ids(ids.to(device), positions(left, P + T)),
+        logprobs=logprobs[:, :T].masked_fill(~inside, 0.0),
+        texts=[text_of[response] for response in each],
+        truncated=truncated,
+        nonfinite=nonfinite,
+        rows=row_ids(ids, positions(left, P + T)),
         group_size=group_size,
         noise_key=noise_key,
         pad_token_id=written.pad_token,

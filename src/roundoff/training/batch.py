@@ -53,7 +53,7 @@ class Batch:
 
     rollouts: Rollouts
     advantages: Float[Tensor, " rollouts"]
-    """Zero for a group of equal rewards; on the device of the rollouts."""
+    """Zero for a group of equal rewards; in host memory, like the rollouts."""
     reward: float
     """Mean reward over all rollouts sampled, penalties included (reward units)."""
     accuracy: float
@@ -109,10 +109,10 @@ def collect(
         parts = ranks.gather((sampled, scored))
         rollouts = concatenate([r for r, _ in parts]) if len(parts) > 1 else sampled
         errors += sum(s.errors for _, s in parts)
-        finite = ~rollouts.nonfinite.cpu().view(drawn, G)
+        finite = ~rollouts.nonfinite.view(drawn, G)
         earned = torch.tensor([r for _, s in parts for r in s.rewards], dtype=torch.float32).view(drawn, G)
         accuracy = torch.where(finite, earned, 0.0)
-        lengths = rollouts.lengths.cpu().view(drawn, G)
+        lengths = rollouts.lengths.view(drawn, G)
         rewards = accuracy + overlong_penalty(lengths, training.max_new_tokens, algorithm)
         seen.append((rollouts, rewards, accuracy))
         usable += int(_mixed(rewards, finite).sum())
@@ -120,7 +120,7 @@ def collect(
             break
     rewards = torch.cat([r for _, r, _ in seen])
     everything = seen[0][0] if len(seen) == 1 else concatenate([r for r, _, _ in seen])
-    finite = ~everything.nonfinite.cpu().view(-1, G)
+    finite = ~everything.nonfinite.view(-1, G)
     mixed = _mixed(rewards, finite)
     chosen = torch.arange(len(rewards))
     if algorithm.dynamic_sampling and usable:
@@ -130,7 +130,7 @@ def collect(
     members = (chosen[:, None] * G + torch.arange(G)).flatten()
     return Batch(
         rollouts=everything if len(members) == len(everything.texts) else everything.select(members),
-        advantages=_advantages(rewards[chosen], finite[chosen], algorithm).flatten().to(everything.tokens.device),
+        advantages=_advantages(rewards[chosen], finite[chosen], algorithm).flatten(),
         reward=float(rewards.mean()),
         accuracy=float(torch.cat([a for _, _, a in seen]).mean()),
         mixed_groups=float(mixed.float().mean()),

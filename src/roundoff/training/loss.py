@@ -61,9 +61,14 @@ class LossOutput:
         return {name: float(getattr(self, name).detach()) for name in self.__slots__}
 
     @classmethod
-    def nothing(cls) -> LossOutput:
+    def nothing(cls, device: torch.device | str = "cpu") -> LossOutput:
         """The output for no rollouts, which changes nothing in `combine`."""
-        return cls(*[torch.zeros((), dtype=torch.float32)] * len(cls.__slots__))
+        return cls(*[torch.zeros((), dtype=torch.float32, device=device)] * len(cls.__slots__))
+
+    def stacked(self) -> Float[Tensor, " fields"]:
+        """Every field, detached, in the widest floating type of the device."""
+        wide = widest_float(self.loss)
+        return torch.stack([getattr(self, name).detach().to(wide) for name in self.__slots__])
 
 
 def policy_loss(
@@ -128,7 +133,7 @@ def policy_loss(
         loss = loss - algorithm.entropy_coefficient * bonus
     with torch.no_grad():
         used = ratio * weight * mask
-        exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(_wide(used)).exp() * weight
+        exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(widest_float(used)).exp() * weight
         return LossOutput(
             loss=loss,
             policy_loss=policy_part.detach(),
@@ -188,7 +193,7 @@ def kl_estimate(
         return 0.5 * d.square()
     d = d.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     differentiable = (d.exp() - d - 1.0).clamp(max=LOW_VAR_KL_LIMIT)
-    exact = d.detach().to(_wide(d))
+    exact = d.detach().to(widest_float(d))
     value = (exact.expm1() - exact).clamp(max=LOW_VAR_KL_LIMIT).to(d.dtype)
     return value + (differentiable - differentiable.detach())  # the bracket is exactly 0 and carries the gradient
 
@@ -255,7 +260,7 @@ def _deviation(values: Tensor, mask: Tensor) -> Tensor:
     return (((values - mean) * mask).square().sum() / tokens).sqrt().to(torch.float32)
 
 
-def _wide(like: Tensor) -> torch.dtype:
+def widest_float(like: Shaped[Tensor, " ..."]) -> torch.dtype:
     """The widest type in which the device of a tensor computes: MPS has no float64."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 

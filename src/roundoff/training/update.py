@@ -2,11 +2,13 @@
 
 Log-probabilities before the update are computed first, with the hardware on and without AQN. `Algorithm.ratio` says
 under which draws of the noise.
+
+**Devices.** Rollouts, advantages and everything that decides shapes are in host memory. An accelerator is waited for
+once in an update, when the numbers that it reports are fetched (`roundoff.training.divergence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,26 +16,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from roundoff.errors import RoundoffError
 from roundoff.models.gradient_checkpointing import checkpointed
 from roundoff.models.keyed_dropout import dropout_on
 from roundoff.models.logprobs import token_logprobs
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import put
 from roundoff.parallel.ranks import Ranks
-from roundoff.sampling.diagnosis import nonfinite_parameters
 from roundoff.sampling.rollouts import Rollouts
 from roundoff.training.batch import Batch
-from roundoff.training.loss import LossOutput, combine, loss_normalizer, policy_loss, truncated_weights
+from roundoff.training.divergence import (
+    METRICS,
+    NonFiniteLossError,
+    StepNumbers,
+    Weights,
+    check_now,
+    checked,
+    gradient_norms,
+)
+from roundoff.training.loss import (
+    LossOutput,
+    combine,
+    loss_normalizer,
+    policy_loss,
+    truncated_weights,
+    widest_float,
+)
 from roundoff.training.session import Session
 
-
-class NonFiniteLossError(RoundoffError, ArithmeticError):
-    """The loss, the gradient or a weight after the optimizer step is not a finite number."""
+__all__ = ["Minibatch", "NonFiniteLossError", "update"]
 
 
 @dataclass(frozen=True, slots=True)
 class Minibatch:
-    """The rollouts of one optimizer step, and what the loss compares them with; n rollouts of t response tokens."""
+    """The rollouts of one optimizer step, and what the loss compares them with; n rollouts of t response tokens.
+
+    The first three are in host memory, the others on the model's device.
+    """
 
     rollouts: Rollouts
     """This rank's rollouts of the minibatch."""
@@ -59,73 +77,41 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     """
     shares = [_share_of(session.ranks, minibatch) for minibatch in split_into_minibatches(session, batch)]
     minibatches = [before_update(session, step, share, first=i == 0) for i, share in enumerate(shares)]
-    before_step = nonfinite_parameters(session.trainable)
-    outputs: list[LossOutput] = []
-    norms: list[float] = []
-    entropies: list[float] = []
+    weights = Weights.of(session.trainable)
+    taken: list[StepNumbers] = []
     for _ in range(session.algorithm.optimizer_epochs):
         for minibatch in minibatches:
             output, entropy = minibatch_loss(session, step, minibatch)
-            norms.append(_optimizer_step(session, output, before_step))
-            outputs.append(output)
-            entropies.append(entropy)
-    if spoilt := _spoilt(session, before_step):
-        raise NonFiniteLossError(spoilt)
-    logged = [o.metrics() for o in outputs]
-    mean = {name: sum(row[name] for row in logged) / len(logged) for name in logged[0]}
+            taken.append(_optimizer_step(session, output, entropy, weights))
+    rows = [dict(zip((*METRICS, "entropy", "grad_norm"), row, strict=True)) for row in checked(weights, taken)]
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {
         "loss": mean["loss"],
         "kl": mean["kl"],
-        "entropy": sum(entropies) / len(entropies),
+        "entropy": mean["entropy"],
         "clip_fraction": mean["clip_low_fraction"] + mean["clip_high_fraction"],
-        **{name: logged[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
-        "grad_norm": sum(norms) / len(norms),
+        **{name: rows[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
+        "grad_norm": mean["grad_norm"],
     }
 
 
-def _optimizer_step(session: Session, output: LossOutput, before: Sequence[str]) -> float:
-    """One step along the gradients that `output` left behind, clipped; returns their norm before clipping.
+def _optimizer_step(session: Session, output: LossOutput, entropy: Tensor, weights: Weights) -> StepNumbers:
+    """One step along the gradients that `output` left behind, clipped; returns what it reports.
 
     Raises:
-        NonFiniteLossError: if the loss or the norm is not finite; no weight has moved then.
+        NonFiniteLossError: on a CPU, if the loss or the norm is not finite; no weight has moved then.
     """
-    moved = list(session.optimizer.masters.values())
-    session.ranks.sum_gradients(moved)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
-    if not (torch.isfinite(output.loss) and torch.isfinite(norm)):
-        raise NonFiniteLossError(_diverged(session, output, norm, before))
-    torch.nn.utils.clip_grads_with_norm_(moved, session.profile.training.gradient_clip, norm)
+    session.ranks.sum_gradients(session.optimizer.masters.values())
+    moved = {name: p for name, p in session.optimizer.masters.items() if p.grad is not None}
+    norms, norm = gradient_norms([p.grad for p in moved.values() if p.grad is not None])
+    values = torch.cat([output.stacked(), torch.stack([entropy, norm.to(entropy.dtype)])])
+    numbers = StepNumbers(values, tuple(moved), norms)
+    if values.is_cpu:
+        check_now(weights, numbers)
+    torch.nn.utils.clip_grads_with_norm_(moved.values(), session.profile.training.gradient_clip, norm)
     session.optimizer.step()
     session.optimizer.zero_grad(set_to_none=True)
-    return float(norm)
-
-
-def _spoilt(session: Session, before: Sequence[str]) -> str:
-    """A sentence about the weights that an optimizer step has made NaN or infinite; those in `before` already were."""
-    bad = [name for name in nonfinite_parameters(session.trainable) if name not in before]
-    if not bad:
-        return ""
-    return (
-        f"after an optimizer step {len(bad)} of {len(session.trainable)} weights hold NaN or Inf "
-        f"({', '.join(bad[:3])}): lower the learning rate, or train in a dtype of a wider range"
-    )
-
-
-def _diverged(session: Session, output: LossOutput, norm: Tensor, before: Sequence[str]) -> str:
-    """A sentence about what was not finite first, in the order of the computation."""
-    said = f"loss {output.loss.item()}, gradient norm {norm.item()}"
-    if spoilt := _spoilt(session, before):
-        return f"{said}: {spoilt}"
-    if torch.isfinite(output.policy_loss) and not torch.isfinite(output.kl):
-        return f"{said}: the KL to the reference model is not finite, nor therefore the loss"
-    if torch.isfinite(output.loss):
-        bad = [name for name, p in session.optimizer.masters.items() if p.grad is not None and not _finite(p.grad)]
-        return f"{said}: the loss is finite, but the gradients of {len(bad)} weights are not ({', '.join(bad[:3])})"
-    return f"{said}: the log-probabilities of the policy are not finite; a lower learning rate may help"
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+    return numbers
 
 
 def split_into_minibatches(session: Session, batch: Batch) -> list[Minibatch]:
@@ -137,7 +123,7 @@ def split_into_minibatches(session: Session, batch: Batch) -> list[Minibatch]:
     """
     algorithm, training = session.algorithm, session.profile.training
     G, rollouts = algorithm.group_size, batch.rollouts
-    numbers = torch.arange(len(batch.advantages), device=batch.advantages.device)
+    numbers = torch.arange(len(batch.advantages))
     minibatches = []
     for groups in torch.tensor_split(numbers.view(-1, G), training.minibatches):
         members = groups.flatten()
@@ -184,7 +170,7 @@ def before_update(session: Session, step: int, minibatch: Minibatch, *, first: b
 
     def logprobs(model: PreTrainedModel) -> Tensor:  # in micro-batches of the update's shapes: other shapes, other bits
         rows = _micro_batches(len(rollouts), session.profile.training.micro_batch)
-        return torch.cat([keyed_logprobs(session, model, rollouts.select(r, trim=False), old_key)[0] for r in rows])
+        return torch.cat([keyed_logprobs(session, model, rollouts.part(r), old_key)[0] for r in rows])
 
     with torch.no_grad():
         old = None
@@ -194,42 +180,46 @@ def before_update(session: Session, step: int, minibatch: Minibatch, *, first: b
             reference = None if model is None else logprobs(model)
         weights = None
         if rule.corrects_rollouts and old is not None:
-            weights = truncated_weights(old, rollouts.logprobs, rollouts.response_mask, algorithm)
+            sampled, mask = (put(x, old.device) for x in (rollouts.logprobs, rollouts.response_mask))
+            weights = truncated_weights(old, sampled, mask, algorithm)
     return replace(minibatch, old=old, reference=reference, weights=weights)
 
 
-def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[LossOutput, float]:
-    """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy (nats).
+def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[LossOutput, Tensor]:
+    """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy [] (nats).
 
     The gradients left behind are those of this rank's rollouts; their sum over the ranks is that of the minibatch.
     """
+    device = session.model.device
     outputs: list[LossOutput] = []
-    entropy = 0.0
+    nothing = LossOutput.nothing(device)
+    entropy = nothing.loss.to(widest_float(nothing.loss))
+    normalizer = put(minibatch.normalizer, device)
     for rows in _micro_batches(len(minibatch.advantages), session.profile.training.micro_batch):
-        micro = minibatch.rollouts.select(rows, trim=False)
+        micro = minibatch.rollouts.part(rows)
+        mask = put(micro.response_mask, device)
         logprobs, entropies = keyed_logprobs(session, session.model, micro, session.key.fold("update", step))
         output = policy_loss(
             logprobs,
             logprobs.detach() if minibatch.old is None else minibatch.old[rows],
             None if minibatch.reference is None else minibatch.reference[rows],
-            minibatch.advantages[rows],
-            micro.response_mask,
+            put(minibatch.advantages[rows], device),
+            mask,
             session.algorithm,
-            normalizer=minibatch.normalizer,
+            normalizer=normalizer,
             weights=None if minibatch.weights is None else minibatch.weights[rows],
             entropies=entropies,
         )
         output.loss.backward()  # type: ignore[no-untyped-call]
         session.optimizer.collect()
         outputs.append(replace(output, loss=output.loss.detach()))
-        entropy += float(torch.where(micro.response_mask, entropies.detach(), 0.0).sum())
-    total = combine(outputs) if outputs else LossOutput.nothing()
+        entropy = entropy + torch.where(mask, entropies.detach(), 0.0).sum()
+    total = combine(outputs) if outputs else nothing
     if session.ranks.count > 1:
-        own = [*total.metrics().values(), entropy]
-        ranks = session.ranks.stack(torch.tensor(own, dtype=torch.float64)).unbind()
-        total, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), float(sum(row[-1] for row in ranks))
-    return total, entropy / max(1, int(total.tokens))
+        ranks = session.ranks.stack(torch.cat([total.stacked(), entropy[None]])).unbind()
+        total, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), torch.stack([r[-1] for r in ranks]).sum()
+    return total, entropy / total.tokens.clamp(min=1)
 
 
-def _micro_batches(count: int, size: int) -> list[Tensor]:
-    return list(torch.split(torch.arange(count), size or count)) if count else []
+def _micro_batches(count: int, size: int) -> list[slice]:
+    return [slice(start, start + (size or count)) for start in range(0, count, size or count)] if count else []

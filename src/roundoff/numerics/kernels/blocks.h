@@ -6,8 +6,9 @@
 
 namespace roundoff {
 
-enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3 };
-enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3 };
+// In the order of formats/table.py. ENCODED: E4M3 under the last three rules, which nvfp4.h computes.
+enum Scale : int32_t { TENSOR = 0, E8M0 = 1, E4M3 = 2, FLOAT32 = 3, E6M2 = 4, TAPERED = 5, ENCODED = 6 };
+enum Rule : int32_t { FLOOR = 0, CEIL = 1, EVEN = 2, RCEIL = 3, TRANSFORMER_ENGINE = 4, SQUARED = 5, ABSOLUTE = 6 };
 
 // The layout of `formats.Format.packed`.
 struct Spec {
@@ -29,15 +30,20 @@ static const float E4M3_HIGH = 448.0f;
 
 static inline F with_sign(F magnitude, F of) { return real(bits(magnitude) | (bits(of) & SIGN)); }
 
+// Rounds v on a floating-point grid, whose largest number is `high` and whose smallest normal one has the bits `smallest`.
+static inline F nearest_on(F v, F high, U smallest, U rounder) {
+    F t = at_most(real(bits(v) & MAGNITUDE), high);
+    F c = real(max(bits(t) & EXPONENT, smallest) + rounder);
+    return with_sign((t + c) - c, v);
+}
+
 // Rounds v to the nearest grid number, ties to even. Values beyond the grid saturate, and NaN stays NaN.
 template <bool INTEGER> static inline F nearest(F v, const Grid& g) {
     if (INTEGER) {
         F t = at_least(at_most(v, g.high), g.low);
         return with_sign(real(bits((t + 0x1.8p23f) - 0x1.8p23f) & MAGNITUDE), v);
     }
-    F t = at_most(real(bits(v) & MAGNITUDE), g.high);
-    F c = real(max(bits(t) & EXPONENT, g.smallest) + g.rounder);
-    return with_sign((t + c) - c, v);
+    return nearest_on(v, g.high, g.smallest, g.rounder);
 }
 
 // Rounds v to one of its two grid neighbours, chosen by random words so that the mean is v.
@@ -90,6 +96,22 @@ template <int SCALE> static inline Scales scales_of(U amax, const Spec& s, F ten
     return r;
 }
 
+// The grid of an element times the power-of-two scales of LANES blocks. Rounding on it gives the same bits as dividing,
+// rounding and multiplying, as long as no number on the way leaves float32's normal range: `exact` says so.
+struct MovedGrid {
+    F high;
+    U smallest;
+    bool exact;
+    MovedGrid(const Spec& s, const Grid& g, U amax, F scale) {
+        scale = amax == 0u ? splat(1.0f) : scale;  // any scale serves a block of zeros
+        const U exponent = bits(scale) >> 23;      // 255 for a block that holds NaN or Inf
+        high = g.high * scale;
+        smallest = g.smallest + ((exponent - 127u) << 23);
+        const U far = exponent > 127u ? exponent - 127u : 127u - exponent;
+        exact = s.emin >= -32 && s.emax <= 32 && maximum(far) <= 60;
+    }
+};
+
 // The parameters of a call, apart from its arrays.
 struct Work {
     const Spec& spec;
@@ -109,9 +131,20 @@ __attribute__((noinline)) static void words_of(const Work& w, int64_t row, int64
     }
 }
 
+// Tiles with arithmetic of their own: hifloat.h, nvfp4.h and pairs.h.
+template <class T, int N, bool STREAM, bool RANDOM>
+static void hif4_tile(const Work& w, const T* x, T* y, int blocks, int64_t row, int64_t column);
+template <class T, int N, bool STREAM>
+static void encoded_tile(const Work& w, const T* x, T* y, int blocks, F encoding, int64_t row, int64_t column);
+
 // Quantizes up to LANES blocks of N elements that start at `column` of `row`; lane b of tensor_scale is for block b.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_scale, int64_t row, int64_t column) {
+    if constexpr (SCALE == E6M2) {
+        return w.random ? hif4_tile<T, N, STREAM, true>(w, x, y, blocks, row, column)
+                        : hif4_tile<T, N, STREAM, false>(w, x, y, blocks, row, column);
+    }
+    if constexpr (SCALE == ENCODED) return encoded_tile<T, N, STREAM>(w, x, y, blocks, tensor_scale, row, column);
     constexpr int V = N / LANES;
     U m[LANES];
     for (int b = 0; b < LANES; ++b) {
@@ -119,82 +152,49 @@ static inline void tile(const Work& w, const T* x, T* y, int blocks, F tensor_sc
         if (b >= blocks) continue;
         for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
     }
-    Scales s = scales_of<SCALE>(maxima(m), w.spec, tensor_scale);
+    const U amax = maxima(m);
+    Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
+    if constexpr (SCALE == E8M0) {
+        const MovedGrid moved(w.spec, w.grid, amax, s.multiply);
+        if (moved.exact && !w.random) {
+            alignas(64) float high[LANES], smallest[LANES];
+            store<false>(high, moved.high);
+            store<false>(smallest, real(moved.smallest));
+            for (int b = 0; b < blocks; ++b) {
+                const F most = splat(high[b]);
+                const U least = bits(splat(smallest[b]));
+                for (int v = 0; v < V; ++v) {
+                    const F a = load(x + b * N + v * LANES);
+                    store<STREAM>(y + b * N + v * LANES, nearest_on(a, most, least, w.grid.rounder));
+                }
+            }
+            return;
+        }
+    }
     alignas(64) float multiply[LANES], divide[LANES], words[LANES * N];
     store<false>(multiply, s.multiply);
     store<false>(divide, s.divide);
     if (w.random) words_of(w, row, column, (int64_t)blocks * N, words);
-    for (int b = 0; b < blocks; ++b) {
-        for (int v = 0; v < V; ++v) {
-            F a = load(x + b * N + v * LANES);
-            F q = SCALE == E8M0 ? a * splat(divide[b]) : a / splat(divide[b]);
-            q = w.random ? stochastic<INTEGER>(q, w.grid, bits(load(words + b * N + v * LANES)))
-                         : nearest<INTEGER>(q, w.grid);
-            store<STREAM>(y + b * N + v * LANES, q * splat(multiply[b]));
-        }
-    }
+    auto each = [&](auto rounded) {
+        for (int b = 0; b < blocks; ++b)
+            for (int v = 0; v < V; ++v) {
+                const int at = b * N + v * LANES;
+                const F a = load(x + at), d = splat(divide[b]);
+                store<STREAM>(y + at, rounded(SCALE == E8M0 ? a * d : a / d, at) * splat(multiply[b]));
+            }
+    };
+    const Grid grid = w.grid;
+    if (w.random) each([&](F q, int at) { return stochastic<INTEGER>(q, grid, bits(load(words + at))); });
+    else each([&](F q, int) { return nearest<INTEGER>(q, grid); });
 }
 
-// `pair_tile` quantizes LANES whole blocks of bfloat16 as pairs (low half: even element, high half: odd element), which
-// avoids widening and narrowing. Under a power-of-two scale every result is exact in bfloat16: it has fewer bits, and
-// it is a multiple of the smallest bfloat16 number, because either its grid step is one or the input is on the grid.
-struct EvenThenOdd {
-    static constexpr int at(int k) { return k < LANES / 2 ? 2 * k : 2 * k + 1 - LANES; }
-};
-struct LowThenHigh {  // the low half of a beside the high half of b
-    static constexpr int at(int k) { return k < LANES / 2 ? k : k + LANES; }
-};
 template <int SCALE, int N, bool STREAM>
-static inline void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale) {
-    constexpr bool SHARED = N < 2 * LANES;  // two blocks in a vector
-    constexpr int EACH = SHARED ? 1 : N / (2 * LANES), VECTORS = SHARED ? LANES / 2 : LANES;  // vectors that share scales
-    static_assert(N >= LANES, "a block fills at least half of a vector of pairs");
-    U m[VECTORS];
-    for (int i = 0; i < VECTORS; ++i) {
-        m[i] = splat(0u);
-        for (int k = 0; k < EACH; ++k) {
-            U v = load_pairs(x + 2 * LANES * (EACH * i + k));
-            m[i] = max(m[i], max(v & (MAGNITUDE & ~0xffffu), (v << 16) & MAGNITUDE));
-        }
-    }
-    // With two blocks per vector, the tree without its last step leaves block 2i in lane i, and block 2i + 1 half a
-    // vector further.
-    U amax;
-    if constexpr (SHARED) {
-        amax = maxima_of_halves(m);
-        tensor_scale = shuffled<EvenThenOdd>(tensor_scale, tensor_scale);
-    } else {
-        amax = maxima(m);
-    }
-    Scales s = scales_of<SCALE>(amax, w.spec, tensor_scale);
-    alignas(64) float multiply[LANES], divide[LANES];
-    store<false>(multiply, s.multiply);
-    store<false>(divide, s.divide);
-    for (int i = 0; i < VECTORS; ++i) {
-        F d = splat(divide[i]), back = splat(multiply[i]);
-        if constexpr (SHARED) {
-            d = shuffled<LowThenHigh>(d, splat(divide[i + LANES / 2]));
-            back = shuffled<LowThenHigh>(back, splat(multiply[i + LANES / 2]));
-        }
-        for (int k = 0; k < EACH; ++k) {
-            const int64_t at = 2 * LANES * (EACH * i + k);
-            U v = load_pairs(x + at);
-            F even = real(v << 16), odd = real(v & ~0xffffu);
-            U a = bits(nearest<false>(SCALE == E8M0 ? even * d : even / d, w.grid) * back);
-            U b = bits(nearest<false>(SCALE == E8M0 ? odd * d : odd / d, w.grid) * back);
-            if (SCALE != E8M0) {  // round to nearest even; a NaN here has no low bits that could carry into the sign
-                a = a + (((a >> 16) & 1u) + 0x7fffu);
-                b = b + (((b >> 16) & 1u) + 0x7fffu);
-            }
-            store_pairs<STREAM>(y + at, (a >> 16) | (b & ~0xffffu));
-        }
-    }
-}
+static void pair_tile(const Work& w, const bf16* x, bf16* y, F tensor_scale);
 
 // Quantizes LANES whole blocks on the fastest path.
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
 static inline void full_tile(const Work& w, const T* x, T* y, F tensor_scale, int64_t row, int64_t column) {
-    if constexpr (std::is_same<T, bf16>::value && !INTEGER) {
+    if constexpr (std::is_same<T, bf16>::value && !INTEGER && SCALE != E6M2 && SCALE != ENCODED) {
         if (!w.random) return pair_tile<SCALE, N, STREAM>(w, x, y, tensor_scale);
     }
     tile<T, SCALE, N, INTEGER, STREAM>(w, x, y, LANES, tensor_scale, row, column);

@@ -1,13 +1,16 @@
 // roundoff's compiled kernels: quantize-dequantize, keyed noise, decoding, and fingerprints of memory. They have no
 // dependencies and are loaded through ctypes.
-// Build with -O3 -march=native -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
+// Build as build.py does, with -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
 #include <algorithm>
 #include <system_error>
 #include <thread>
 #include <vector>
 #include "decode.h"
 #include "fingerprint.h"
+#include "hifloat.h"
 #include "noise.h"
+#include "nvfp4.h"
+#include "pairs.h"
 
 using namespace roundoff;
 
@@ -44,7 +47,14 @@ struct Call {
     Source source;
     float given;
     const float* per_row;
-    float scale(int64_t row) const { return source == GIVEN_ROWS ? per_row[row] : given; }
+    bool is_encoded() const { return work.spec.scale == E4M3 && work.spec.rule >= TRANSFORMER_ENGINE; }
+    // The scale that the kernels take, from the largest finite magnitude of the tensor or the row, or from a given one.
+    float scale_of(float amax) const {
+        const float divisor = work.spec.tensor_divisor;
+        return is_encoded() ? encoding_of(amax, divisor) : amax / divisor;
+    }
+    float scale_given(float scale) const { return is_encoded() ? encoding_of_given(scale) : scale; }
+    float scale(int64_t row) const { return source == GIVEN_ROWS ? scale_given(per_row[row]) : given; }
 };
 
 template <class T> float row_scale(const Call& c, const T* x, int64_t row) {
@@ -52,7 +62,7 @@ template <class T> float row_scale(const Call& c, const T* x, int64_t row) {
     uint32_t b = amax_of<T, true>(x, c.columns);
     float a;
     std::memcpy(&a, &b, sizeof a);
-    return a / c.work.spec.tensor_divisor;
+    return c.scale_of(a);
 }
 
 template <class T, int SCALE, int N, bool INTEGER, bool STREAM>
@@ -97,10 +107,21 @@ void rows_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
     }
 }
 
+template <class T, bool STREAM> void tapered_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    if (!c.work.random) return hif8_row<T, STREAM>(c.work, x + begin * c.columns, y + begin * c.columns,
+                                                  (end - begin) * c.columns, 0);  // there are no blocks to respect
+    for (int64_t r = begin; r < end; ++r)
+        hif8_row<T, false>(c.work, x + r * c.columns, y + r * c.columns, c.columns, r);
+}
+
 template <class T, bool STREAM> void range(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
     const Spec& s = c.work.spec;
     bool integer = s.mantissa == 0;
     if (s.scale == E8M0) blocks_in<T, E8M0, 32, false, STREAM>(c, x, y, begin, end);
+    else if (s.scale == TAPERED) tapered_in<T, STREAM>(c, x, y, begin, end);
+    else if (s.scale == E6M2) blocks_in<T, E6M2, 64, false, STREAM>(c, x, y, begin, end);
+    else if (c.is_encoded() && s.block == 16) blocks_in<T, ENCODED, 16, false, STREAM>(c, x, y, begin, end);
+    else if (c.is_encoded()) blocks_in<T, ENCODED, 256, false, STREAM>(c, x, y, begin, end);
     else if (s.scale == E4M3) blocks_in<T, E4M3, 16, false, STREAM>(c, x, y, begin, end);
     else if (s.block == 32) blocks_in<T, FLOAT32, 32, true, STREAM>(c, x, y, begin, end);
     else if (integer) rows_in<T, true, STREAM>(c, x, y, begin, end);
@@ -122,7 +143,7 @@ template <class T> float tensor_amax(const T* x, int64_t n, int threads) {
 
 template <class T> void quantize(Call c, const T* x, T* y, int64_t rows, int threads) {
     int64_t n = rows * c.columns;
-    if (c.source == FROM_TENSOR) c.given = tensor_amax(x, n, threads) / c.work.spec.tensor_divisor;
+    if (c.source == FROM_TENSOR) c.given = c.scale_of(tensor_amax(x, n, threads));
     // Streaming needs an aligned start and whole lines. In place, it is faster to overwrite the lines in the cache.
     bool aligned = ((uintptr_t)y % 64) == 0 && (c.columns * (int64_t)sizeof(T)) % 64 == 0;
     bool stream = aligned && x != y && n * (int64_t)sizeof(T) >= STREAM_BYTES;
@@ -154,7 +175,7 @@ void ro_quantize(const void* spec, int dtype, const void* x, void* y, int64_t ro
                  float given, const float* per_row, int random, uint64_t key, int threads) {
     const Spec& s = *(const Spec*)spec;
     Call c{Work(s, random != 0, key), columns, (Source)source, given, per_row};
-    if (source == NONE) c.given = 1.0f;
+    c.given = source == NONE ? 1.0f : c.scale_given(given);
     if (dtype == 0) quantize(c, (const float*)x, (float*)y, rows, threads);
     else quantize(c, (const bf16*)x, (bf16*)y, rows, threads);
 }

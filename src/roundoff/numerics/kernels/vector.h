@@ -28,12 +28,13 @@ typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint64_t W __attribute__((vector_size(4 * LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * LANES)));
+typedef int16_t S __attribute__((vector_size(4 * LANES)));  // for pairs of bfloat16
 struct bf16 { uint16_t bits; };
 
 constexpr uint32_t SIGN = 0x80000000u, MAGNITUDE = 0x7fffffffu, EXPONENT = 0x7f800000u, MANTISSA = 0x007fffffu;
 constexpr uint32_t QUIET_NAN = 0x7fc00000u;
 
-static inline F splat(float a) { return F{} + a; }
+static inline F splat(float a) { return a - F{}; }  // a + 0 would be an addition, because -0 + 0 is 0
 static inline U splat(uint32_t a) { return U{} + a; }
 static inline U bits(F a) { return (U)a; }
 static inline F real(U a) { return (F)a; }
@@ -44,13 +45,17 @@ static inline F to_float(U a) { return __builtin_convertvector(a, F); }
 // For numbers below 2^31: the signed conversion, which is one instruction on every target.
 static inline F small_to_float(U a) { return __builtin_convertvector((I)a, F); }
 
+template <class V> static inline V signed_max(V a, V b) { return a > b ? a : b; }
+template <class V> static inline V signed_min(V a, V b) { return a < b ? a : b; }
+
+// The larger bits of magnitudes, below 2^31.
 static inline U max(U a, U b) {
 #if defined(__AVX512F__)
     return (U)_mm512_max_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return (U)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #else
-    return a > b ? a : b;
+    return (U)signed_max((I)a, (I)b);
 #endif
 }
 

@@ -25,6 +25,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from roundoff.config import ConfigError
 from roundoff.hardware import InstalledHardware, install, noise_key
 from roundoff.numerics.rng import Key
+from roundoff.numerics.transfer import fetch, put
 from roundoff.plugins.verl.rows import packed_rows, padded_rows
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
 
@@ -102,9 +103,10 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         if self._hardware is not None:
             key = self._key(tu.get_non_tensor_data(data=micro_batch, key=STEP, default=None), forward_only)
             packed = tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True)
-            sequences: list[Tensor] = list(micro_batch["input_ids"].unbind())
-            rows = (packed_rows if packed else padded_rows)(sequences).to(next(self.module.parameters()).device)
-            self._noise.enter_context(noise_key(self.module, key, rows))
+            sequences: list[Tensor] = fetch(list(micro_batch["input_ids"].unbind()))  # one wait for the device
+            rows = (packed_rows if packed else padded_rows)(sequences)
+            there = put(rows, next(self.module.parameters()).device)
+            self._noise.enter_context(noise_key(self.module, key, there, host=rows))
         return super().forward_step(micro_batch, loss_function, forward_only)
 
     def _key(self, step: int | None, forward_only: bool) -> Key:
