@@ -135,16 +135,29 @@ def test_stochastic_rounding_is_keyed_unbiased_and_leaves_x_alone():
         assert error < 0.07 * of_one  # 1/sqrt(400) = 0.05 if unbiased
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 17)])
+def test_operands_are_never_overwritten(shape):
+    model = One()
+    install(model, Hardware(precision={"weight": "mxfp4", "activation": "mxfp4", "gradient": "mxfp4"}), seed=0)
+    x, dy = operands(shape=shape)
+    before = x.detach().clone(), dy.clone()
+    for columns in (80, 1):
+        arithmetic = GradientArithmetic("mxfp4")
+        arithmetic.for_dw(dy.reshape(-1, 80)[:, :columns], x.detach().reshape(-1, 96)[:, :1], "mxfp4", None, None)
+    gradients(model, x, dy)
+    assert torch.equal(x, before[0]) and torch.equal(dy, before[1])
+
+
 def test_the_hadamard_transform_is_applied_to_both_operands_of_dw_and_cancels():
     exact = GradientArithmetic("bf16", hadamard=True)
     x, dy = operands(shape=(1, 37))
     flat_x, flat_dy = x.detach()[0], dy[0]
     qdy, qx = exact.for_dw(flat_dy, flat_x, None, None, None)
     padded = torch.nn.functional.pad(flat_dy, (0, 0, 0, 11))
-    assert torch.equal(qdy, hadamard(padded, axis=0).to(torch.bfloat16).float()) and qx.shape == (48, 96)
-    assert torch.allclose(qdy.t() @ qx, flat_dy.t() @ flat_x, atol=0.3)
+    assert torch.equal(qdy, hadamard(padded, axis=0).to(torch.bfloat16).float().t()) and qx.shape == (96, 48)
+    assert torch.allclose(qdy @ qx.t(), flat_dy.t() @ flat_x, atol=0.3)
     plain = GradientArithmetic("mxfp4", hadamard=True).for_dw(flat_dy, flat_x, "mxfp4", None, None)
-    assert torch.equal(plain[0], quantize(hadamard(padded, axis=0), "mxfp4", axis=0))
+    assert torch.equal(plain[0], quantize(hadamard(padded, axis=0), "mxfp4", axis=0).t())
 
 
 def test_the_weight_along_out_features_is_computed_once_until_the_weight_changes():

@@ -56,8 +56,8 @@ class GradientArithmetic:
         activation_format: str | None,
         key: Key | None,
         real: Int[Tensor, " real"] | None,
-    ) -> tuple[Float[Tensor, "real out_features"], Float[Tensor, "real in_features"]]:
-        """The operands of dW, in blocks along the tokens.
+    ) -> tuple[Float[Tensor, "out_features padded"], Float[Tensor, "in_features padded"]]:
+        """The transposed operands of dW, `dW = first @ second.t()`, in blocks along the tokens.
 
         Args:
             dy: gradient of the output.
@@ -68,10 +68,11 @@ class GradientArithmetic:
         """
         if real is not None:
             dy, x = dy[real], x[real]
+        dy, x = (operand.t().clone(memory_format=torch.contiguous_format) for operand in (dy, x))
         if self.hadamard:
             dy, x = (_transformed(operand) for operand in (dy, x))
-        dy = quantize(dy, self.format, axis=0, stochastic=self._key(key, "dw"))
-        return dy, x if activation_format is None else quantize(x, activation_format, axis=0)
+        dy = quantize(dy, self.format, out=dy, stochastic=self._key(key, "dw"))
+        return dy, x if activation_format is None else quantize(x, activation_format, out=x)
 
     def _key(self, key: Key | None, product: str) -> Key | None:
         if not self.stochastic:
@@ -80,8 +81,7 @@ class GradientArithmetic:
         return key.fold("gradient", product)
 
 
-def _transformed(operand: Float[Tensor, "tokens features"]) -> Float[Tensor, "padded features"]:
+def _transformed(operand: Float[Tensor, "features tokens"]) -> Float[Tensor, "features padded"]:
     """Groups of 16 tokens, the last one padded with zeros, after the Hadamard transform."""
-    padding = -operand.shape[0] % HADAMARD_SIZE
-    padded = torch.nn.functional.pad(operand, (0, 0, 0, padding)) if padding else operand
-    return hadamard(padded, HADAMARD_SIZE, axis=0)
+    padding = -operand.shape[1] % HADAMARD_SIZE
+    return hadamard(torch.nn.functional.pad(operand, (0, padding)) if padding else operand, HADAMARD_SIZE)

@@ -255,7 +255,7 @@ def _dw(state: LinearState, dy: Tensor, kept: Tensor, draw: Draw | None, leading
     key = None if draw is None else state.keys(draw.key).dw.fold(draw.fingerprint)
     real = None if draw is None else draw.real_tokens(leading, state.name, last=state.is_output)
     qdy, qx = state.gradient.for_dw(dy, kept, state.activation_format, key, real)
-    return qdy.t().matmul(qx)
+    return qdy.matmul(qx.t())
 
 
 class HardwareLinear(nn.Linear):
