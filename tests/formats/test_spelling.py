@@ -1,5 +1,7 @@
 """Formats of one's own: as a word, as a table in TOML, and wherever a name is taken."""
 
+import resource
+
 import pytest
 import torch
 
@@ -24,6 +26,9 @@ X = torch.randn(48, 96, generator=torch.Generator().manual_seed(0))
         ("e2m1/16x16/e4m3+tensor:46_mae", "nvfp4:46_mae_2d"),
         ("e4m3/tensor/float32", "fp8_e4m3"),
         ("e4m3/row/float32", "fp8_e4m3_row"),
+        ("int4/32/float32", "int4"),
+        ("int8/row/float32", "int8"),
+        ("e2m1/1x32/e8m0:floor", "mxfp4"),
     ],
 )
 def test_a_word_for_a_known_format_is_that_format(word, name):
@@ -40,6 +45,9 @@ def test_a_word_for_a_known_format_is_that_format(word, name):
         ("int4/4/float32", [(0.4, 0.0), (-2.5, -2.0), (3.5, 4.0), (7.0, 7.0)]),
         # emax of [-7, 7] is 2, so that amax 8 gets the scale 2
         ("int4/4/e8m0", [(0.9, 0.0), (1.1, 2.0), (-5.0, -4.0), (8.0, 8.0)]),
+        # 7.4 is nearer to 7 than to 8, so that the scale is 1; 7.5 is rounded up to 8, so that it is 2
+        ("int4/4/e8m0:even", [(0.9, 1.0), (1.1, 1.0), (-5.0, -5.0), (7.4, 7.0)]),
+        ("int4/4/e8m0:even", [(0.9, 0.0), (1.1, 2.0), (-5.0, -4.0), (7.5, 8.0)]),
     ],
 )
 def test_worked_blocks_of_own_formats(word, values):
@@ -65,6 +73,9 @@ def test_a_table_in_toml_becomes_the_word():
         ("e9m3/16/e8m0", "2 to 5 exponent"),
         ("int1/16/e8m0", "intN of 2 to 16 bits"),
         ("e2m1/0/e8m0", "the block of"),
+        ("e2m1/1\N{ARABIC-INDIC DIGIT SIX}/e8m0", "the block of"),
+        ("e2m1/65537/e8m0", "above 65536 elements"),
+        ("e2m1/99999x99999/e8m0", "above 65536 elements"),
         ("e2m1/16/e8m1", "the scale of"),
         ("e2m1/16/e8m0:te", "rule 'te'"),
         ("e4m3/16/e4m3+tensor:46", "needs elements in E2M1"),
@@ -92,3 +103,18 @@ def test_activations_cannot_have_blocks_that_span_tokens():
 
 def test_a_word_is_read_once():
     assert get_format("e2m1/8/e8m0") is get_format("e2m1/8/e8m0") and parts_of("e2m1/8/e8m0")["block"] == 8
+
+
+def test_a_format_has_one_name_however_it_is_spelled():
+    for word, name in [("e2m1/1x8/e8m0:floor", "e2m1/8/e8m0"), ("int5/1x1/float32", "int5/1/float32")]:
+        assert get_format(word).name == Precision(weight=word).weight == name
+
+
+@pytest.mark.parametrize("scale", ["e8m0", "e4m3+tensor:46"])
+def test_blocks_longer_than_a_row_are_rows_and_are_not_padded(scale):
+    x = X[:, :16].repeat(64, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    long = quantize(x, f"e2m1/65536/{scale}")
+    assert torch.equal(long, quantize(x, f"e2m1/row/{scale}"))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 200_000  # KiB; padded rows alone would take 786,432

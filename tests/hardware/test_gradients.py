@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from roundoff.config import ConfigError, Hardware, validate
+from roundoff.config import ConfigError, Hardware, Precision, validate
 from roundoff.hardware import install, noise_key
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.linear import LINEAR_STATE
@@ -198,3 +199,24 @@ def test_a_frozen_weight_still_has_a_quantized_dx():
 def test_settings_that_contradict_each_other(precision, said):
     with pytest.raises(ConfigError, match=said):
         validate(Hardware, {"precision": precision}, source="own.toml")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputation_that_does_not_know_the_padding_is_an_error(reentrant):
+    model = One()
+    install(model, Hardware(precision=Precision(gradient="mxfp4"), exclude=()), seed=0)
+    x, dy = operands()
+    rows, real = torch.arange(36).reshape(3, 12), torch.ones(3, 12, dtype=torch.bool)
+    real[:, :5] = False
+    expected = gradients(model, x, dy, rows, real)
+    with noise_key(model, KEY, rows, real=real):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+        y.backward(dy)
+    assert torch.equal(model.proj.weight.grad, expected[1])
+    with noise_key(model, KEY, rows, real=real):
+        y = checkpoint(model, x, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="does not know which tokens are padding"):
+        y.backward(dy)
+    model.proj.weight.grad = None
+    checkpoint(model, x, use_reentrant=reentrant).backward(dy)  # without noise_key there is nothing to know
+    assert torch.equal(model.proj.weight.grad, gradients(model, x, dy)[1])

@@ -101,3 +101,11 @@ def test_arguments_of_a_wrong_type_are_refused(options, message):
 def test_a_format_with_blocks_needs_a_scale():
     with pytest.raises(ValueError, match="blocks of 16 without a scale"):
         Format("odd", E2M1, 16, "none")
+
+
+@pytest.mark.parametrize("deadzone", [-0.1, 1.5, math.nan])
+def test_a_deadzone_that_is_no_fraction_is_refused(deadzone):
+    x = torch.ones(4, 32)
+    with pytest.raises(ValueError, match=r"deadzone must be a fraction .* in \[0, 1\], but is"):
+        quantize(x, "mxfp4", deadzone=deadzone, out=x)
+    assert x.eq(1.0).all()

@@ -57,5 +57,24 @@ def test_errors(arguments, said):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_integers_are_refused():
-    with pytest.raises(TypeError, match="floating-point"):
+    with pytest.raises(TypeError, match="float32, bfloat16 or float16"):
         hadamard(torch.ones(16, dtype=torch.int32))
+    with pytest.raises(TypeError, match="float64; convert it first"):  # float32 sums would lose its digits
+        hadamard(torch.ones(16, dtype=torch.float64))
+
+
+def test_an_axis_out_of_range_is_an_index_error():
+    with pytest.raises(IndexError, match=r"axis must be in \[-2, 1\]"):
+        hadamard(draw(2, 16), axis=2)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0), (2, 0, 32)])
+def test_tensors_without_elements_keep_their_shape(shape):
+    assert hadamard(torch.zeros(shape)).shape == shape
+
+
+def test_autocast_does_not_round_the_operands():
+    x = draw(4, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = hadamard(x)
+    assert torch.equal(inside, hadamard(x))

@@ -19,13 +19,18 @@ class Element:
     emin: int
     """Exponent of the smallest normal number; 0 for an integer grid."""
     emax: int
-    """Exponent of the largest number; 0 for the integer grids of `FORMATS`, whose scales do not use it."""
+    """Exponent of the largest number: that of its highest bit for an integer grid."""
     low: float
     """Smallest number of the grid."""
     high: float
     """Largest number of the grid."""
     tapered: bool = False
     """Whether the mantissa shrinks as the exponent grows in magnitude, and what lies beyond `high` is infinite."""
+
+    @property
+    def bits_below_first(self) -> int:
+        """Bits behind the highest one of numbers near the largest one."""
+        return self.emax if self.is_integer else self.mantissa_bits
 
     @property
     def is_integer(self) -> bool:
@@ -45,7 +50,7 @@ HIF8 = Element("hif8", 3, -22, 15, -(2.0**15), 2.0**15, tapered=True)
 
 def integers(low: int, high: int) -> Element:
     """The grid of all integers from `low` to `high`."""
-    return Element(f"int[{low}, {high}]", 0, 0, 0, float(low), float(high))
+    return Element(f"int[{low}, {high}]", 0, 0, high.bit_length() - 1, float(low), float(high))
 
 
 def minifloat(exponent_bits: int, mantissa_bits: int) -> Element:

@@ -11,7 +11,8 @@
                       computes as Transformer Engine does, or by four over six
               float32 amax / the largest element
 
-The word is the format's name, so that records, reports and hashes of settings say what was computed.
+The word is the format's name, so that records, reports and hashes of settings say what was computed. One format has
+one word: `1xN` is written `N`, and the default rule is left out.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from roundoff.formats.element import E4M3_MAX, E4M3_MAX_46, Element, minifloat
+from roundoff.formats.element import E4M3_MAX, E4M3_MAX_46, Element, integers, minifloat
 
 _FLOAT = re.compile(r"e([2-5])m([1-9]|10)")
 _INTEGER = re.compile(r"int([2-9]|1[0-6])")
-_BLOCK = re.compile(r"(?:([1-9]\d{0,4})x)?([1-9]\d{0,4})|row|tensor")
+_BLOCK = re.compile(r"(?:([1-9][0-9]{0,4})x)?([1-9][0-9]{0,4})|row|tensor")
 _SCALE = re.compile(r"(e8m0|e4m3|e4m3\+tensor|float32)(?::(floor|ceil|even|rceil|te|46|46_mae))?")
 _KEYS: Mapping[str, tuple[type, ...]] = {
     "element": (str,),
@@ -64,7 +65,7 @@ def spelled(table: Mapping[str, Any]) -> str:
 
 @functools.cache
 def parts_of(word: str) -> dict[str, Any]:
-    """The arguments of `table.Format` that a word spells out, without its name.
+    """The arguments of `table.Format` that a word spells out; the name is the word in its one form.
 
     Raises:
         ValueError: saying which part of the word is wrong.
@@ -80,6 +81,7 @@ def parts_of(word: str) -> dict[str, Any]:
         raise ValueError(
             f"the scale of {word!r} must be e8m0, e4m3, e4m3+tensor or float32, perhaps with ':' and a rule"
         )
+    shape = pieces[1].removeprefix("1x")
     rows, columns = int(block[1] or 1), int(block[2]) if block[2] else None
     name, rule = scale[1].removesuffix("+tensor"), scale[2] or ""
     if pieces[1] == "tensor" and pieces[2] != "float32":
@@ -91,6 +93,7 @@ def parts_of(word: str) -> dict[str, Any]:
     if scale[1].endswith("+tensor"):
         tensor_divisor = largest * element.high
     return {
+        "name": f"{pieces[0]}/{shape}/{pieces[2].removesuffix(':floor')}",
         "element": element,
         "block": columns,
         "scale": "none" if pieces[1] == "tensor" else name,
@@ -106,9 +109,8 @@ def _element(text: str) -> Element:
     if floating:
         return minifloat(int(floating[1]), int(floating[2]))
     if integer:
-        bits = int(integer[1])
-        high = 2.0 ** (bits - 1) - 1
-        return Element(f"int[{-high:.0f}, {high:.0f}]", 0, 0, bits - 2, -high, high)
+        high = 2 ** (int(integer[1]) - 1) - 1
+        return integers(-high, high)
     raise ValueError(
         f"the element {text!r} must be eXmY with 2 to 5 exponent and 1 to 10 mantissa bits, or intN of 2 to 16 bits"
     )

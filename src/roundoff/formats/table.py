@@ -80,6 +80,8 @@ from roundoff.formats.spelling import parts_of
 Scale = Literal["none", "e8m0", "e4m3", "float32", "e6m2"]
 Rule = Literal["", "floor", "ceil", "even", "rceil", "te", "46", "46_mae"]
 
+LARGEST_BLOCK = 1 << 16
+"""Most elements that a block may have."""
 MX_BLOCK = 32  # OCP MX v1.0, section 5.2
 NVFP4_BLOCK = 16
 HIF4_BLOCK = 64  # 8 groups of 8, each of two groups of 4 (arXiv:2602.11287)
@@ -151,6 +153,9 @@ class Format:
             ),
             f"has blocks of {self.rows} rows, but no number of columns: set block": self.rows > 1 and not self.block,
             f"has blocks of {self.rows} x {self.block}; both must be at least 1": min(self.rows, self.block or 1) < 1,
+            f"has blocks of {self.rows} x {self.block}, above {LARGEST_BLOCK} elements": (
+                self.rows * (self.block or 1) > LARGEST_BLOCK
+            ),
             f"has the rule {self.rule!r}, which is none for a scale in {self.scale}": (
                 self.rule not in _RULES_OF[self.scale]
             ),
@@ -231,8 +236,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_table())
 @functools.cache
 def _own_format(word: str) -> Format:
     """The format that a word spells out; one of `FORMATS` if it is the same."""
-    own = Format(word, **parts_of(word))
-    return next((fmt for fmt in FORMATS.values() if dataclasses.replace(fmt, name=word) == own), own)
+    own = Format(**parts_of(word))
+    return next((fmt for fmt in FORMATS.values() if dataclasses.replace(fmt, name=own.name) == own), own)
 
 
 def get_format(name: str) -> Format:

@@ -268,6 +268,8 @@ class Runtime:
     """Whether the hardware is on (outside of `hardware_off`)."""
     draw: Draw | None = None
     """Draw of the innermost open `noise_key`."""
+    knew_padding: bool = False
+    """Whether the last forward pass was told which tokens are padding; tracked where gradients are quantized."""
     replaying: bool = False
     """Whether a layer is being computed again with the call counters of its first computation (gradient
     checkpointing)."""
@@ -341,6 +343,20 @@ class Runtime:
         """
         if self.thread not in (None, threading.get_ident()) and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(f"{name} was computed while {_OTHER_THREAD}")
+
+    def check_padding(self, name: str) -> None:
+        """Check that a recomputation (gradient checkpointing) knows which tokens are padding if the forward pass did.
+
+        Raises:
+            RuntimeError: if it does not, because padding would enter the blocks of quantized gradients.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self.knew_padding = self.draw is not None and self.draw.real is not None
+        elif self.draw is None and self.knew_padding:
+            raise RuntimeError(
+                f"{name} is recomputed in the backward pass outside of noise_key, so it does not know which tokens are "
+                "padding: keep noise_key open until backward() is done, or use no gradient checkpointing"
+            )
 
     def current(self, name: str) -> Draw:
         """The draw for the next product of a module: that of `noise_key`, or outside of it the module's next own one.

@@ -145,6 +145,8 @@ class LinearState(QuantizedWeight):
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, draw: Draw | None) -> Tensor:
         grad = torch.is_grad_enabled()
+        if self.gradient is not None:
+            self.runtime.check_padding(self.name)
         if self.plain_forward:
             if not grad or not (weight.requires_grad or self.backward_std or self.gradient):
                 return F.linear(x, quantized, bias)

@@ -38,7 +38,7 @@ def power_of_two_scale(amax: Float[Tensor, "*shape"], fmt: Format) -> Float[Tens
         amax = divided(amax, fmt.divisor)
     bits = amax.view(torch.int32)
     if fmt.rule == "even":
-        bits = bits + (1 << (22 - fmt.element.mantissa_bits))
+        bits = bits + (1 << (22 - fmt.element.bits_below_first))
     exponent = bits >> 23  # biased; 0 for subnormal maxima, whose scale every rule except rceil clamps to 2^-127
     if fmt.rule == "ceil":
         exponent = exponent + ((bits & _MANTISSA) != 0)
@@ -99,6 +99,13 @@ def _blocks_of(x: Tensor, size: int) -> Tensor:
     return x.reshape(x.shape[0], -1, size)
 
 
+def _block_size(fmt: Format, columns: int) -> int:
+    """Number of elements of a block in rows of this length: a longer block is not padded, except for HiF4's groups."""
+    if fmt.block is None:
+        return columns
+    return fmt.block if fmt.scale == "e6m2" else min(fmt.block, columns)
+
+
 def _chunk(x: Tensor, fmt: Format, scales: Tensor | None, words: Tensor | None) -> Tensor:
     """Quantize-dequantize float32 `x` [rows, columns] under tensor scales [rows, 1], with random words like `x`."""
     assert fmt.element is not None
@@ -108,7 +115,7 @@ def _chunk(x: Tensor, fmt: Format, scales: Tensor | None, words: Tensor | None) 
     if fmt.scale == "none":
         q = _elements(x, torch.ones_like(x[:1, :1]) if scales is None else scales, fmt.element, words)
         return q.masked_fill_(~x.isfinite(), math.nan)
-    size = fmt.block or columns
+    size = _block_size(fmt, columns)
     blocks = _blocks_of(x, size)
     words = None if words is None else _blocks_of(words, size)
     scales = None if scales is None else scales.unsqueeze(-1)
@@ -131,7 +138,7 @@ def saturated(x: Float[Tensor, "rows columns"], fmt: Format) -> Bool[Tensor, "ro
     rows, columns = x.shape
     if fmt.element.tapered:
         return hif8(x, None).isinf()
-    blocks = _blocks_of(x, fmt.block or columns)
+    blocks = _blocks_of(x, _block_size(fmt, columns))
     amax = blocks.abs().amax(-1, keepdim=True)
     scales = None if fmt.tensor_divisor is None else tensor_scales(x, fmt, per_row=True).unsqueeze(-1)
     if fmt.scale == "none":

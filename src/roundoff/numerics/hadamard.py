@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .backend import DTYPES
+
 TRANSFORMER_ENGINE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Signs of the groups of 16 in Transformer Engine's gradients of weights."""
 
@@ -38,10 +40,12 @@ def hadamard(
         The transformed numbers, of the shape and dtype of `x`.
 
     Raises:
-        TypeError, ValueError: if an argument cannot be used.
+        TypeError, ValueError, IndexError: if an argument cannot be used.
     """
-    if not x.is_floating_point():
-        raise TypeError(f"hadamard takes floating-point numbers, but the tensor is {x.dtype}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"hadamard takes float32, bfloat16 or float16, but the tensor is {x.dtype}; convert it first")
+    if x.dim() and not -x.dim() <= axis < x.dim():
+        raise IndexError(f"axis must be in [{-x.dim()}, {x.dim() - 1}] for shape {tuple(x.shape)}, but is {axis}")
     if size < 1 or size & (size - 1):
         raise ValueError(f"size must be a power of two, but is {size}")
     if x.dim() == 0 or x.shape[axis] % size:
@@ -53,8 +57,9 @@ def hadamard(
         raise ValueError(f"signs must be {size} numbers, each 1 or -1, but is {tuple(signs)}")
     matrix = _matrix(size, None if signs is None else tuple(signs)).to(x.device)
     moved = x.movedim(axis, -1)
-    groups = moved.to(torch.float32).reshape(*moved.shape[:-1], -1, size)
-    result = (groups @ matrix).reshape(moved.shape).movedim(-1, axis)
+    groups = moved.to(torch.float32).reshape(*moved.shape[:-1], moved.shape[-1] // size, size)
+    with torch.autocast(x.device.type, enabled=False):  # which would round the operands to its own dtype
+        result = (groups @ matrix).reshape(moved.shape).movedim(-1, axis)
     return result.to(x.dtype)
 
 

@@ -67,7 +67,8 @@ def quantize(
         out: where to write; same shape and dtype as `x`, and may be `x`.
         stochastic: key of the random bits for stochastic rounding, which rounds up or down at random, by row and
             column; None rounds to nearest.
-        deadzone: numbers below this fraction of the largest magnitude along the axis count as zero.
+        deadzone: numbers below this fraction of the largest magnitude along the axis count as zero
+            (fraction, in [0, 1]).
 
     Raises:
         TypeError, ValueError, IndexError: if an argument cannot be used; nothing has been written then.
@@ -75,6 +76,8 @@ def quantize(
     if isinstance(fmt, str):
         fmt = FORMATS.get(fmt) or get_format(fmt)
     _check(x, fmt, axis, out, stochastic)
+    if deadzone and not 0 <= deadzone <= 1:
+        raise ValueError(f"deadzone must be a fraction of the largest magnitude, in [0, 1], but is {deadzone}")
     source, scales = _source(x, fmt, axis, tensor_scale)
     form = layout_of(fmt) if may_use_triton(x) else None
     if deadzone and not (form is not None and x.dim() and _is_fused(x.shape[axis], form, source)):

@@ -78,7 +78,7 @@ def power_of_two(amax, LAYOUT: tl.constexpr):
         amax = divided(amax, LAYOUT.divisor)
     b = bits(amax)
     if LAYOUT.rule == EVEN:
-        b += 1 << (22 - LAYOUT.mantissa)
+        b += 1 << (22 - (LAYOUT.mantissa if LAYOUT.mantissa else LAYOUT.emax))
     e = b >> 23
     if LAYOUT.rule == CEIL:
         e += ((b & MANTISSA) != 0).to(tl.int32)
