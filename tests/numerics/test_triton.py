@@ -172,7 +172,14 @@ def test_all_kernels_compile_for(capability, dtype, compiled_for):
 
 
 def test_layouts_hold_all_of_a_format():
-    words = ("e2m1/8x4/e8m0:even", "e3m2/1x64/float32", "int4/16/e4m3+tensor", "e4m3/tensor/float32", "e2m1/32/e4m3:te")
+    words = (
+        "e2m1/8x4/e8m0:even",
+        "e3m2/1x64/float32",
+        "int4/16/e4m3+tensor",
+        "int4/16/e8m0:even",
+        "e4m3/tensor/float32",
+        "e2m1/32/e4m3:te",
+    )
     known = [fmt for fmt in (*FORMATS.values(), *map(get_format, words)) if fmt.element is not None]
     for fmt in known:
         form = layout_of(fmt)

@@ -195,7 +195,8 @@ def test_a_step_on_the_rollouts_of_the_one_before_has_its_sigma():
 def test_noisy_layers_that_are_computed_again_are_refused():
     for hardware, refused in [
         (Hardware(matmul_noise=MatmulNoise(relative_std=0.1)), True),
-        (Hardware(precision=Precision(weight="mxfp4")), False),
+        (Hardware(precision=Precision(gradient="mxfp4", gradient_rounding="stochastic")), True),
+        (Hardware(precision=Precision(weight="mxfp4", gradient="mxfp4")), False),
     ]:
         model = build("qwen2")
         install(model, hardware, seed=0)

@@ -19,7 +19,8 @@ class Training(Settings):
     """Optimizer steps in one pass over a batch of rollouts, each on its own part of it."""
     micro_batch: Whole = 0
     """Rollouts in one forward and backward pass (0: a whole minibatch). It changes memory use and float32 rounding, and
-    the draws of backward noise on `dW`, because every pass computes a `dW` of its own."""
+    the draws of backward noise on `dW` and the blocks of quantized gradients, because every pass computes a `dW` of its
+    own."""
     gradient_checkpointing: bool = False
     """Whether each decoder layer is computed again in the backward pass: less memory, more time, the same bits."""
     learning_rate: Positive
