@@ -140,7 +140,10 @@ def test_four_over_six_agrees(name, on_triton):
 
 OTHERS = [
     *CUSTOM,
-    *map(get_format, ("e2m1/8x4/e8m0", "e3m2/1x64/float32", "int4/16/e4m3+tensor", "e4m3/tensor/float32")),
+    *map(
+        get_format,
+        ("e2m1/8x4/e8m0", "e3m2/1x64/float32", "int4/16/e8m0:even", "int4/16/e4m3+tensor", "e4m3/tensor/float32"),
+    ),
     Format("blocks that no kernel knows", E2M1, 12, "e8m0", "floor", 6.0),
     Format("a grid that no kernel knows", Element("odd", 2, 0, 2, -4.0, 6.0), 32, "e8m0", "floor", 6.0),
 ]

@@ -3,7 +3,7 @@
 import torch
 
 from roundoff.hardware import POSITIONS
-from roundoff.plugins.verl.rows import packed_rows, padded_mask, padded_rows, sequence_id
+from roundoff.plugins.verl.rows import packed_rows, padded_rows, sequence_id
 
 A, B = torch.tensor([5, 6, 7]), torch.tensor([5, 6, 7, 8, 9])
 
@@ -25,9 +25,3 @@ def test_every_token_of_a_sequence_counts():
     assert sequence_id(A) != sequence_id(B)
     assert sequence_id(A) != sequence_id(torch.tensor([5, 6, 8]))
     assert sequence_id(A) == sequence_id(A.to(torch.int32))
-
-
-def test_the_mask_of_padded_rows_says_which_tokens_are_real():
-    mask = padded_mask([torch.arange(3), torch.arange(5), torch.arange(1)])
-    assert mask.tolist() == [[True] * 3 + [False] * 2, [True] * 5, [True] + [False] * 4]
-    assert mask.shape == padded_rows([torch.arange(3), torch.arange(5), torch.arange(1)]).shape

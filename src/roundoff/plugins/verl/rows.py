@@ -11,7 +11,7 @@ from __future__ import annotations
 from hashlib import blake2b
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from roundoff.hardware import POSITIONS
@@ -30,12 +30,6 @@ def padded_rows(sequences: list[Int[Tensor, " _"]]) -> Int[Tensor, "rollouts col
     ids = torch.tensor([sequence_id(tokens) for tokens in sequences])
     width = max(len(tokens) for tokens in sequences)
     return ids[:, None] * POSITIONS + torch.arange(width)
-
-
-def padded_mask(sequences: list[Int[Tensor, " _"]]) -> Bool[Tensor, "rollouts columns"]:
-    """Which tokens are no padding in the same layout."""
-    lengths = torch.tensor([len(tokens) for tokens in sequences])
-    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def packed_rows(sequences: list[Int[Tensor, " _"]]) -> Int[Tensor, "1 columns"]:
