@@ -174,6 +174,13 @@ class Hardware(Settings):
         return bool(self.matmul_noise.relative_std or self.faults or self.precision.gradient)
 
     @property
+    def draws_in_training(self) -> bool:
+        """Whether anything in a training pass is random: the forward pass, noise on gradients, or their rounding."""
+        return bool(
+            self.is_noisy or self.matmul_noise.relative_std or self.precision.gradient_rounding == "stochastic"
+        )
+
+    @property
     def is_noisy(self) -> bool:
         """Whether the forward pass is random: two evaluations of one input differ unless they use the same key."""
         noise = self.matmul_noise

@@ -171,8 +171,7 @@ def check_gradient_checkpointing(model: nn.Module) -> None:
     on_model = installed(model)
     if on_model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return
-    noise = on_model.hardware.matmul_noise
-    if on_model.hardware.is_noisy or (noise.relative_std and noise.backward):
+    if on_model.hardware.draws_in_training:
         raise ConfigError(
             "gradient_checkpointing = True (trl's default) computes layers again under other noise than the first "
             "time: set gradient_checkpointing=False in GRPOConfig"
