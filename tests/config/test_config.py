@@ -160,3 +160,19 @@ def test_backward_noise_alone_leaves_evaluations_deterministic():
 def test_aqn_defaults_are_the_published_ones():
     aqn = AQN(sigma_start=0.01, sigma_end=0.0001)
     assert (aqn.schedule, aqn.target, aqn.noise, aqn.layers) == ("epoch", "rmsnorm", "absolute", "all")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "draws", "separates"),
+    [
+        ({}, False, False),
+        ({"precision": {"weight": "mxfp4", "activation": "mxfp4"}}, False, False),
+        ({"precision": {"gradient": "mxfp4"}}, False, True),
+        ({"precision": {"gradient": "mxfp4", "gradient_rounding": "stochastic"}}, True, True),
+        ({"matmul_noise": {"relative_std": 0.1, "forward": False}}, True, True),
+        ({"matmul_noise": {"relative_std": 0.1}}, True, True),
+    ],
+)
+def test_what_a_training_pass_needs(hardware, draws, separates):
+    settings = Hardware.model_validate(hardware)
+    assert (settings.draws_in_training, settings.separates_rollouts) == (draws, separates)

@@ -6,14 +6,14 @@ import tomllib
 from pathlib import Path
 
 from roundoff.config import FORMAT_NAMES, PLAIN_FORMAT_NAMES, ConfigError, Hardware, nearest, validate
-from roundoff.experiments import experiment_ids, load_experiment
+from roundoff.experiments import experiment_ids, load_experiment, load_recipe, recipe_names
 
 PLAIN = "none"
 """Name of the hardware that changes nothing."""
 
 
 def load_hardware(name: str) -> Hardware:
-    """The hardware of an experiment (packaged or a TOML file), of a TOML file of its own, of a format, or `none`.
+    """The hardware of an experiment (packaged or a TOML file), a TOML file of its own, a recipe, a format, or `none`.
 
     The name of a format means that of weights and activations, as in `roundoff scan --format`.
 
@@ -24,6 +24,8 @@ def load_hardware(name: str) -> Hardware:
         return Hardware()
     if name in FORMAT_NAMES or (name.count("/") == 2 and not Path(name).exists()):
         return validate(Hardware, {"precision": {"weight": name, "activation": name}}, source="--hardware")
+    if name in recipe_names():
+        return load_recipe(name)[1]
     path = Path(name)
     if name.endswith(".toml") and path.is_file():
         try:
@@ -36,9 +38,10 @@ def load_hardware(name: str) -> Hardware:
                 raise ConfigError(f"{name}: {', '.join(beside)} must be inside [hardware], not beside it")
             return validate(Hardware, content.get("hardware", content), source=name)
     if path.suffix != ".toml" and name not in experiment_ids():
-        known = (PLAIN, *FORMAT_NAMES, *experiment_ids())
+        known = (PLAIN, *FORMAT_NAMES, *recipe_names(), *experiment_ids())
         raise ConfigError(
-            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMAT_NAMES}), the id of an "
-            f"experiment (`roundoff list` shows all) or a TOML file, but is {name!r}{nearest(name, known)}"
+            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMAT_NAMES}), a recipe "
+            f"({', '.join(recipe_names())}), the id of an experiment (`roundoff list` shows all) or a TOML file, "
+            f"but is {name!r}{nearest(name, known)}"
         )
     return load_experiment(name).hardware

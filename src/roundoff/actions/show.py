@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import tomli_w
 
-from roundoff.config import Experiment, Profile, result_hash
+from roundoff.config import Experiment, Hardware, Profile, result_hash
+from roundoff.experiments import load_recipe
+from roundoff.formats.table import get_format
 
 if TYPE_CHECKING:
     from roundoff.training.session import Session
@@ -28,6 +30,45 @@ def settings(experiment: Experiment, profile: Profile) -> str:
     }
     head = f"# runs/{experiment.id}/{profile.name}-{result_hash(experiment, profile)}/seed-<n>\n"
     return head + tomli_w.dumps(content)
+
+
+def products(hardware: Hardware) -> str:
+    """The three products of a Linear on this hardware: which operand is stored in which format, and the noise."""
+    p, noise = hardware.precision, hardware.matmul_noise
+    if not (p.weight or p.activation or p.gradient or noise.relative_std):
+        return "# products of a Linear: plain arithmetic\n"
+
+    def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
+        if fmt is None:
+            return name
+        return f"{name} [{', '.join([fmt if get_format(fmt).rows > 1 else f'{fmt} along {along}', *extras])}]"
+
+    def error(on: bool) -> str:
+        return f"  + {100 * noise.relative_std:.4g} % noise" if noise.relative_std and on else ""
+
+    rounding = ("stochastic",) if p.gradient_rounding == "stochastic" else ()
+    hadamard = ("Hadamard",) if p.hadamard == "dw" else ()
+    x, w = operand("x", p.activation, "in_features"), operand("W", p.weight, "in_features")
+    lines = ["# products of a Linear: operands, and the axis along which their blocks lie"]
+    lines.append(f"y  = {x} . {w}{error(noise.forward)}")
+    if p.gradient is None:
+        lines += [f"dX = dY . {w}{error(noise.backward)}", f"dW = dY . {x}{error(noise.backward)}"]
+    else:
+        dy = operand("dY", p.gradient, "out_features", *rounding)
+        lines.append(f"dX = {dy} . {operand('W', p.weight, 'out_features')}{error(noise.backward)}")
+        dy = operand("dY", p.gradient, "the tokens", *rounding, *hadamard)
+        x = operand("x", p.activation, "the tokens", *hadamard)
+        lines.append(
+            f"dW = {dy} . {x if p.activation else f'x [{hadamard[0]}]' if hadamard else 'x'}{error(noise.backward)}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def recipe(name: str) -> str:
+    """A recipe's title, its settings as TOML, and its products."""
+    title, hardware = load_recipe(name)
+    content = hardware.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+    return f"# {title}\n{tomli_w.dumps({'hardware': content})}\n{products(hardware)}"
 
 
 def sigma(experiment: Experiment, profile: Profile) -> str:

@@ -8,8 +8,8 @@ import click
 @click.command("list")
 @click.option("--formats", is_flag=True, help="List the number formats instead.")
 def list_command(formats: bool) -> None:
-    """List the declared experiments, family by family, and the profiles."""
-    from roundoff.experiments import families, load_experiment, load_profile, profile_names
+    """List the declared experiments, family by family, the profiles and the recipes of hardware."""
+    from roundoff.experiments import families, load_experiment, load_profile, load_recipe, profile_names, recipe_names
 
     if formats:
         _list_formats()
@@ -24,6 +24,9 @@ def list_command(formats: bool) -> None:
     click.secho("profiles", bold=True)
     for name in profile_names():
         click.echo(f"  {name}  {load_profile(name).title}")
+    click.secho("recipes of hardware, to extend or for --hardware", bold=True)
+    for name in recipe_names():
+        click.echo(f"  {name:<{max(map(len, recipe_names()))}}  {load_recipe(name)[0]}")
 
 
 def _list_formats() -> None:

@@ -165,6 +165,22 @@ class Hardware(Settings):
         return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
 
     @property
+    def separates_rollouts(self) -> bool:
+        """Whether every rollout needs a training pass of its own over its prompt.
+
+        That is so if something is drawn for each token, or if gradients are quantized: a gradient that is summed over
+        rollouts before it is quantized is another number.
+        """
+        return bool(self.matmul_noise.relative_std or self.faults or self.precision.gradient)
+
+    @property
+    def draws_in_training(self) -> bool:
+        """Whether anything in a training pass is random: the forward pass, noise on gradients, or their rounding."""
+        return bool(
+            self.is_noisy or self.matmul_noise.relative_std or self.precision.gradient_rounding == "stochastic"
+        )
+
+    @property
     def is_noisy(self) -> bool:
         """Whether the forward pass is random: two evaluations of one input differ unless they use the same key."""
         noise = self.matmul_noise

@@ -3,18 +3,17 @@
 What a setting means and which values it takes is in `roundoff.config`; running an experiment is in `roundoff.launch`.
 Reading this table never imports torch.
 
-Doors: the names below (`select`, `load_experiment`, `load_profile`, `with_overrides`, `variants`, the lists of names,
-and `reference_scores`). They are all in `__all__`.
+Doors: the names below (`select`, the functions that load, `with_overrides`, `variants`, the lists of names, and
+`reference_scores`). They are all in `__all__`.
 """
 
+from roundoff.experiments.files import experiment_ids, families, profile_names, recipe_names
 from roundoff.experiments.reference import Reference, reference_scores
 from roundoff.experiments.registry import (
-    experiment_ids,
-    families,
     families_named,
     load_experiment,
     load_profile,
-    profile_names,
+    load_recipe,
     select,
     with_overrides,
 )
@@ -27,7 +26,9 @@ __all__ = [
     "families_named",
     "load_experiment",
     "load_profile",
+    "load_recipe",
     "profile_names",
+    "recipe_names",
     "reference_scores",
     "select",
     "variants",

@@ -1,9 +1,7 @@
-"""Finds, merges and checks the TOML files of experiments and profiles.
+"""Loads and checks experiments, profiles and recipes, selects them by name, and replaces settings by `--set`.
 
-A file can build on another: `extends = "NAME"` takes every setting of the experiment (or file) NAME except its id and
-title, and the tables of the extending file are merged over it key by key. The family of a packaged experiment is its
-folder. A user's own file belongs to the family of what it extends, unless it names another. Files whose name begins
-with `_` are bases to extend, and not experiments themselves.
+The family of a packaged experiment is its folder. A user's own file belongs to the family of what it extends (`files`),
+unless it names another.
 """
 
 from __future__ import annotations
@@ -11,15 +9,33 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from roundoff.config import ALGORITHMS, Algorithm, ConfigError, Experiment, Profile, Settings, nearest, validate
+from roundoff.config import (
+    ALGORITHMS,
+    Algorithm,
+    ConfigError,
+    Experiment,
+    Hardware,
+    Profile,
+    Settings,
+    nearest,
+    validate,
+)
+from roundoff.experiments.files import (
+    TABLE,
+    experiment_ids,
+    families,
+    files,
+    merge,
+    merged,
+    profile_names,
+    recipe_names,
+    shown,
+)
 from roundoff.experiments.places import placed
 
-TABLE = Path(__file__).parent
-"""Directory of the packaged files."""
 Assignment = tuple[list[str], Any]
 """Path of a setting, and its value."""
 LONGEST_LABEL = 160
@@ -30,35 +46,6 @@ OPTIONAL_TABLES = ("aqn", "srdd", "lora")
 """Tables that an experiment may lack; `--set` inside one leaves experiments without it unchanged."""
 
 
-@cache
-def _files() -> dict[str, Path]:
-    """Every packaged file by name: experiments, bases (as `family/_base`) and profiles (as `profiles/name`)."""
-    paths = {}
-    for path in sorted(TABLE.glob("*/*.toml"), key=lambda p: (p.parent.name, p.stem)):
-        plain = path.parent.name != "profiles" and not path.stem.startswith("_")
-        paths[path.stem if plain else f"{path.parent.name}/{path.stem}"] = path
-    return paths
-
-
-def experiment_ids() -> tuple[str, ...]:
-    """Ids of the packaged experiments, family by family."""
-    return tuple(name for name in _files() if "/" not in name)
-
-
-def families() -> dict[str, tuple[str, ...]]:
-    """Families of the packaged experiments, each with the ids of its experiments."""
-    ids: dict[str, tuple[str, ...]] = {}
-    for name in experiment_ids():
-        family = _files()[name].parent.name
-        ids[family] = (*ids.get(family, ()), name)
-    return ids
-
-
-def profile_names() -> tuple[str, ...]:
-    """Names of the packaged profiles."""
-    return tuple(n.removeprefix("profiles/") for n in _files() if n.startswith("profiles/"))
-
-
 def load_experiment(name: str) -> Experiment:
     """The experiment with this packaged id, or that of this TOML file.
 
@@ -66,11 +53,11 @@ def load_experiment(name: str) -> Experiment:
         ConfigError: if there is no such experiment or file, or a setting is wrong.
     """
     path = _find(name, experiment_ids(), "experiment")
-    content = {"id": path.stem, **_merged(path)}
+    content = {"id": path.stem, **merged(path)}
     _check_kind(name, "experiment", content)
     if path.parent.parent == TABLE:
         content["family"] = path.parent.name
-    return validate(Experiment, content, source=_shown(path))
+    return validate(Experiment, content, source=shown(path))
 
 
 def load_profile(name: str) -> Profile:
@@ -80,10 +67,23 @@ def load_profile(name: str) -> Profile:
         ConfigError: if there is no such profile or file, or a setting is wrong.
     """
     names = profile_names()
-    path = _files()[f"profiles/{name}"] if name in names else _find(name, names, "profile")
-    content = {"name": path.stem, **_merged(path)}
+    path = files()[f"profiles/{name}"] if name in names else _find(name, names, "profile")
+    content = {"name": path.stem, **merged(path)}
     _check_kind(name, "profile", content)
-    return validate(Profile, content, source=_shown(path))
+    return validate(Profile, content, source=shown(path))
+
+
+def load_recipe(name: str) -> tuple[str, Hardware]:
+    """The title and the hardware of a packaged recipe.
+
+    Raises:
+        ConfigError: if there is no recipe of that name.
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"there is no recipe {name!r}{nearest(name, recipe_names())} ({', '.join(recipe_names())})")
+    path = files()[f"recipes/{name}"]
+    content = merged(path)
+    return content["title"], validate(Hardware, content["hardware"], source=shown(path), within="hardware.")
 
 
 def families_named(names: Sequence[str]) -> list[str]:
@@ -141,7 +141,7 @@ def with_overrides(
     of_profile = [(keys[1:], value) for keys, value in parsed if keys[0] == "profile"]
     of_experiments = [(keys, value) for keys, value in parsed if keys[0] != "profile"]
     changes = placed(_nested(of_profile, {}), Path.cwd(), profile.model_dump())
-    content = _merge(profile.model_dump(exclude_none=True), changes)
+    content = merge(profile.model_dump(exclude_none=True), changes)
     scale = validate(Profile, content, source="--set", within="profile.", trees=TREES)
     if scale != profile and scale.name == profile.name:
         scale = scale.model_copy(update={"name": f"{profile.name}+{_label(of_profile)}"})
@@ -260,19 +260,24 @@ def _nested(parsed: Sequence[Assignment], content: dict[str, Any]) -> dict[str, 
         inner: Any = value
         for key in reversed(keys):
             inner = {key: inner}
-        content = _merge(content, inner)
+        content = merge(content, inner)
     return content
 
 
 def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
     """The file of a packaged name or of a path; `kind` is the word for it in messages."""
     if name in known:
-        return _files()[name]
+        return files()[name]
     path = Path(name)
     if path.suffix == ".toml":
         if not path.is_file():
             raise ConfigError(f"there is no file {name}")
         return path
+    if name in recipe_names():
+        raise ConfigError(
+            f"{name} is a recipe of hardware: extend it in a file of your own "
+            f'(extends = ["quickstart-clean", "{name}"]), or give it to --hardware of `roundoff eval` and `scan`'
+        )
     if name in (profile_names() if kind == "experiment" else experiment_ids()):
         raise ConfigError(_of_other_kind(name, kind))
     hint = nearest(name, (*known, *families()))
@@ -291,50 +296,3 @@ def _of_other_kind(name: str, kind: str) -> str:
     if kind == "experiment":
         return f"{name} is a profile, not an experiment: give it as --profile {name}"
     return f"{name} is an experiment, not a profile: give it as the name of an experiment, not to --profile"
-
-
-def _merged(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Content of a file, merged over the content of what it extends; `seen` are the files that led to it."""
-    if path in seen:
-        raise ConfigError(f"{_shown(path)}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{_shown(path)}: is not TOML: {error}") from None
-    parent = content.pop("extends", None)
-    if parent is None:
-        return placed(content, path.parent.resolve(), {})
-    above = _parent(path, parent)
-    base = _merged(above, (*seen, path))
-    content = placed(content, path.parent.resolve(), base)
-    if above.parent.parent == TABLE and above.parent.name != "profiles":
-        base["family"] = above.parent.name
-    return _merge({k: v for k, v in base.items() if k not in ("id", "title", "name")}, content)
-
-
-def _parent(path: Path, name: Any) -> Path:
-    """The file that `extends = name` in the file `path` refers to."""
-    if not isinstance(name, str):
-        raise ConfigError(f"{_shown(path)}: extends must be the name of an experiment or a file, but is {name!r}")
-    sibling = path.parent / (name if name.endswith(".toml") else f"{name}.toml")
-    named = _files().get(name) or _files().get(f"profiles/{name}")
-    if sibling.is_file() and sibling != path:
-        return sibling
-    if named is None:
-        raise ConfigError(f"{_shown(path)}: extends {name!r}, which does not exist{nearest(name, tuple(_files()))}")
-    return named
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """The content `over` merged over `base`, table by table; another task replaces the whole table of the old one."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        another = key == "task" and both and value.get("name", merged[key].get("name")) != merged[key].get("name")
-        merged[key] = _merge(merged[key], value) if both and not another else value
-    return merged
-
-
-def _shown(path: Path) -> str:
-    """The path as messages show it: packaged files relative to the table."""
-    return str(path.relative_to(TABLE)) if path.is_relative_to(TABLE) else str(path)

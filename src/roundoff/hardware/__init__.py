@@ -9,10 +9,10 @@ for names of modules; `linear.HardwareLinear`, `experts.PROJECTIONS` and `expert
 """
 
 from roundoff.hardware.contexts import hardware_off, noise_key, plain_arithmetic
-from roundoff.hardware.draw import POSITIONS
 from roundoff.hardware.install import install, uninstall
 from roundoff.hardware.installed import InstalledHardware, installed
 from roundoff.hardware.inventory import Entry, Skipped
+from roundoff.hardware.row_ids import POSITIONS
 
 __all__ = [
     "POSITIONS",

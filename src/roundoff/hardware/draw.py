@@ -21,32 +21,14 @@ from torch import Tensor
 
 from roundoff.errors import RoundoffWarning
 from roundoff.hardware.freshness import Freshness
+from roundoff.hardware.row_ids import AttentionRows, attention_rows
 from roundoff.numerics.rng import Key
 from roundoff.numerics.transfer import put
-
-POSITIONS = 1 << 20
-"""Row ids reserved for each rollout, and so its longest sequence: `row = rollout_id * POSITIONS + position`."""
 
 _OTHER_THREAD = (
     "another thread is inside noise_key or hardware_off of the same model, which apply to all of its products: give "
     "each thread a copy of the model (copy.deepcopy), or use a lock"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionRows:
-    """Row ids and first columns of the products of one attention layer.
-
-    The query heads that share a key head lie one after the other on one axis, `grouped_queries`, of length
-    `heads / key_heads * queries`.
-    """
-
-    query: Int[Tensor, "rollouts key_heads grouped_queries"]
-    """Identity of each pair of query token and head."""
-    column_start: Int[Tensor, "rollouts key_heads grouped_queries"]
-    """Logical position of the first key, so that left padding does not shift the draws."""
-    key: Int[Tensor, "rollouts key_heads keys"]
-    """Identity of each pair of key token and key head."""
 
 
 class Draw:
@@ -216,32 +198,8 @@ class Draw:
                     f"{name} has queries of {batch} x {queries} tokens, but noise_key was given rows of shape "
                     f"{tuple(self.rows.shape)}: give one row id for each token of this forward pass"
                 )
-            rows = self._attention[shape] = _attention_rows(self.rows, heads, key_heads, keys, self._column)
+            rows = self._attention[shape] = attention_rows(self.rows, heads, key_heads, keys, self._column)
         return rows
-
-
-def _attention_rows(rows: Tensor, heads: int, key_heads: int, keys: int, column: Tensor | None) -> AttentionRows:
-    """Row ids of attention. The key at `column` belongs to the last query's token.
-
-    Without a column it is the last key, as in a growing or sliding cache.
-    """
-    batch, queries = rows.shape
-    columns = torch.arange(keys - queries, keys, device=rows.device)
-    if column is not None:
-        columns = columns + (column + 1 - keys)
-    start = rows % POSITIONS - columns  # [rollouts, queries]: logical position of the first key
-    if keys == queries:
-        key_rows = rows
-    else:  # counted back from the last query, which left padding never replaces
-        rollout = rows[:, -1:] - rows[:, -1:] % POSITIONS
-        key_rows = rollout + start[:, -1:] + torch.arange(keys, device=rows.device)
-    head_ids = torch.arange(heads, device=rows.device)[:, None]
-    shape = (batch, key_heads, heads // key_heads * queries)
-    return AttentionRows(
-        query=(rows[:, None] * heads + head_ids).reshape(shape),
-        column_start=start[:, None].expand(batch, heads, queries).reshape(shape),
-        key=key_rows[:, None] * key_heads + torch.arange(key_heads, device=rows.device)[:, None],
-    )
 
 
 @dataclass(eq=False, slots=True)

@@ -172,9 +172,7 @@ def _draws(model: PreTrainedModel) -> bool:
     state = installed(model)
     if state is None or not state.is_on:
         return is_dropping(model)
-    hardware = state.hardware
-    alone = hardware.matmul_noise.relative_std or hardware.faults or hardware.precision.gradient
-    return bool(alone) or is_dropping(model)
+    return state.hardware.separates_rollouts or is_dropping(model)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

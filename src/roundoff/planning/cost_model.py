@@ -169,6 +169,7 @@ class CostModel:
         passes = PLAIN
         for kind, on in (
             ("activation", hardware.precision.activation is not None),
+            ("gradient", hardware.precision.gradient is not None),
             ("noise", hardware.matmul_noise.relative_std > 0),
         ):
             added = ADDED[kind, self.machine.compiled] if on else NOTHING
@@ -278,7 +279,7 @@ class CostModel:
         """Number of columns in all rows of a training pass, and how many of them predict a token."""
         lengths = self.assumptions
         plain, answered = rollouts * width, rollouts * lengths.response_tokens
-        if experiment.hardware.is_noisy:
+        if experiment.hardware.separates_rollouts:
             return plain, answered
         prompts = rollouts / experiment.algorithm.group_size
         packed = PACKING_LOSS * (prompts * lengths.prompt_tokens + answered * lengths.distinct)

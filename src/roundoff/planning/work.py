@@ -42,6 +42,8 @@ NOTHING = Passes(Work(0, 0, 0), Work(0, 0, 0))
 ADDED = {
     ("activation", True): Passes(Work(20, 8, 2.5), Work(20, 8, 2.5)),
     ("activation", False): Passes(Work(104, 87, 31), Work(104, 102, 32)),
+    ("gradient", True): Passes(Work(0, 0, 0), Work(45, 48, 16)),
+    ("gradient", False): Passes(Work(0, 0, 0), Work(300, 480, 160)),
     ("noise", True): Passes(Work(54, 9, 6, 3), Work(135, 27, 18, 9)),
     ("noise", False): Passes(Work(740, 900, 360, 340), Work(2230, 5250, 1130, 1020)),
 }
@@ -49,5 +51,6 @@ ADDED = {
 costs nothing per token.
 
 Operations are weighted by their measured time. On the torch path an operation of a format takes 0.65 to 0.85, and one
-of noise 0.39, of the time of an operation of the plain model, which includes the Python of its module.
+of noise 0.39, of the time of an operation of the plain model, which includes the Python of its module. Those of
+gradients are counted by hand from `hardware.gradients`: three operands are quantized, two of them after a copy.
 """

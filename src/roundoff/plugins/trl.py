@@ -163,9 +163,7 @@ def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> Instal
 
 
 def check_gradient_checkpointing(model: nn.Module) -> None:
-    """Refuse gradient checkpointing together with noise, or with gradients that are rounded at random.
-
-    Layers that are computed again would get another draw.
+    """Refuse gradient checkpointing together with noise: layers computed again would get another draw.
 
     Raises:
         ConfigError: if the model has both; gradient checkpointing is on by default in trl.
@@ -173,9 +171,7 @@ def check_gradient_checkpointing(model: nn.Module) -> None:
     on_model = installed(model)
     if on_model is None or not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return
-    noise = on_model.hardware.matmul_noise
-    random_gradients = on_model.hardware.precision.gradient_rounding == "stochastic"
-    if on_model.hardware.is_noisy or (noise.relative_std and noise.backward) or random_gradients:
+    if on_model.hardware.draws_in_training:
         raise ConfigError(
             "gradient_checkpointing = True (trl's default) computes layers again under other noise than the first "
             "time: set gradient_checkpointing=False in GRPOConfig"

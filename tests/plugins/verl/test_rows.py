@@ -3,7 +3,7 @@
 import torch
 
 from roundoff.hardware import POSITIONS
-from roundoff.plugins.verl.rows import packed_rows, padded_rows, sequence_id
+from roundoff.plugins.verl.rows import packed_rows, padded_rows, real_tokens, sequence_id
 
 A, B = torch.tensor([5, 6, 7]), torch.tensor([5, 6, 7, 8, 9])
 
@@ -17,6 +17,7 @@ def test_rows_depend_on_the_sequence_and_the_position_alone():
 
 
 def test_rows_are_those_of_the_convention():
+    assert real_tokens([A, B]).sum(1).tolist() == [len(A), len(B)] and bool(real_tokens([A, B])[0, 0])
     assert padded_rows([A])[0].tolist() == [sequence_id(A) * POSITIONS + t for t in range(3)]
     assert 0 <= sequence_id(A) < 2**43
 

@@ -26,7 +26,7 @@ from roundoff.config import ConfigError
 from roundoff.hardware import InstalledHardware, install, noise_key
 from roundoff.numerics.rng import Key
 from roundoff.numerics.transfer import fetch, put
-from roundoff.plugins.verl.rows import packed_rows, padded_rows
+from roundoff.plugins.verl.rows import packed_rows, padded_rows, real_tokens
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
 
 STEP = "roundoff_step"
@@ -106,7 +106,8 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             sequences: list[Tensor] = fetch(list(micro_batch["input_ids"].unbind()))  # one wait for the device
             rows = (packed_rows if packed else padded_rows)(sequences)
             there = put(rows, next(self.module.parameters()).device)
-            self._noise.enter_context(noise_key(self.module, key, there, host=rows))
+            real = None if packed else real_tokens(sequences)
+            self._noise.enter_context(noise_key(self.module, key, there, host=rows, real=real))
         return super().forward_step(micro_batch, loss_function, forward_only)
 
     def _key(self, step: int | None, forward_only: bool) -> Key:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from hashlib import blake2b
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from roundoff.hardware import POSITIONS
@@ -30,6 +30,12 @@ def padded_rows(sequences: list[Int[Tensor, " _"]]) -> Int[Tensor, "rollouts col
     ids = torch.tensor([sequence_id(tokens) for tokens in sequences])
     width = max(len(tokens) for tokens in sequences)
     return ids[:, None] * POSITIONS + torch.arange(width)
+
+
+def real_tokens(sequences: list[Int[Tensor, " _"]]) -> Bool[Tensor, "rollouts columns"]:
+    """Which tokens are no padding, where sequences are padded on the right to the longest one."""
+    lengths = torch.tensor([len(tokens) for tokens in sequences])
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def packed_rows(sequences: list[Int[Tensor, " _"]]) -> Int[Tensor, "1 columns"]:
