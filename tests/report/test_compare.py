@@ -51,6 +51,14 @@ def test_layers_kept_in_high_precision_are_a_remedy_and_not_another_chip(tmp_pat
     assert (result.kind, result.verdict) == ("benefit", "helps")
 
 
+def test_quantized_gradients_are_another_chip(tmp_path: Path) -> None:
+    gradient = {"precision": {"gradient": "mxfp4"}}
+    assert compare(arm(tmp_path, "gradient", 0.5, hardware=gradient), arm(tmp_path, "plain", 0.7)).kind == "cost"
+    both = {"precision": {"weight": "mxfp4", "activation": "mxfp4", "gradient": "mxfp4"}}
+    with pytest.raises(ConfigError, match="different hardware"):
+        compare(arm(tmp_path, "three", 0.5, hardware=both), arm(tmp_path, "two", 0.6, hardware=MXFP4))
+
+
 def test_equal_arms_show_no_benefit(tmp_path: Path) -> None:
     result = compare(arm(tmp_path, "a", 0.5, aqn=AQN), arm(tmp_path, "b", 0.5))
     assert (result.deployed.estimate, result.verdict) == (0.0, "no benefit shown")

@@ -17,7 +17,7 @@ from roundoff.commands.options import check_new_file
 @click.option("--weight", help="Format of weights alone.")
 @click.option("--activation", help="Format of activations alone.")
 @click.option("--noise", type=float, help="Relative standard deviation of matmul noise (fraction; 5 % is 0.05).")
-@click.option("--hardware", help="An experiment or TOML file whose hardware replaces the four options above.")
+@click.option("--hardware", help="An experiment, recipe or TOML file whose hardware replaces the four options above.")
 @click.option(
     "--profile",
     "profile_name",

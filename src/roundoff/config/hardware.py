@@ -176,9 +176,7 @@ class Hardware(Settings):
     @property
     def draws_in_training(self) -> bool:
         """Whether anything in a training pass is random: the forward pass, noise on gradients, or their rounding."""
-        return bool(
-            self.is_noisy or self.matmul_noise.relative_std or self.precision.gradient_rounding == "stochastic"
-        )
+        return bool(self.is_noisy or self.matmul_noise.relative_std or self.precision.gradient_rounding == "stochastic")
 
     @property
     def is_noisy(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from roundoff import stats
-from roundoff.config import NAMES_ONLY, ConfigError, Hardware, Precision
+from roundoff.config import NAMES_ONLY, ConfigError, Hardware
 from roundoff.report.arms import Arm, Scores, group_arms, start_scores
 from roundoff.runs.record import Run
 
@@ -195,8 +195,7 @@ def _check_trained(arm: Arm) -> None:
 def _chip(arm: Arm) -> Hardware:
     """The hardware without its layers in high precision, since those are a remedy and not another chip."""
     hardware = arm.experiment.hardware
-    precision = Precision(weight=hardware.precision.weight, activation=hardware.precision.activation)
-    return hardware.model_copy(update={"precision": precision})
+    return hardware.model_copy(update={"precision": hardware.precision.model_copy(update={"keep": ()})})
 
 
 def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
