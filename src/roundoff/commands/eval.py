@@ -16,7 +16,7 @@ from roundoff.config import ConfigError
 @step_option
 @click.option(
     "--hardware",
-    help="An experiment or TOML file whose hardware to use, a recipe, a format, or `none`. [default: the run's own, or none]",
+    help="An experiment, recipe or TOML file whose hardware to use, a format, or `none`. [default: the run's, or none]",
 )
 @click.option(
     "--profile", "profile_name", help="Profile that gives task, lengths and noise draws. [default: the run's own]"
