@@ -241,3 +241,11 @@ def test_torch_compile_gives_the_same_bits(name):
     assert same(compiled(x), quantize(x, name))
     noisy = torch.compile(lambda x: matmul_noise(x, 0.05, KEY), fullgraph=True)
     assert same(noisy(x), matmul_noise(x, 0.05, KEY))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvfp4:2d", "hif4", "hif8"])
+def test_one_graph_holds_the_numerics(name):
+    # The graph is traced and not compiled, which takes a second instead of a minute.
+    x = random_blocks(32, 64, seed=8)
+    traced = torch.compile(lambda x: matmul_noise(quantize(x, name), 0.05, KEY), fullgraph=True, backend="eager")
+    assert same(traced(x), matmul_noise(quantize(x, name), 0.05, KEY))

@@ -93,8 +93,10 @@ def use_backend(choice: Backend | str) -> Iterator[None]:
 
 def kernels_for(x: Shaped[Tensor, " ..."]) -> Kernels | None:
     """The compiled kernels for work on this tensor, or None if plain torch is to be used."""
+    if torch.compiler.is_compiling() or not x.is_cpu:  # first: a graph cannot hold a context variable
+        return None
     choice = _choice.get()
-    if torch.compiler.is_compiling() or not x.is_cpu or choice == "torch":
+    if choice == "torch":
         return None
     return available_kernels() if choice in ("auto", "compiled") else kernels_of(choice)
 
