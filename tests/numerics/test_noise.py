@@ -119,6 +119,9 @@ class TestReplay:
         assert torch.equal(matmul_noise(y, 0.05, KEY, bias=bias), expected)
         assert torch.equal(matmul_noise(y, 0.0, KEY, bias=bias), y + bias)
         assert matmul_noise(y, 0.05, KEY, bias=bias, out=y) is y and torch.equal(y, expected)
+        y = self.y(dtype, 5, 40)  # a bias that lies where the result is written
+        expected = matmul_noise(y, 0.05, KEY) + y[0].clone()
+        assert torch.equal(matmul_noise(y, 0.05, KEY, bias=y[0], out=y), expected)
 
     def test_leading_axes_count_as_rows(self, dtype):
         y = self.y(dtype, 2, 3, 4, 16)

@@ -45,8 +45,7 @@ def activation_format(name: str) -> str:
     name = known_format(name)
     if get_format(name).rows > 1:
         raise ValueError(
-            f"must be a format whose blocks lie within a token, but the blocks of {name!r} span tokens "
-            "(weights may have it)"
+            "must be a format whose blocks lie within a token (those of two dimensions span tokens: weights may have them)"
         )
     return name
 

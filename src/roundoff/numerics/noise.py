@@ -45,6 +45,8 @@ def matmul_noise(
         TypeError, ValueError: if an argument cannot be used; nothing has been written then.
     """
     _check(y, relative_std, key, bias, out)
+    if bias is not None and out is not None and _share_memory(bias, out):
+        bias = bias.clone()  # it may lie where the result is written
     ids = None if rows is None else _flat_index("rows", rows, y)
     first = None if column_start is None else _flat_index("column_start", column_start, y)
     if relative_std == 0 or y.numel() == 0:
@@ -172,6 +174,11 @@ def _torch(flat: Tensor, s: float, key: Key, ids: Tensor | None, first: Tensor |
         eps = normal_rows(key, ids[start : start + step], first[start : start + step], columns)
         result[start : start + step] = part + part.abs().mul_(s).mul_(eps)
     return result
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may overlap; a graph (`torch.compile`) keeps them apart by itself."""
+    return not torch.compiler.is_compiling() and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def _check(y: Tensor, relative_std: float, key: object, bias: Tensor | None, out: Tensor | None) -> None:
