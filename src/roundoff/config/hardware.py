@@ -45,7 +45,7 @@ def activation_format(name: str) -> str:
     name = known_format(name)
     if get_format(name).rows > 1:
         raise ValueError(
-            "must be a format whose blocks lie within a token (those of two dimensions span tokens: weights may have them)"
+            "must be a format whose blocks lie within a token (two-dimensional ones span tokens; weights may have them)"
         )
     return name
 
