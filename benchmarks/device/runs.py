@@ -170,8 +170,10 @@ def kill_halfway(command: Command, steps: int, seconds: float) -> int:
     """
     until = time.monotonic() + seconds
     while lines_of_metrics(command.root) <= steps // 2:
-        if command.has_ended or time.monotonic() > until:
-            raise RuntimeError(f"it could not be killed halfway; {command.said()}")
+        if command.has_ended:
+            raise RuntimeError(f"it ended before it could be killed halfway; {command.said()}")
+        if time.monotonic() > until:
+            raise RuntimeError(f"it was not halfway within {seconds:.0f} s, so give more --minutes; {command.said()}")
         time.sleep(0.02)
     command.kill()
     return lines_of_metrics(command.root) - 1

@@ -34,7 +34,13 @@ def in_its_own_process(*arguments: str, cwd: Path) -> subprocess.CompletedProces
 def test_list_of_formats_names_every_one(tmp_path):
     rows = in_its_own_process("list", "--formats", cwd=tmp_path).stdout.splitlines()
     assert [row.split()[0] for row in rows[1 : 1 + len(FORMATS)]] == list(FORMATS)
-    assert next(row for row in rows if row.startswith("nvfp4:2d")).split()[1:5] == ["E2M1", "16", "x", "16"]
+    assert next(row for row in rows if row.startswith("nvfp4:2d")).split()[1:5] == [
+        "E2M1",
+        "4.03",
+        "16x16",
+        "E4M3+tensor",
+    ]
+    assert max(map(len, rows)) <= 80
 
 
 def test_list_names_every_experiment_and_imports_no_torch(tmp_path):

@@ -19,6 +19,11 @@ def test_a_recipe_is_hardware_and_no_experiment(name):
     assert show.products(hardware) in show.recipe(name)
 
 
+def test_a_format_is_no_experiment():
+    with pytest.raises(ConfigError, match="nvfp4:te is a number format: set"):
+        load_experiment("nvfp4:te")
+
+
 def test_an_experiment_extends_a_recipe(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('extends = ["quickstart-noise", "nvfp4-training"]\n[hardware.precision]\nkeep = [3]\n')

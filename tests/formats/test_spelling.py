@@ -77,6 +77,7 @@ def test_a_table_in_toml_becomes_the_word():
         ("e2m1/65537/e8m0", "above 65536 elements"),
         ("e2m1/99999x99999/e8m0", "above 65536 elements"),
         ("e2m1/16/e8m1", "the scale of"),
+        ("e2m1/16/e8m0:up", ":floor, :ceil, :even or :rceil"),
         ("e2m1/16/e8m0:te", "rule 'te'"),
         ("e4m3/16/e4m3+tensor:46", "needs elements in E2M1"),
         ("e2m1/16/e4m3:46", "a scale of the tensor"),

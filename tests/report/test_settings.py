@@ -53,6 +53,13 @@ def test_every_changed_setting_shows() -> None:
         shown[change] = text
 
 
+def test_one_kept_layer_is_singular() -> None:
+    for keep, words in (("[3]", "high precision: layer 3 "), ("[0,3]", "high precision: layers 0, 3 ")):
+        change = [f"hardware.precision.keep={keep}"]
+        (kept,), _ = with_overrides([load_experiment("quickstart-mxfp4")], load_profile("tiny"), change)
+        assert words in described(kept)
+
+
 def test_defaults_are_not_named() -> None:
     plain = Experiment.model_validate({"id": "a", "algorithm": {"name": "GRPO"}})
     assert described(plain) == "GRPO · 1 epoch · ratio replayed"

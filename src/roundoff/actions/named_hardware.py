@@ -40,7 +40,8 @@ def load_hardware(name: str) -> Hardware:
     if path.suffix != ".toml" and name not in experiment_ids():
         known = (PLAIN, *FORMAT_NAMES, *recipe_names(), *experiment_ids())
         raise ConfigError(
-            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMAT_NAMES}), a recipe "
+            f"--hardware must be {PLAIN!r}, a format for weights and activations ({PLAIN_FORMAT_NAMES}; "
+            f"or one of your own as element/block/scale, such as 'e2m1/16/e8m0:ceil'), a recipe "
             f"({', '.join(recipe_names())}), the id of an experiment (`roundoff list` shows all) or a TOML file, "
             f"but is {name!r}{nearest(name, known)}"
         )

@@ -23,7 +23,7 @@ def list_command(formats: bool) -> None:
             click.echo(f"  {name:<{width}}  {experiment.title}{against}")
     click.secho("profiles", bold=True)
     for name in profile_names():
-        click.echo(f"  {name}  {load_profile(name).title}")
+        click.echo(f"  {name:<{max(map(len, profile_names()))}}  {load_profile(name).title}")
     click.secho("recipes of hardware, to extend or for --hardware", bold=True)
     for name in recipe_names():
         click.echo(f"  {name:<{max(map(len, recipe_names()))}}  {load_recipe(name)[0]}")
@@ -40,6 +40,8 @@ def _list_formats() -> None:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         click.secho(line, bold=number == 0)
     click.echo(
-        "\nOne's own: element/block/scale, such as e2m1/16/e8m0:ceil, e4m3/row/float32 or e2m1/16x16/e4m3+tensor, "
-        "wherever a name is taken."
+        "\nBits: of one number with its share of the block's scale, but not of a scale of a\n"
+        "row or of the tensor. +tensor: a float32 scale of the tensor beside the blocks'.\n"
+        "One's own: element/block/scale wherever a name is taken, such as\n"
+        "e2m1/24/e8m0:ceil, e4m3/row/float32 or e2m1/16x16/e4m3+tensor."
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 from roundoff.config import (
     ALGORITHMS,
+    FORMAT_NAMES,
     Algorithm,
     ConfigError,
     Experiment,
@@ -276,7 +277,13 @@ def _find(name: str, known: tuple[str, ...], kind: str) -> Path:
     if name in recipe_names():
         raise ConfigError(
             f"{name} is a recipe of hardware: extend it in a file of your own "
-            f'(extends = ["quickstart-clean", "{name}"]), or give it to --hardware of `roundoff eval` and `scan`'
+            f'(extends = ["quickstart-clean", "{name}"], baseline = "quickstart-clean"), or give it to --hardware of '
+            "`roundoff eval` and `scan`"
+        )
+    if name in FORMAT_NAMES:
+        raise ConfigError(
+            f"{name} is a number format: set hardware.precision in a file of your own, or give it to --hardware of "
+            "`roundoff eval` and `scan`"
         )
     if name in (profile_names() if kind == "experiment" else experiment_ids()):
         raise ConfigError(_of_other_kind(name, kind))

@@ -28,6 +28,16 @@ class Element:
     """Whether the mantissa shrinks as the exponent grows in magnitude, and what lies beyond `high` is infinite."""
 
     @property
+    def bits(self) -> int:
+        """Bits of one number, its sign among them."""
+        if self.tapered:
+            return 8
+        if self.is_integer:
+            return self.emax + 2
+        exponents = self.emax - self.emin + 1  # of normal numbers; subnormal ones have a code beside them
+        return 1 + exponents.bit_length() + self.mantissa_bits
+
+    @property
     def bits_below_first(self) -> int:
         """Bits behind the highest one of numbers near the largest one."""
         return self.emax if self.is_integer else self.mantissa_bits

@@ -79,7 +79,8 @@ def parts_of(word: str) -> dict[str, Any]:
         raise ValueError(f"the block of {word!r} must be a number, such as 16 or 16x16, 'row' or 'tensor'")
     if scale is None:
         raise ValueError(
-            f"the scale of {word!r} must be e8m0, e4m3, e4m3+tensor or float32, perhaps with ':' and a rule"
+            f"the scale of {word!r} must be e8m0 (perhaps with :floor, :ceil, :even or :rceil), e4m3 or e4m3+tensor "
+            "(perhaps with :te, :46 or :46_mae), or float32"
         )
     shape = pieces[1].removeprefix("1x")
     rows, columns = int(block[1] or 1), int(block[2]) if block[2] else None

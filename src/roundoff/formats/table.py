@@ -92,6 +92,13 @@ _TAPERED = len(_SCALES)
 _MX_RULES: tuple[Rule, ...] = ("floor", "ceil", "even", "rceil")
 _FOUR_OVER_SIX: tuple[Rule, ...] = ("46", "46_mae")
 _RULES: tuple[Rule, ...] = (*_MX_RULES, "te", *_FOUR_OVER_SIX)
+_SCALE_BITS: Mapping[Scale, int] = {
+    "none": 0,
+    "e8m0": 8,
+    "e4m3": 8,
+    "float32": 32,
+    "e6m2": 8 + 8 + 16,  # with HiF4's micro-exponents, one for each group of 8 and of 4
+}
 _RULES_OF: Mapping[Scale, tuple[Rule, ...]] = {
     "none": ("",),
     "e8m0": ("", *_MX_RULES),
@@ -170,6 +177,17 @@ class Format:
             ),
         }
         return next((text for text, wrong in faults.items() if wrong), None)
+
+    @property
+    def bits(self) -> float:
+        """Bits that a number takes in storage, with its share of the block's scale.
+
+        A scale for a row or for the tensor is not counted, because its share depends on the size of the tensor.
+        """
+        if self.element is None:
+            return 16.0
+        shared = _SCALE_BITS[self.scale] / (self.rows * self.block) if self.block else 0.0
+        return self.element.bits + shared
 
     @property
     def follows_transformer_engine(self) -> bool:

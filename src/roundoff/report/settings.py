@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         weight_format=precision.weight or "",
         activation_format=precision.activation or "",
         gradient_format=_gradient(precision),
-        keep=keep if isinstance(keep, str) else f"layers {', '.join(map(str, keep))}" if keep else "",
+        keep=keep if isinstance(keep, str) else _layers(keep) if keep else "",
         matmul_noise=experiment.hardware.matmul_noise.relative_std,
         other_hardware=_other(experiment.hardware),
         aqn=_aqn(experiment.aqn) if experiment.aqn else "",
@@ -103,6 +103,10 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         model=profile.model if profile else "",
         task=profile.task.name if profile else "",
     )
+
+
+def _layers(indices: Sequence[int]) -> str:
+    return f"layer{'s' if len(indices) > 1 else ''} {', '.join(map(str, indices))}"
 
 
 def _gradient(precision: Precision) -> str:
@@ -183,7 +187,7 @@ def _other(hardware: Hardware) -> str:
     if noise.relative_std and not noise.attention:
         parts.append("no noise in attention")
     if zone:
-        parts.append(f"deadzone {_percent(zone.threshold)} in layers {', '.join(map(str, zone.layers))}")
+        parts.append(f"deadzone {_percent(zone.threshold)} in {_layers(zone.layers)}")
     for fault in hardware.faults:
         details = [f"amount {_shown(fault.amount)}"]
         details += [f"module {fault.module}"] if fault.module else []
