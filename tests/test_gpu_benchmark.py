@@ -189,3 +189,17 @@ def test_a_device_that_is_not_there_is_said(tmp_path):
     assert done.returncode == 1
     assert "device 'xpu' is not there (found: cpu)" in done.stdout
     assert "nothing can be measured on 'xpu'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "said"),
+    [
+        ("print('no space')", 60, "it ended before it could be killed halfway; it said: no space"),
+        ("import time; time.sleep(60)", 0.1, "it was not halfway within 0 s, so give more --minutes"),
+    ],
+)
+def test_what_cannot_be_killed_halfway_says_why(tmp_path, monkeypatch, code, seconds, said):
+    begin = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **how: begin([sys.executable, "-c", code], **how))
+    with runs.Command(tmp_path / "run", ("any",), "cpu", {}) as command, pytest.raises(RuntimeError, match=said):
+        runs.kill_halfway(command, 8, seconds)

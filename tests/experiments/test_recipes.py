@@ -24,6 +24,11 @@ def test_a_format_is_no_experiment():
         load_experiment("nvfp4:te")
 
 
+def test_hardware_of_no_known_name_says_how_to_spell_a_format():
+    with pytest.raises(ConfigError, match=r"element/block/scale, such as 'e2m1/16/e8m0:ceil'.* but is 'e2m1/24'"):
+        load_hardware("e2m1/24")
+
+
 def test_an_experiment_extends_a_recipe(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('extends = ["quickstart-noise", "nvfp4-training"]\n[hardware.precision]\nkeep = [3]\n')

@@ -68,7 +68,7 @@ def test_a_table_in_toml_becomes_the_word():
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ("e2m1/16", "element/block/scale"),
+        ("e2m1/16", "the format 'e2m1/16' must be element/block/scale, such as 'e2m1/16/e8m0'"),
         ("e2m0/16/e8m0", "1 to 10 mantissa bits"),
         ("e9m3/16/e8m0", "2 to 5 exponent"),
         ("int1/16/e8m0", "intN of 2 to 16 bits"),

@@ -16,7 +16,8 @@ from roundoff.config import ConfigError
 @step_option
 @click.option(
     "--hardware",
-    help="An experiment, recipe or TOML file whose hardware to use, a format, or `none`. [default: the run's, or none]",
+    help="An experiment, recipe or TOML file whose hardware to use, a format (`roundoff list --formats`), or `none`. "
+    "[default: the run's, or none]",
 )
 @click.option(
     "--profile", "profile_name", help="Profile that gives task, lengths and noise draws. [default: the run's own]"

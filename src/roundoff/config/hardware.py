@@ -35,7 +35,7 @@ def known_format(name: str) -> str:
     except ValueError:
         raise ValueError(
             f"must be a number format{nearest(name, FORMAT_NAMES)} (known: {PLAIN_FORMAT_NAMES}; "
-            "`roundoff list --formats` shows all)"
+            "`roundoff list --formats` shows all, and how to spell your own)"
         ) from None
     return name
 

@@ -72,7 +72,7 @@ def parts_of(word: str) -> dict[str, Any]:
     """
     pieces = word.split("/")
     if len(pieces) != 3:
-        raise ValueError(f"a format of one's own is element/block/scale, such as 'e2m1/16/e8m0', but is {word!r}")
+        raise ValueError(f"the format {word!r} must be element/block/scale, such as 'e2m1/16/e8m0'")
     element = _element(pieces[0])
     block, scale = _BLOCK.fullmatch(pieces[1]), _SCALE.fullmatch(pieces[2])
     if block is None:

@@ -136,7 +136,8 @@ class Format:
     packed: bytes = field(init=False, repr=False, compare=False)
     """This format as the struct `Spec` of kernels/blocks.h."""
     has_kernel: bool = field(init=False, repr=False, compare=False)
-    """Whether the compiled kernels know this layout; other formats are computed in plain torch everywhere."""
+    """Whether the compiled kernels of the CPU know this layout as it stands. Blocks of several rows are laid out as
+    rows first, which the kernels may know; other formats are computed in plain torch there."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
