@@ -36,6 +36,6 @@ def main(function: str, part: str, device: str, seconds: str, size: str = "") ->
 if __name__ == "__main__":
     try:
         sys.exit(main(*sys.argv[1:]))
-    except Exception as error:
+    except Exception as error:  # whatever a part may raise becomes a row, and is raised again for the log
         write_row(Row(sys.argv[2], sys.argv[1], one_line(error), "", FAILED))
         raise

@@ -39,9 +39,8 @@ def products(hardware: Hardware) -> str:
         return "# products of a Linear: plain arithmetic\n"
 
     def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
-        if fmt is None:
-            return name
-        return f"{name} [{', '.join([fmt if get_format(fmt).rows > 1 else f'{fmt} along {along}', *extras])}]"
+        stored = [] if fmt is None else [fmt if get_format(fmt).rows > 1 else f"{fmt} along {along}"]
+        return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
 
     def error(on: bool) -> str:
         return f"  + {100 * noise.relative_std:.4g} % noise" if noise.relative_std and on else ""
@@ -58,9 +57,7 @@ def products(hardware: Hardware) -> str:
         lines.append(f"dX = {dy} . {operand('W', p.weight, 'out_features')}{error(noise.backward)}")
         dy = operand("dY", p.gradient, "the tokens", *rounding, *hadamard)
         x = operand("x", p.activation, "the tokens", *hadamard)
-        lines.append(
-            f"dW = {dy} . {x if p.activation else f'x [{hadamard[0]}]' if hadamard else 'x'}{error(noise.backward)}"
-        )
+        lines.append(f"dW = {dy} . {x}{error(noise.backward)}")
     return "\n".join(lines) + "\n"
 
 

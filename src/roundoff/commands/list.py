@@ -22,11 +22,13 @@ def list_command(formats: bool) -> None:
             against = f"  (against {experiment.baseline})" if experiment.baseline else ""
             click.echo(f"  {name:<{width}}  {experiment.title}{against}")
     click.secho("profiles", bold=True)
+    width = max(map(len, profile_names()))
     for name in profile_names():
-        click.echo(f"  {name:<{max(map(len, profile_names()))}}  {load_profile(name).title}")
+        click.echo(f"  {name:<{width}}  {load_profile(name).title}")
     click.secho("recipes of hardware, to extend or for --hardware", bold=True)
+    width = max(map(len, recipe_names()))
     for name in recipe_names():
-        click.echo(f"  {name:<{max(map(len, recipe_names()))}}  {load_recipe(name)[0]}")
+        click.echo(f"  {name:<{width}}  {load_recipe(name)[0]}")
 
 
 def _list_formats() -> None:

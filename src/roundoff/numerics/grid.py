@@ -15,6 +15,8 @@ from torch import Tensor
 
 from roundoff.formats.element import Element
 
+from .rng import fractions_of
+
 _EXPONENT = 0x7F800000
 
 
@@ -49,8 +51,7 @@ def round_stochastic(
         step = (exponent - (element.mantissa_bits << 23)).view(torch.float32)
     quotient = magnitude / step  # exact: step is a power of two
     lower = quotient.floor()
-    threshold = (words >> 8).to(torch.float32) * 2.0**-24
-    up = (threshold < quotient - lower).to(torch.float32)
+    up = (fractions_of(words) < quotient - lower).to(torch.float32)
     return ((lower + up) * step).copysign_(v)
 
 

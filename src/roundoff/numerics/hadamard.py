@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .backend import DTYPES
+from .transfer import put
 
 TRANSFORMER_ENGINE_SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
 """Signs of the groups of 16 in Transformer Engine's gradients of weights."""
@@ -55,7 +56,7 @@ def hadamard(
         )
     if signs is not None and (len(signs) != size or any(sign not in (1, -1) for sign in signs)):
         raise ValueError(f"signs must be {size} numbers, each 1 or -1, but is {tuple(signs)}")
-    matrix = _matrix(size, None if signs is None else tuple(signs)).to(x.device)
+    matrix = _matrix(size, None if signs is None else tuple(signs), x.device)
     moved = x.movedim(axis, -1)
     groups = moved.to(torch.float32).reshape(*moved.shape[:-1], moved.shape[-1] // size, size)
     with torch.autocast(x.device.type, enabled=False):  # which would round the operands to its own dtype
@@ -64,11 +65,11 @@ def hadamard(
 
 
 @functools.cache
-def _matrix(size: int, signs: tuple[int, ...] | None) -> Tensor:
-    """`diag(signs) H / sqrt(size)` in float32 on the CPU."""
+def _matrix(size: int, signs: tuple[int, ...] | None, device: torch.device) -> Tensor:
+    """`diag(signs) H / sqrt(size)` in float32, made once for a device, because the copy makes a device wait."""
     h = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while h.shape[0] < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     if signs is not None:
         h = h * torch.tensor(signs, dtype=torch.float64, device="cpu").unsqueeze(1)
-    return (h / math.sqrt(size)).to(torch.float32)
+    return put((h / math.sqrt(size)).to(torch.float32), device)

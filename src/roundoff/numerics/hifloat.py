@@ -17,10 +17,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_EXPONENT = 0x7F800000
+from roundoff.formats.element import HIF8
+
+from .rng import fractions_of
+
 _BIAS = 127
-HIF8_LARGEST = 2.0**15
-_HIF8_SMALLEST_EXPONENT = -22
+HIF8_LARGEST = HIF8.high
+_HIF8_SMALLEST_EXPONENT = HIF8.emin
 _HIF8_OVERFLOW = 1.25 * HIF8_LARGEST  # the middle between 2^15 and the code of infinity
 
 _SEVENTH = 0.142578125  # 1/7 in bfloat16
@@ -52,8 +55,7 @@ def hif8(x: Float[Tensor, "*shape"], words: Int[Tensor, "*shape"] | None) -> Flo
 def _whole(quotient: Tensor, words: Tensor | None) -> Tensor:
     """Quotients of at least 0 as whole numbers: halves go up; with random words, up or down at random."""
     lower = quotient.floor()
-    threshold = 0.5 if words is None else (words >> 8).to(torch.float32) * 2.0**-24
-    up = quotient - lower >= threshold if words is None else quotient - lower > threshold
+    up = quotient - lower >= 0.5 if words is None else quotient - lower > fractions_of(words)
     return lower + up.to(torch.float32)
 
 

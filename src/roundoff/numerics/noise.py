@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backend import DTYPES, Kernels, can_write, kernels_for, may_use_triton, thread_count, uses_triton
 from .memory import empty_like
-from .rng import Key, normal_rows, signed
+from .rng import Key, key_of, normal_rows, signed
 
 _LARGEST = torch.finfo(torch.float32).max
 _CHUNK = 1 << 15  # draws that the torch path makes at a time
@@ -152,7 +152,7 @@ def _launched(
     schema="(Tensor y, float s, int key, Tensor? ids, Tensor? starts, Tensor? bias) -> Tensor",
 )
 def _operator(y: Tensor, s: float, key: int, ids: Tensor | None, starts: Tensor | None, bias: Tensor | None) -> Tensor:
-    return _launched(y, s, Key(key % (1 << 64)), ids, starts, bias, None)
+    return _launched(y, s, key_of(key), ids, starts, bias, None)
 
 
 @_operator.register_fake

@@ -32,7 +32,7 @@ from .blocks import (
 )
 from .deadzone import outside_of_deadzone
 from .memory import empty_like
-from .rng import Key, signed
+from .rng import Key, key_of, signed
 from .transfer import put
 from .triton_kernels.layout import Layout, format_of, holds_rows, layout_of
 
@@ -196,7 +196,7 @@ def _launched(
             out = torch.empty_like(x) if out is None else out
             launch.quantize(x, out, form, source, given, scalar, key, deadzone)
             return out
-    stochastic = None if key is None else Key(key % (1 << 64))
+    stochastic = None if key is None else key_of(key)
     if deadzone and x.numel():
         x = outside_of_deadzone(x, deadzone)
     result = quantize_matrices(x, fmt, source, scalar if given is None else given, stochastic)

@@ -96,6 +96,16 @@ def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _MASK32, product & _MASK32
 
 
+def key_of(value: int) -> Key:
+    """The key whose `signed` value this is."""
+    return Key(value & _MASK64)
+
+
+def fractions_of(words: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Words of 32 random bits as numbers in [0, 1), multiples of 2^-24 (float32)."""
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
 def philox_bits(
     key: Key, low: Int[Tensor, "*shape"], high: Int[Tensor, "*shape"]
 ) -> tuple[Int[Tensor, "*shape"], Int[Tensor, "*shape"], Int[Tensor, "*shape"], Int[Tensor, "*shape"]]:
@@ -223,7 +233,7 @@ def _plain_draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
     first = torch.zeros_like(ids)
     if kind == _NORMALS:
         return normal_rows(key, ids, first, columns)
-    return (word_rows(key, ids, first, columns) >> 8).to(torch.float32) * 2.0**-24
+    return fractions_of(word_rows(key, ids, first, columns))
 
 
 def _launched(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
@@ -241,7 +251,7 @@ def _launched(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
     "roundoff::draw", mutates_args=(), schema="(int kind, Tensor ids, int columns, int key) -> Tensor"
 )
 def _operator(kind: int, ids: Tensor, columns: int, key: int) -> Tensor:
-    return _launched(kind, Key(key & _MASK64), ids, columns).contiguous()
+    return _launched(kind, key_of(key), ids, columns).contiguous()
 
 
 @_operator.register_fake

@@ -37,9 +37,7 @@ def put(
     if dtype is not None and tensor.dtype is not dtype:
         tensor = tensor.to(dtype)
     target = torch.device(device)
-    if target.type == "cpu" or not tensor.is_cpu:
-        return tensor.to(target)
-    if target.type != "cuda":
+    if target.type != "cuda" or not tensor.is_cpu:
         return tensor.to(target)
     return tensor.pin_memory().to(target, non_blocking=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from roundoff.numerics import blocks as sources
 from roundoff.numerics.triton_kernels import layout
 from roundoff.numerics.triton_kernels.hifloat import hif4, hif8
 from roundoff.numerics.triton_kernels.nvfp4 import encoding_scale, reciprocal, transformer_engine
@@ -23,7 +24,9 @@ E8M0, E4M3 = tl.constexpr(layout.E8M0), tl.constexpr(layout.E4M3)
 FLOAT32, E6M2 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.E6M2)
 CEIL, EVEN, RCEIL = tl.constexpr(layout.CEIL), tl.constexpr(layout.EVEN), tl.constexpr(layout.RCEIL)
 TE = tl.constexpr(layout.TE)
-FROM_TENSOR, GIVEN, GIVEN_ROWS, GIVEN_ONE, FROM_MAXIMA = (tl.constexpr(source) for source in (1, 3, 4, 5, 6))
+FROM_TENSOR, GIVEN = tl.constexpr(sources.FROM_TENSOR), tl.constexpr(sources.GIVEN)
+GIVEN_ROWS, GIVEN_ONE = tl.constexpr(sources.GIVEN_ROWS), tl.constexpr(layout.GIVEN_ONE)
+FROM_MAXIMA = tl.constexpr(layout.FROM_MAXIMA)
 SMALLEST_SCALE = tl.constexpr(0x400000)  # the bits of 2^-127
 E4M3_MAX = tl.constexpr(448.0)
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundoff.formats.table import get_format
+from roundoff.numerics.blocks import FROM_ROW
 from roundoff.numerics.triton_kernels import launch
 from roundoff.numerics.triton_kernels.layout import layout_of
 
@@ -49,7 +50,7 @@ def first_difference(device: str) -> str | None:
     x, y = inputs(device)
     form = layout_of(get_format(FORMAT))
     assert form is not None
-    launch.quantize(x, x, form, launch.FROM_ROW, None, 1.0, None)
+    launch.quantize(x, x, form, FROM_ROW, None, 1.0, None)
     launch.noise(y, y, STD, KEY, None, None)
     for name, given, answer in (
         (FORMAT, x.view(torch.int32), QUANTIZED),

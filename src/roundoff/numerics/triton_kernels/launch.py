@@ -17,8 +17,9 @@ import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from roundoff.numerics.blocks import FROM_ROW, FROM_TENSOR, GIVEN_ROWS
 from roundoff.numerics.triton_kernels import layout, rounding
-from roundoff.numerics.triton_kernels.layout import Layout, holds_rows
+from roundoff.numerics.triton_kernels.layout import FROM_MAXIMA, GIVEN_ONE, Layout, holds_rows
 from roundoff.numerics.triton_kernels.noise import noise as noise_kernel
 from roundoff.numerics.triton_kernels.quantize import (
     quantize_blocks,
@@ -34,8 +35,6 @@ WIDEST = 1024
 """Columns of a tile."""
 MOST_BLOCKS = 2**31 - 1
 """Blocks, rows and columns are counted in 32 bits."""
-FROM_TENSOR, FROM_ROW, GIVEN_ROWS, GIVEN_ONE, FROM_MAXIMA = 1, 2, 4, 5, 6
-"""Origins of the tensor scales, as in `quantize.py`; the first five are those of `numerics/quantize.py`."""
 _MASK64 = (1 << 64) - 1
 
 

@@ -11,6 +11,9 @@ NONE, E8M0, E4M3, FLOAT32, E6M2 = range(5)
 NO_RULE, FLOOR, CEIL, EVEN, RCEIL, TE, SQUARED, ABSOLUTE = range(8)
 _SCALES: tuple[Scale, ...] = ("none", "e8m0", "e4m3", "float32", "e6m2")
 _RULES: tuple[Rule, ...] = ("", "floor", "ceil", "even", "rceil", "te", "46", "46_mae")
+GIVEN_ONE, FROM_MAXIMA = 5, 6
+"""Origins of the tensor scales that the kernels know beside those of `numerics.blocks`: one that was given, for all
+rows, and the largest magnitude of each row."""
 LONGEST_ROW = 16384
 """Elements of a row that a kernel holds in registers: 32 for each of the 512 threads of sixteen warps."""
 _BLOCKS = tuple(2**k for k in range(2, 11))  # from 4, the columns that share a counter of the generator
