@@ -87,13 +87,7 @@ template <int LOW> static inline F cut(F v) {
 template <class T, int N, bool STREAM, bool RANDOM>
 static void hif4_tile(const Work& w, const T* x, T* y, int blocks, int64_t row, int64_t column) {
     constexpr int V = N / LANES, TOGETHER = LANES < 8 ? 2 : 1;  // vectors that hold a group of 8
-    U m[LANES];
-    for (int b = 0; b < LANES; ++b) {
-        m[b] = splat(0u);
-        if (b >= blocks) continue;
-        for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
-    }
-    const U amax = maxima(m);
+    const U amax = amax_of_blocks<N>(x, blocks);
     const U finite = amax < EXPONENT ? splat(~0u) : splat(0u);
     F scale = cut<21>(cut<16>(real(amax & finite) * 0.142578125f));  // 1/7 in bfloat16
     scale = at_least(at_most(scale, splat(1.5f * 0x1p15f)), splat(0x1p-48f));

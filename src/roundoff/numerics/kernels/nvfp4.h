@@ -50,13 +50,7 @@ static inline F better(const Work& w, const T* x, int blocks, F first, F second,
 template <class T, int N, bool STREAM>
 static void encoded_tile(const Work& w, const T* x, T* y, int blocks, F encoding, int64_t row, int64_t column) {
     constexpr int V = N / LANES;
-    U m[LANES];
-    for (int b = 0; b < LANES; ++b) {
-        m[b] = splat(0u);
-        if (b >= blocks) continue;
-        for (int v = 0; v < V; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
-    }
-    const U amax = maxima(m), finite = amax < EXPONENT ? splat(~0u) : splat(0u);
+    const U amax = amax_of_blocks<N>(x, blocks), finite = amax < EXPONENT ? splat(~0u) : splat(0u);
     const Grid e4m3(E4M3_MANTISSA, E4M3_EMIN, -E4M3_HIGH, E4M3_HIGH);
     const F decoding = splat(1.0f) / encoding;
     const F exact = real(amax & finite) * (encoding / splat(w.spec.divisor));

@@ -200,6 +200,17 @@ template <class OP, int S, int END, class V> static inline V fold_tree(V* m) {
 }
 static inline U maxima(U* m) { return fold_tree<Larger, 1, LANES>(m); }
 static inline F sums(F* m) { return fold_tree<Sum, 1, LANES>(m); }
+// The bits of the largest magnitude of up to LANES blocks of N elements; lane b is for block b, and 0 past the last one.
+template <int N, class T>
+static inline U amax_of_blocks(const T* x, int blocks) {
+    U m[LANES];
+    for (int b = 0; b < LANES; ++b) {
+        m[b] = splat(0u);
+        if (b >= blocks) continue;
+        for (int v = 0; v < N / LANES; ++v) m[b] = max(m[b], bits(load(x + b * N + v * LANES)) & MAGNITUDE);
+    }
+    return maxima(m);
+}
 // `maxima` of LANES / 2 vectors, separately for the two halves of each.
 static inline U maxima_of_halves(U* m) { return fold_tree<Larger, 1, LANES / 2>(m); }
 
