@@ -1,4 +1,4 @@
-"""The only scorer: accuracy of a model on a test set, with the hardware on (deployed) and off (clean).
+"""The only scorer: accuracy of a model on a test set, on the hardware of evaluation (deployed) and without (clean).
 
 Here: `evaluate`, which decodes greedily and gives the score of training curves and of the report, and
 `evaluate_samples`, which draws several responses to each problem for pass@k, the probability that at least one of k is
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.aqn.noise import is_aqn_active
 from roundoff.config import ConfigError
-from roundoff.hardware import hardware_off, installed
+from roundoff.hardware import hardware_off, hardware_phase, installed
 from roundoff.models.prompts import text
 from roundoff.models.weights import few
 from roundoff.numerics.rng import Key
@@ -77,7 +77,8 @@ def evaluate(
     def greedy(draw: int) -> _Answers:
         return _answers(model, tokenizer, task, problems, key.fold("evaluation", draw), max_new_tokens, ranks=ranks)
 
-    deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
+    with hardware_phase(model, "evaluation"):
+        deployed = [greedy(draw) for draw in range(noise_draws if noisy else 1)]
     clean = deployed[0]
     if installed(model) is not None:
         with hardware_off(model):
@@ -157,7 +158,8 @@ def evaluate_samples(
     def drawn() -> _Answers:
         return _answers(model, tokenizer, task, problems, own, max_new_tokens, samples=samples, temperature=temperature)
 
-    deployed = clean = drawn()
+    with hardware_phase(model, "evaluation"):
+        deployed = clean = drawn()
     if installed(model) is not None:
         with hardware_off(model):
             clean = drawn()

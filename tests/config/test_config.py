@@ -47,8 +47,8 @@ def message(**settings) -> str:
         ({"epochs": 0}, "x.toml: epochs must be a whole number of at least 1, but is 0"),
         (
             {"hardware": {"precision": {"keep": "sdd:3"}}},
-            "x.toml: hardware.precision.keep must be a list of layer indices from 0, or 'srdd:k' with k of at least 1, "
-            "but is 'sdd:3'",
+            "x.toml: hardware.precision.keep must be a list of layer indices (from 0, or from -1 for the last one), or "
+            "'srdd:k' with k of at least 1, but is 'sdd:3'",
         ),
         (
             {"hardware": {"precision": {"keep": [1]}, "matmul_noise": {"relative_std": 0.1}}},

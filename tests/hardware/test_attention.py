@@ -6,7 +6,8 @@ import torch
 from roundoff.config import ConfigError, Hardware, MatmulNoise
 from roundoff.hardware import hardware_off, install, noise_key, uninstall
 from roundoff.hardware.attention import STATE, AttentionState, attention_forward
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Draw
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build, every_family
@@ -96,7 +97,7 @@ def test_clean_without_noise_and_noisy_with_it(family):
     expected = plain(**batch.inputs()).logits
     implementation = model.config._attn_implementation
     installed = install(model, ATTENTION_ONLY.model_copy(update={"exclude": ("embed_tokens",)}), seed=0)
-    assert len(installed.attention_modules) == 2
+    assert len(installed.in_force.attention) == 2
     assert model.config._attn_implementation == "roundoff"
     with hardware_off(model):
         assert model.config._attn_implementation == implementation

@@ -10,7 +10,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_off, install, installed, noise_key, uninstall
-from roundoff.hardware.installed import states_of
+from roundoff.hardware.phases import states_of
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build
 

@@ -166,7 +166,7 @@ def test_the_weight_along_out_features_is_computed_once_until_the_weight_changes
     install(model, Hardware(precision={"weight": "mxfp4", "gradient": "mxfp4"}), seed=0)
     x, dy = operands()
     before = gradients(model, x, dy)
-    state = model.proj.__dict__[LINEAR_STATE]
+    state = model.proj.__dict__[LINEAR_STATE].stored
     kept = state._along_out
     gradients(model, x, dy)
     assert state._along_out is kept

@@ -302,7 +302,7 @@ def test_weights_are_checked_under_adapters_too():
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     assert installation.check_weights() == ()
     with torch.no_grad():
-        installation.modules[0].weight[0, 0] = float("nan")
+        installation.in_force.modules[0].weight[0, 0] = float("nan")
     assert installation.check_weights() == (f"{installation.entries[0].name}.weight",)
 
 

@@ -199,12 +199,12 @@ def test_a_weight_is_quantized_once_per_optimizer_step_into_one_buffer(how, copi
             with torch.no_grad():
                 model(x)
         assert installed.quantizations() == step + 1
-        address = linear.hardware_state.quantized_weight(linear.weight).data_ptr()
+        address = linear.hardware_state.stored.quantized(linear.weight).data_ptr()
         optimizer.step()
     with torch.no_grad():
         y = model(x)
     assert torch.equal(y, F.linear(x, quantize(linear.weight.detach(), "mxfp4")))
-    assert linear.hardware_state.quantized_weight(linear.weight).data_ptr() == address
+    assert linear.hardware_state.stored.quantized(linear.weight).data_ptr() == address
 
 
 @pytest.mark.skipif(kernels_for(torch.ones(1)) is None, reason="only kernels check every small pass")
@@ -334,7 +334,7 @@ def test_a_frozen_base_keeps_the_cached_copy_and_no_more(activation):
     assert x.grad is not None
     state = model.linear.hardware_state
     weight = model.linear.weight  # also saved, for torch's check of its version
-    assert set(saved) <= {state.quantized_weight(weight).data_ptr(), weight.data_ptr()}
+    assert set(saved) <= {state.stored.quantized(weight).data_ptr(), weight.data_ptr()}
 
 
 def test_nan_spoils_its_block_and_nothing_else():
@@ -345,6 +345,6 @@ def test_nan_spoils_its_block_and_nothing_else():
     assert installed.nonfinite == installed.check_weights() == ("layers.0.up_proj.weight",)
     assert "NaN or Inf in layers.0.up_proj.weight" in installed.summary()
     state = model.linear.hardware_state
-    bad = state.quantized_weight(model.linear.weight).isnan()
+    bad = state.stored.quantized(model.linear.weight).isnan()
     assert bool(bad[0, :32].all()) and not bool(bad[0, 32:].any()) and not bool(bad[1].any())
     assert installed.diagnose(x=torch.ones(1, 64)) == ("layers.0.up_proj",)

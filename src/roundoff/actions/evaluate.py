@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from roundoff.actions.evaluation_subject import EvaluationSubject, open_subject
-from roundoff.config import ConfigError, Hardware
+from roundoff.config import ConfigError, hardware_in_words
 from roundoff.evaluation import SampledOutcome, evaluate, evaluate_samples, pass_at_k
 from roundoff.models.lora import load_adapters
 from roundoff.models.prompts import check_asked
@@ -99,7 +99,7 @@ def score_subject(
         key=key,
         max_new_tokens=limit,
         noise_draws=draws or profile.training.noise_draws,
-        noisy=experiment.hardware.is_noisy,
+        noisy=experiment.hardware.of("evaluation").is_noisy,
         step=subject.step,
     )
     sampled: tuple[SampledOutcome, ...] = ()
@@ -126,7 +126,7 @@ def describe(result: Result) -> str:
     lines = [
         *subject.notes,
         subject.name,
-        f"hardware: {_shown(subject.experiment.hardware)}",
+        f"hardware: {hardware_in_words(subject.experiment.hardware)}",
         f"task {subject.profile.task.name}: {len(outcomes)} test problems; {decoding}; [95 % interval over problems]",
         "",
         f"{'':<18}{'deployed':<24}clean",
@@ -194,19 +194,6 @@ def _agrees(subject: EvaluationSubject, evaluation: Evaluation, draws: int | Non
     own = subject.profile == run.profile and draws in (None, run.profile.training.noise_draws)
     same = own and subject.experiment.hardware == run.experiment.hardware
     return run.evaluation(subject.step) == evaluation if same else None
-
-
-def _shown(hardware: Hardware) -> str:
-    """The settings that change the arithmetic, in one line."""
-    if hardware.changes_nothing:
-        return "none (plain arithmetic)"
-    precision, noise = hardware.precision, hardware.matmul_noise
-    parts = [f"{name} {fmt}" for name in ("weight", "activation") if (fmt := getattr(precision, name))]
-    parts += [f"layers {precision.keep} kept"] if precision.keep else []
-    parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
-    parts += [f"deadzone {hardware.deadzone.threshold:g}"] if hardware.deadzone else []
-    parts += [f"fault {fault.kind} in layer {fault.layer}" for fault in hardware.faults]
-    return ", ".join(parts) or "none in the forward pass"
 
 
 def _numbers(interval: Interval) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import tomli_w
 
-from roundoff.config import Experiment, Hardware, Profile, result_hash
+from roundoff.config import PHASES, Experiment, Hardware, HardwareOfAPhase, Profile, result_hash, rules_in_words
 from roundoff.experiments import load_recipe
 from roundoff.formats.table import get_format
 
@@ -33,7 +33,23 @@ def settings(experiment: Experiment, profile: Profile) -> str:
 
 
 def products(hardware: Hardware) -> str:
-    """The three products of a Linear on this hardware: which operand is stored in which format, and the noise."""
+    """The three products of a Linear on this hardware, for each phase, and for the modules of each rule.
+
+    They show which operand is stored in which format, and the noise. Where several rules match a module, each changes
+    what those before it left; that is not drawn here.
+    """
+    phases: dict[Hardware, list[str]] = {}
+    for phase in PHASES:
+        phases.setdefault(hardware.of(phase), []).append(phase)
+    texts = []
+    for one, names in phases.items():
+        texts.append((f"# {' and '.join(names)}\n" if len(phases) > 1 else "") + _products(one))
+        for number, words in enumerate(rules_in_words(one)):
+            texts.append(f"# in modules that match {words}\n{_products(one.under_rule(number))}")
+    return "\n".join(texts)
+
+
+def _products(hardware: HardwareOfAPhase) -> str:
     p, noise = hardware.precision, hardware.matmul_noise
     if not (p.weight or p.activation or p.gradient or noise.relative_std):
         return "# products of a Linear: plain arithmetic\n"

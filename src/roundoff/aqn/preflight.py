@@ -18,7 +18,7 @@ from torch import nn
 
 from roundoff.aqn.noise import aqn_noise, aqn_targets, noise_shares
 from roundoff.config import AQN
-from roundoff.hardware import installed, plain_arithmetic
+from roundoff.hardware import hardware_phase, installed, plain_arithmetic
 from roundoff.models.calibration import (
     Calibration,
     calibration_batches,
@@ -142,7 +142,7 @@ def preflight(
                     with aqn_noise(model, sigma, multipliers, key.fold("preflight", draw), aqn):
                         kl[draw] += _divergence(clean, model, batch) / tokens
             if hardware_kl is not None:
-                with draw_of(model, key.fold("preflight"), batch):
+                with hardware_phase(model, "rollout"), draw_of(model, key.fold("preflight"), batch):
                     hardware_kl += _divergence(clean, model, batch) / tokens
     shares = noise_shares(model, sigma, multipliers, aqn)
     return Preflight(sigma, fmean(kl), tuple(kl), hardware_kl, tokens, shares)

@@ -10,27 +10,30 @@ Doors: everything that this module exports.
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
+from roundoff.config.changes import first_line
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import (
     FORMAT_NAMES,
     PLAIN_FORMAT_NAMES,
     Deadzone,
     Fault,
-    Hardware,
     MatmulNoise,
     Precision,
     activation_format,
     known_format,
 )
 from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
+from roundoff.config.phases import PHASES, Hardware, HardwareOfAPhase, Phase, Rule, pattern_matches
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
+from roundoff.config.words import hardware_in_words, phases_in_words, rules_in_words
 
 __all__ = [
     "ALGORITHMS",
     "AQN",
     "FORMAT_NAMES",
     "NAMES_ONLY",
+    "PHASES",
     "PLAIN_FORMAT_NAMES",
     "SRDD",
     "TEMPERATURE_RULE",
@@ -41,19 +44,27 @@ __all__ = [
     "Experiment",
     "Fault",
     "Hardware",
+    "HardwareOfAPhase",
     "LoRA",
     "MatmulNoise",
+    "Phase",
     "Precision",
     "Profile",
+    "Rule",
     "Settings",
     "Task",
     "Training",
     "activation_format",
+    "first_line",
+    "hardware_in_words",
     "is_temperature",
     "known_format",
     "learning_rate",
     "nearest",
+    "pattern_matches",
+    "phases_in_words",
     "result_hash",
+    "rules_in_words",
     "steps_per_epoch",
     "training_in_force",
     "validate",

@@ -20,6 +20,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @classmethod
+    def settled(cls, values: dict[str, Any], written: frozenset[str]) -> dict[str, Any]:
+        """The values without those that mean nothing since another was changed, except the ones that were `written`."""
+        return values
+
 
 LATER = "later"
 """Marks a setting that version 0.1 did not have (`Annotated[..., LATER]`): its default does what 0.1 did, and enters no
@@ -117,6 +122,8 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
         return f'{path} must be text, but is {text}: put it in quotation marks ("{text}")'
     rule = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], Mapping | BaseModel) and item["type"] == "value_error":  # of several settings together
+        if rule.startswith("."):  # it begins with the rest of the path
+            return f"{path.removesuffix('.')}{rule}".removeprefix(".")
         return f"{path} {rule}" if path else rule
     rule = rule[0].lower() + rule[1:]
     return f"{path} {rule if rule.startswith('must') else 'is wrong: ' + rule}, but is {item['input']!r}"

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from roundoff.config.algorithm import Algorithm
 from roundoff.config.base import LATER, Count, Settings
-from roundoff.config.hardware import Hardware
+from roundoff.config.phases import Hardware
 from roundoff.config.profile import Profile
 from roundoff.config.remedies import AQN, SRDD, LoRA
 
@@ -39,6 +39,18 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _replays_what_was_drawn(self) -> Self:
+        rollout, training = self.hardware.of("rollout"), self.hardware.of("training")
+        differs = (rollout.is_noisy or training.is_noisy) and rollout.noise != training.noise
+        if differs and self.algorithm.ratio_rule.replays_noise:
+            raise ValueError(
+                ".algorithm.ratio = 'replayed' means nothing here: rollouts and training draw different noise in the "
+                "forward pass (hardware.rollout, hardware.training), so no pass of training can repeat that of a "
+                "rollout: set algorithm.ratio = 'recomputed', or 'rollout' to correct for the difference"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scan_has_a_use(self) -> Self:
         if self.srdd is not None and not self.needs_scan:
             raise ValueError(
@@ -51,7 +63,7 @@ class Experiment(Settings):
     def needs_scan(self) -> bool:
         """Whether a setting depends on the result of the SRDD scan."""
         scales_layers = self.aqn is not None and self.aqn.layers != "all"
-        return scales_layers or isinstance(self.hardware.precision.keep, str)
+        return scales_layers or self.hardware.needs_scan
 
 
 NAMES_ONLY = {"experiment": {"id", "title", "family", "baseline"}, "profile": {"name", "title"}}

@@ -1,4 +1,4 @@
-"""What the chip does to the arithmetic: number formats, matmul noise, deadzones and faults."""
+"""The parts of a chip's arithmetic: number formats, matmul noise, deadzones and faults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from roundoff.config.base import LATER, Fraction, Positive, Settings, Share, Whole, nearest, rule
+from roundoff.config.changes import NONE
 from roundoff.formats.spelling import spelled
 from roundoff.formats.table import FORMATS, get_format
 
@@ -54,13 +55,22 @@ FormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(known_form
 """A name among `formats.table.FORMATS`, or a format of one's own: a word as in `formats.spelling`, or a table of its
 parts, which becomes that word."""
 ActivationFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(activation_format)]
+MaybeFormat = Annotated[FormatName | None, BeforeValidator(lambda value: _format_or_none(value))]
+"""The same, or "none" for high precision."""
+MaybeActivationFormat = Annotated[ActivationFormatName | None, BeforeValidator(lambda value: _format_or_none(value))]
 
 
 def _kept_layers(value: Any) -> Any:
     scan = isinstance(value, str) and re.fullmatch(r"srdd:[1-9]\d*", value)
-    if not scan and not (isinstance(value, list | tuple) and all(type(v) is int and v >= 0 for v in value)):
-        raise ValueError("must be a list of layer indices from 0, or 'srdd:k' with k of at least 1")
+    if not scan and not (isinstance(value, list | tuple) and all(type(v) is int for v in value)):
+        raise ValueError(
+            "must be a list of layer indices (from 0, or from -1 for the last one), or 'srdd:k' with k of at least 1"
+        )
     return value
+
+
+def _format_or_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value == NONE else value
 
 
 class MatmulNoise(Settings):
@@ -85,11 +95,11 @@ class MatmulNoise(Settings):
 class Precision(Settings):
     """Number formats of the weight and the input of every Linear; None leaves them unquantized."""
 
-    weight: FormatName | None = None
+    weight: MaybeFormat = None
     """Format of `Linear.weight`, with blocks along `in_features`."""
-    activation: ActivationFormatName | None = None
+    activation: MaybeActivationFormat = None
     """Format of the input of a Linear, with blocks along its last axis."""
-    gradient: Annotated[ActivationFormatName | None, LATER] = None
+    gradient: Annotated[MaybeActivationFormat, LATER] = None
     """Format of the gradient of a Linear's output in both products of the backward pass, each along the axis that the
     product sums over; None lets gradients pass straight through the other formats."""
     gradient_rounding: Annotated[Literal["nearest", "stochastic"], LATER] = "nearest"
@@ -98,8 +108,18 @@ class Precision(Settings):
     """Whether both operands of `dW` are multiplied by an orthogonal matrix, in groups of 16 tokens, before they are
     quantized."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
-    """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k layers that the scan ranks as
-    most sensitive."""
+    """Decoder layers left in high precision: a list of indices (-1 is the last layer), or `srdd:k` for the k layers
+    that the scan ranks as most sensitive."""
+
+    @classmethod
+    def settled(cls, values: dict[str, Any], written: frozenset[str]) -> dict[str, Any]:
+        """The values without what refined a format that is gone."""
+        refine: dict[str, Any] = (
+            {"gradient_rounding": "nearest", "hadamard": NONE} if values["gradient"] is None else {}
+        )
+        if not any(values[name] for name in ("weight", "activation", "gradient")):
+            refine["keep"] = ()
+        return values | {name: default for name, default in refine.items() if name not in written}
 
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
@@ -144,41 +164,3 @@ class Fault(Settings):
     `noise` and `bitflip`."""
     bit: Annotated[int, rule(lambda v: 0 <= v < 32, "must be a bit of float32, 0 to 31")] = 22
     """Bit of float32 that `bitflip` inverts, from 0 (lowest bit of the mantissa) to 31 (sign)."""
-
-
-class Hardware(Settings):
-    """What the chip does to the arithmetic, in rollout, training and evaluation alike."""
-
-    precision: Precision = Precision()
-    matmul_noise: MatmulNoise = MatmulNoise()
-    deadzone: Deadzone | None = None
-    faults: tuple[Fault, ...] = ()
-    exclude: tuple[str, ...] = ("embed_tokens", "lm_head")
-    """Shell patterns of modules to leave in plain arithmetic, matched against each module's dotted name and against
-    each part of it."""
-
-    @property
-    def changes_nothing(self) -> bool:
-        """Whether this is plain arithmetic, so that deployed and clean scores are equal."""
-        quantized = self.precision.weight or self.precision.activation or self.precision.gradient
-        return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
-
-    @property
-    def separates_rollouts(self) -> bool:
-        """Whether every rollout needs a training pass of its own over its prompt.
-
-        That is so if something is drawn for each token, or if gradients are quantized: a gradient that is summed over
-        rollouts before it is quantized is another number.
-        """
-        return bool(self.matmul_noise.relative_std or self.faults or self.precision.gradient)
-
-    @property
-    def draws_in_training(self) -> bool:
-        """Whether anything in a training pass is random: the forward pass, noise on gradients, or their rounding."""
-        return bool(self.is_noisy or self.matmul_noise.relative_std or self.precision.gradient_rounding == "stochastic")
-
-    @property
-    def is_noisy(self) -> bool:
-        """Whether the forward pass is random: two evaluations of one input differ unless they use the same key."""
-        noise = self.matmul_noise
-        return (noise.relative_std > 0 and noise.forward) or any(f.kind in ("noise", "bitflip") for f in self.faults)

@@ -8,7 +8,7 @@ for names of modules; `linear.HardwareLinear`, `experts.PROJECTIONS` and `expert
 `installed.required`, `attention` and `freshness.bit_sums`.
 """
 
-from roundoff.hardware.contexts import hardware_off, noise_key, plain_arithmetic
+from roundoff.hardware.contexts import hardware_off, hardware_phase, noise_key, plain_arithmetic, rollout_phase
 from roundoff.hardware.install import install, uninstall
 from roundoff.hardware.installed import InstalledHardware, installed
 from roundoff.hardware.inventory import Entry, Skipped
@@ -20,9 +20,11 @@ __all__ = [
     "InstalledHardware",
     "Skipped",
     "hardware_off",
+    "hardware_phase",
     "install",
     "installed",
     "noise_key",
     "plain_arithmetic",
+    "rollout_phase",
     "uninstall",
 ]

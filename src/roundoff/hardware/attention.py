@@ -23,9 +23,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Draw
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.row_ids import AttentionRows
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key
 

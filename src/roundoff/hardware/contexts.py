@@ -1,4 +1,4 @@
-"""The blocks that a model runs in: `hardware_off`, `plain_arithmetic` and `noise_key`."""
+"""The blocks that a model runs in: `hardware_off`, `plain_arithmetic`, `hardware_phase` and `noise_key`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from roundoff.config import PHASES, Phase
 from roundoff.hardware.draw import Draw
 from roundoff.hardware.installed import installed, required
 from roundoff.numerics.rng import Key
@@ -37,6 +38,41 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
 def plain_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
     """`hardware_off` for a model that may have no hardware, which then computes as it is."""
     return nullcontext() if installed(model) is None else hardware_off(model)
+
+
+@contextmanager
+def hardware_phase(model: nn.Module, phase: Phase) -> Iterator[None]:
+    """Compute on the hardware of a phase inside the block; outside of any, the hardware is that of training.
+
+    A model without hardware computes as it is. Blocks may be nested; the innermost one applies. A backward pass belongs
+    into the block of its forward pass.
+
+    Raises:
+        ConfigError: if the model's attention was switched to another function since.
+        RuntimeError: if another thread is inside a block of this model.
+        ValueError: if there is no such phase.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase must be one of {', '.join(PHASES)}, but is {phase!r}")
+    hardware = installed(model)
+    if hardware is None:
+        yield
+        return
+    hardware.check_switches()
+    block = hardware.runtime.enter("hardware_phase", hardware.runtime.phase)
+    hardware.enter_phase(phase)
+    try:
+        yield
+    finally:
+        if hardware.runtime.leave(block):
+            hardware.enter_phase(block.before)
+
+
+def rollout_phase(model: nn.Module) -> AbstractContextManager[None]:
+    """`hardware_phase` of rollouts, unless a block of `hardware_phase` is open already (that of an evaluation)."""
+    hardware = installed(model)
+    inside = hardware is not None and any(block.kind == "hardware_phase" for block in hardware.runtime.blocks)
+    return nullcontext() if inside else hardware_phase(model, "rollout")
 
 
 @contextmanager

@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Draw
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.linear import LinearState
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.transfer import fetch, put
 
 NAME = "roundoff"

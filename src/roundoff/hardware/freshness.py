@@ -64,7 +64,7 @@ _LEVELS = ((FEW_LINES, 0), (0, SOME_STEP), (0, 1))
 
 @runtime_checkable
 class HasQuantizedWeight(Protocol):
-    """The owner of a cached `Q(W)` (`linear.LinearState`)."""
+    """The owner of a cached `Q(W)` (`quantized_weight.QuantizedWeight`)."""
 
     def refresh(self) -> None:
         """Discard `Q(W)`."""

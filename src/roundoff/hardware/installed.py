@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,29 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from roundoff.config import ConfigError, Hardware
-from roundoff.hardware import experts
-from roundoff.hardware.draw import Runtime
-from roundoff.hardware.inventory import Entry, Skipped, described, plain_name, where
-from roundoff.hardware.linear import LINEAR_STATE, LinearState
+from roundoff.config import ConfigError, Hardware, Phase
+from roundoff.hardware.inventory import Entry, Skipped, plain_name
+from roundoff.hardware.linear import LinearState
 from roundoff.hardware.paths import check_adapters
+from roundoff.hardware.phases import ConfigSwitch, PhaseHardware, put_in_force, states_of, states_of_phases
+from roundoff.hardware.quantized_weight import QuantizedWeight
+from roundoff.hardware.runtime import Runtime
 
 MARK = "hardware_installed"
 """Attribute of an installed model that holds its `InstalledHardware`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConfigSwitch:
-    """An attribute of a model config that selects the plain or the installed computation."""
-
-    config: Any
-    """The config."""
-    attribute: str
-    """Name of the attribute."""
-    original: str | None
-    """Its value while the hardware is off."""
-    installed: str
-    """Its value while the hardware is on."""
 
 
 _INSTALLATIONS: weakref.WeakValueDictionary[int, InstalledHardware] = weakref.WeakValueDictionary()
@@ -74,22 +60,14 @@ class InstalledHardware:
     """The settings."""
     seed: int
     """Seed of the draws outside of `noise_key`, and of the channels that faults break."""
-    entries: tuple[Entry, ...]
-    """Modules that the hardware computes."""
-    skipped: tuple[Skipped, ...]
-    """Modules with weights that it does not compute, each with the reason."""
+    phases: Mapping[Phase, PhaseHardware]
+    """The hardware of each phase; phases that agree have one in common."""
     nonfinite: tuple[str, ...]
     """Weights that held NaN or Inf at install; every block that contains one becomes NaN."""
     model: nn.Module = field(repr=False)
     """The model."""
     runtime: Runtime = field(repr=False)
     """State that all its layers share."""
-    modules: tuple[nn.Module, ...] = field(repr=False)
-    """The Linears and experts of `entries`."""
-    states: tuple[LinearState, ...] = field(repr=False)
-    """Their states; experts have one for each expert and projection."""
-    attention_modules: tuple[nn.Module, ...] = field(repr=False)
-    """Attention modules with noise."""
     switches: tuple[ConfigSwitch, ...] = field(repr=False)
     """Switches in the model's configs."""
 
@@ -102,6 +80,21 @@ class InstalledHardware:
         self.__dict__.update(state)
         self.__post_init__()
         self.switch(self.runtime.on)
+
+    @property
+    def in_force(self) -> PhaseHardware:
+        """The hardware of the phase that is in force."""
+        return self.phases[self.runtime.phase]
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Modules that the hardware of the phase in force computes."""
+        return self.in_force.entries
+
+    @property
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Modules with weights that it does not compute, each with the reason."""
+        return self.in_force.skipped
 
     def covered(self) -> list[nn.Module]:
         """The Linears and experts on this hardware now, including copies with which PEFT replaced some."""
@@ -118,22 +111,19 @@ class InstalledHardware:
 
     def summary(self) -> str:
         """A few lines of text: how many modules are computed how, and how many were skipped for which reason."""
-        kinds: dict[str, list[Entry]] = {}
-        for entry in self.entries:
-            kinds.setdefault(described(entry), []).append(entry)
-        lines = [f"{len(e):4d} modules: {kind}\n     {where(e)}" for kind, e in kinds.items()]
-        lines = lines or ["no module: nothing to simulate"]
-        if self.attention_modules:
-            std = self.hardware.matmul_noise.relative_std
-            lines.append(f"{len(self.attention_modules):4d} attention layers: noise {std:g} on QK^T and PV")
-        reasons = Counter(skip.reason for skip in self.skipped)
-        lines += [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
+        different = list(dict.fromkeys(map(id, self.phases.values())))
+        lines = []
+        for number in different:
+            names = [name for name, one in self.phases.items() if id(one) == number]
+            lines += [f"# {' and '.join(names)}"] if len(different) > 1 else []
+            lines += self.phases[names[0]].summary()
         lines += [f"     NaN or Inf in {name}" for name in self.nonfinite]
         return "\n".join(lines)
 
     def check_weights(self) -> tuple[str, ...]:
         """Names of the weights and biases on hardware that hold NaN or Inf now; each of them is read once."""
-        return nonfinite_weights(self.model, {plain_name(entry.name) for entry in self.entries})
+        entries = [entry for one in self.phases.values() for entry in one.entries]
+        return nonfinite_weights(self.model, {plain_name(entry.name) for entry in entries})
 
     def diagnose(self, **batch: Any) -> tuple[str, ...]:
         """Run a forward pass and return the Linears whose output is not finite, in order of execution.
@@ -164,21 +154,44 @@ class InstalledHardware:
         return tuple(names)
 
     def refresh(self) -> None:
-        """Discard every `Q(W)`, so that each weight is quantized again at its next use."""
-        for state in self.current_states():
-            state.refresh()
+        """Discard every `Q(W)` of every phase, so that each weight is quantized again at its next use."""
+        for stored in self._stored():
+            stored.refresh()
         self.runtime.shared = None
 
     def quantizations(self) -> int:
-        """Number of quantizations of a weight so far, summed over all modules."""
-        return sum(state.quantizations for state in self.current_states())
+        """Number of quantizations of a weight so far, summed over all modules and phases."""
+        return sum(stored.quantizations for stored in self._stored())
+
+    def _stored(self) -> list[QuantizedWeight]:
+        """The quantized weights of all phases, each once."""
+        states = [state for module in self.covered() for state in states_of_phases(module)]
+        return list({id(state.stored): state.stored for state in states}.values())
 
     def switch(self, on: bool) -> None:
         """Turn the hardware on or off; callers should use `hardware_off`, which restores the state."""
         self.runtime.on = on
+        self._turn_switches()
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Put the hardware of a phase in force; callers should use `hardware_phase`, which restores the state."""
+        before, self.runtime.phase = self.in_force, phase
+        if self.in_force is before:
+            return
+        self._turn_switches()
+        for module in self.model.modules():
+            put_in_force(module, phase)
+        for state in self.current_states():
+            state.stored.begin_pass()
+
+    def _turn_switches(self) -> None:
         self.runtime.shared = None
         for switch in self.switches:
-            setattr(switch.config, switch.attribute, switch.installed if on else switch.original)
+            setattr(switch.config, switch.attribute, self._chosen(switch))
+
+    def _chosen(self, switch: ConfigSwitch) -> str | None:
+        """The computation that a config should select now."""
+        return switch.installed.get(self.runtime.phase, switch.original) if self.runtime.on else switch.original
 
     def check_switches(self) -> None:
         """Check that attention and experts still use the installed function (the plain one while the hardware is off).
@@ -187,7 +200,7 @@ class InstalledHardware:
             ConfigError: if another function was selected after install (`set_attn_implementation`).
         """
         for switch in self.switches:
-            expected = switch.installed if self.runtime.on else switch.original
+            expected = self._chosen(switch)
             chosen = getattr(switch.config, switch.attribute)
             if chosen != expected:
                 raise ConfigError(
@@ -222,23 +235,25 @@ class InstalledHardware:
         """A block, to be entered once at a later time, inside which products draw as they would now.
 
         Gradient checkpointing computes a layer again inside it: with the same key and row ids, or the same call
-        counters, and with the hardware on or off as it is now.
+        counters, and with the hardware on or off and of the phase as it is now.
         """
         runtime = self.runtime
-        draw, on = runtime.draw, runtime.on
+        draw, on, phase = runtime.draw, runtime.on, runtime.phase
         calls = dict(runtime.calls) if draw is None else runtime.calls
 
         @contextmanager
         def entered() -> Iterator[None]:
             before = runtime.draw, runtime.calls, runtime.replaying
-            was_on = runtime.on
+            was_on, phase_before = runtime.on, runtime.phase
             runtime.draw, runtime.calls, runtime.replaying = draw, calls, True
+            self.enter_phase(phase)
             if on != was_on:
                 self.switch(on)
             try:
                 yield
             finally:
                 runtime.draw, runtime.calls, runtime.replaying = before
+                self.enter_phase(phase_before)
                 if on != was_on:
                     self.switch(was_on)
 
@@ -259,15 +274,6 @@ def nonfinite_weights(model: nn.Module, names: set[str]) -> tuple[str, ...]:
         for module, name, parameter in plain
         if plain_name(module) in names and not parameter.is_meta and not bool(parameter.detach().isfinite().all())
     )
-
-
-def states_of(module: nn.Module) -> list[LinearState]:
-    """The states of a Linear or of experts on hardware; an empty list for every other module."""
-    linear = module.__dict__.get(LINEAR_STATE)
-    if linear is not None:
-        return [linear]
-    stacked = module.__dict__.get(experts.STATE)
-    return [] if stacked is None else stacked.states()
 
 
 def installed(model: nn.Module) -> InstalledHardware | None:

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from roundoff.config import ConfigError, Hardware
+from roundoff.config import ConfigError, Hardware, MatmulNoise, pattern_matches
 from roundoff.hardware import experts
 from roundoff.hardware.linear import HardwareLinear
 
@@ -111,6 +111,20 @@ def exclusion(name: str, patterns: Iterable[str]) -> str | None:
     return next((p for p in patterns if any(fnmatchcase(part, p) for part in parts)), None)
 
 
+def kept_layers(keep: tuple[int, ...] | str, candidates: Iterable[Candidate]) -> tuple[int, ...]:
+    """The layers that `precision.keep` names, of which negative ones count from the last.
+
+    Raises:
+        ConfigError: if it names a scan that has not been made.
+    """
+    if isinstance(keep, str):
+        raise ConfigError(
+            f"hardware.precision.keep = {keep!r} must be resolved by a scan before install: pass the layer indices"
+        )
+    count = 1 + max((item.layer for item in candidates if item.layer is not None), default=-1)
+    return tuple(layer + count if -count <= layer < 0 else layer for layer in keep)
+
+
 def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Candidate], list[Skipped]]:
     """The Linears and experts that the hardware can compute, and the other modules that have matrices.
 
@@ -158,7 +172,7 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
             )
         if matrices[0].dtype not in (torch.float32, torch.bfloat16):
             raise ConfigError(f"{name} is of {matrices[0].dtype}: hardware takes float32 or bfloat16 models")
-        if hardware.precision.weight and matrices[0].is_inference():
+        if hardware.quantizes_weights and matrices[0].is_inference():
             raise ConfigError(
                 f"{name} was made in torch.inference_mode, which hides changes to it, so that its Q(W) could become "
                 "stale unnoticed: load the model outside of inference mode (evaluating inside is fine)"
@@ -169,6 +183,46 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
     return f"{type(module).__name__} is not a Linear: left in high precision, without noise"
 
 
+def attention_layers(model: nn.Module, hardware: Hardware) -> dict[str, MatmulNoise]:
+    """The noise on the products of each attention layer, by the layer's name; empty if none has any.
+
+    Raises:
+        ConfigError: if the settings ask for noise on attention but the model bypasses transformers' interface.
+    """
+    if not hardware.perturbs_attention:
+        return {}
+    layers: dict[str, MatmulNoise] = {}
+    supported = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
+    for name, module in model.named_modules():
+        has_products = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+        if supported and has_products and "config" in module.__dict__:
+            noise = hardware.at(plain_name(name)).matmul_noise
+            excluded = exclusion(plain_name(name), hardware.exclude) or not noise.attention
+            layers[name] = MatmulNoise() if excluded else noise
+    if not layers:
+        raise ConfigError(
+            "hardware.matmul_noise.attention = true, but this model has no attention that goes through transformers' "
+            "attention interface: set hardware.matmul_noise.attention = false"
+        )
+    return layers
+
+
+def check_rules(hardware: Hardware, names: Iterable[str]) -> None:
+    """Refuse a pattern of `hardware.rules` that matches none of these modules.
+
+    Raises:
+        ConfigError: naming the rule and the pattern.
+    """
+    names = list(names)
+    for number, one in enumerate(hardware.rules):
+        for pattern in one.match:
+            if not any(pattern_matches(pattern, name) for name in names):
+                raise ConfigError(
+                    f"hardware.rules.{number}.match names {pattern!r}, which matches no module on this hardware: its "
+                    f"modules have names like {names[-1]!r}"
+                )
+
+
 def _check_layers(candidates: list[Candidate], hardware: Hardware) -> None:
     """Refuse settings that name a layer or a module without a Linear to compute.
 
@@ -177,11 +231,7 @@ def _check_layers(candidates: list[Candidate], hardware: Hardware) -> None:
     """
     layers = sorted({f.layer for f in candidates if f.layer is not None})
     span = f"layers with a Linear to compute: {layers[0]} to {layers[-1]}" if layers else "no numbered layers"
-    keep = hardware.precision.keep
-    if isinstance(keep, str):
-        raise ConfigError(
-            f"hardware.precision.keep = {keep!r} must be resolved by a scan before install: pass the layer indices"
-        )
+    keep = kept_layers(hardware.precision.keep, candidates)
     named = [("hardware.precision.keep", layer) for layer in keep]
     if hardware.deadzone is not None:
         named += [("hardware.deadzone.layers", layer) for layer in hardware.deadzone.layers]

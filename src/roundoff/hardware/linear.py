@@ -30,6 +30,7 @@ from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.quantized_weight import QuantizedWeight
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.deadzone import outside_of_deadzone
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -50,9 +51,15 @@ class ProductKeys:
 
 
 @dataclass(eq=False, slots=True)
-class LinearState(QuantizedWeight):
-    """What the hardware does to one Linear, and its cached `Q(W)`; it is no parameter and no buffer of the module."""
+class LinearState:
+    """What the hardware does to one Linear in some phases; it is no parameter and no buffer of the module."""
 
+    name: str
+    """Dotted name without the parts that PEFT adds, so that draws do not depend on adapters around the model."""
+    runtime: Runtime
+    """State that all layers of the model share."""
+    stored: QuantizedWeight
+    """The weight as the products see it; phases with one format of the weight share it."""
     activation_format: str | None = None
     """Format of the input; None means high precision."""
     forward_std: float = 0.0
@@ -71,10 +78,17 @@ class LinearState(QuantizedWeight):
     """Keys under the base key of the last product."""
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear with Q(W)."""
+    is_idle: bool = field(init=False)
+    """Whether nothing is done to this Linear: the hardware of other phases computes it."""
 
     def __post_init__(self) -> None:
-        QuantizedWeight.__post_init__(self)
         self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
+        self.is_idle = self.plain_forward and not (self.weight_format or self.backward_std or self.gradient)
+
+    @property
+    def weight_format(self) -> str | None:
+        """Format of the weight; None means high precision."""
+        return self.stored.format
 
     @property
     def needs_all_tokens(self) -> bool:
@@ -134,14 +148,15 @@ class LinearState(QuantizedWeight):
         """
         if torch.compiler.is_compiling():
             return _linear_outside_of_graphs(self, x, weight, bias, draw)
-        if self.weight_format is not None:
-            self.check_weights(x)
+        stored = self.stored
+        if stored.format is not None:
+            stored.check_weights(x)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             with torch.autocast(x.device.type, enabled=False):
-                low = self.quantized_weight(weight).to(dtype)
+                low = stored.quantized(weight).to(dtype)
                 return self._linear(x.to(dtype), weight, None if bias is None else bias.to(dtype), low, draw)
-        return self._linear(x, weight, bias, self.quantized_weight(weight), draw)
+        return self._linear(x, weight, bias, stored.quantized(weight), draw)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, draw: Draw | None) -> Tensor:
         grad = torch.is_grad_enabled()
@@ -247,7 +262,7 @@ def _dx(state: LinearState, dy: Tensor, qw: Tensor, weight: Tensor, draw: Draw |
     if state.gradient is None:
         return dy.matmul(qw)
     key = None if draw is None else state.keys(draw.key).dx.fold(draw.fingerprint)
-    return state.gradient.for_dx(dy, key).matmul(state.weight_of_dx(weight, qw))
+    return state.gradient.for_dx(dy, key).matmul(state.stored.for_dx(weight, qw))
 
 
 def _dw(state: LinearState, dy: Tensor, kept: Tensor, draw: Draw | None, leading: torch.Size) -> Tensor:
@@ -269,9 +284,9 @@ class HardwareLinear(nn.Linear):
         self,
         input: Float[Tensor, "*tokens in_features"],  # noqa: A002 (the name that nn.Linear gives it)
     ) -> Float[Tensor, "*tokens out_features"]:
-        """The product on the installed hardware, or exactly F.linear while the hardware is off."""
+        """The product on the installed hardware, or exactly F.linear while it is off or does nothing here."""
         state = self.hardware_state
-        if not state.runtime.on:
+        if not state.runtime.on or state.is_idle:
             if "_is_replica" not in self.__dict__:  # DataParallel computes its replicas in threads
                 state.runtime.check_thread(state.name)
             return F.linear(input, self.weight, self.bias)

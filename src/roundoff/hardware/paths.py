@@ -41,8 +41,8 @@ def check_paths(model: nn.Module, covered: Sequence[Candidate], hardware: Hardwa
     _check_exclude(model, hardware)
 
 
-def check_range(covered: Sequence[Candidate], fmt: str | None) -> None:
-    """Refuse finite weights that become infinite in their format.
+def check_range(item: Candidate, fmt: str | None) -> None:
+    """Refuse finite weights of a module that become infinite in their format.
 
     Only fp16 does that below 2^127; the other formats may do it above.
 
@@ -51,18 +51,17 @@ def check_range(covered: Sequence[Candidate], fmt: str | None) -> None:
     """
     if fmt is None:
         return
-    for item in covered:
-        for name, weight in item.module.named_parameters(recurse=False):
-            if weight.is_meta or weight.dim() < 2 or weight.numel() == 0:
-                continue
-            max_abs = float(weight.detach().abs().max())
-            if not SAFE < max_abs < math.inf:
-                continue
-            if bool(weight.isfinite().all()) and not bool(quantize(weight.detach(), fmt).isfinite().all()):
-                raise ConfigError(
-                    f"{item.name}.{name} holds numbers up to {max_abs:.3g}, which hardware.precision.weight = {fmt!r} "
-                    "rounds to infinity: the weights of this model are broken, or need another scale"
-                )
+    for name, weight in item.module.named_parameters(recurse=False):
+        if weight.is_meta or weight.dim() < 2 or weight.numel() == 0:
+            continue
+        max_abs = float(weight.detach().abs().max())
+        if not SAFE < max_abs < math.inf:
+            continue
+        if bool(weight.isfinite().all()) and not bool(quantize(weight.detach(), fmt).isfinite().all()):
+            raise ConfigError(
+                f"{item.name}.{name} holds numbers up to {max_abs:.3g}, which hardware.precision.weight = {fmt!r} "
+                "rounds to infinity: the weights of this model are broken, or need another scale"
+            )
 
 
 def _check_fast_path(model: nn.Module, covered: Sequence[Candidate]) -> None:

@@ -1,4 +1,4 @@
-"""The weight of one Linear on hardware, `Q(W)`, kept until the weight changes.
+"""The weight of one Linear on hardware, `Q(W)`, kept until the weight changes; phases with one format share it.
 
 `Q(W)` is held in a buffer of its own, outside of the parameters, and is computed again only when the weight has changed
 (version counter, storage, address, dtype or device). torch does not count every write. A hook in `installed.py` counts
@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roundoff.formats.table import get_format
-from roundoff.hardware.draw import Runtime
 from roundoff.hardware.freshness import Part, part_name
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.quantize import quantize
 
 
@@ -30,7 +30,7 @@ class QuantizedWeight:
     """Dotted name without the parts that PEFT adds, so that draws do not depend on adapters around the model."""
     runtime: Runtime
     """State that all layers of the model share."""
-    weight_format: str | None = None
+    format: str | None = None
     """Format of the weight; None means high precision."""
     quantizations: int = 0
     """How often `Q(W)` was computed."""
@@ -52,11 +52,9 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         self._part = part_name(self.name)
 
-    def quantized_weight(
-        self, weight: Float[Tensor, "out_features in_features"]
-    ) -> Float[Tensor, "out_features in_features"]:
+    def quantized(self, weight: Float[Tensor, "out_features in_features"]) -> Float[Tensor, "out_features in_features"]:
         """`Q(W)`, from the cache unless the weight has changed; the weight itself if it has no format."""
-        if self.weight_format is None:
+        if self.format is None:
             return weight.detach()
         tag = (weight._version, weight.data_ptr(), weight.dtype, weight.device)
         cached, storage = self._cached, self._cached_in
@@ -70,25 +68,25 @@ class QuantizedWeight:
             self._cached_of = self._along_out = None  # an error below must not leave a half-written copy in use
             if torch.is_inference_mode_enabled():  # autograd does not accept a tensor made in inference mode
                 with torch.inference_mode(False):
-                    cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
+                    cached = self._cached = quantize(weight.detach(), self.format, out=cached)
             else:
-                cached = self._cached = quantize(weight.detach(), self.weight_format, out=cached)
+                cached = self._cached = quantize(weight.detach(), self.format, out=cached)
             self._cached_of, self._cached_in = tag, weakref.ref(weight.untyped_storage())
             self.quantizations += 1
             self.runtime.freshness.record(self._watch(), self, weight)
         return cached
 
-    def weight_of_dx(
+    def for_dx(
         self, weight: Float[Tensor, "out_features in_features"], quantized: Float[Tensor, "out_features in_features"]
     ) -> Float[Tensor, "out_features in_features"]:
         """The weight in blocks along `out_features`, from which dX is computed where gradients are quantized.
 
         It is the `Q(W)` of the forward pass, `quantized`, if that has two-dimensional blocks or no format.
         """
-        if self.weight_format is None or get_format(self.weight_format).rows > 1:
+        if self.format is None or get_format(self.format).rows > 1:
             return quantized
         if self._along_out is None or quantized is not self._cached:
-            along = quantize(weight.detach(), self.weight_format, axis=0).to(quantized.dtype)
+            along = quantize(weight.detach(), self.format, axis=0).to(quantized.dtype)
             if quantized is not self._cached:
                 return along
             self._along_out = along
@@ -100,6 +98,11 @@ class QuantizedWeight:
         if self._checked == part.checks:  # computed since the last check, so a new pass has begun
             self.runtime.freshness.check(part, x.numel() // max(1, x.shape[-1]))
         self._checked = part.checks
+
+    def begin_pass(self) -> None:
+        """Let the next product be checked as the first of a pass: other phases have computed since the last one."""
+        if self.format is not None:
+            self._checked = self._watch().checks
 
     def _watch(self) -> Part:
         """The part of `Freshness` that holds this Linear's weight."""

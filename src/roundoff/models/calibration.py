@@ -179,7 +179,7 @@ def draw_of(model: nn.Module, key: Key, batch: Calibration) -> AbstractContextMa
     Hardware that draws nothing gets no key. (In a mixture of experts some Linears see only some of the tokens, which
     row ids do not allow.)
     """
-    return noise_key(model, key, batch.rows()) if required(model).hardware.is_noisy else nullcontext()
+    return noise_key(model, key, batch.rows()) if required(model).in_force.hardware.is_noisy else nullcontext()
 
 
 @contextmanager

@@ -44,4 +44,4 @@ def noise_context(
 def is_noisy(model: PreTrainedModel) -> bool:
     """Whether two passes over one input can differ because the installed hardware is on and draws noise."""
     state = installed(model)
-    return state is not None and state.is_on and state.hardware.is_noisy
+    return state is not None and state.is_on and state.in_force.hardware.is_noisy

@@ -172,7 +172,7 @@ def _draws(model: PreTrainedModel) -> bool:
     state = installed(model)
     if state is None or not state.is_on:
         return is_dropping(model)
-    return state.hardware.separates_rollouts or is_dropping(model)
+    return state.in_force.hardware.separates_rollouts or is_dropping(model)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

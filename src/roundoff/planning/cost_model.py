@@ -154,23 +154,23 @@ class CostModel:
             kept = 1 - self.assumptions.equal_groups
             draws = min(max(1.0, 1 / (kept * algorithm.oversampling)), algorithm.max_sampling_batches)
         prompts = training.prompts_per_step * algorithm.oversampling * draws / self.ranks
-        hardware = experiment.hardware
-        parts = {"sampling": self._sampling(hardware, prompts, algorithm.group_size, rounds=draws)}
+        rollout, deployed = experiment.hardware.of("rollout"), experiment.hardware.of("evaluation")
+        parts = {"sampling": self._sampling(rollout, prompts, algorithm.group_size, rounds=draws)}
         parts |= self._updates(experiment)
         evaluations = 1 + -(-steps // training.evaluate_every)
         tests = self.problems[1] / self.ranks
-        each = [hardware] * (training.noise_draws if hardware.is_noisy else 1)
-        each += [] if hardware.changes_nothing else [Hardware()]
+        each = [deployed] * (training.noise_draws if deployed.is_noisy else 1)
+        each += [] if experiment.hardware.changes_nothing else [Hardware()]
         evaluation = sum(self._sampling(h, tests, 1, rounds=1) for h in each)
         return Estimate(experiment.id, steps, parts, evaluations, evaluation, self._memory(experiment))
 
     def _work(self, hardware: Hardware) -> Passes:
         """Work of a decoder layer on this hardware: that of the plain model and what formats and noise add."""
-        passes = PLAIN
+        passes, settings = PLAIN, hardware.variants()  # a rule counts as if it held everywhere
         for kind, on in (
-            ("activation", hardware.precision.activation is not None),
-            ("gradient", hardware.precision.gradient is not None),
-            ("noise", hardware.matmul_noise.relative_std > 0),
+            ("activation", any(one.precision.activation for one in settings)),
+            ("gradient", any(one.precision.gradient for one in settings)),
+            ("noise", any(one.matmul_noise.relative_std for one in settings)),
         ):
             added = ADDED[kind, self.machine.compiled] if on else NOTHING
             passes = Passes(passes.forward.plus(added.forward), passes.training.plus(added.training))
@@ -241,7 +241,7 @@ class CostModel:
     def _updates(self, experiment: Experiment) -> dict[str, float]:
         """Seconds that a step spends on passes over its batch of rollouts and on the optimizer, by the kind of work."""
         shape, training, algorithm = self.shape, self.profile.training, experiment.algorithm
-        work = self._work(experiment.hardware)
+        work = self._work(experiment.hardware.of("training"))
         rollouts = training.prompts_per_step * algorithm.group_size / self.ranks
         micro, width = self._micro_batch(experiment)
         calls = math.ceil(rollouts / micro)
@@ -279,7 +279,7 @@ class CostModel:
         """Number of columns in all rows of a training pass, and how many of them predict a token."""
         lengths = self.assumptions
         plain, answered = rollouts * width, rollouts * lengths.response_tokens
-        if experiment.hardware.separates_rollouts:
+        if experiment.hardware.of("training").separates_rollouts:
             return plain, answered
         prompts = rollouts / experiment.algorithm.group_size
         packed = PACKING_LOSS * (prompts * lengths.prompt_tokens + answered * lengths.distinct)
@@ -309,11 +309,12 @@ class CostModel:
         rows = min(MAX_ROWS, max(rollouts, self.problems[1]) / self.ranks)  # an evaluation samples as well
         length = training.max_prompt_tokens + training.max_new_tokens
         masters = 4 if size < 4 and experiment.lora is None else 0
+        of_phases = {one.precision.weight for one in experiment.hardware.variants()} - {None}
         needs_copy = experiment.algorithm.kl_coefficient > 0 and experiment.lora is None
         return {
             "weights": shape.parameters * size + (trained * 4 if experiment.lora else 0),
             "gradients and optimizer": (3 * 4 + masters) * trained,
-            "quantized weights": shape.linear * size if experiment.hardware.precision.weight else 0.0,
+            "quantized weights": shape.linear * size * len(of_phases),
             "reference": shape.parameters * size if needs_copy else 0.0,
             "sampling": rows * length * 2 * shape.layers * shape.kv_width * size + rows * shape.vocabulary * 4 * 5,
             "training": columns * saved * size + LOGIT_COPIES * LOGIT_BYTES,

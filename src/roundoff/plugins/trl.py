@@ -151,7 +151,7 @@ def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> Instal
         ConfigError: if the hardware cannot be installed, or trl would compute a part of the model without it.
     """
     policy = install(trainer.model, hardware, seed=seed)
-    if any(state.is_output for state in policy.states):
+    if any(state.is_output for state in policy.current_states()):
         uninstall(trainer.model)
         raise ConfigError(
             "hardware.exclude leaves lm_head on the hardware, but trl computes log-probabilities past that module: "

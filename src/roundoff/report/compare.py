@@ -195,7 +195,7 @@ def _check_trained(arm: Arm) -> None:
 def _chip(arm: Arm) -> Hardware:
     """The hardware without its layers in high precision, since those are a remedy and not another chip."""
     hardware = arm.experiment.hardware
-    return hardware.model_copy(update={"precision": hardware.precision.model_copy(update={"keep": ()})})
+    return hardware.with_keep(lambda keep: ())
 
 
 def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:

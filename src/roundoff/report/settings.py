@@ -6,7 +6,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roundoff.config import ALGORITHMS, AQN, NAMES_ONLY, SRDD, Algorithm, Experiment, Hardware, Precision, Profile
+from roundoff.config import (
+    ALGORITHMS,
+    AQN,
+    NAMES_ONLY,
+    SRDD,
+    Algorithm,
+    Experiment,
+    Hardware,
+    Precision,
+    Profile,
+    phases_in_words,
+    rules_in_words,
+)
 
 IN_WORDS = (
     *(
@@ -17,6 +29,10 @@ IN_WORDS = (
         "hardware.matmul_noise",
         "hardware.deadzone",
         "hardware.faults",
+        "hardware.rules",
+        "hardware.rollout",
+        "hardware.training",
+        "hardware.evaluation",
     ),
     *("hardware.precision", "aqn.sigma_start", "aqn.schedule", "aqn.layers", "aqn.noise", "aqn.target", "srdd.metric"),
 )
@@ -194,7 +210,7 @@ def _other(hardware: Hardware) -> str:
         details += [f"share {_shown(fault.share)}"] if fault.share != 1 else []
         details += [f"bit {fault.bit}"] if fault.kind == "bitflip" else []
         parts.append(f"{fault.kind} fault in layer {fault.layer} ({', '.join(details)})")
-    return ", ".join(parts)
+    return ", ".join([*parts, *rules_in_words(hardware), *phases_in_words(hardware)])
 
 
 def _percent(fraction: float) -> str:

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from roundoff.hardware import rollout_phase
 from roundoff.hardware.inventory import plain_name
 from roundoff.models.draws import noise_context
 from roundoff.models.mode import evaluation_mode
@@ -48,7 +49,7 @@ def first_nonfinite(model: PreTrainedModel, rollouts: Rollouts) -> str:
 
     handles = [module.register_forward_hook(watch(plain_name(name))) for name, module in model.named_modules() if name]
     try:
-        with evaluation_mode(model), noise_context(model, rollouts.noise_key, rows):
+        with evaluation_mode(model), rollout_phase(model), noise_context(model, rollouts.noise_key, rows):
             model(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:

@@ -9,7 +9,8 @@ batch that is split, sorted or thinned out in another way gives the same text, w
 another number of rows may round differently, and a token changes if its `u` is within that rounding (about 1e-6) of a
 boundary.
 
-**Hardware.** The model's products run with whatever arithmetic is installed, in its own forward pass or in the fused
+**Hardware.** The model's products run on the installed hardware of rollouts, or on that of the `hardware_phase` in
+which `sample` is called, in its own forward pass or in the fused
 one (`roundoff.sampling.fused_decoder`). Noise is keyed by row ids (`roundoff.models.masks.row_ids`) under
 `key.fold("noise")`, which `Rollouts.noise_key` records. On noisy hardware each rollout has its own pass over its
 prompt, as on the chip. Otherwise the rollouts of a prompt share one pass, and with the fused pass they share every
@@ -37,6 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from roundoff.config import ConfigError
+from roundoff.hardware import rollout_phase
 from roundoff.models.draws import is_noisy
 from roundoff.models.logprobs import token_logprobs
 from roundoff.models.masks import AttentionPattern, positions, row_ids
@@ -101,7 +103,7 @@ def sample(
         ValueError: if an argument is out of range.
     """
     refuse_autocast("sampling", model.device)
-    with own_torch_state(), evaluation_mode(model):
+    with own_torch_state(), evaluation_mode(model), rollout_phase(model):
         settings = SamplingSettings(max_new_tokens, temperature, top_p, top_k, *_special_tokens(model, tokenizer))
         encoded = _encode(model, tokenizer, prompts, max_new_tokens)
         return _sampled(model, tokenizer, encoded, settings, group_size, key, rollout_ids, max_rows)

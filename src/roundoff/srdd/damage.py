@@ -123,7 +123,7 @@ class WeightDamage:
 def weight_damage(installed: InstalledHardware) -> dict[str, WeightDamage]:
     """The damage to every quantized weight, by the Linear's name."""
     damages = {}
-    for entry, module in zip(installed.entries, installed.modules, strict=True):
+    for entry, module in zip(installed.entries, installed.in_force.modules, strict=True):
         if entry.weight is None:
             continue
         noise = signal = 0.0
@@ -139,7 +139,7 @@ def _weights(module: nn.Module, fmt: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The weights [out_features, in_features] of an installed module, each with `Q(W)`."""
     if isinstance(module, HardwareLinear):
         weight = module.weight.detach()
-        yield weight, module.hardware_state.quantized_weight(weight)
+        yield weight, module.hardware_state.stored.quantized(weight)
         return
     for projection in PROJECTIONS:
         for weight in getattr(module, projection).detach():

@@ -64,7 +64,7 @@ def find_faults(
     if replays < 0:
         raise ValueError(f"replays must be 0 or more, but is {replays}")
     state = installed(model)
-    if state is not None and state.is_on and state.hardware.matmul_noise.relative_std > 0:
+    if state is not None and state.is_on and any(entry.noise for entry in state.entries):
         raise ConfigError(
             "hardware.matmul_noise is installed: declared noise cannot be told from a fault, so take it off first"
         )
@@ -292,7 +292,7 @@ def _operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """The input and the weight that are multiplied: quantized where hardware is on."""
     if isinstance(module, HardwareLinear) and module.hardware_state.runtime.on:
         state = module.hardware_state
-        return state.quantized_input(x), state.quantized_weight(module.weight)
+        return state.quantized_input(x), state.stored.quantized(module.weight)
     return x.detach(), module.weight.detach()
 
 

@@ -8,26 +8,30 @@ from roundoff.srdd.layer_scan import LayerScan
 
 def keep_names_a_scan(hardware: Hardware) -> bool:
     """Whether `precision.keep` names a scan that has yet to choose the layers, rather than the layers themselves."""
-    return isinstance(hardware.precision.keep, str)
+    return hardware.needs_scan
 
 
 def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = None) -> Hardware:
-    """The same hardware with `precision.keep` as layer indices; unchanged if it already holds indices.
+    """The same hardware with `precision.keep` as layer indices, in every phase; indices stay as they are.
 
     `metric` ranks the layers; None means the scan's own choice.
 
     Raises:
         ConfigError: if k exceeds the number of layers, or if the hardware has no format, so that keeping has no effect.
     """
-    keep = hardware.precision.keep
-    if not isinstance(keep, str):
-        return hardware
-    k = int(keep.removeprefix("srdd:"))
-    if not (hardware.precision.weight or hardware.precision.activation):
-        raise ConfigError(f"hardware.precision.keep = {keep!r} does nothing without a format: set weight or activation")
-    if k > len(scan.layers):
-        raise ConfigError(
-            f"hardware.precision.keep = {keep!r} keeps more layers than the model has ({len(scan.layers)})"
-        )
-    precision = hardware.precision.model_copy(update={"keep": scan.most_sensitive(k, metric)})
-    return hardware.model_copy(update={"precision": precision})
+
+    def chosen(keep: tuple[int, ...] | str) -> tuple[int, ...]:
+        if not isinstance(keep, str):
+            return keep
+        k = int(keep.removeprefix("srdd:"))
+        if not any(one.precision.weight or one.precision.activation for one in hardware.variants()):
+            raise ConfigError(
+                f"hardware.precision.keep = {keep!r} does nothing without a format: set weight or activation"
+            )
+        if k > len(scan.layers):
+            raise ConfigError(
+                f"hardware.precision.keep = {keep!r} keeps more layers than the model has ({len(scan.layers)})"
+            )
+        return scan.most_sensitive(k, metric)
+
+    return hardware.with_keep(chosen)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from roundoff.config import ConfigError, Hardware, Precision, nearest, validate
+from roundoff.config import PHASES, ConfigError, Hardware, Precision, nearest, validate
 from roundoff.hardware import InstalledHardware, install, installed, uninstall
 from roundoff.models.calibration import Calibration, decoder_layers, draw_of, frozen_evaluation, read_batches
 from roundoff.numerics.rng import Key
@@ -135,12 +135,10 @@ def scanned_hardware(fmt: str | Hardware) -> Hardware:
     """
     if isinstance(fmt, str):
         return Hardware(precision=validate(Precision, {"weight": fmt, "activation": fmt}, source="scan"))
-    hardware = fmt.model_copy(update={"precision": fmt.precision.model_copy(update={"keep": ()})})
-    silent = hardware.matmul_noise.relative_std > 0 and not hardware.matmul_noise.forward
-    without_noise = hardware.model_copy(update={"matmul_noise": type(hardware.matmul_noise)()})
-    if hardware.changes_nothing or (silent and without_noise.changes_nothing):
+    hardware = next((one for one in map(fmt.of, PHASES) if one.changes_forward), None)
+    if hardware is None:
         raise ConfigError("this hardware leaves every forward pass as it is: set a format or forward matmul noise")
-    return hardware
+    return hardware.with_keep(lambda keep: ())
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ import torch
 
 from roundoff.aqn.noise import aqn_targets
 from roundoff.aqn.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
+from roundoff.config import Hardware, hardware_in_words
 from roundoff.errors import RoundoffWarning
 from roundoff.models.calibration import calibration_texts
 from roundoff.runs.directory import RunDirectory
@@ -62,9 +63,20 @@ def rounding_warnings(session: Session) -> tuple[str, ...]:
     )
 
 
+def phase_warnings(hardware: Hardware) -> tuple[str, ...]:
+    """A line if the deployed score is taken on hardware that no rollout ever had."""
+    rollout, evaluation = hardware.of("rollout"), hardware.of("evaluation")
+    if rollout == evaluation:
+        return ()
+    return (
+        "the deployed score is taken on hardware that no rollout had: "
+        f"evaluation on {hardware_in_words(evaluation)}, rollouts on {hardware_in_words(rollout)}",
+    )
+
+
 def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
     """Keep the scan and AQN's pre-flight in the run's directory, and warn of what they show; before the first step."""
-    notes: tuple[str, ...] = ()
+    notes = phase_warnings(session.experiment.hardware)
     if session.scan is not None:
         run_dir.write_scan(session.scan.to_json())
         notes += session.scan.warnings()

@@ -44,7 +44,7 @@ class RunLog:
             key=session.key,
             max_new_tokens=training.max_new_tokens,
             noise_draws=training.noise_draws,
-            noisy=session.experiment.hardware.is_noisy,
+            noisy=session.experiment.hardware.of("evaluation").is_noisy,
             step=step,
             ranks=session.ranks,
         )

@@ -184,7 +184,7 @@ class RolloutServer:
             "pid": os.getpid(),
             "fingerprint": self.settings.fingerprint,
             "modules": 0 if self.hardware is None else len(self.hardware.entries),
-            "attention_layers": 0 if self.hardware is None else len(self.hardware.attention_modules),
+            "attention_layers": 0 if self.hardware is None else len(self.hardware.in_force.attention),
             "syncs": [asdict(sync) for sync in self.switch.syncs],
             "answered": dict(self.answered),
         }

@@ -68,7 +68,7 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             "pid": os.getpid(),
             "fingerprint": self._settings.fingerprint,
             "modules": 0 if hardware is None else len(hardware.entries),
-            "attention_layers": 0 if hardware is None else len(hardware.attention_modules),
+            "attention_layers": 0 if hardware is None else len(hardware.in_force.attention),
             "state_dict_keys": len(self._keys_after),
             "quantizations": 0 if hardware is None else hardware.quantizations(),
         }

@@ -1,0 +1,267 @@
+"""What the chip does to the arithmetic, as a whole: its parts, other settings for some modules, and for some phases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
+
+from pydantic import ValidationError, model_validator
+
+from roundoff.config.base import LATER, Settings, rule
+from roundoff.config.changes import NONE, NONE_PASSES, Changes, changed, changes_of, first_line
+from roundoff.config.hardware import Deadzone, Fault, MatmulNoise, Precision
+
+Phase = Literal["rollout", "training", "evaluation"]
+"""What a pass is for. Training is every pass whose result enters the loss: log-probabilities before the update, those
+of the reference, and the update itself."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
+_REFINED = ("gradient", "gradient_rounding", "hadamard")
+"""Settings of the backward pass, which only training has."""
+
+
+class ThresholdChanges(Changes):
+    """The deadzone of the modules that a rule matches."""
+
+    threshold: Annotated[float, rule(lambda v: 0 < v < 1, "must be in (0, 1)")]
+    """Threshold relative to the largest magnitude of the token (fraction)."""
+
+
+if TYPE_CHECKING:
+    PrecisionChanges: TypeAlias = Changes
+    MatmulNoiseChanges: TypeAlias = Changes
+else:
+    PrecisionChanges, MatmulNoiseChanges = changes_of(Precision, ("keep",)), changes_of(MatmulNoise)
+
+
+class Rule(Changes):
+    """Other settings for some modules; of several rules that match a module, each changes what those before it left."""
+
+    match: tuple[str, ...]
+    """Shell patterns of modules, matched against each run of parts of a module's dotted name: `layers.0.*` matches
+    `model.layers.0.mlp.up_proj`, and so do `mlp.*` and `up_proj`."""
+    precision: Annotated[PrecisionChanges | None, *NONE_PASSES] = None
+    matmul_noise: Annotated[MatmulNoiseChanges | None, *NONE_PASSES] = None
+    deadzone: Annotated[ThresholdChanges | None, *NONE_PASSES] = None
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Self:
+        if not self.match:
+            raise ValueError("match names no modules: give patterns such as 'layers.0.*' or '*.down_proj'")
+        if set(self.written) == {"match"}:
+            raise ValueError(f"changes nothing for {list(self.match)}: write precision, matmul_noise or deadzone")
+        return self
+
+    def matches(self, name: str) -> bool:
+        """Whether this rule is about the module with a dotted name."""
+        return any(pattern_matches(pattern, name) for pattern in self.match)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a shell pattern matches a run of parts of a dotted name."""
+    parts = name.split(".")
+    ends = range(1, len(parts) + 1)
+    return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
+
+
+class HardwareOfAPhase(Settings):
+    """What the chip does to the arithmetic of one phase."""
+
+    precision: Precision = Precision()
+    matmul_noise: MatmulNoise = MatmulNoise()
+    deadzone: Deadzone | None = None
+    faults: tuple[Fault, ...] = ()
+    exclude: tuple[str, ...] = ("embed_tokens", "lm_head")
+    """Shell patterns of modules to leave in plain arithmetic, matched against each module's dotted name and against
+    each part of it."""
+    rules: Annotated[tuple[Rule, ...], LATER] = ()
+    """Other settings for some modules."""
+
+    @model_validator(mode="after")
+    def _rules_fit(self) -> Self:
+        for number, one in enumerate(self.rules):
+            try:
+                _with_rule(self, one)
+            except ValidationError as error:
+                raise ValueError(f".rules.{number}.{first_line(error)}") from None
+        return self
+
+    def at(self, name: str) -> HardwareOfAPhase:
+        """The settings in force for the module with a dotted name; a deadzone without layers is one of this module.
+
+        Raises:
+            ValidationError: if the rules that match it do not fit together.
+        """
+        result = self
+        for one in self.rules:
+            if one.matches(name):
+                result = _with_rule(result, one)
+        return result
+
+    def under_rule(self, number: int) -> HardwareOfAPhase:
+        """The settings of the modules that this rule matches and no other."""
+        return _with_rule(self, self.rules[number])
+
+    def variants(self) -> set[HardwareOfAPhase]:
+        """The settings that a module may have, under some of the rules and in some phase."""
+        variants: set[HardwareOfAPhase] = {self.model_copy(update={"rules": ()})}
+        for one in self.rules:
+            for variant in tuple(variants):
+                with suppress(ValidationError):  # only modules that several rules match could have it
+                    variants.add(_with_rule(variant, one))
+        return variants
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether this is plain arithmetic, so that deployed and clean scores are equal."""
+        return not any(variant._does_something for variant in self.variants())
+
+    @property
+    def _does_something(self) -> bool:
+        quantized = self.precision.weight or self.precision.activation or self.precision.gradient
+        return bool(quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
+
+    @property
+    def changes_forward(self) -> bool:
+        """Whether the forward pass is anything but plain arithmetic."""
+        return any(
+            v.precision.weight
+            or v.precision.activation
+            or (v.matmul_noise.relative_std and v.matmul_noise.forward)
+            or v.deadzone
+            or v.faults
+            for v in self.variants()
+        )
+
+    @property
+    def separates_rollouts(self) -> bool:
+        """Whether every rollout needs a training pass of its own over its prompt.
+
+        That is so if something is drawn for each token, or if gradients are quantized: a gradient that is summed over
+        rollouts before it is quantized is another number.
+        """
+        return any(v.matmul_noise.relative_std or v.faults or v.precision.gradient for v in self.variants())
+
+    @property
+    def draws_in_training(self) -> bool:
+        """Whether anything in a training pass is random: the forward pass, noise on gradients, or their rounding."""
+        drawn = any(
+            v.matmul_noise.relative_std or v.precision.gradient_rounding == "stochastic" for v in self.variants()
+        )
+        return drawn or self.is_noisy
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether the forward pass is random: two evaluations of one input differ unless they use the same key."""
+        return any(
+            (v.matmul_noise.relative_std > 0 and v.matmul_noise.forward)
+            or any(fault.kind in ("noise", "bitflip") for fault in v.faults)
+            for v in self.variants()
+        )
+
+    @property
+    def perturbs_attention(self) -> bool:
+        """Whether the products of any attention layer get noise."""
+        noises = [variant.matmul_noise for variant in self.variants()]
+        return any(noise.relative_std and noise.attention for noise in noises)
+
+    @property
+    def quantizes_weights(self) -> bool:
+        """Whether any weight has a format."""
+        return any(variant.precision.weight for variant in self.variants())
+
+    @property
+    def noise(self) -> tuple[object, ...]:
+        """Everything that decides which random numbers a forward pass draws, and what is made of them."""
+        of_rules = [(one.match, one.matmul_noise) for one in self.rules if one.matmul_noise is not None]
+        drawn = [fault for fault in self.faults if fault.kind in ("noise", "bitflip")]
+        forward = self.matmul_noise.model_copy(update={"backward": True})
+        return forward, *of_rules, *drawn, self.exclude
+
+
+def _with_rule(base: HardwareOfAPhase, one: Rule) -> HardwareOfAPhase:
+    """The settings with the changes of a rule; its deadzone has no layers."""
+    written = {name: value for name, value in one.written.items() if name != "match"}
+    if isinstance(zone := written.get("deadzone"), ThresholdChanges):
+        written["deadzone"] = Deadzone(threshold=zone.threshold, layers=())
+    return changed(base.model_copy(update={"rules": ()}), written)
+
+
+if TYPE_CHECKING:
+    HardwareChanges: TypeAlias = Changes
+else:
+    HardwareChanges = changes_of(HardwareOfAPhase)
+
+
+class Hardware(HardwareOfAPhase):
+    """What the chip does to the arithmetic, and what is different in some phases."""
+
+    rollout: Annotated[HardwareChanges | None, LATER] = None
+    """What is different while rollouts are sampled."""
+    training: Annotated[HardwareChanges | None, LATER] = None
+    """What is different in every pass whose result enters the loss."""
+    evaluation: Annotated[HardwareChanges | None, LATER] = None
+    """What is different while the deployed score is taken; None: what is different in rollouts."""
+
+    @classmethod
+    def settled(cls, values: dict[str, Any], written: frozenset[str]) -> dict[str, Any]:
+        """The values of one phase, which has no phases itself."""
+        return values | dict.fromkeys(PHASES)
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        for phase in PHASES:
+            changes: HardwareChanges | None = getattr(self, phase)
+            if changes is None:
+                continue
+            precision = changes.written.get("precision")
+            of_precision = precision.written if isinstance(precision, Changes) else {}
+            refined = set(_REFINED) & set(of_precision)
+            if phase != "training" and refined and of_precision.get("gradient") != NONE:
+                raise ValueError(
+                    f".{phase}.precision.{min(refined)} does nothing, because no gradient is computed in that phase: "
+                    "set it in [hardware.training.precision]"
+                )
+            try:
+                changed(self, changes.written)
+            except ValidationError as error:
+                raise ValueError(f".{phase}.{first_line(error)}") from None
+        return self
+
+    def _changes_in(self, phase: Phase) -> HardwareChanges | None:
+        changes: HardwareChanges | None = getattr(self, phase)
+        return self.rollout if phase == "evaluation" and changes is None else changes
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether any phase differs from the others."""
+        return len({self.of(phase) for phase in PHASES}) > 1
+
+    def of(self, phase: Phase) -> Hardware:
+        """The hardware of one phase, without phases of its own."""
+        changes = self._changes_in(phase)
+        if changes is not None:
+            return changed(self, changes.written)
+        return self.model_copy(update=dict.fromkeys(PHASES))
+
+    @property
+    def needs_scan(self) -> bool:
+        """Whether `precision.keep` of any phase names a scan that has yet to choose the layers."""
+        return any(isinstance(self.of(phase).precision.keep, str) for phase in PHASES)
+
+    def with_keep(self, choose: Callable[[tuple[int, ...] | str], tuple[int, ...]]) -> Hardware:
+        """The same hardware with other layers kept, in every phase: `choose` gives them for what is set."""
+        update: dict[str, Any] = {"precision": self.precision.model_copy(update={"keep": choose(self.precision.keep)})}
+        for phase in PHASES:
+            changes: HardwareChanges | None = getattr(self, phase)
+            precision = None if changes is None else changes.written.get("precision")
+            if changes is not None and isinstance(precision, Changes) and "keep" in precision.written:
+                kept = precision.model_copy(update={"keep": choose(precision.written["keep"])})
+                update[phase] = changes.model_copy(update={"precision": kept})
+        return self.model_copy(update=update)
+
+    def variants(self) -> set[HardwareOfAPhase]:
+        """The settings that a module may have, under some of the rules and in some phase."""
+        phases = {self.of(phase) for phase in PHASES}
+        return {variant for phase in phases for variant in super(Hardware, phase).variants()}
