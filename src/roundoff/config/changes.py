@@ -111,4 +111,5 @@ def first_line(error: ValidationError) -> str:
     """The first error as one clause, with the path of its setting."""
     item = error.errors(include_url=False)[0]
     path, text = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+    text = "is missing: it must be set" if item["type"] == "missing" else text
     return f"{path} {text}" if path else text
