@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +19,8 @@ class Settings(BaseModel):
     """Base class of every settings model: instances are frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    suggested: ClassVar[bool] = True
+    """Whether a setting that holds such a table is suggested for an unknown key elsewhere."""
 
     @classmethod
     def settled(cls, values: dict[str, Any], written: frozenset[str]) -> dict[str, Any]:
@@ -158,9 +160,11 @@ def _suggestion(key: str, value: Any, here: tuple[str, ...], trees: Trees) -> st
 def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
     """Full paths of all settings of a model, including those of nested tables."""
     for name, field in model.model_fields.items():
-        yield prefix + name
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
+        if all(kind.suggested for kind in tables):
+            yield prefix + name
+            for kind in tables:
                 yield from _paths(kind, f"{prefix}{name}.")
 
 

@@ -25,6 +25,8 @@ Changed = TypeVar("Changed", bound=Settings)
 class Changes(Settings):
     """Base class of the models that hold changes; None stands for what is not written."""
 
+    suggested = False
+
     @property
     def written(self) -> dict[str, Any]:
         """The settings that are written, by name."""

@@ -34,4 +34,4 @@ def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = No
             )
         return scan.most_sensitive(k, metric)
 
-    return hardware.with_keep(chosen)
+    return hardware.with_keep(chosen) if hardware.needs_scan else hardware
