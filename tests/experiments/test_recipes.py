@@ -11,8 +11,8 @@ from tests.program import roundoff
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_is_hardware_and_no_experiment(name):
-    title, hardware = load_recipe(name)
-    assert title and not hardware.changes_nothing and load_hardware(name) == hardware
+    hardware = load_recipe(name).hardware
+    assert load_recipe(name).title and not hardware.changes_nothing and load_hardware(name) == hardware
     assert name not in experiment_ids()
     with pytest.raises(ConfigError, match=f"{name} is a recipe of hardware"):
         load_experiment(name)
@@ -33,7 +33,7 @@ def test_an_experiment_extends_a_recipe(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('extends = ["quickstart-noise", "nvfp4-training"]\n[hardware.precision]\nkeep = [3]\n')
     mine, base = load_experiment(str(path)), load_experiment("quickstart-noise")
-    assert mine.hardware.precision == load_recipe("nvfp4-training")[1].precision.model_copy(update={"keep": (3,)})
+    assert mine.hardware.precision == load_recipe("nvfp4-training").hardware.precision.model_copy(update={"keep": (3,)})
     assert mine.hardware.matmul_noise == base.hardware.matmul_noise
     assert (mine.id, mine.family, mine.baseline, mine.algorithm) == (
         "mine",
@@ -78,11 +78,50 @@ def test_the_products_of_a_linear():
     ]
     gradient = Hardware(precision=Precision(weight="mxfp4", gradient="hif8", hadamard="dw"))
     assert show.products(gradient).splitlines()[2:] == [
-        "dX = dY [hif8 along out_features] . W [mxfp4 along out_features]",
-        "dW = dY [hif8 along the tokens, Hadamard] . x [Hadamard]",
+        "dX = dY [hif8] . W [mxfp4 along out_features]",
+        "dW = dY [hif8, Hadamard] . x [Hadamard]",
     ]
 
 
 def test_show_prints_the_products(tmp_path):
     shown = roundoff("show", "quickstart-mxfp4", "--no-layers", cwd=tmp_path).stdout
     assert "y  = x [mxfp4 along in_features] . W [mxfp4 along in_features]" in shown
+
+
+def test_phases_and_rules_have_products_of_their_own():
+    settings = Hardware.model_validate(
+        {
+            "precision": {"weight": "mxfp4"},
+            "training": {"precision": {"weight": "bf16"}},
+            "rules": [{"match": ["*.o_proj"], "precision": "none", "matmul_noise": {"relative_std": 0.02}}],
+        }
+    )
+    assert show.products(settings).splitlines() == [
+        "# rollout and evaluation",
+        "# products of a Linear: operands, and the axis along which their blocks lie",
+        "y  = x . W [mxfp4 along in_features]",
+        "",
+        "# in modules that match *.o_proj: precision none matmul_noise.relative_std 0.02",
+        "# products of a Linear: operands, and the axis along which their blocks lie",
+        "y  = x . W  + 2 % noise",
+        "",
+        "# training",
+        "# products of a Linear: operands, and the axis along which their blocks lie",
+        "y  = x . W [bf16]",
+        "dX = dY . W [bf16]",
+        "dW = dY . x",
+        "",
+        "# in modules that match *.o_proj: precision none matmul_noise.relative_std 0.02",
+        "# products of a Linear: operands, and the axis along which their blocks lie",
+        "y  = x . W  + 2 % noise",
+        "dX = dY . W  + 2 % noise",
+        "dW = dY . x  + 2 % noise",
+    ]
+
+
+def test_a_recipe_brings_its_remedies(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('extends = ["quickstart-clean", "qerl"]\n')
+    mine = load_experiment(str(path))
+    assert (mine.lora.rank, mine.aqn.sigma_start, mine.hardware.precision.weight) == (32, 0.01, "nvfp4")
+    assert "sigma_end = 0.0005" in show.recipe("qerl")

@@ -25,7 +25,7 @@ def load_hardware(name: str) -> Hardware:
     if name in FORMAT_NAMES or (name.count("/") == 2 and not Path(name).exists()):
         return validate(Hardware, {"precision": {"weight": name, "activation": name}}, source="--hardware")
     if name in recipe_names():
-        return load_recipe(name)[1]
+        return load_recipe(name).hardware
     path = Path(name)
     if name.endswith(".toml") and path.is_file():
         try:

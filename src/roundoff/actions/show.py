@@ -13,7 +13,7 @@ import tomli_w
 
 from roundoff.config import PHASES, Experiment, Hardware, HardwareOfAPhase, Profile, result_hash, rules_in_words
 from roundoff.experiments import load_recipe
-from roundoff.formats.table import get_format
+from roundoff.formats.table import Format, get_format
 
 if TYPE_CHECKING:
     from roundoff.training.session import Session
@@ -43,19 +43,26 @@ def products(hardware: Hardware) -> str:
         phases.setdefault(hardware.of(phase), []).append(phase)
     texts = []
     for one, names in phases.items():
-        texts.append((f"# {' and '.join(names)}\n" if len(phases) > 1 else "") + _products(one))
+        backward = "training" in names
+        heading = f"# {' and '.join(names)}\n" if len(phases) > 1 else ""
+        texts.append(heading + _products(one, backward=backward))
         for number, words in enumerate(rules_in_words(one)):
-            texts.append(f"# in modules that match {words}\n{_products(one.under_rule(number))}")
+            texts.append(f"# in modules that match {words}\n{_products(one.under_rule(number), backward=backward)}")
     return "\n".join(texts)
 
 
-def _products(hardware: HardwareOfAPhase) -> str:
+def _has_an_axis(spec: Format) -> bool:
+    """Whether blocks of a format lie along one axis; casts, scales of a tensor and 2-D blocks do not."""
+    return spec.rows == 1 and (spec.block is not None or (spec.scale != "none" and spec.tensor_divisor is None))
+
+
+def _products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
     p, noise = hardware.precision, hardware.matmul_noise
     if not (p.weight or p.activation or p.gradient or noise.relative_std):
         return "# products of a Linear: plain arithmetic\n"
 
     def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
-        stored = [] if fmt is None else [fmt if get_format(fmt).rows > 1 else f"{fmt} along {along}"]
+        stored = [] if fmt is None else [f"{fmt} along {along}" if _has_an_axis(get_format(fmt)) else fmt]
         return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
 
     def error(on: bool) -> str:
@@ -66,7 +73,9 @@ def _products(hardware: HardwareOfAPhase) -> str:
     x, w = operand("x", p.activation, "in_features"), operand("W", p.weight, "in_features")
     lines = ["# products of a Linear: operands, and the axis along which their blocks lie"]
     lines.append(f"y  = {x} . {w}{error(noise.forward)}")
-    if p.gradient is None:
+    if not backward:
+        pass
+    elif p.gradient is None:
         lines += [f"dX = dY . {w}{error(noise.backward)}", f"dW = dY . {x}{error(noise.backward)}"]
     else:
         dy = operand("dY", p.gradient, "out_features", *rounding)
@@ -79,9 +88,8 @@ def _products(hardware: HardwareOfAPhase) -> str:
 
 def recipe(name: str) -> str:
     """A recipe's title, its settings as TOML, and its products."""
-    title, hardware = load_recipe(name)
-    content = hardware.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-    return f"# {title}\n{tomli_w.dumps({'hardware': content})}\n{products(hardware)}"
+    found = load_recipe(name)
+    return f"# {found.title}\n{tomli_w.dumps(found.tables)}\n{products(found.hardware)}"
 
 
 def sigma(experiment: Experiment, profile: Profile) -> str:

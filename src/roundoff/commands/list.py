@@ -28,7 +28,7 @@ def list_command(formats: bool) -> None:
     click.secho("recipes of hardware, to extend or for --hardware", bold=True)
     width = max(map(len, recipe_names()))
     for name in recipe_names():
-        click.echo(f"  {name:<{width}}  {load_recipe(name)[0]}")
+        click.echo(f"  {name:<{width}}  {load_recipe(name).title}")
 
 
 def _list_formats() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,18 @@ def load_profile(name: str) -> Profile:
     return validate(Profile, content, source=shown(path))
 
 
-def load_recipe(name: str) -> tuple[str, Hardware]:
-    """The title and the hardware of a packaged recipe.
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A packaged recipe: hardware, and the remedies that belong to it."""
+
+    title: str
+    hardware: Hardware
+    tables: dict[str, Any]
+    """Its tables as they are written: `hardware`, and possibly `aqn` and `lora`."""
+
+
+def load_recipe(name: str) -> Recipe:
+    """The packaged recipe with this name.
 
     Raises:
         ConfigError: if there is no recipe of that name.
@@ -84,7 +95,8 @@ def load_recipe(name: str) -> tuple[str, Hardware]:
         raise ConfigError(f"there is no recipe {name!r}{nearest(name, recipe_names())} ({', '.join(recipe_names())})")
     path = files()[f"recipes/{name}"]
     content = merged(path)
-    return content["title"], validate(Hardware, content["hardware"], source=shown(path), within="hardware.")
+    hardware = validate(Hardware, content["hardware"], source=shown(path), within="hardware.")
+    return Recipe(content.pop("title"), hardware, content)
 
 
 def families_named(names: Sequence[str]) -> list[str]:
