@@ -143,4 +143,4 @@ def test_hardware_goes_through_json_and_toml_unchanged():
     )
     for content in (settings.model_dump(mode="json"), settings.model_dump(mode="json", exclude_none=True)):
         assert validate(Hardware, content, source="again") == settings
-    assert pickle.loads(pickle.dumps(settings)) == settings  # as it goes to worker processes
+    assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301 (as it goes to worker processes)
