@@ -63,7 +63,7 @@ PHASE_GOALS = {"equal formats": 1.02}
 
 
 def training_step(hardware: Hardware, model: PreTrainedModel | None = None) -> Callable[[], None]:
-    """One optimizer step of `tiny`, or of a model that has its hardware: forward, loss on every token, backward, AdamW."""
+    """One optimizer step of `tiny`, or of a model on its hardware: forward, loss on every token, backward, AdamW."""
     model = model or load_model("tiny", dtype=torch.float32, device="cpu").model.train()
     installed = not hardware.changes_nothing
     if installed:
