@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from roundoff.config import ConfigError, Fault, Hardware, MatmulNoise
+from roundoff.config import Accumulator, ConfigError, Fault, Hardware, MatmulNoise
 from roundoff.hardware import attention, experts
 from roundoff.hardware.draw import Runtime
+from roundoff.hardware.error_models import install_errors
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.installed import (
@@ -25,6 +26,7 @@ from roundoff.hardware.installed import (
 from roundoff.hardware.inventory import Candidate, Entry, Skipped, exclusion, find_linears, plain_name, within_layer
 from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
 from roundoff.hardware.paths import check_paths, check_range
+from roundoff.numerics.accumulate import PartialSums
 from roundoff.numerics.rng import Key
 
 
@@ -133,12 +135,15 @@ class _Plan:
     """How the operands of its backward products are stored."""
     is_output: bool
     """Whether this is the output embedding."""
+    sums: PartialSums | None = None
+    """How its products are summed."""
 
     @property
     def does_something(self) -> bool:
         """Whether any setting changes the module's arithmetic."""
         e = self.entry
-        return bool(e.weight or e.activation or e.gradient or e.noise or e.deadzone or e.faults)
+        stored = e.weight or e.activation or e.gradient or e.accumulator
+        return bool(stored or e.noise or e.errors or e.deadzone or e.faults)
 
     def state(self, name: str, out_features: int, runtime: Runtime) -> LinearState:
         """The state of one weight matrix with this many output channels."""
@@ -153,6 +158,8 @@ class _Plan:
             backward_std=std if self.noise.backward else 0.0,
             deadzone=self.entry.deadzone,
             gradient=self.gradient,
+            sums=self.sums,
+            errors=install_errors(self.noise, out_features, runtime.seed_key.fold("gain", name)),
             faults=tuple(install_fault(fault, out_features, key.fold(index)) for index, fault in self.faults),
             is_output=self.is_output,
         )
@@ -186,8 +193,28 @@ def _plan(item: Candidate, hardware: Hardware, *, is_output: bool) -> _Plan:
         faults.append((index, fault))
     kinds = tuple(fault.kind for _, fault in faults)
     shown = None if gradient is None else gradient.format
-    entry = Entry(item.name, item.layer, weight, activation, noise.relative_std, deadzone, kinds, shown)
-    return _Plan(entry, tuple(faults), noise, gradient, is_output)
+    accumulator = None if kept else hardware.accumulator
+    entry = Entry(
+        item.name,
+        item.layer,
+        weight,
+        activation,
+        noise.relative_std,
+        deadzone,
+        kinds,
+        shown,
+        accumulator=None if accumulator is None else accumulator.in_words,
+        errors=noise.other_errors,
+    )
+    return _Plan(entry, tuple(faults), noise, gradient, is_output, _sums(accumulator))
+
+
+def _sums(accumulator: Accumulator | None) -> PartialSums | None:
+    """The arithmetic of an accumulator."""
+    if accumulator is None:
+        return None
+    half = accumulator.bits == "fp16"
+    return PartialSums(accumulator.mantissa, accumulator.promote, accumulator.group, accumulator.rounding, half)
 
 
 def _attach(item: Candidate, plan: _Plan, runtime: Runtime) -> list[LinearState]:
@@ -236,7 +263,7 @@ def _attach_attention(modules: list[tuple[str, nn.Module]], hardware: Hardware, 
     for name, module in modules:
         std = 0.0 if exclusion(plain_name(name), hardware.exclude) else noise.relative_std
         module.__dict__[attention.STATE] = attention.AttentionState(
-            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0
+            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0, noise.scale
         )
 
 
