@@ -1,4 +1,4 @@
-"""Errors besides the published noise: operands, row, gain and converter, computed by hand on a Linear and in attention."""
+"""Errors besides the published noise, computed by hand on a Linear and in attention: scales, gain and converter."""
 
 import copy
 

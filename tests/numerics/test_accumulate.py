@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from roundoff.numerics.accumulate import PartialSums, accumulated
+from roundoff.numerics.backend import use_backend
 from roundoff.numerics.quantize import quantize
+from tests.numerics.test_paths import random_bits, random_blocks, same
 
 
 def normal(*shape, seed=0):
@@ -48,17 +50,50 @@ def written_out(a, b, sums):
     return total
 
 
+@pytest.mark.parametrize("path", ["compiled", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounding", ["align", "truncate", "nearest"])
 @pytest.mark.parametrize(("mantissa", "promote", "group"), [(13, 32, 8), (4, 16, 16), (7, 64, 1), (23, 128, 32)])
-def test_each_output_is_the_sum_written_out(mantissa, promote, group, rounding, dtype):
+def test_each_output_is_the_sum_written_out(mantissa, promote, group, rounding, dtype, path):
     sums = PartialSums(mantissa, promote, group, rounding)
     a = (normal(5, 70) * torch.logspace(-3, 3, 70)).to(dtype)
     b = normal(6, 70, seed=1).to(dtype)
     expected = torch.stack([torch.stack([written_out(x, w, sums) for w in b]) for x in a])
-    assert torch.equal(accumulated(a, b, sums), expected.to(dtype))
-    few = PartialSums(2, promote, group, rounding)
-    assert not torch.equal(accumulated(a, b, few), accumulated(a, b, sums))
+    with use_backend(path):
+        assert torch.equal(accumulated(a, b, sums), expected.to(dtype))
+        few = PartialSums(2, promote, group, rounding)
+        assert not torch.equal(accumulated(a, b, few), expected.to(dtype))
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize(("mantissa", "promote", "group"), [(13, 128, 32), (2, 1, 1), (10, 60, 60), (23, 127, 127)])
+@pytest.mark.parametrize("target", ["compiled", "sse2"])
+def test_the_kernel_and_plain_torch_give_the_same_bits(target, mantissa, promote, group, half):
+    sums = PartialSums(mantissa, promote, group, "align", half)
+    cases = [(make(40, 200, 3), make(37, 200, 4)) for make in (random_bits, random_blocks)]
+    cases += [(normal(40, 200) * scale, normal(37, 200, seed=1)) for scale in (1e-38, 1e-20, 1.0, 300.0, 1e37)]
+    cases.append((normal(1, 5), normal(1, 5)))
+    threads = torch.get_num_threads()
+    for a, b in cases:
+        with use_backend("torch"):
+            expected = accumulated(a, b, sums)
+        torch.set_num_threads(2)
+        try:
+            with use_backend(target):
+                assert same(expected, accumulated(a, b, sums))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_the_kernel_splits_its_rows_over_threads():
+    a, b, sums = normal(700, 64), normal(64, 64, seed=1), PartialSums(13, 128, 32, "align")
+    threads = torch.get_num_threads()
+    expected = accumulated(a, b, sums)
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(accumulated(a, b, sums), expected)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_example_of_the_docstring():
@@ -87,22 +122,27 @@ def test_a_partial_sum_in_float16_has_its_range():
     assert accumulated(torch.full((1, 4), 2.0**-30), ones, PartialSums(10, 4, 1, "nearest")).item() == 2.0**-28
 
 
+@pytest.mark.parametrize("path", ["compiled", "torch"])
 @pytest.mark.parametrize("rounding", ["align", "truncate", "nearest"])
-def test_infinities_and_nan_are_kept(rounding):
+def test_infinities_and_nan_are_kept(rounding, path):
     a = torch.tensor([[1.0, math.inf, 2.0], [1.0, -math.inf, 2.0], [math.nan, 1.0, 1.0], [1e-45, 3e38, 3e38]])
-    y = accumulated(a, torch.ones(1, 3), PartialSums(13, 128, 32, rounding))[:, 0]
+    with use_backend(path):
+        y = accumulated(a, torch.ones(1, 3), PartialSums(13, 128, 32, rounding))[:, 0]
     assert y[0] == math.inf and y[1] == -math.inf and y[2].isnan() and y[3] == math.inf
 
 
 @pytest.mark.parametrize("rounding", ["align", "truncate", "nearest"])
-def test_rows_may_be_split_and_columns_of_zeros_do_not_count(rounding, monkeypatch):
+def test_rows_may_be_split_and_operands_may_be_empty(rounding, monkeypatch):
     sums = PartialSums(13, 128, 32, rounding)
     a, b = normal(37, 200), normal(29, 200, seed=1)
     whole = accumulated(a, b, sums)
+    with use_backend("torch"):
+        assert torch.equal(torch.cat([accumulated(part, b, sums) for part in a.split(11)]), whole)
     assert torch.equal(torch.cat([accumulated(part, b, sums) for part in a.split(5)]), whole)
     monkeypatch.setattr("roundoff.numerics.accumulate.PRODUCTS", 32 * 10)  # fewer than one row of outputs
     monkeypatch.setattr("roundoff.numerics.accumulate.OUTPUTS", 10)
-    assert torch.equal(accumulated(a, b, sums), whole)
+    with use_backend("torch"):
+        assert torch.equal(accumulated(a, b, sums), whole)
     assert accumulated(a[:0], b, sums).shape == (0, 29) and not accumulated(a[:, :0], b[:, :0], sums).any()
 
 

@@ -227,7 +227,8 @@ class Runtime:
     draw: Draw | None = None
     """Draw of the innermost open `noise_key`."""
     knew_padding: bool = False
-    """Whether the last forward pass was told which tokens are padding; tracked where gradients are quantized."""
+    """Whether the last forward pass was told which tokens are padding; tracked where gradients are quantized or
+    summed by an accumulator."""
     replaying: bool = False
     """Whether a layer is being computed again with the call counters of its first computation (gradient
     checkpointing)."""
@@ -306,7 +307,8 @@ class Runtime:
         """Check that a recomputation (gradient checkpointing) knows which tokens are padding if the forward pass did.
 
         Raises:
-            RuntimeError: if it does not, because padding would enter the blocks of quantized gradients.
+            RuntimeError: if it does not, because padding would enter the blocks of quantized gradients, or the chunks
+                of an accumulator.
         """
         if torch._C._current_graph_task_id() == -1:
             self.knew_padding = self.draw is not None and self.draw.real is not None

@@ -35,10 +35,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from roundoff.numerics.backend import Kernels, kernels_for, thread_count
+
 OUTPUTS = 1 << 19
 """Outputs that are computed at a time where products are not kept, in float64."""
 PRODUCTS = 1 << 20
-"""Products that are held at a time under `align`, in float32."""
+"""Products that are held at a time under `align` on the torch path, in float32."""
+COLUMNS = 16
+"""The compiled kernel takes this many columns, or a multiple of them."""
 LARGEST_HALF, TINY_HALF = 65504.0, 2.0**-14
 """Largest and smallest normal number of float16."""
 
@@ -67,6 +71,11 @@ class PartialSums:
         if not (2 <= self.mantissa <= 23 and 1 <= self.group <= self.promote and self.promote % self.group == 0):
             raise ValueError(f"mantissa must be 2 to 23, and promote a multiple of group, but this is {self}")
 
+    @property
+    def fits_int32(self) -> bool:
+        """Whether the sum of the whole numbers of a group and the partial sum, under `align`, stays below 2^31."""
+        return (self.group + 1) << (self.mantissa + 1) <= 1 << 31
+
 
 def accumulated(
     a: Float[Tensor, "rows k"], b: Float[Tensor, "columns k"], sums: PartialSums
@@ -86,12 +95,38 @@ def accumulated(
             f"the operands must be [rows, k] and [columns, k] of one dtype, but are {tuple(a.shape)} of {a.dtype} and "
             f"{tuple(b.shape)} of {b.dtype}"
         )
+    kernels = kernels_for(a) if sums.rounding == "align" and sums.fits_int32 else None
+    if kernels is not None and a.shape[0] and b.shape[0]:
+        return _compiled(kernels, a.detach(), b.detach(), sums)
     out = torch.empty(a.shape[0], b.shape[0], dtype=a.dtype, device=a.device)
     held = PRODUCTS // sums.group if sums.rounding == "align" else OUTPUTS
     with torch.no_grad():
         for rows, columns in _tiles(a.shape[0], b.shape[0], max(1, held)):
             out[rows, columns] = _summed(a[rows], b[columns], sums)
     return out
+
+
+def _compiled(kernels: Kernels, a: Tensor, b: Tensor, sums: PartialSums) -> Tensor:
+    """`align` by the compiled kernel, on columns padded to a multiple of sixteen."""
+    rows, length = a.shape
+    columns = b.shape[0]
+    left = a.to(torch.float32).contiguous()
+    right = torch.nn.functional.pad(b.t().to(torch.float32), (0, -columns % COLUMNS)).contiguous()
+    out = torch.empty(rows, right.shape[1], dtype=torch.float32, device=a.device)
+    kernels.accumulate(
+        left.data_ptr(),
+        right.data_ptr(),
+        out.data_ptr(),
+        rows,
+        length,
+        right.shape[1],
+        sums.mantissa,
+        sums.promote,
+        sums.group,
+        sums.half,
+        thread_count(rows * length * columns // 4),
+    )
+    return out[:, :columns].to(a.dtype).contiguous()
 
 
 def _tiles(rows: int, columns: int, held: int) -> Iterator[tuple[slice, slice]]:
