@@ -79,21 +79,22 @@ class LinearState(QuantizedWeight):
     """Keys under the base key of the last product."""
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear with Q(W)."""
+    is_chunked: bool = field(init=False)
+    """Whether the sum of dW over the tokens depends on which of them are padding."""
+    scale: Scale = field(init=False)
+    """What the noise is relative to."""
 
     def __post_init__(self) -> None:
         QuantizedWeight.__post_init__(self)
         changed = self.activation_format or self.forward_std or self.deadzone or self.faults or self.sums
         self.plain_forward = not (changed or (self.errors is not None and self.errors.changes_output))
+        self.is_chunked = self.gradient is not None or self.sums is not None
+        self.scale = "output" if self.errors is None else self.errors.scale
 
     @property
     def needs_all_tokens(self) -> bool:
         """Whether the product of some tokens differs from theirs among all tokens: noise, or blocks along tokens."""
         return bool(self.forward_std or self.backward_std or self.is_chunked)
-
-    @property
-    def is_chunked(self) -> bool:
-        """Whether the sum of dW over the tokens depends on which of them are padding."""
-        return self.gradient is not None or self.sums is not None
 
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""
@@ -211,11 +212,6 @@ class LinearState(QuantizedWeight):
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
             perturb(y, (x, weight), self.forward_std, self.scale, self.keys(draw.key).forward, rows=rows)
         return y if self.errors is None else self.errors.read(y, x, weight)
-
-    @property
-    def scale(self) -> Scale:
-        """What the noise is relative to."""
-        return "output" if self.errors is None else self.errors.scale
 
     def summed(self, a: Float[Tensor, "*rows k"], b: Float[Tensor, "columns k"]) -> Float[Tensor, "*rows columns"]:
         """`a @ b^T` by the accumulator, without noise."""
