@@ -8,6 +8,7 @@ import torch
 
 from roundoff.numerics.accumulate import PartialSums, accumulated
 from roundoff.numerics.backend import use_backend
+from roundoff.numerics.build import targets_for
 from roundoff.numerics.quantize import quantize
 from tests.numerics.test_paths import random_bits, random_blocks, same
 
@@ -67,7 +68,7 @@ def test_each_output_is_the_sum_written_out(mantissa, promote, group, rounding, 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("mantissa", "promote", "group"), [(13, 128, 32), (2, 1, 1), (10, 60, 60), (23, 127, 127)])
-@pytest.mark.parametrize("target", ["compiled", "sse2"])
+@pytest.mark.parametrize("target", targets_for(torch.backends.cpu.get_cpu_capability()))
 def test_the_kernel_and_plain_torch_give_the_same_bits(target, mantissa, promote, group, half):
     sums = PartialSums(mantissa, promote, group, "align", half)
     cases = [(make(40, 200, 3), make(37, 200, 4)) for make in (random_bits, random_blocks)]
