@@ -15,6 +15,7 @@ from roundoff.plugins.verl.hydra_values import quoted
 from roundoff.plugins.verl.settings import VARIABLE, from_environment
 
 GPU = ("profile.device=cuda", "profile.dtype=bfloat16", "profile.model=/models/qwen")
+VLLM = (*GPU, "hardware.matmul_noise.attention=false")
 
 
 def words(tmp_path, name="quickstart-noise-aqn", *assignments, devices=2, seed=7) -> tuple[dict[str, str], dict]:
@@ -128,6 +129,9 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
     ("assignments", "message"),
     [
         (GPU, "attention = true cannot be simulated in vLLM"),
+        ((*VLLM, "hardware.accumulator={bits=13}"), "hardware.accumulator is not simulated in vLLM"),
+        ((*VLLM, "hardware.matmul_noise.gain_std=0.02"), r"hardware.matmul_noise \(gain error 0.02\) is not simulated"),
+        ((*VLLM, 'hardware.matmul_noise.scale="row"'), "noise relative to the row.* is not simulated in vLLM"),
         (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
         (("profile.training.minibatches=3",), "must be divisible by minibatches"),
         (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),

@@ -259,6 +259,12 @@ def _vllm(experiment: Experiment) -> Iterator[str]:
             "hardware.matmul_noise.attention = true cannot be simulated in vLLM's attention kernels: add "
             "--set hardware.matmul_noise.attention=false"
         )
+    if noise.other_errors:
+        raise ConfigError(
+            f"hardware.matmul_noise ({', '.join(noise.other_errors)}) is not simulated in vLLM: use the published noise"
+        )
+    if hardware.accumulator is not None:
+        raise ConfigError("hardware.accumulator is not simulated in vLLM, whose kernels sum the products: leave it out")
     if hardware.deadzone is not None or hardware.faults:
         raise ConfigError("hardware.deadzone and hardware.faults are not simulated in vLLM: leave them out")
     rollout = "actor_rollout_ref.rollout"

@@ -8,9 +8,9 @@ With `rollout.engine_kwargs.vllm.worker_extension_cls`, verl gives vLLM's worker
   output before the bias is added;
 - draws AQN's noise on the norms after each weight sync, and removes it for evaluations (`AqnSwitch`).
 
-It refuses what it cannot do: noise on attention (which happens inside vLLM's kernels), deadzones and faults, experts,
-tensor parallelism (noise belongs on the whole product, not on one rank's part of the sum), compiled graphs, and weights
-that vLLM itself has quantized.
+It refuses what it cannot do: noise on attention (which happens inside vLLM's kernels), errors besides the published
+noise, accumulators (vLLM's kernels sum the products), deadzones and faults, experts, tensor parallelism (noise belongs
+on the whole product, not on one rank's part of the sum), compiled graphs, and weights that vLLM itself has quantized.
 """
 
 from __future__ import annotations
@@ -146,6 +146,8 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
     std = noise.relative_std if noise.forward else 0.0
     refused = {
         "hardware.matmul_noise.attention = true": bool(std and noise.attention),
+        **{f"hardware.matmul_noise ({error})": True for error in noise.other_errors},
+        "hardware.accumulator": hardware.accumulator is not None,
         "hardware.deadzone": hardware.deadzone is not None,
         "hardware.faults": bool(hardware.faults),
         "hardware.exclude without lm_head": exclusion("lm_head", hardware.exclude) is None,
