@@ -144,6 +144,8 @@ def test_rows_may_be_split_and_operands_may_be_empty(rounding, monkeypatch):
     monkeypatch.setattr("roundoff.numerics.accumulate.OUTPUTS", 10)
     with use_backend("torch"):
         assert torch.equal(accumulated(a, b, sums), whole)
+    huge = PartialSums(13, 1 << 30, 1 << 30, rounding)  # a group of all products, whatever its size
+    assert torch.equal(accumulated(a, b, huge), accumulated(a, b, PartialSums(13, 200, 200, rounding)))
     assert accumulated(a[:0], b, sums).shape == (0, 29) and not accumulated(a[:, :0], b[:, :0], sums).any()
 
 

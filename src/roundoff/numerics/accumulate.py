@@ -28,7 +28,7 @@ Worked example with 3 bits, `group = 2`: p = 8, products 1.75 and -0.9. The larg
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -95,6 +95,8 @@ def accumulated(
             f"the operands must be [rows, k] and [columns, k] of one dtype, but are {tuple(a.shape)} of {a.dtype} and "
             f"{tuple(b.shape)} of {b.dtype}"
         )
+    if sums.group > a.shape[1] > 0:  # one group holds all products
+        sums = replace(sums, group=a.shape[1], promote=a.shape[1])
     kernels = kernels_for(a) if sums.rounding == "align" and sums.fits_int32 else None
     if kernels is not None and a.shape[0] and b.shape[0]:
         return _compiled(kernels, a.detach(), b.detach(), sums)
