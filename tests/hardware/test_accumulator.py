@@ -123,7 +123,7 @@ def test_kept_layers_have_no_accumulator_and_a_token_has_the_same_result_in_any_
     model, batch, padded = build(family), Batch(), Batch(pad=3)
     hardware = Hardware(precision={"weight": "mxfp8_e4m3", "keep": [0]}, accumulator=Accumulator(**FEW))
     install(model, hardware, seed=0)
-    states = {state.name: state.sums for state in model.hardware_installed.states}
+    states = {state.name: state.sums for state in model.hardware_installed.current_states()}
     assert {sums for name, sums in states.items() if name.startswith("model.layers.1.")} == {SUMS}
     assert not any(name.startswith("model.layers.0.") for name in states)
     assert "sums of 4 bits (align, groups of 8, promoted every 16)" in model.hardware_installed.summary()

@@ -10,8 +10,9 @@ from torch import nn
 from roundoff.config import ConfigError, Deadzone, Fault, Hardware, MatmulNoise, validate
 from roundoff.hardware import hardware_off, install, noise_key
 from roundoff.hardware.attention import STATE, AttentionState, attention_forward
-from roundoff.hardware.draw import Draw, Runtime
+from roundoff.hardware.draw import Draw
 from roundoff.hardware.error_models import converted
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.backend import use_backend
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -166,7 +167,7 @@ def test_gains_are_constant_over_passes_and_leave_gradients_alone(dtype):
 def test_gains_of_all_modules_are_independent_draws_of_the_stated_size():
     model = build("qwen2")
     install(model, Hardware(matmul_noise=MatmulNoise(gain_std=0.05)), seed=0)
-    states = model.hardware_installed.states
+    states = model.hardware_installed.current_states()
     drawn = torch.cat([(state.errors.gain - 1) / 0.05 for state in states])
     assert abs(drawn.mean()) < 4.5 / len(drawn) ** 0.5 and abs(drawn.var() - 1) < 4.5 * (2 / len(drawn)) ** 0.5
     assert not torch.equal(states[0].errors.gain, states[3].errors.gain)

@@ -154,7 +154,8 @@ def _survey(
 
 
 def _attention_entry(name: str, noise: MatmulNoise) -> Entry:
-    return Entry(name, layer_index(plain_name(name)), None, None, noise.relative_std)
+    scale = noise.other_errors[:1] if noise.scale != "output" else ()
+    return Entry(name, layer_index(plain_name(name)), None, None, noise.relative_std, errors=scale)
 
 
 def _plan(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, is_output: bool) -> Plan:
