@@ -9,7 +9,7 @@ from roundoff.numerics import build
 from roundoff.numerics.backend import Kernels
 
 CALLER = Path(__file__).with_name("emulated.cpp")
-FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint")
+FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint", "rotate")
 
 
 def compile_caller(directory: Path, compiler: str, machine: str, target: str) -> Path:
@@ -104,6 +104,12 @@ class Emulated:
         index = [row and (row, 8 * batch, False) for row in rows]
         packed = (ctypes.c_int64 * 9)(*list(sizes)[:9])
         self._call("attend", *memory, *index, (ctypes.addressof(packed), 72, False), float(scale), threads)
+
+    def rotate(self, x, cosine, sine, left, sizes, threads) -> None:
+        batch, tokens, heads, start, head = list(sizes)
+        table = 4 * (start + tokens) * head
+        memory = (x, 4 * batch * tokens * heads * head, True), (cosine, table, False), (sine, table, False)
+        self._call("rotate", *memory, (left, 8 * batch, False), (ctypes.addressof(sizes), 40, False), threads)
 
     def fingerprints(self, start, size, lines, step, out) -> None:
         self._call("fingerprints", (start, size, False), size, lines, step, (ctypes.addressof(out), 24, True))

@@ -157,6 +157,21 @@ def test_attention(neon, size, window, shared):
     assert results[0][3].abs().sum() > 0
 
 
+@pytest.mark.parametrize("size", [16, 128])
+def test_rotation_of_keys(neon, size):
+    batch, tokens, heads, start = 3, 5, 2, 24
+    generator = torch.Generator().manual_seed(size)
+    keys = torch.randn(batch, tokens, heads * size, generator=generator)
+    angle, left = torch.randn(start + tokens, size, generator=generator), torch.tensor([0, 4, 26])
+    cosine, sine, sizes = angle.cos(), angle.sin(), (ctypes.c_int64 * 5)(batch, tokens, heads, start, size)
+    results = []
+    for kernels in (backend.build(), neon.kernels):
+        rotated = keys.clone()
+        kernels.rotate(rotated.data_ptr(), cosine.data_ptr(), sine.data_ptr(), left.data_ptr(), sizes, 1)
+        results.append(rotated)
+    assert same(*results) and not same(results[0], keys)
+
+
 def test_fingerprints(neon):
     generator = torch.Generator().manual_seed(4)
     memory = [torch.randint(0, 256, (n,), generator=generator, dtype=torch.uint8) for n in (1, 63, 64, 5000, 300_000)]

@@ -50,10 +50,22 @@ def activation_format(name: str) -> str:
     return name
 
 
+def attention_format(name: str) -> str:
+    """The same for the operands of attention's products, of which P has the keys on its axis of blocks."""
+    name = activation_format(name)
+    if get_format(name).block is not None:
+        raise ValueError(
+            "must be a format without blocks, such as fp8_e4m3, int8 or hif8: blocks of attention weights would lie "
+            "along the keys, where padding and later tokens move them (kv_cache takes formats with blocks)"
+        )
+    return name
+
+
 FormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(known_format)]
 """A name among `formats.table.FORMATS`, or a format of one's own: a word as in `formats.spelling`, or a table of its
 parts, which becomes that word."""
 ActivationFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(activation_format)]
+AttentionFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(attention_format)]
 
 
 def _kept_layers(value: Any) -> Any:
@@ -83,7 +95,7 @@ class MatmulNoise(Settings):
 
 
 class Precision(Settings):
-    """Number formats of the weight and the input of every Linear; None leaves them unquantized."""
+    """Number formats of the operands of every Linear and of attention; None leaves them unquantized."""
 
     weight: FormatName | None = None
     """Format of `Linear.weight`, with blocks along `in_features`."""
@@ -97,13 +109,23 @@ class Precision(Settings):
     hadamard: Annotated[Literal["none", "dw"], LATER] = "none"
     """Whether both operands of `dW` are multiplied by an orthogonal matrix, in groups of 16 tokens, before they are
     quantized."""
+    kv_cache: Annotated[ActivationFormatName | None, LATER] = None
+    """Format of the keys, after their position embedding, and of the values of every attention layer: each token and
+    key head is one row, with blocks along the head."""
+    attention: Annotated[AttentionFormatName | None, LATER] = None
+    """Format of both operands of QK^T and of PV: one row for each token and head, and for the weights of each query."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
     """Decoder layers left in high precision: a list of indices, or `srdd:k` for the k layers that the scan ranks as
     most sensitive."""
 
+    @property
+    def quantizes_forward(self) -> bool:
+        """Whether an operand of the forward pass has a format."""
+        return bool(self.weight or self.activation or self.kv_cache or self.attention)
+
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
-        if self.keep and not (self.weight or self.activation or self.gradient):
+        if self.keep and not (self.quantizes_forward or self.gradient):
             raise ValueError(f"keep = {self.keep!r} does nothing without a format: set weight or activation")
         return self
 
@@ -160,8 +182,14 @@ class Hardware(Settings):
     @property
     def changes_nothing(self) -> bool:
         """Whether this is plain arithmetic, so that deployed and clean scores are equal."""
-        quantized = self.precision.weight or self.precision.activation or self.precision.gradient
+        quantized = self.precision.quantizes_forward or self.precision.gradient
         return not (quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
+
+    @property
+    def concerns_attention(self) -> bool:
+        """Whether attention is computed otherwise than in the plain model: noise on its products, or a format in it."""
+        noise = self.matmul_noise
+        return bool((noise.relative_std and noise.attention) or self.precision.kv_cache or self.precision.attention)
 
     @property
     def separates_rollouts(self) -> bool:

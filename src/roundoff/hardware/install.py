@@ -11,6 +11,7 @@ from torch import nn
 
 from roundoff.config import ConfigError, Fault, Hardware, MatmulNoise
 from roundoff.hardware import attention, experts
+from roundoff.hardware.attention_modules import attention_modules, attention_state, described
 from roundoff.hardware.draw import Runtime
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.gradients import GradientArithmetic
@@ -22,7 +23,7 @@ from roundoff.hardware.installed import (
     nonfinite_weights,
     required,
 )
-from roundoff.hardware.inventory import Candidate, Entry, Skipped, exclusion, find_linears, plain_name, within_layer
+from roundoff.hardware.inventory import Candidate, Entry, Skipped, find_linears, plain_name, within_layer
 from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
 from roundoff.hardware.paths import check_paths, check_range
 from roundoff.numerics.rng import Key
@@ -49,24 +50,27 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     if installed(model) is not None:
         raise ConfigError("hardware is installed on this model already: uninstall it before installing again")
     candidates, skipped = find_linears(model, hardware)
-    attention_modules = _attention_modules(model, hardware)
+    attended = attention_modules(model, hardware)
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
     output = _output_embedding(model)
     plans = {item.name: _plan(item, hardware, is_output=item.module is output) for item in candidates}
     covered = [item for item in candidates if plans[item.name].does_something]
-    if not covered and not hardware.changes_nothing:
+    attention_states = [attention_state(name, hardware, runtime) for name, _ in attended]
+    if not covered and not any(map(described, attention_states)) and not hardware.changes_nothing:
         raise ConfigError(
             "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
             "keep fewer layers, or add noise"
         )
-    kept = [Skipped(item.name, "the settings change nothing here (precision.keep)") for item in candidates]
+    unchanged = "change nothing here (precision.keep)" if covered else "concern attention alone"
+    kept = [Skipped(item.name, f"the settings {unchanged}") for item in candidates]
     skipped += [skip for skip in kept if not plans[skip.name].does_something]
     check_paths(model, covered, hardware)
     check_range(covered, hardware.precision.weight)
     states = [state for item in covered for state in _attach(item, plans[item.name], runtime)]
-    _attach_attention(attention_modules, hardware, runtime)
+    for (_, module), state in zip(attended, attention_states, strict=True):
+        module.__dict__[attention.STATE] = state
     expert_modules = [item.module for item in covered if not isinstance(item.module, nn.Linear)]
-    switches = _switches(model, [module for _, module in attention_modules], expert_modules)
+    switches = _switches(model, hardware, [module for _, module in attended], expert_modules)
     _attach_bystanders(model, switches, runtime)
     result = InstalledHardware(
         hardware=hardware,
@@ -78,7 +82,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         runtime=runtime,
         modules=tuple(item.module for item in covered),
         states=tuple(states),
-        attention_modules=tuple(module for _, module in attention_modules),
+        attention_modules=tuple(module for _, module in attended),
         switches=switches,
     )
     result.switch(True)
@@ -207,41 +211,8 @@ def _attach(item: Candidate, plan: _Plan, runtime: Runtime) -> list[LinearState]
     return [state for states in linears.values() for state in states]
 
 
-def _attention_modules(model: nn.Module, hardware: Hardware) -> list[tuple[str, nn.Module]]:
-    """Attention modules whose products get noise.
-
-    Raises:
-        ConfigError: if the settings ask for noise on attention but the model bypasses transformers' interface.
-    """
-    noise = hardware.matmul_noise
-    if not (noise.relative_std and noise.attention):
-        return []
-    modules = []
-    supported = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
-    for name, module in model.named_modules():
-        has_products = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
-        if supported and has_products and "config" in module.__dict__:
-            modules.append((name, module))
-    if not modules:
-        raise ConfigError(
-            "hardware.matmul_noise.attention = true, but this model has no attention that goes through transformers' "
-            "attention interface: set hardware.matmul_noise.attention = false"
-        )
-    return modules
-
-
-def _attach_attention(modules: list[tuple[str, nn.Module]], hardware: Hardware, runtime: Runtime) -> None:
-    """Give attention modules their state; excluded modules use the same function with zero noise."""
-    noise = hardware.matmul_noise
-    for name, module in modules:
-        std = 0.0 if exclusion(plain_name(name), hardware.exclude) else noise.relative_std
-        module.__dict__[attention.STATE] = attention.AttentionState(
-            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0
-        )
-
-
 def _switches(
-    model: nn.Module, attention_modules: list[nn.Module], expert_modules: list[nn.Module]
+    model: nn.Module, hardware: Hardware, attended: list[nn.Module], expert_modules: list[nn.Module]
 ) -> tuple[ConfigSwitch, ...]:
     """Give the model its own copies of the configs, and return the switches in those of these modules.
 
@@ -250,7 +221,7 @@ def _switches(
     computation of experts by the config of each layer's experts module, so the modules on hardware get a config each
     and all others compute as before.
     """
-    if not attention_modules and not expert_modules:
+    if not attended and not expert_modules:
         return ()
     copies: dict[int, Any] = {}  # memo of deepcopy, so that nested configs stay nested and shared configs stay shared
     for module in model.modules():
@@ -260,14 +231,16 @@ def _switches(
     for module in expert_modules:
         module.__dict__["config"] = copy.copy(module.config)
     switches = []
-    for modules, attribute, name, register in (
-        (attention_modules, "_attn_implementation", attention.NAME, attention.register),
-        (expert_modules, "_experts_implementation", experts.NAME, experts.register),
+    for modules, attribute, register in (
+        (attended, "_attn_implementation", attention.register),
+        (expert_modules, "_experts_implementation", experts.register),
     ):
         if modules:
             register()
         for config in {id(module.config): module.config for module in modules}.values():
-            switches.append(ConfigSwitch(config, attribute, getattr(config, attribute), name))
+            original = getattr(config, attribute)
+            name = attention.function_name(original, hardware) if modules is attended else experts.NAME
+            switches.append(ConfigSwitch(config, attribute, original, name))
     return tuple(switches)
 
 

@@ -16,6 +16,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import experts
+from roundoff.hardware.attention import STATE
+from roundoff.hardware.attention_modules import described as described_attention
 from roundoff.hardware.draw import Runtime
 from roundoff.hardware.inventory import Entry, Skipped, described, plain_name, where
 from roundoff.hardware.linear import LINEAR_STATE, LinearState
@@ -89,7 +91,7 @@ class InstalledHardware:
     states: tuple[LinearState, ...] = field(repr=False)
     """Their states; experts have one for each expert and projection."""
     attention_modules: tuple[nn.Module, ...] = field(repr=False)
-    """Attention modules with noise."""
+    """Attention modules with noise or formats."""
     switches: tuple[ConfigSwitch, ...] = field(repr=False)
     """Switches in the model's configs."""
 
@@ -122,10 +124,9 @@ class InstalledHardware:
         for entry in self.entries:
             kinds.setdefault(described(entry), []).append(entry)
         lines = [f"{len(e):4d} modules: {kind}\n     {where(e)}" for kind, e in kinds.items()]
+        kinds_of_attention = Counter(described_attention(m.__dict__[STATE]) for m in self.attention_modules)
+        lines += [f"{count:4d} attention layers: {kind}" for kind, count in kinds_of_attention.items() if kind]
         lines = lines or ["no module: nothing to simulate"]
-        if self.attention_modules:
-            std = self.hardware.matmul_noise.relative_std
-            lines.append(f"{len(self.attention_modules):4d} attention layers: noise {std:g} on QK^T and PV")
         reasons = Counter(skip.reason for skip in self.skipped)
         lines += [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
         lines += [f"     NaN or Inf in {name}" for name in self.nonfinite]

@@ -23,7 +23,7 @@ def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = No
     if not isinstance(keep, str):
         return hardware
     k = int(keep.removeprefix("srdd:"))
-    if not (hardware.precision.weight or hardware.precision.activation):
+    if not hardware.precision.quantizes_forward:
         raise ConfigError(f"hardware.precision.keep = {keep!r} does nothing without a format: set weight or activation")
     if k > len(scan.layers):
         raise ConfigError(

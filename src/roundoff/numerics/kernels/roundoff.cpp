@@ -196,7 +196,7 @@ void ro_draw(int kind, float* out, int64_t count, int64_t columns, const int64_t
     else noise<float, UNIFORMS>(nullptr, out, rows, count, 0.0f, key, threads);
 }
 
-// The next three functions work in float32; see decode.h. `delta` may be null.
+// The next four functions work in float32; see decode.h. `delta` may be null.
 void ro_norm(float* h, const float* delta, const float* weight, float eps, float* out, int64_t rows, int64_t n,
              int threads) {
     parallel(rows, 1, rows * n, threads,
@@ -222,6 +222,14 @@ void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t
             case 64: return attend_rows<64>(a, begin, end);
             case 128: return attend_rows<128>(a, begin, end);
         }
+    });
+}
+
+// sizes: rows, tokens, heads, start, head size
+void ro_rotate(float* x, const float* cosine, const float* sine, const int64_t* left, const int64_t* sizes,
+               int threads) {
+    parallel(sizes[0], 1, sizes[0] * sizes[1] * sizes[2] * sizes[4], threads, [&](int64_t begin, int64_t end) {
+        rotate_rows(x, cosine, sine, left, sizes[1], sizes[2], sizes[3], sizes[4], begin, end);
     });
 }
 
