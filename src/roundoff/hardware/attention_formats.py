@@ -62,10 +62,11 @@ class AttentionFormats:
         """Keys or values as the cache stores them, without gradient; each row is one head of one token."""
         return x if self.cache is None else quantize(x.detach(), self.cache, tensor_scale="row")
 
-    def hand_over(self, keys: Tensor, values: Tensor) -> None:
-        """Tell the next `read_back` that these are columns of a cache which have passed `in_cache`."""
+    def hand_over(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return columns of a cache that have passed `in_cache`, and tell the next `read_back` so."""
         if self.cache is not None:
             self._stored = keys, values
+        return keys, values
 
     def read_back(
         self,

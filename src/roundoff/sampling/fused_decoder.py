@@ -3,7 +3,8 @@
 On small models, most of a decode step is spent between the matrix products: a Llama-like layer performs about sixty
 small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
 attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
-with their hardware, adapters or faults, and noisy attention goes through its own function. What the chip does to the
+with their hardware, adapters or faults, and noisy attention goes through its own function. New keys and values are
+quantized between their rotation and the cache where the hardware has a format for it. What the chip does to the
 arithmetic is therefore the same code in every pass.
 
 The fused pass is used only where it is known to compute what the model computes: on a CPU in float32, for the model
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roundoff.hardware import attention, plain_arithmetic
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.masks import AttentionPattern, positions
 from roundoff.numerics.backend import Kernels, kernels_for, thread_count
 from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
@@ -76,8 +78,12 @@ class FusedDecoder:
         decoder: Any = base.model
         cosine, sine = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(columns)[None])
         noisy = base.config._attn_implementation == attention.NAME
+        formats = attention.cache_formats(base)
         windows = AttentionPattern.of(base).windows(base.config)
-        layers = tuple(_Layer.of(layer, window) for layer, window in zip(decoder.layers, windows, strict=True))
+        layers = tuple(
+            _Layer.of(layer, window, formats.get(index, AttentionFormats()))
+            for index, (layer, window) in enumerate(zip(decoder.layers, windows, strict=True))
+        )
         return cls(base, kernels, layers, noisy, cosine[0].contiguous(), sine[0].contiguous())
 
     def reads(self, columns: int) -> bool:
@@ -145,11 +151,14 @@ class FusedDecoder:
         q, D, own = qkv[0], module.head_dim, place.own
         out = None if self.noisy_attention else torch.empty_like(q)
         start, prompt = place.start, place.prompt
+        angles: tuple[Tensor | None, Tensor | None] = self.cosine, self.sine
+        if layer.formats.cache is not None:
+            qkv, angles = self._stored(layer.formats, qkv, left, (B, Q, start, D)), (None, None)
         kv_heads, capacity = own.keys.shape[1], own.keys.shape[2]
         tensors = *qkv, out, *((None, None) if prompt is None else (prompt.keys, prompt.values)), own.keys, own.values
         width = 0 if prompt is None else prompt.keys.shape[2]
         self.kernels.attend(
-            _pointers(*tensors, self.cosine, self.sine),
+            _pointers(*tensors, *angles),
             _pointers(place.prompt_row, place.own_row, left),
             (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, layer.window, width, capacity, D),
             module.scaling,
@@ -158,12 +167,33 @@ class FusedDecoder:
         own.length += Q
         if out is not None:
             return out
-        keys, values = (x.narrow(2, 0, own.length) for x in (own.keys, own.values))
+        keys, values = layer.formats.hand_over(*(x.narrow(2, 0, own.length) for x in (own.keys, own.values)))
         if isinstance(mask, dict):
             mask = mask[module.layer_type]
         queries = q.view(B, Q, -1, D).transpose(1, 2)
         mixed, _ = attention.attention_forward(module, queries, keys, values, mask, scaling=module.scaling)
         return mixed.view(B * Q, -1)
+
+    def _stored(
+        self,
+        formats: AttentionFormats,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        left: Tensor,
+        sizes: tuple[int, int, int, int],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries after their rotation, and keys and values [B*Q, G*D] as the cache stores them.
+
+        `sizes` are B, Q, the column of the first token, and D.
+        """
+        B, Q, start, D = sizes
+        for x in qkv[:2]:
+            self.kernels.rotate(
+                *(tensor.data_ptr() for tensor in (x, self.cosine, self.sine, left)),
+                (ctypes.c_int64 * 5)(B, Q, x.shape[1] // D, start, D),
+                thread_count(x.numel()),
+            )
+        k, v = (formats.in_cache(x.view(-1, D)).view_as(x) for x in qkv[1:])
+        return qkv[0], k, v
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -213,13 +243,17 @@ class _Layer:
     down: nn.Module
     window: int
     """Columns that its attention sees, the query's own included; 0 means all."""
+    formats: AttentionFormats
+    """Format of its cache."""
 
     @classmethod
-    def of(cls, layer: Any, window: int) -> _Layer:
+    def of(cls, layer: Any, window: int, formats: AttentionFormats) -> _Layer:
         attended, mlp = layer.self_attn, layer.mlp
         projections = attended.q_proj, attended.k_proj, attended.v_proj, attended.o_proj
         gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        return cls(layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window)
+        return cls(
+            layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window, formats
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -271,7 +305,7 @@ def _is_known(base: PreTrainedModel) -> bool:
         and kind in ("default", "linear", "llama3")
         and head in HEAD_SIZES
         and 2 * rotary.inv_freq.numel() == head  # type: ignore[attr-defined]
-        and config._attn_implementation in ("sdpa", "eager", attention.NAME)
+        and config._attn_implementation in ("sdpa", "eager", attention.NAME, attention.CACHE_NAME)
         and all(p.dtype == torch.float32 and p.is_contiguous() for p in base.parameters())
         and not any(_is_watched(module) for module in base.modules())
     )
