@@ -9,7 +9,7 @@ from roundoff.numerics import build
 from roundoff.numerics.backend import Kernels
 
 CALLER = Path(__file__).with_name("emulated.cpp")
-FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint", "rotate")
+FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint")
 
 
 def compile_caller(directory: Path, compiler: str, machine: str, target: str) -> Path:
@@ -87,7 +87,7 @@ class Emulated:
     def gate(self, g, up, n, threads) -> None:
         self._call("gate", (g, 4 * n, True), (up, 4 * n, False), n, threads)
 
-    def attend(self, pointers, rows, sizes, scale, threads) -> None:
+    def attend(self, pointers, rows, sizes, scale, spec, threads) -> None:
         batch, tokens, heads, kv_heads, start, _, width, capacity, head = list(sizes)[:9]
         many, few = 4 * batch * tokens * heads * head, 4 * batch * tokens * kv_heads * head
 
@@ -103,13 +103,10 @@ class Emulated:
         ]
         index = [row and (row, 8 * batch, False) for row in rows]
         packed = (ctypes.c_int64 * 9)(*list(sizes)[:9])
-        self._call("attend", *memory, *index, (ctypes.addressof(packed), 72, False), float(scale), threads)
-
-    def rotate(self, x, cosine, sine, left, sizes, threads) -> None:
-        batch, tokens, heads, start, head = list(sizes)
-        table = 4 * (start + tokens) * head
-        memory = (x, 4 * batch * tokens * heads * head, True), (cosine, table, False), (sine, table, False)
-        self._call("rotate", *memory, (left, 8 * batch, False), (ctypes.addressof(sizes), 40, False), threads)
+        numbers = (ctypes.addressof(packed), 72, False), float(scale)
+        fmt = ctypes.create_string_buffer(spec, len(spec)) if spec else None
+        stored = None if fmt is None else (ctypes.addressof(fmt), len(spec), False)
+        self._call("attend", *memory, *index, *numbers, stored, threads)
 
     def fingerprints(self, start, size, lines, step, out) -> None:
         self._call("fingerprints", (start, size, False), size, lines, step, (ctypes.addressof(out), 24, True))

@@ -131,7 +131,8 @@ def test_norm_and_gate(neon, n):
 @pytest.mark.parametrize("shared", [False, True], ids=["one cache", "a shared prompt"])
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_attention(neon, size, window, shared):
+@pytest.mark.parametrize("fmt", [None, "fp8_e4m3", "mxfp4"])
+def test_attention(neon, fmt, size, window, shared):
     batch, tokens, heads, kv_heads, start, capacity = 3, 5, 4, 2, 24, 40
     prompt = 20 if shared else 0
     generator = torch.Generator().manual_seed(size + window)
@@ -150,26 +151,12 @@ def test_attention(neon, size, window, shared):
             pointers(prompt_row if shared else None, own_row, left),
             (ctypes.c_int64 * 9)(batch, tokens, heads, kv_heads, start, window, prompt, capacity, size),
             0.17,
+            None if fmt is None else FORMATS[fmt].packed,
             1,
         )
         results.append(written)
     assert all(same(a, b) for a, b in zip(*results, strict=True))
     assert results[0][3].abs().sum() > 0
-
-
-@pytest.mark.parametrize("size", [16, 128])
-def test_rotation_of_keys(neon, size):
-    batch, tokens, heads, start = 3, 5, 2, 24
-    generator = torch.Generator().manual_seed(size)
-    keys = torch.randn(batch, tokens, heads * size, generator=generator)
-    angle, left = torch.randn(start + tokens, size, generator=generator), torch.tensor([0, 4, 26])
-    cosine, sine, sizes = angle.cos(), angle.sin(), (ctypes.c_int64 * 5)(batch, tokens, heads, start, size)
-    results = []
-    for kernels in (backend.build(), neon.kernels):
-        rotated = keys.clone()
-        kernels.rotate(rotated.data_ptr(), cosine.data_ptr(), sine.data_ptr(), left.data_ptr(), sizes, 1)
-        results.append(rotated)
-    assert same(*results) and not same(results[0], keys)
 
 
 def test_fingerprints(neon):

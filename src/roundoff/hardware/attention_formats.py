@@ -58,9 +58,16 @@ class AttentionFormats:
         self.cache, self.operands = state
         self._stored = None
 
-    def in_cache(self, x: Float[Tensor, "*tokens size"]) -> Float[Tensor, "*tokens size"]:
-        """Keys or values as the cache stores them, without gradient; each row is one head of one token."""
-        return x if self.cache is None else quantize(x.detach(), self.cache, tensor_scale="row")
+    def in_cache(
+        self, x: Float[Tensor, "*tokens size"], out: Float[Tensor, "*tokens size"] | None = None
+    ) -> Float[Tensor, "*tokens size"]:
+        """Keys or values as the cache stores them, without gradient; each row is one head of one token.
+
+        They are written to `out` if it is given, which may be `x`.
+        """
+        if self.cache is None:
+            return x if out is None else out.copy_(x)
+        return quantize(x.detach() if out is None else x, self.cache, tensor_scale="row", out=out)
 
     def hand_over(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return columns of a cache that have passed `in_cache`, and tell the next `read_back` so."""

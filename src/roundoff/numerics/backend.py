@@ -51,7 +51,6 @@ class Kernels:
     norm: Callable[..., None]
     gate: Callable[..., None]
     attend: Callable[..., None]
-    rotate: Callable[..., None]
     fingerprint: Callable[..., None]
     fingerprints: Callable[..., None]
     path: Path
@@ -221,15 +220,14 @@ def load(library: Path, target: str) -> Kernels:
     ]
     noise.argtypes = [integer, pointer, pointer, long, long, pointer, pointer, single, key, integer]
     draw.argtypes = [integer, pointer, long, long, pointer, pointer, key, integer]
-    norm, gate, attend, rotate = handle.ro_norm, handle.ro_gate, handle.ro_attend, handle.ro_rotate
+    norm, gate, attend = handle.ro_norm, handle.ro_gate, handle.ro_attend
     norm.argtypes = [pointer, pointer, pointer, single, pointer, long, long, integer]
     gate.argtypes = [pointer, pointer, long, integer]
-    attend.argtypes = [pointer, pointer, pointer, single, integer]
-    rotate.argtypes = [pointer, pointer, pointer, pointer, pointer, integer]
+    attend.argtypes = [pointer, pointer, pointer, single, pointer, integer]
     fingerprint = handle.ro_fingerprint
     fingerprint.argtypes = [pointer, pointer, long, long, long, pointer]
     fingerprints = handle.ro_fingerprints
     fingerprints.argtypes = [pointer, long, long, long, pointer]
-    for function in (quantize, noise, draw, norm, gate, attend, rotate, fingerprint, fingerprints):
+    for function in (quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints):
         function.restype = None
-    return Kernels(quantize, noise, draw, norm, gate, attend, rotate, fingerprint, fingerprints, library, target)
+    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, library, target)

@@ -4,11 +4,12 @@ On small models, most of a decode step is spent between the matrix products: a L
 small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
 attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
 with their hardware, adapters or faults, and noisy attention goes through its own function. New keys and values are
-quantized between their rotation and the cache where the hardware has a format for it. What the chip does to the
+quantized on their way into the cache where the hardware has a format for it. What the chip does to the
 arithmetic is therefore the same code in every pass.
 
 The fused pass is used only where it is known to compute what the model computes: on a CPU in float32, for the model
-classes in `FAMILIES` with their default activation, norm and rotary embedding, and without forward hooks. Before its
+classes in `FAMILIES` with their default activation, norm and rotary embedding, without forward hooks, and with a format
+of the cache that the kernels know. Before its
 first use on a model, both passes are compared on a few tokens; they must agree to float32 rounding. If they do not, a
 warning says so and the model's own pass is used, as it is where no compiler is found.
 """
@@ -27,6 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from roundoff.formats.table import get_format
 from roundoff.hardware import attention, plain_arithmetic
 from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.masks import AttentionPattern, positions
@@ -151,17 +153,15 @@ class FusedDecoder:
         q, D, own = qkv[0], module.head_dim, place.own
         out = None if self.noisy_attention else torch.empty_like(q)
         start, prompt = place.start, place.prompt
-        angles: tuple[Tensor | None, Tensor | None] = self.cosine, self.sine
-        if layer.formats.cache is not None:
-            qkv, angles = self._stored(layer.formats, qkv, left, (B, Q, start, D)), (None, None)
         kv_heads, capacity = own.keys.shape[1], own.keys.shape[2]
         tensors = *qkv, out, *((None, None) if prompt is None else (prompt.keys, prompt.values)), own.keys, own.values
         width = 0 if prompt is None else prompt.keys.shape[2]
         self.kernels.attend(
-            _pointers(*tensors, *angles),
+            _pointers(*tensors, self.cosine, self.sine),
             _pointers(place.prompt_row, place.own_row, left),
             (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, layer.window, width, capacity, D),
             module.scaling,
+            None if layer.formats.cache is None else get_format(layer.formats.cache).packed,
             torch.get_num_threads(),
         )
         own.length += Q
@@ -173,27 +173,6 @@ class FusedDecoder:
         queries = q.view(B, Q, -1, D).transpose(1, 2)
         mixed, _ = attention.attention_forward(module, queries, keys, values, mask, scaling=module.scaling)
         return mixed.view(B * Q, -1)
-
-    def _stored(
-        self,
-        formats: AttentionFormats,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        left: Tensor,
-        sizes: tuple[int, int, int, int],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries after their rotation, and keys and values [B*Q, G*D] as the cache stores them.
-
-        `sizes` are B, Q, the column of the first token, and D.
-        """
-        B, Q, start, D = sizes
-        for x in qkv[:2]:
-            self.kernels.rotate(
-                *(tensor.data_ptr() for tensor in (x, self.cosine, self.sine, left)),
-                (ctypes.c_int64 * 5)(B, Q, x.shape[1] // D, start, D),
-                thread_count(x.numel()),
-            )
-        k, v = (formats.in_cache(x.view(-1, D)).view_as(x) for x in qkv[1:])
-        return qkv[0], k, v
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -304,6 +283,7 @@ def _is_known(base: PreTrainedModel) -> bool:
         config.hidden_act == "silu"
         and kind in ("default", "linear", "llama3")
         and head in HEAD_SIZES
+        and all(get_format(str(formats.cache)).has_kernel for formats in attention.cache_formats(base).values())
         and 2 * rotary.inv_freq.numel() == head  # type: ignore[attr-defined]
         and config._attn_implementation in ("sdpa", "eager", attention.NAME, attention.CACHE_NAME)
         and all(p.dtype == torch.float32 and p.is_contiguous() for p in base.parameters())

@@ -57,8 +57,8 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
         self.length = end = start + new
-        self.keys.narrow(2, start, new).copy_(self.formats.in_cache(key_states))
-        self.values.narrow(2, start, new).copy_(self.formats.in_cache(value_states))
+        self.formats.in_cache(key_states, out=self.keys.narrow(2, start, new))
+        self.formats.in_cache(value_states, out=self.values.narrow(2, start, new))
         return self.formats.hand_over(self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end))
 
     def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCacheLayer:

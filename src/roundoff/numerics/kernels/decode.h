@@ -1,7 +1,7 @@
 // The operations of a Llama-like decoder layer between its matrix products, each in one pass over memory, in float32.
 //   norm:    h += delta;  out = weight * (h / sqrt(mean(h^2) + eps))
-//   attend:  rotary embedding of q and k; k and v into the cache; softmax(q k^T * scale) v over the visible columns
-//   rotate:  the rotary embedding alone, where keys are changed before they go into the cache
+//   attend:  rotary embedding of q and k; k and v into the cache, perhaps in a format of its own;
+//            softmax(q k^T * scale) v over the visible columns
 //   gate:    g = g / (1 + exp(-g)) * up
 #pragma once
 #include <algorithm>
@@ -114,7 +114,7 @@ struct Cache {
 struct Attention {
     float *q, *k, *v, *out;  // null `out`: only rotate and fill the cache
     Cache prefix, own;
-    const float *cosine, *sine;  // [positions, D]; null: q and k are rotated already
+    const float *cosine, *sine;  // [positions, D]
     const int64_t* left;         // [B] columns of left padding
     int64_t rows, tokens, heads, kv_heads, start, window;  // window 0: all columns are visible
     float scale;
@@ -126,18 +126,6 @@ static inline void rotate(float* x, const float* cosine, const float* sine, int6
         float a = x[i], b = x[i + half];
         x[i] = a * cosine[i] - b * sine[i];
         x[i + half] = b * cosine[i + half] + a * sine[i + half];
-    }
-}
-
-// Rotates x [B, tokens, heads * size], whose first token is at column `start`; `left` are columns of left padding.
-static void rotate_rows(float* x, const float* cosine, const float* sine, const int64_t* left, int64_t tokens,
-                        int64_t heads, int64_t start, int64_t size, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-        for (int64_t t = 0; t < tokens; ++t) {
-            const int64_t at = std::max<int64_t>(start + t - left[row], 0) * size;
-            float* token = x + (row * tokens + t) * heads * size;
-            for (int64_t h = 0; h < heads; ++h) rotate(token + h * size, cosine + at, sine + at, size);
-        }
     }
 }
 
@@ -185,20 +173,23 @@ static inline void attend(const float* q, float* out, const Keys& keys, const Va
     for (int i = 0; i < N; ++i) store<false>(out + LANES * i, sum[i] * inverse);
 }
 
-template <int64_t D> static void attend_rows(const Attention& a, int64_t begin, int64_t end) {
+// `stored` changes the keys or the values [kv_heads, D] of a token to what the cache holds of them.
+template <int64_t D, class Stored>
+static void attend_rows(const Attention& a, const Stored& stored, int64_t begin, int64_t end) {
     const int64_t shared = a.heads / a.kv_heads;
     std::vector<float> space(a.start + a.tokens + 2 * SIXTEEN);
     for (int64_t row = begin; row < end; ++row) {
         const int64_t left = a.left[row];
         for (int64_t t = 0; t < a.tokens; ++t) {
             const int64_t column = a.start + t, position = std::max<int64_t>(column - left, 0), at = row * a.tokens + t;
-            auto rotated = [&](float* x) {
-                if (a.cosine) rotate(x, a.cosine + position * D, a.sine + position * D, D);
-            };
+            const float *cosine = a.cosine + position * D, *sine = a.sine + position * D;
             const int64_t first = std::max(left, a.window ? column + 1 - a.window : 0);
+            float *token_keys = a.k + at * a.kv_heads * D, *token_values = a.v + at * a.kv_heads * D;
+            for (int64_t g = 0; g < a.kv_heads; ++g) rotate(token_keys + g * D, cosine, sine, D);
+            stored(token_keys);
+            stored(token_values);
             for (int64_t g = 0; g < a.kv_heads; ++g) {
-                float *key = a.k + (at * a.kv_heads + g) * D, *value = a.v + (at * a.kv_heads + g) * D;
-                rotated(key);
+                const float *key = token_keys + g * D, *value = token_values + g * D;
                 const int64_t before = a.prefix.capacity;
                 const int64_t shared_at = before ? a.prefix.at(row, g, a.kv_heads, D) : 0;
                 const int64_t own_at = a.own.at(row, g, a.kv_heads, D) - before * D;
@@ -214,7 +205,7 @@ template <int64_t D> static void attend_rows(const Attention& a, int64_t begin, 
                 };
                 for (int64_t s = 0; s < shared; ++s) {
                     const int64_t place = (at * a.heads + g * shared + s) * D;
-                    rotated(a.q + place);
+                    rotate(a.q + place, cosine, sine, D);
                     if (a.out) attend<D>(a.q + place, a.out + place, keys, values, column + 1 - first, a.scale, space.data());
                 }
             }
