@@ -33,14 +33,40 @@ def settings(experiment: Experiment, profile: Profile) -> str:
 
 
 def products(hardware: Hardware) -> str:
-    """The three products of a Linear on this hardware: which operand is stored in which format, and the noise."""
+    """The products of a Linear and of attention: which operand is stored in which format, and the noise.
+
+    Those of attention are left out if none of their operands has a format.
+    """
+    return _linear_products(hardware) + _attention_products(hardware)
+
+
+def _operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
+    stored = [] if fmt is None else [fmt if get_format(fmt).rows > 1 else f"{fmt} along {along}"]
+    return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
+
+
+def _attention_products(hardware: Hardware) -> str:
     p, noise = hardware.precision, hardware.matmul_noise
+    if not (p.kv_cache or p.attention):
+        return ""
+
+    def cached(name: str) -> str:
+        parts = [f"cache {p.kv_cache}"] if p.kv_cache else []
+        parts += [p.attention] if p.attention and p.attention != p.kv_cache else []
+        return f"{name} [{', then '.join(parts)} along the head]"
+
+    on = noise.relative_std and noise.attention and noise.forward
+    error = f"  + {100 * noise.relative_std:.4g} % noise" if on else ""
+    lines = ["# products of attention: operands, and the axis along which their rows and blocks lie"]
+    lines.append(f"scores = {_operand('Q', p.attention, 'the head')} . {cached('K')}{error}")
+    lines.append(f"output = {_operand('P', p.attention, 'the keys')} . {cached('V')}{error}")
+    return "\n".join(lines) + "\n"
+
+
+def _linear_products(hardware: Hardware) -> str:
+    p, noise, operand = hardware.precision, hardware.matmul_noise, _operand
     if not (p.weight or p.activation or p.gradient or noise.relative_std):
         return "# products of a Linear: plain arithmetic\n"
-
-    def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
-        stored = [] if fmt is None else [fmt if get_format(fmt).rows > 1 else f"{fmt} along {along}"]
-        return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
 
     def error(on: bool) -> str:
         return f"  + {100 * noise.relative_std:.4g} % noise" if noise.relative_std and on else ""

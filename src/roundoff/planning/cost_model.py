@@ -170,6 +170,8 @@ class CostModel:
         for kind, on in (
             ("activation", hardware.precision.activation is not None),
             ("gradient", hardware.precision.gradient is not None),
+            ("kv_cache", hardware.precision.kv_cache is not None),
+            ("attention", hardware.precision.attention is not None),
             ("noise", hardware.matmul_noise.relative_std > 0),
         ):
             added = ADDED[kind, self.machine.compiled] if on else NOTHING
@@ -178,10 +180,11 @@ class CostModel:
 
     def _decoding(self, hardware: Hardware) -> Work:
         """Work of a decoder layer in sampling, with the fused decoder where it is used."""
-        work = self._work(hardware).forward
         small = self.profile.training.max_prompt_tokens <= MOST_FUSED_COLUMNS and self.profile.dtype == "float32"
         if not (small and self.machine.compiled):
-            return work
+            return self._work(hardware).forward
+        precision = hardware.precision.model_copy(update={"kv_cache": None})  # the fused kernel quantizes as it goes
+        work = self._work(hardware.model_copy(update={"precision": precision})).forward
         plain = PLAIN.forward
         return Work(
             work.operations - plain.operations + FUSED.operations,
