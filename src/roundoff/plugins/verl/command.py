@@ -125,14 +125,13 @@ def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
 
 def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     model = "actor_rollout_ref.model"
-    noise = experiment.hardware.matmul_noise
     tiny = profile.model == "tiny"
     path = str(Path(roundoff.__file__).parent / "models" / "tiny") if tiny else profile.model
     yield f"{model}.path={quoted(path)}"
     if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
-    needs_padding = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
+    needs_padding = profile.device == "cpu" or experiment.hardware.concerns_attention
     yield f"{model}.use_remove_padding={not needs_padding}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"
@@ -265,6 +264,12 @@ def _vllm(experiment: Experiment) -> Iterator[str]:
         )
     if hardware.accumulator is not None:
         raise ConfigError("hardware.accumulator is not simulated in vLLM, whose kernels sum the products: leave it out")
+    for name in ("kv_cache", "attention"):
+        if getattr(hardware.precision, name) is not None:
+            raise ConfigError(
+                f"hardware.precision.{name} is not simulated in vLLM, whose own kv_cache_dtype has other scales: "
+                "leave it out"
+            )
     if hardware.deadzone is not None or hardware.faults:
         raise ConfigError("hardware.deadzone and hardware.faults are not simulated in vLLM: leave them out")
     rollout = "actor_rollout_ref.rollout"

@@ -75,7 +75,6 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
 
     def _check(self, settings: PluginSettings) -> None:
         """Refuse configurations under which the engine would compute something else than the settings say."""
-        noise = settings.hardware.matmul_noise
         refused = {
             "actor_rollout_ref.actor.fsdp_config.qat.enable=True (verl's own quantization)": self._qat_enabled,
             "ulysses_sequence_parallel_size > 1": self.use_ulysses_sp,
@@ -84,10 +83,11 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         for setting, is_set in refused.items():
             if is_set:
                 raise ConfigError(f"roundoff's hardware cannot be simulated with {setting}: leave it at its default")
-        if noise.relative_std and noise.attention and self.use_remove_padding:
+        if settings.hardware.concerns_attention and self.use_remove_padding:
             raise ConfigError(
-                "hardware.matmul_noise.attention = true needs whole sequences: set "
-                "actor_rollout_ref.model.use_remove_padding=False, or hardware.matmul_noise.attention = false"
+                "hardware in attention (hardware.matmul_noise.attention = true, hardware.precision.kv_cache or "
+                "attention) needs whole sequences: set actor_rollout_ref.model.use_remove_padding=False, or set "
+                "hardware.matmul_noise.attention = false and leave the formats out"
             )
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:

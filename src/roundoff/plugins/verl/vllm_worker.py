@@ -148,6 +148,10 @@ def install_in_vllm(model: nn.Module, hardware: Hardware, key: Key) -> int:
         "hardware.matmul_noise.attention = true": bool(std and noise.attention),
         **{f"hardware.matmul_noise ({error})": True for error in noise.other_errors},
         "hardware.accumulator": hardware.accumulator is not None,
+        "hardware.precision.attention": hardware.precision.attention is not None,
+        "hardware.precision.kv_cache (vLLM's own kv_cache_dtype has other scales)": (
+            hardware.precision.kv_cache is not None
+        ),
         "hardware.deadzone": hardware.deadzone is not None,
         "hardware.faults": bool(hardware.faults),
         "hardware.exclude without lm_head": exclusion("lm_head", hardware.exclude) is None,
