@@ -311,5 +311,5 @@ def test_summary_names_layers_and_modules():
     kept = Hardware.model_validate({"precision": {"weight": "mxfp4", "keep": [0]}})
     text = install(model, kept, seed=0).summary()
     last = model.config.num_hidden_layers - 1
-    shown = f"layers 1-{last}: " if last > 1 else "layers 1: "
+    shown = f"layers 1-{last}: " if last > 1 else "layer 1: "
     assert shown + "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, mlp." in text

@@ -109,7 +109,7 @@ def _linear_products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
         x = operand("x", p.activation, "the tokens", *hadamard)
         lines.append(f"dW = {dy} . {x}{error(noise.backward)}")
     if hardware.accumulator is not None:
-        lines.append(f"all three: {hardware.accumulator.in_words}")
+        lines.append(f"{'all three' if backward else 'y'}: {hardware.accumulator.in_words}")
     return "\n".join(lines) + "\n"
 
 

@@ -82,18 +82,29 @@ def within_layer(name: str) -> str:
 
 
 def where(entries: Iterable[Entry]) -> str:
-    """Describe which modules these are, as in `layers 0-5: mlp.down_proj, mlp.up_proj`."""
-    entries = list(entries)
-    layers = sorted({entry.layer for entry in entries if entry.layer is not None})
+    """Describe which modules these are, as in `layers 0-5: mlp.down_proj, mlp.up_proj`.
+
+    Layers of which other modules are meant are told apart by semicolons.
+    """
+    names: dict[int | None, list[str]] = {}
+    for entry in entries:
+        names.setdefault(entry.layer, []).append(within_layer(plain_name(entry.name)))
+    layers: dict[tuple[str, ...], list[int]] = {}
+    for layer, inside in names.items():
+        layers.setdefault(tuple(dict.fromkeys(inside)), []).extend([] if layer is None else [layer])
+    return "; ".join(_numbered(found) + ", ".join(inside) for inside, found in layers.items())
+
+
+def _numbered(layers: list[int]) -> str:
+    """Indices as in `layers 0-5: `; empty if there are none."""
     runs: list[list[int]] = []
-    for layer in layers:
+    for layer in sorted(layers):
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
     shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    names = dict.fromkeys(within_layer(plain_name(entry.name)) for entry in entries)
-    return (f"layers {shown}: " if shown else "") + ", ".join(names)
+    return f"layer{'s' if len(layers) > 1 else ''} {shown}: " if layers else ""
 
 
 def described(entry: Entry) -> str:
