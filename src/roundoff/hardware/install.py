@@ -179,7 +179,7 @@ def _survey(model: nn.Module, hardware: Hardware) -> _Survey:
     attended = attention_layers(model, hardware)
     check_rules(hardware, [*(item.plain_name for item in candidates), *map(plain_name, attended)])
     output = _output_embedding(model)
-    keep = kept_layers(hardware.precision.keep, candidates)
+    keep = kept_layers(hardware.precision.keep, (item.layer for item in candidates))
     plans = {item.name: _plan(item, hardware, keep, is_output=item.module is output) for item in candidates}
     covered = [item for item in candidates if plans[item.name].does_something]
     idle = [item.name for item in candidates if not plans[item.name].does_something]

@@ -18,6 +18,7 @@ import roundoff
 from roundoff.config import ConfigError, Experiment, Profile
 from roundoff.plugins.verl.hydra_values import number, quoted, quoted_json
 from roundoff.plugins.verl.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
+from roundoff.plugins.verl.vllm_limits import check_vllm
 
 if TYPE_CHECKING:
     from roundoff.srdd import LayerScan
@@ -88,8 +89,8 @@ def command(
     """
     on_cpu = profile.device == "cpu"
     settings = plugin_settings(experiment, seed, scan)
-    variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json()}
-    as_json = settings.model_dump(mode="json")
+    variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json(exclude_none=True)}
+    as_json = settings.model_dump(mode="json", exclude_none=True)
     if on_cpu:
         variables[PLATFORM] = "cpu"
     arguments = [
@@ -99,7 +100,7 @@ def command(
         *_rollout(experiment, profile, seed),
         *_algorithm(experiment, profile),
         *_trainer(experiment, profile, resources),
-        *(_cpu(resources) if on_cpu else _vllm(experiment)),
+        *(_cpu(resources) if on_cpu else _vllm(settings)),
         *(
             # for every process on every node, even if Ray was started before this shell
             f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}"
@@ -125,14 +126,13 @@ def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
 
 def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     model = "actor_rollout_ref.model"
-    noise = experiment.hardware.matmul_noise
     tiny = profile.model == "tiny"
     path = str(Path(roundoff.__file__).parent / "models" / "tiny") if tiny else profile.model
     yield f"{model}.path={quoted(path)}"
     if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
-    needs_padding = profile.device == "cpu" or (noise.relative_std > 0 and noise.attention)
+    needs_padding = profile.device == "cpu" or experiment.hardware.of("training").perturbs_attention
     yield f"{model}.use_remove_padding={not needs_padding}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"
@@ -251,16 +251,9 @@ def _trainer(experiment: Experiment, profile: Profile, resources: Resources) -> 
     yield "trainer.logger=[console,tensorboard]"
 
 
-def _vllm(experiment: Experiment) -> Iterator[str]:
+def _vllm(settings: PluginSettings) -> Iterator[str]:
     """Rollouts by vLLM on an accelerator."""
-    noise, hardware = experiment.hardware.matmul_noise, experiment.hardware
-    if noise.relative_std and noise.forward and noise.attention:
-        raise ConfigError(
-            "hardware.matmul_noise.attention = true cannot be simulated in vLLM's attention kernels: add "
-            "--set hardware.matmul_noise.attention=false"
-        )
-    if hardware.deadzone is not None or hardware.faults:
-        raise ConfigError("hardware.deadzone and hardware.faults are not simulated in vLLM: leave them out")
+    check_vllm(settings.hardware)
     rollout = "actor_rollout_ref.rollout"
     yield f"{rollout}.name=vllm"
     yield f"{rollout}.enforce_eager=True"  # compiled graphs would not see the hardware
