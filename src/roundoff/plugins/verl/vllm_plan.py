@@ -98,7 +98,7 @@ def _of_layer(hardware: Hardware, name: str) -> LayerArithmetic | None:
     found = set(parts.values())
     if len(found) > 1:
         setting = (
-            "hardware.exclude takes out a part of" if None in found else "hardware.rules treat differently parts of"
+            "hardware.exclude takes out a part" if None in found else "hardware.rules set inputs or noise of parts"
         )
         raise ConfigError(f"{setting} of {name}, which vLLM computes as one: treat {', '.join(parts)} alike")
     return found.pop()
