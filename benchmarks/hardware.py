@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from roundoff.config import Hardware, MatmulNoise, Precision
-from roundoff.hardware import install, noise_key
+from roundoff.hardware import hardware_phase, install, noise_key
 from roundoff.models.load import load_model
 from roundoff.numerics.backend import computed_by
 from roundoff.numerics.rng import Key
+from roundoff.sampling.sampler import sample
 
 TRAINED = (64, 20)  # rollouts x tokens of a training pass
 DECODED = (256, 16)  # rollouts x tokens in the cache of a decoding step
@@ -58,9 +59,12 @@ GOALS = {
 }
 
 
-def training_step(hardware: Hardware) -> Callable[[], None]:
-    """One optimizer step of `tiny`: forward, loss on every token, backward, AdamW."""
-    model = load_model("tiny", dtype=torch.float32, device="cpu").model.train()
+PHASE_GOALS = {"equal formats": 1.02}
+
+
+def training_step(hardware: Hardware, model: PreTrainedModel | None = None) -> Callable[[], None]:
+    """One optimizer step of `tiny`, or of a model on its hardware: forward, loss on every token, backward, AdamW."""
+    model = model or load_model("tiny", dtype=torch.float32, device="cpu").model.train()
     installed = not hardware.changes_nothing
     if installed:
         install(model, hardware, seed=0)
@@ -111,6 +115,31 @@ def decoding_step(hardware: Hardware) -> Callable[[], None]:
     return step
 
 
+W4A4 = {"weight": "mxfp4", "activation": "mxfp4"}
+PHASES = {
+    "plain": Hardware.model_validate({"precision": W4A4}),
+    "equal formats": Hardware.model_validate({"precision": W4A4, "rollout": {"exclude": ("lm_head", "norm")}}),
+    "other weights": Hardware.model_validate({"precision": W4A4, "rollout": {"precision": {"weight": "nvfp4"}}}),
+    "training in plain": Hardware.model_validate({"rollout": {"precision": W4A4}}),
+}
+"""Hardware of one phase (`plain`), and of two: which differ in name only, in the weights' format, or in all formats."""
+
+
+def step_with_rollouts(hardware: Hardware) -> Callable[[], None]:
+    """A training step after 16 rollouts of 8 tokens, each on the hardware of its phase, on one model."""
+    loaded = load_model("tiny", dtype=torch.float32, device="cpu")
+    model = loaded.model
+    install(model, hardware, seed=0)
+    trained = training_step(Hardware(), model)
+    prompts, key = ["12+7-3=", "9-4+2="] * 8, Key.from_seed(0)
+
+    def step() -> None:
+        sample(model, loaded.tokenizer, prompts, group_size=1, max_new_tokens=8, temperature=1.0, key=key)
+        trained()
+
+    return step
+
+
 def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     """Seconds of the thread in each repeat of each step, in turns, so that a slow moment meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -139,8 +168,8 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def memory() -> None:
-    """Print what `install` adds to a frozen model of SmolLM2-135M's shape after a forward pass, W4A16."""
+def memory(name: str, hardware: Hardware) -> None:
+    """Print what `install` adds to a frozen model of SmolLM2-135M's shape after a forward pass in each phase."""
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -154,14 +183,14 @@ def memory() -> None:
     model = LlamaForCausalLM(config).requires_grad_(False)
     model.bfloat16()
     before = tensor_bytes()
-    hardware = Hardware(precision=Precision(weight="mxfp4"))
     entries = install(model, hardware, seed=0).entries
-    with torch.no_grad():
-        model(torch.ones(1, 8, dtype=torch.int64))
+    for phase in ("training", "rollout", "evaluation"):
+        with hardware_phase(model, phase), torch.no_grad():
+            model(torch.ones(1, 8, dtype=torch.int64))
     added = tensor_bytes() - before
     copies = sum(p.nbytes for e in entries for p in model.get_submodule(e.name).parameters(recurse=False))
     print(
-        f"\nmemory, frozen 135 M bfloat16 model, W4A16: weights {(before - empty) / 2**20:.1f} MiB, of which Linear ",
+        f"\nmemory, frozen 135 M bfloat16 model, {name}: weights {(before - empty) / 2**20:.1f} MiB, of which Linear ",
         end="",
     )
     print(f"{copies / 2**20:.1f}; install adds {added / 2**20:.1f} MiB ({added / copies:.3f} x the Linear weights)")
@@ -169,12 +198,18 @@ def memory() -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    two_weights = Hardware.model_validate(
+        {"precision": {"weight": "mxfp4"}, "rollout": {"precision": {"weight": "nvfp4"}}}
+    )
     goals = GOALS.get(computed_by(torch.ones(1)), {})
     trained = interleaved({name: training_step(hardware) for name, hardware in SETTINGS.items()})
     report(f"training step, {TRAINED}, thread time", trained, goals)
     decoded = interleaved({name: decoding_step(hardware) for name, hardware in SETTINGS.items()})
     report(f"decoding step, {DECODED}, thread time", decoded, {})
-    memory()
+    phased = interleaved({name: step_with_rollouts(hardware) for name, hardware in PHASES.items()})
+    report("16 rollouts of 8 tokens and a training step, W4A4 (mxfp4), ratio to one phase", phased, PHASE_GOALS)
+    memory("W4A16", Hardware(precision=Precision(weight="mxfp4")))
+    memory("two phases, W4A16 (mxfp4) and W4A16 (nvfp4)", two_weights)
 
 
 if __name__ == "__main__":

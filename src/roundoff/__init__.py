@@ -38,6 +38,7 @@ _HOME = {
     "load_model": "roundoff.models.load",
     "install": "roundoff.hardware",
     "hardware_off": "roundoff.hardware",
+    "hardware_phase": "roundoff.hardware",
     "noise_key": "roundoff.hardware",
     "aqn_noise": "roundoff.aqn.noise",
     "SRDD": "roundoff.config",

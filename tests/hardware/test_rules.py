@@ -1,5 +1,7 @@
 """Rules for single modules, layers counted from the end, and what is refused."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -141,6 +143,7 @@ def test_hardware_goes_through_json_and_toml_unchanged():
     )
     for content in (settings.model_dump(mode="json"), settings.model_dump(mode="json", exclude_none=True)):
         assert validate(Hardware, content, source="again") == settings
+    assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301 (as it goes to worker processes)
 
 
 def test_a_phase_may_have_rules_and_faults_of_its_own():

@@ -54,7 +54,9 @@ def changes_of(model: type[Settings], left_out: tuple[str, ...] = ()) -> type[Ch
     for name, field in model.model_fields.items():
         if name not in left_out:
             fields[name] = (_kind(field), None)
-    made: type[Changes] = create_model(f"{model.__name__}Changes", __base__=Changes, __doc__=model.__doc__, **fields)
+    name = "".join([model.__name__, "Changes", *(f"Without{part.title()}" for part in left_out)])
+    made: type[Changes] = create_model(name, __base__=Changes, __module__=__name__, __doc__=model.__doc__, **fields)
+    globals()[name] = made  # where pickle looks for it
     return made
 
 

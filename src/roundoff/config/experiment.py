@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from roundoff.config.algorithm import Algorithm
 from roundoff.config.base import LATER, Count, Settings
-from roundoff.config.phases import Hardware
+from roundoff.config.phases import PHASES, Hardware
 from roundoff.config.profile import Profile
 from roundoff.config.remedies import AQN, SRDD, LoRA
 
@@ -36,6 +36,12 @@ class Experiment(Settings):
     def _not_its_own_baseline(self) -> Self:
         if self.baseline == self.id:
             raise ValueError(f"baseline must be another experiment, but is {self.id!r} itself")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_exist(self) -> Self:
+        if self.lora is None and any(self.hardware.of(phase).lora for phase in PHASES):
+            raise ValueError(".hardware.lora = true does nothing without adapters: add a table [lora], or set it false")
         return self
 
     @model_validator(mode="after")

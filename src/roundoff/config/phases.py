@@ -77,6 +77,8 @@ class HardwareOfAPhase(Settings):
     each part of it."""
     rules: Annotated[tuple[Rule, ...], LATER] = ()
     """Other settings for some modules."""
+    lora: Annotated[bool, LATER] = False
+    """Whether the adapters of LoRA are on the hardware too; if not, they stay in high precision and without noise."""
 
     @model_validator(mode="after")
     def _rules_fit(self) -> Self:

@@ -9,7 +9,7 @@ and `experts.is_experts` to recognize modules; `installed.required`, `attention`
 """
 
 from roundoff.hardware.contexts import hardware_off, hardware_phase, noise_key, plain_arithmetic, rollout_phase
-from roundoff.hardware.install import install, uninstall
+from roundoff.hardware.install import install, install_adapters, uninstall
 from roundoff.hardware.installed import InstalledHardware, installed
 from roundoff.hardware.inventory import Entry, Skipped
 from roundoff.hardware.row_ids import POSITIONS
@@ -22,6 +22,7 @@ __all__ = [
     "hardware_off",
     "hardware_phase",
     "install",
+    "install_adapters",
     "installed",
     "noise_key",
     "plain_arithmetic",

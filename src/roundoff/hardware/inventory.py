@@ -111,6 +111,30 @@ def exclusion(name: str, patterns: Iterable[str]) -> str | None:
     return next((p for p in patterns if any(fnmatchcase(part, p) for part in parts)), None)
 
 
+def candidate(name: str, module: nn.Module) -> Candidate:
+    """A module as a candidate."""
+    plain = plain_name(name)
+    return Candidate(name, plain, layer_index(plain), module)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a dotted name is that of a part of a LoRA adapter."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def find_adapters(model: nn.Module, hardware: Hardware) -> list[Candidate]:
+    """The Linears of adapters that the settings do not exclude, over Linears that are on hardware."""
+    on_hardware = {name for name, module in model.named_modules() if isinstance(module, HardwareLinear)}
+    return [
+        candidate(name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and is_adapter(name)
+        and name.rpartition(".lora_")[0] + ".base_layer" in on_hardware
+        and exclusion(plain_name(name), hardware.exclude) is None
+    ]
+
+
 def kept_layers(keep: tuple[int, ...] | str, layers: Iterable[int | None]) -> tuple[int, ...]:
     """The layers that `precision.keep` names, of which negative ones count from the last; `layers` are the model's.
 
@@ -139,8 +163,7 @@ def find_linears(model: nn.Module, hardware: Hardware) -> tuple[list[Candidate],
             raise ConfigError(f"hardware is installed on {name} already: uninstall it before installing again")
         reason = _skip_reason(name, module, hardware)
         if reason is None:
-            plain = plain_name(name)
-            candidates.append(Candidate(name, plain, layer_index(plain), module))
+            candidates.append(candidate(name, module))
         elif reason:
             skipped.append(Skipped(name, reason))
     if not candidates:
@@ -162,7 +185,7 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
     pattern = exclusion(plain_name(name), hardware.exclude)
     if pattern is not None:
         return f"excluded by hardware.exclude ({pattern!r})"
-    if any(part.startswith("lora_") for part in name.split(".")):
+    if is_adapter(name) and not hardware.lora:
         return "LoRA adapter: stays in high precision"
     if type(module) is nn.Linear or experts.is_experts(module):
         missing = experts.unsupported(module) if experts.is_experts(module) else None

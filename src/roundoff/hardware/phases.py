@@ -68,15 +68,20 @@ class PhaseHardware:
 def put_states(module: nn.Module, attribute: str, states: Mapping[Phase, Any], phase: Phase) -> None:
     """Give a module its state in each phase, and put that of one phase in force."""
     module.__dict__[STATES] = (attribute, dict(states))
-    put_in_force(module, phase)
+    module.__dict__[attribute] = states[phase]
 
 
 def put_in_force(module: nn.Module, phase: Phase) -> None:
-    """Put a module's state of a phase in force, if it has states."""
+    """Put a module's state of another phase in force, if it has states; its weights are checked at the next use."""
     held = module.__dict__.get(STATES)
     if held is not None:
         attribute, states = held
-        module.__dict__[attribute] = states[phase]
+        state = module.__dict__[attribute] = states[phase]
+        if attribute == LINEAR_STATE:
+            state.stored.begin_pass()
+        elif attribute == experts.STATE:
+            for inner in state.states():
+                inner.stored.begin_pass()
 
 
 def take_states(module: nn.Module) -> None:

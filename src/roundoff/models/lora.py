@@ -3,7 +3,7 @@
     y = hardware(x, W) + (alpha / rank) * B A x
 
 - The hardware computes the base as usual (`Q(W)` once for the entire run, since W never changes). A and B are plain
-  Linears in float32, even on a bfloat16 base: neither quantized nor noisy, in rollouts, training and evaluation alike.
+  Linears in float32, even on a bfloat16 base. They are neither quantized nor noisy, unless `hardware.lora` is true.
 - PEFT draws A (`U(-1/sqrt(in), 1/sqrt(in))`) from the run's seed, and B is zero: the first policy is the base.
 - The reference policy is the base with its adapters disabled, so there is no second model in memory.
 - The adapters are added to the model in place. It keeps its class, its config and its forward; parameter names gain
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from roundoff.config import ConfigError, LoRA, nearest
+from roundoff.hardware import install_adapters, installed
 from roundoff.hardware.inventory import plain_name
 from roundoff.models.adapter_file import (
     ADAPTER_CONFIG,
@@ -76,8 +77,6 @@ class Adapters:
             ConfigError: if hardware is installed (it would keep using the old quantized weights), if a merged weight
                 is shared with another module, which would change with it, or if a sum is not finite.
         """
-        from roundoff.hardware import installed
-
         if installed(self.peft) is not None:
             raise ConfigError("adapters are merged into a plain model: load it without hardware")
         model = self.peft.get_base_model()
@@ -190,7 +189,13 @@ def _peft_at_work() -> Iterator[None]:
 
 
 def _finished(model: PreTrainedModel, peft: PeftModel, dropout: float) -> Adapters:
-    """Put all modules into evaluation mode (new ones start in training mode), with dropout that can be replayed."""
+    """Put all modules into evaluation mode (new ones start in training mode), with dropout that can be replayed.
+
+    Adapters are put on the model's hardware if its settings say so (`hardware.lora`).
+
+    Raises:
+        ConfigError: if they say so and no adapter is over a Linear on hardware.
+    """
     draws = DropoutDraws()
     adapted = []
     for name, module in model.named_modules():
@@ -202,6 +207,8 @@ def _finished(model: PreTrainedModel, peft: PeftModel, dropout: float) -> Adapte
     if dropout:
         model.__dict__[MARK] = draws
     peft.eval()
+    if installed(model) is not None:
+        install_adapters(model)
     return Adapters(peft, tuple(adapted))
 
 

@@ -186,9 +186,9 @@ def _steps_per_epoch(args: TrainingArguments, state: TrainerState, batches: Size
 def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> InstalledHardware:
     """Put the policy of a `GRPOTrainer`, and its reference model if it has one, on the hardware.
 
-    Call it before `train()`. Adapters that the trainer has put on the model stay in high precision. Where phases differ
-    (`hardware.rollout` and so on), rollouts and evaluations are generated on their own hardware, and every other pass,
-    that of `eval_loss` included, computes on that of training.
+    Call it before `train()`. Adapters that the trainer has put on the model stay in high precision, unless
+    `hardware.lora` says otherwise. Where phases differ (`hardware.rollout` and so on), rollouts and evaluations are
+    generated on their own hardware, and every other pass, that of `eval_loss` included, computes on that of training.
 
     Args:
         trainer: the `GRPOTrainer`.

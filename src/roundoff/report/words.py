@@ -16,9 +16,10 @@ LISTED = 3
 GLOSSARY = {
     "rollout": "A sampled completion. A group is the rollouts of one prompt.",
     "hardware": "What the chip does to the arithmetic: precision, matmul noise, deadzone. Active in rollout, training "
-    "and evaluation.",
+    "and evaluation, each of which may have its own.",
     "matmul noise": "y + s·|y|·ε with ε ~ N(0, 1) on the output of every matrix product; s is given in percent.",
-    "deployed score": "Accuracy with the hardware on: the headline.",
+    "deployed score": "Accuracy on the hardware of evaluation, which is that of rollouts unless the settings say "
+    "otherwise: the headline.",
     "clean score": "Accuracy of the same weights with the hardware off.",
     "start": "Deployed score before any training.",
     "cost": "Deployed score minus that of the same training on plain arithmetic.",

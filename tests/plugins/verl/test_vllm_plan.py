@@ -109,9 +109,9 @@ def test_a_layer_that_one_phase_excludes_is_plain_in_it():
             {"rules": [{"match": ["down_proj"], "matmul_noise": {"relative_std": 0.1}}]},
             "^hardware.matmul_noise.attention = true",
         ),
-        ({"rollout": {"deadzone": {"threshold": 0.1, "layers": [0]}}}, "^hardware.rollout.deadzone and"),
-        ({"rules": [{"match": ["down_proj"], "deadzone": {"threshold": 0.1}}]}, "^hardware.deadzone and"),
-        ({"faults": [{"kind": "stuck", "layer": 0, "amount": 1.0}]}, "faults are not simulated in vLLM"),
+        ({"rollout": {"deadzone": {"threshold": 0.1, "layers": [0]}}}, "^hardware.rollout.deadzone is not simulated"),
+        ({"rules": [{"match": ["down_proj"], "deadzone": {"threshold": 0.1}}]}, "^hardware.deadzone is not simulated"),
+        ({"faults": [{"kind": "stuck", "layer": 0, "amount": 1.0}]}, "^hardware.faults is not simulated in vLLM"),
         ({"precision": {"weight": "mxfp4"}, "exclude": []}, "leaves lm_head on the hardware"),
         (
             {"rollout": {"precision": {"weight": "mxfp4"}}, "evaluation": {"precision": {"weight": "nvfp4"}}},

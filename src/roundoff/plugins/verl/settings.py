@@ -118,6 +118,11 @@ def check(settings: PluginSettings) -> PluginSettings:
     for keep in (hardware.of(phase).precision.keep for phase in PHASES):
         if isinstance(keep, str):
             raise ConfigError(f"hardware.precision.keep = {keep!r} needs a scan: give its file by `verl-config --scan`")
+    if any(hardware.of(phase).lora for phase in PHASES):
+        raise ConfigError(
+            "hardware.lora = true is not available under verl, which wraps the model in adapters after the hardware "
+            "is installed: leave it false"
+        )
     if settings.ratio == "replayed" and hardware.draws_differ:
         raise ConfigError(
             "ratio = 'replayed' means nothing here: rollouts and training draw different noise in the forward pass "

@@ -7,10 +7,19 @@ formats of rollouts. This module does not import torch.
 
 from __future__ import annotations
 
-from roundoff.config import ConfigError, Hardware, Phase, pattern_matches
+from collections.abc import Iterator
+
+from roundoff.config import ConfigError, Hardware, HardwareOfAPhase, Phase, pattern_matches
 
 SAMPLED: tuple[Phase, ...] = ("rollout", "evaluation")
 """The phases that vLLM computes."""
+SIMULATED = {
+    "": ("precision", "matmul_noise", "exclude", "rules"),
+    "precision": ("weight", "activation", "keep", "gradient", "gradient_rounding", "hadamard"),
+    "matmul_noise": ("relative_std", "forward", "backward", "attention"),
+}
+"""Settings by table that `vllm_worker` carries out, and those of the backward pass, which vLLM never computes. All
+others are refused, so that a new setting is not left out unnoticed."""
 
 
 def check_vllm(hardware: Hardware) -> None:
@@ -37,13 +46,24 @@ def _check_phase(hardware: Hardware, path: str) -> None:
             f"{path}matmul_noise.attention = true cannot be simulated in vLLM's attention kernels: add "
             f"--set {path}matmul_noise.attention=false"
         )
-    if any(v.deadzone is not None or v.faults for v in variants):
+    unknown = sorted({name for variant in variants for name in _not_simulated(variant)})
+    if unknown:
         raise ConfigError(
-            f"{path}deadzone and {path}faults are not simulated in vLLM: leave them out, or "
-            'write deadzone = "none" and faults = [] in [hardware.rollout]'
+            f"{path}{unknown[0]} is not simulated in vLLM: leave it out, or put it back to its default in "
+            "[hardware.rollout]"
         )
     if not any(pattern_matches(pattern, "lm_head") for pattern in hardware.exclude):
         raise ConfigError(f"{path}exclude leaves lm_head on the hardware, which is not simulated in vLLM: exclude it")
+
+
+def _not_simulated(hardware: HardwareOfAPhase) -> Iterator[str]:
+    """Paths of the settings that are not their defaults and not among those that are simulated."""
+    plain = HardwareOfAPhase()
+    for table, known in SIMULATED.items():
+        here, default = (getattr(one, table) if table else one for one in (hardware, plain))
+        for name in type(default).model_fields:
+            if name not in known and getattr(here, name) != getattr(default, name):
+                yield f"{table}.{name}".removeprefix(".")
 
 
 def _weights(hardware: Hardware) -> object:
