@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import roundoff
-from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.config import ConfigError, Experiment, Profile, hardware_in_words
 from roundoff.plugins.verl.hydra_values import number, quoted, quoted_json
 from roundoff.plugins.verl.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
 from roundoff.plugins.verl.vllm_limits import check_vllm
@@ -82,7 +82,7 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
 def command(
     experiment: Experiment, profile: Profile, seed: int, resources: Resources, scan: LayerScan | None = None
 ) -> str:
-    """The complete shell command, one argument a line.
+    """The complete shell command, one argument a line; a comment before it names the phases that differ.
 
     Raises:
         ConfigError: if a setting cannot be carried out under verl.
@@ -109,7 +109,8 @@ def command(
     ]
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     lines += ["python -m verl.trainer.main_ppo", *map(shlex.quote, arguments)]
-    return " \\\n  ".join(lines)
+    phases = hardware_in_words(settings.hardware) if settings.hardware.has_phases else ""
+    return (f"# forward pass: {phases}\n" if phases else "") + " \\\n  ".join(lines)
 
 
 def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
