@@ -163,7 +163,7 @@ def test_hardware_may_leave_while_aqn_stays():
 
 
 def test_phases_that_agree_leave_generate_alone():
-    trainer = Trainer(use_vllm=True)
+    trainer = Trainer(use_transformers_continuous_batching=True)
     for settings in (hardware(precision={"weight": "mxfp4"}), hardware(rollout={"precision": {"weight": "none"}})):
         install_in_trainer(trainer, settings, seed=0)
         assert "generate" not in vars(trainer.model)
@@ -191,10 +191,18 @@ def test_a_copy_of_the_model_generates_with_itself():
     assert original == []
 
 
-@pytest.mark.parametrize("name", ["use_vllm", "use_transformers_continuous_batching"])
+def test_vllm_is_refused_with_any_hardware():
+    trainer = Trainer(use_vllm=True)
+    for settings in (THREE, hardware(precision={"weight": "mxfp4"})):
+        with pytest.raises(ConfigError, match="use_vllm = True generates in vLLM, which computes without the hardware"):
+            install_in_trainer(trainer, settings, seed=0)
+    assert installed(trainer.model) is None
+
+
+@pytest.mark.parametrize("name", ["use_transformers_continuous_batching", "use_transformers_paged"])
 def test_other_ways_to_generate_are_refused_before_anything_is_installed(name):
     trainer = Trainer(**{name: True})
-    with pytest.raises(ConfigError, match=f"{name} = True generates without model.generate, on the hardware of"):
+    with pytest.raises(ConfigError, match=f"{name} = True generates without model.generate, where hardware.rollout"):
         install_in_trainer(trainer, THREE, seed=0)
     trainer = Trainer()
     trainer.rollout_func = print

@@ -145,7 +145,7 @@ class PhaseCallback(TrainerCallback):
         Raises:
             ConfigError: if it will not.
         """
-        _check_generator(args, "on the hardware of training instead of hardware.rollout")
+        _check_generator(args, "where hardware.rollout would never be in force")
         self.rollouts = 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -199,8 +199,10 @@ def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> Instal
         ConfigError: if the hardware cannot be installed, if trl would compute a part of the model without it, or if
             phases differ and trl would not generate by the model's own `generate`.
     """
+    if getattr(getattr(trainer, "args", None), "use_vllm", False):
+        raise ConfigError("use_vllm = True generates in vLLM, which computes without the hardware: set it to False")
     if hardware.has_phases:
-        _check_generator(trainer.args, "on the hardware of training instead of hardware.rollout")
+        _check_generator(trainer.args, "where hardware.rollout would never be in force")
         if getattr(trainer, "rollout_func", None) is not None:
             raise ConfigError(
                 "rollout_func generates in a way of its own, which phases do not support: leave it out, or give "
