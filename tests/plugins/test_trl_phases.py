@@ -237,6 +237,28 @@ def test_installing_again_after_a_plain_uninstall_has_one_block():
     install_in_trainer(trainer, THREE, seed=0)
     assert [type(callback) for callback in trainer.callbacks] == [PhaseCallback]
     assert phases_of_each_pass(trainer, watched(trainer.model))[0] == {("rollout", False)}
+    uninstall(trainer.model)
+    install_in_trainer(trainer, hardware(precision={"weight": "mxfp4"}), seed=0)
+    assert trainer.callbacks == [] and "generate" not in vars(trainer.model)
+
+
+def test_a_reference_that_cannot_be_installed_leaves_the_policy_as_it_was():
+    trainer = Trainer()
+    trainer.ref_model = torch.nn.LayerNorm(2)
+    with pytest.raises(ConfigError, match="leaves no Linear to compute"):
+        install_in_trainer(trainer, THREE, seed=0)
+    assert installed(trainer.model) is None
+    assert "generate" not in vars(trainer.model)
+
+
+def test_the_wrapper_of_adapters_generates_in_its_phase():
+    peft = pytest.importorskip("peft")
+    trainer = Trainer()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer.model = peft.get_peft_model(trainer.model, config)
+    install_in_trainer(trainer, THREE, seed=0)
+    expected = [{("rollout", False)}, {("training", False)}, {("evaluation", False)}]
+    assert phases_of_each_pass(trainer, watched(trainer.model.base_model.model)) == expected
 
 
 def test_noise_of_rollouts_alone_goes_with_gradient_checkpointing():

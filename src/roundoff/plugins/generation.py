@@ -61,10 +61,12 @@ def enclose(model: nn.Module, owner: str, block: Block) -> None:
     there.blocks[owner] = block
 
 
-def release(model: nn.Module, owner: str) -> None:
-    """Take a block away, if it is there; with the last one, the model has its own method again."""
+def release(model: nn.Module, owner: str) -> bool:
+    """Take a block away, and say whether it was there; with the last one, the model has its own method again."""
     found = vars(model).get("generate")
-    if isinstance(found, EnclosedGenerate):
-        found.blocks.pop(owner, None)
-        if not found.blocks:
-            del vars(model)["generate"]
+    if not isinstance(found, EnclosedGenerate) or owner not in found.blocks:
+        return False
+    del found.blocks[owner]
+    if not found.blocks:
+        del vars(model)["generate"]
+    return True

@@ -217,9 +217,13 @@ def install_in_trainer(trainer: Any, hardware: Hardware, *, seed: int) -> Instal
             "exclude it"
         )
     if getattr(trainer, "ref_model", None) is not None:
-        install(trainer.ref_model, hardware, seed=seed)
+        try:
+            install(trainer.ref_model, hardware, seed=seed)
+        except ConfigError:
+            uninstall(trainer.model)
+            raise
+    _leave_phases(trainer)  # those of hardware that was uninstalled by itself
     if hardware.has_phases:
-        _leave_phases(trainer)  # those of hardware that was uninstalled
         callback = PhaseCallback()
         enclose(trainer.model, "PhaseCallback", callback.block)
         trainer.add_callback(callback)
@@ -239,9 +243,7 @@ def uninstall_from_trainer(trainer: Any) -> None:
 
 
 def _leave_phases(trainer: Any) -> None:
-    generate = enclosed(trainer.model)
-    if generate is not None and "PhaseCallback" in generate.blocks:
-        release(trainer.model, "PhaseCallback")
+    if release(trainer.model, "PhaseCallback"):
         trainer.remove_callback(PhaseCallback)
 
 
