@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from roundoff.config import Hardware, MatmulNoise, Precision
+from roundoff.config import Accumulator, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_phase, install, noise_key
 from roundoff.models.load import load_model
 from roundoff.numerics.backend import computed_by
@@ -41,6 +41,14 @@ SETTINGS: dict[str, Hardware] = {
     "5 % noise, all products": Hardware(matmul_noise=NOISE),
     "5 % noise, Linear only": Hardware(matmul_noise=NOISE.model_copy(update={"attention": False})),
     "5 % noise, W4A4 (mxfp4)": Hardware(matmul_noise=NOISE, precision=Precision(weight="mxfp4", activation="mxfp4")),
+    "5 % noise of the operands": Hardware(matmul_noise=NOISE.model_copy(update={"scale": "operands"})),
+    "5 % noise of the row, Linear": Hardware(
+        matmul_noise=NOISE.model_copy(update={"scale": "row", "attention": False})
+    ),
+    "gain error, 8-bit converter": Hardware(matmul_noise=MatmulNoise(gain_std=0.02, adc_bits=8)),
+    "13-bit sums, align": Hardware(accumulator=Accumulator(bits=13)),
+    "13-bit sums, truncate": Hardware(accumulator=Accumulator(bits=13, rounding="truncate")),
+    "13-bit sums, nearest": Hardware(accumulator=Accumulator(bits=13, rounding="nearest")),
 }
 # Goals of a training step by target, as ratios to the plain step; on other targets there are none.
 GOALS = {

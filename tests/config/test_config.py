@@ -150,6 +150,9 @@ def test_plain_hardware_changes_nothing():
     assert not Hardware.model_validate({"precision": {"weight": "mxfp4"}}).changes_nothing
     assert not Hardware.model_validate({"matmul_noise": {"relative_std": 0.1}}).changes_nothing
     assert not Hardware.model_validate({"deadzone": {"threshold": 0.1, "layers": [0]}}).changes_nothing
+    assert not Hardware.model_validate({"accumulator": {"bits": 13}}).changes_nothing
+    assert not Hardware.model_validate({"matmul_noise": {"gain_std": 0.1}}).changes_nothing
+    assert not Hardware.model_validate({"matmul_noise": {"adc_bits": 8}}).changes_nothing
 
 
 def test_backward_noise_alone_leaves_evaluations_deterministic():
@@ -170,6 +173,9 @@ def test_aqn_defaults_are_the_published_ones():
         ({"precision": {"gradient": "mxfp4"}}, False, True),
         ({"precision": {"gradient": "mxfp4", "gradient_rounding": "stochastic"}}, True, True),
         ({"matmul_noise": {"relative_std": 0.1, "forward": False}}, True, True),
+        ({"matmul_noise": {"relative_std": 0.1, "scale": "operands"}}, True, True),
+        ({"matmul_noise": {"gain_std": 0.1, "adc_bits": 8}}, False, False),
+        ({"accumulator": {"bits": 13}}, False, True),
         ({"matmul_noise": {"relative_std": 0.1}}, True, True),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from roundoff.config import Hardware, MatmulNoise, Precision
+from roundoff.config import Accumulator, Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
 from roundoff.models.logprobs import PROBED, token_logprobs
 from roundoff.sampling.rollouts import concatenate
@@ -64,6 +64,37 @@ def test_quantized_hardware_is_sampled_as_it_trains(tokenizer):
     )
     # A rounding difference of 1e-7 can move an activation to the next step of its format, so only most tokens agree.
     assert (logprobs - rollouts.logprobs).abs().median() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        Hardware(matmul_noise=MatmulNoise(relative_std=0.05, scale="operands", gain_std=0.05)),
+        Hardware(matmul_noise=MatmulNoise(relative_std=0.05, scale="row", attention=False, adc_bits=8)),
+        Hardware(accumulator=Accumulator(bits=13)),
+        Hardware(accumulator=Accumulator(bits=5, rounding="nearest")),
+    ],
+    ids=["operands and gain", "row and converter", "align", "nearest"],
+)
+def test_other_errors_and_sums_are_sampled_as_they_train(tokenizer, hardware):
+    model = make()
+    plain = draw(model, tokenizer)
+    install(model, hardware, seed=0)
+    rollouts = draw(model, tokenizer)
+    T = rollouts.response_mask.shape[1]
+    logprobs, _ = token_logprobs(
+        model,
+        rollouts.tokens,
+        rollouts.attention_mask,
+        T,
+        temperature=1.0,
+        rows=rollouts.rows,
+        key=rollouts.noise_key,
+    )
+    difference = (logprobs - rollouts.logprobs).abs()
+    # A rounding difference of 1e-7 can move an input of a cut, a rounding or a converter over a boundary.
+    assert difference.median() < 1e-4 and difference.max() < 0.1
+    assert not torch.equal(rollouts.logprobs, plain.logprobs)
 
 
 @pytest.mark.parametrize("chunk", [7, None])

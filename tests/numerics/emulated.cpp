@@ -18,6 +18,7 @@ void ro_draw(int, float*, int64_t, int64_t, const int64_t*, const int64_t*, uint
 void ro_norm(float*, const float*, const float*, float, float*, int64_t, int64_t, int);
 void ro_gate(float*, const float*, int64_t, int);
 void ro_attend(float* const*, const int64_t* const*, const int64_t*, float, int);
+void ro_accumulate(const float*, const float*, float*, int64_t, int64_t, int64_t, int, int64_t, int64_t, int, int);
 void ro_fingerprints(const uint8_t*, int64_t, int64_t, int64_t, uint64_t*);
 void ro_fingerprint(const uint8_t* const*, const int64_t*, int64_t, int64_t, int64_t, uint64_t*);
 }
@@ -69,6 +70,9 @@ static void call(int function, std::vector<Argument>& a) {
             }
             return ro_fingerprint(starts.data(), sizes.data(), (int64_t)starts.size(), a[0], a[1], a[2]);
         }
+        case 8:
+            return ro_accumulate(a[0], a[1], a[2], a[3], a[4], a[5], (int)a[6].number, a[7], a[8], (int)a[9].number,
+                                 (int)a[10].number);
     }
     std::exit(1);
 }

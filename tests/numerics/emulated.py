@@ -9,7 +9,7 @@ from roundoff.numerics import build
 from roundoff.numerics.backend import Kernels
 
 CALLER = Path(__file__).with_name("emulated.cpp")
-FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint")
+FUNCTIONS = ("quantize", "noise", "draw", "norm", "gate", "attend", "fingerprints", "fingerprint", "accumulate")
 
 
 def compile_caller(directory: Path, compiler: str, machine: str, target: str) -> Path:
@@ -86,6 +86,10 @@ class Emulated:
 
     def gate(self, g, up, n, threads) -> None:
         self._call("gate", (g, 4 * n, True), (up, 4 * n, False), n, threads)
+
+    def accumulate(self, a, b, out, rows, length, columns, *numbers) -> None:
+        memory = (a, 4 * rows * length, False), (b, 4 * length * columns, False), (out, 4 * rows * columns, True)
+        self._call("accumulate", *memory, rows, length, columns, *map(int, numbers))
 
     def attend(self, pointers, rows, sizes, scale, threads) -> None:
         batch, tokens, heads, kv_heads, start, _, width, capacity, head = list(sizes)[:9]

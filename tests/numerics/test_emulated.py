@@ -11,6 +11,7 @@ import torch
 from roundoff.formats.table import FORMATS
 from roundoff.models.load import load_model
 from roundoff.numerics import backend
+from roundoff.numerics.accumulate import PartialSums, accumulated
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key, normal, uniform
@@ -190,3 +191,11 @@ def test_sampling(both):
     for function in ("norm", "gate", "attend"):
         (tokens, logprobs), (neon_tokens, neon_logprobs) = both(function, work)
         assert torch.equal(tokens, neon_tokens) and torch.equal(logprobs, neon_logprobs)
+
+
+@pytest.mark.parametrize("sums", [PartialSums(13, 128, 32, "align"), PartialSums(10, 24, 24, "align", half=True)])
+def test_sums_of_few_bits(both, sums):
+    for make in (random_bits, random_blocks):
+        a, b = make(40, 200, 3), make(30, 200, 4)
+        expected, result = both("accumulate", lambda a=a, b=b: accumulated(a, b, sums))
+        assert same(expected, result)

@@ -120,6 +120,13 @@ def test_costs_of_the_declared_table_are_printed_with_what_they_rest_on() -> Non
     assert "too much" in small and "too much" not in said
 
 
+def test_arithmetic_that_has_no_price_is_said_to_be_left_out(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text('extends = ["E3a"]\n[hardware.accumulator]\nbits = 13\n')
+    said = "\n".join(lines("--profile", "gsm8k-1.5b", "--gpus", 8, "E3a", own))
+    assert "left out, too, in own: what hardware.accumulator" in said
+
+
 def test_lengths_may_be_given() -> None:
     said = lines("--profile", "gsm8k-1.5b", "--gpus", 8, "E3a", "--prompt-tokens", 100, "--response-tokens", 200)
     assert "- a prompt has 100 and a response 200 tokens on average (as given)" in said

@@ -17,6 +17,18 @@ CHANGES = (
     *("hardware.matmul_noise.attention=false", "hardware.matmul_noise.backward=false"),
     *("hardware.matmul_noise.relative_std=0.05000001", 'hardware.exclude=["lm_head"]'),
     *("hardware.precision.weight=int8", "hardware.deadzone={threshold=0.01,layers=[1]}"),
+    *(
+        'hardware.matmul_noise.scale="operands"',
+        "hardware.matmul_noise.gain_std=0.02",
+        "hardware.accumulator={bits=13}",
+    ),
+    *("hardware.matmul_noise.adc_bits=8", "hardware.matmul_noise={relative_std=0.1,adc_bits=8,adc_range=6.0}"),
+    *(
+        "hardware.accumulator={bits=14}",
+        "hardware.accumulator={bits=13,group=64}",
+        'hardware.accumulator={bits="bf16"}',
+    ),
+    *('hardware.accumulator={bits=13,rounding="nearest"}', "hardware.accumulator={bits=13,promote=256}"),
     'hardware.faults=[{kind="gain",layer=0,amount=0.1}]',
     'hardware.faults=[{kind="gain",layer=0,amount=0.2}]',
     'hardware.faults=[{kind="gain",layer=0,amount=0.1,module="mlp.up_proj"}]',

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from roundoff.config import ConfigError, Fault, Hardware, MatmulNoise, Precision
+from roundoff.config import Accumulator, ConfigError, Fault, Hardware, MatmulNoise, Precision
 from roundoff.hardware import install
 from roundoff.hardware.faults import install_fault
 from roundoff.models.calibration import calibration_batches
@@ -127,6 +127,21 @@ def test_declared_noise_is_refused():
         find_faults(model, texts())
     with pytest.raises(ConfigError, match="no decoder layers"):
         find_faults(nn.ModuleDict({"head": nn.Linear(4, 4)}), texts())
+
+
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [
+        (Hardware(matmul_noise=MatmulNoise(gain_std=0.01)), "matmul_noise is installed: declared noise"),
+        (Hardware(matmul_noise=MatmulNoise(adc_bits=8)), "matmul_noise is installed: declared noise"),
+        (Hardware(accumulator=Accumulator(bits=13)), "accumulator is installed: the error of its sums"),
+    ],
+)
+def test_other_declared_errors_are_refused(hardware, said):
+    model = plain_model()
+    install(model, hardware, seed=0)
+    with pytest.raises(ConfigError, match=said):
+        find_faults(model, texts())
 
 
 def test_hooks_are_removed():

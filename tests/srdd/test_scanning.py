@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision
+from roundoff.config import Accumulator, ConfigError, Hardware, MatmulNoise, Precision
 from roundoff.formats.table import FORMATS
 from roundoff.hardware import install, uninstall
 from roundoff.models.calibration import calibration_batches, read_batches, text_kl
@@ -167,6 +167,13 @@ def test_keep_is_resolved_and_installs():
     with pytest.raises(ConfigError, match="does nothing without a format"):
         unchecked = Precision.model_construct(weight=None, activation=None, keep="srdd:1")
         resolve_keep(NOISE.model_copy(update={"precision": unchecked}), found)
+
+
+def test_a_layer_that_is_kept_has_no_accumulator_in_the_frontier_either():
+    model = with_outliers(1)
+    hardware = Hardware(precision=Precision(weight="mxfp4", activation="mxfp4"), accumulator=Accumulator(bits=3))
+    points = frontier(model, texts(), scan(model, texts(), hardware), [0, LAYERS])
+    assert points[0].divergence.kl > 0 and points[1].divergence.kl == 0.0
 
 
 def test_the_frontier_falls_to_zero():

@@ -204,6 +204,11 @@ def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus
     title = (
         f"{model.profile.name}: {shape.name}, {size} parameters in {model.profile.dtype}, on {gpus} x {machine.name}"
     )
+    unpriced = [
+        e.id
+        for e in experiments
+        if any(one.accumulator or one.matmul_noise.other_errors for one in e.hardware.variants())
+    ]
     assumed = [
         f"{machine.name}: {machine.source}",
         "roundoff's compiled kernels" if machine.compiled else "the plain torch path of formats and noise",
@@ -212,4 +217,9 @@ def _costs(model: CostModel, experiments: Sequence[Experiment], seeds: int, gpus
         "left out: loading, compiling, checkpoints, waiting for the slowest device. A lower bound: the one published "
         "run of the 1.5 B scale, in another system, took 11 times what this model gives (docs/planning.md)",
     ]
+    if unpriced:
+        assumed.append(
+            f"left out, too, in {', '.join(unpriced)}: what hardware.accumulator and errors besides the published "
+            "noise add (docs/hardware.md has the measured factors of a small model)"
+        )
     return cost_table(title, rows, seeds=seeds, devices=gpus, ranks=model.ranks, limit=machine.memory, assumed=assumed)

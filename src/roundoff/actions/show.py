@@ -58,21 +58,24 @@ def _has_an_axis(spec: Format) -> bool:
 
 def _products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
     p, noise = hardware.precision, hardware.matmul_noise
-    if not (p.weight or p.activation or p.gradient or noise.relative_std):
+    if not (p.weight or p.activation or p.gradient or noise.changes_products or hardware.accumulator):
         return "# products of a Linear: plain arithmetic\n"
 
     def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
         stored = [] if fmt is None else [f"{fmt} along {along}" if _has_an_axis(get_format(fmt)) else fmt]
         return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
 
+    relative_to = {"output": "noise", "operands": "noise of the operands", "row": "noise of the row"}[noise.scale]
+
     def error(on: bool) -> str:
-        return f"  + {100 * noise.relative_std:.4g} % noise" if noise.relative_std and on else ""
+        return f"  + {100 * noise.relative_std:.4g} % {relative_to}" if noise.relative_std and on else ""
 
     rounding = ("stochastic",) if p.gradient_rounding == "stochastic" else ()
     hadamard = ("Hadamard",) if p.hadamard == "dw" else ()
     x, w = operand("x", p.activation, "in_features"), operand("W", p.weight, "in_features")
     lines = ["# products of a Linear: operands, and the axis along which their blocks lie"]
-    lines.append(f"y  = {x} . {w}{error(noise.forward)}")
+    reading = "".join(f", {part}" for part in noise.other_errors if not part.startswith("noise"))
+    lines.append(f"y  = {x} . {w}{error(noise.forward)}{reading}")
     if not backward:
         pass
     elif p.gradient is None:
@@ -83,6 +86,8 @@ def _products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
         dy = operand("dY", p.gradient, "the tokens", *rounding, *hadamard)
         x = operand("x", p.activation, "the tokens", *hadamard)
         lines.append(f"dW = {dy} . {x}{error(noise.backward)}")
+    if hardware.accumulator is not None:
+        lines.append(f"all three: {hardware.accumulator.in_words}")
     return "\n".join(lines) + "\n"
 
 

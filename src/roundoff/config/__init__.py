@@ -9,6 +9,7 @@ Doors: everything that this module exports.
 """
 
 from roundoff.config.algorithm import ALGORITHMS, Algorithm
+from roundoff.config.arithmetic import Accumulator
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
 from roundoff.config.changes import first_line
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
@@ -37,6 +38,7 @@ __all__ = [
     "PLAIN_FORMAT_NAMES",
     "SRDD",
     "TEMPERATURE_RULE",
+    "Accumulator",
     "Algorithm",
     "ConfigError",
     "Count",

@@ -73,23 +73,73 @@ def _format_or_none(value: Any) -> Any:
     return None if isinstance(value, str) and value == NONE else value
 
 
+ADC_RANGE = 12.0
+"""Default of `adc_range`: `out_bound` of IBM's aihwkit."""
+
+
 class MatmulNoise(Settings):
-    """Relative Gaussian error `y + s*abs(y)*eps` on the output of every matrix product."""
+    """Errors on the output of every matrix product, by default the published `y + s*abs(y)*eps`.
+
+    In this order: Gaussian noise, a constant gain of each output channel, a converter to digital numbers. Noise is
+    drawn anew for every product; gain and converter concern the forward product of Linears and experts alone.
+    """
 
     relative_std: Fraction = 0.0
-    """`s`: standard deviation relative to each output element (fraction; 5 % is 0.05)."""
+    """`s`: standard deviation of the noise relative to its `scale` (fraction; 5 % is 0.05)."""
     forward: bool = True
     """Whether the product of the forward pass is perturbed."""
     backward: bool = True
     """Whether the two products of the backward pass, `dX` and `dW`, are perturbed."""
     attention: bool = True
     """Whether attention's QK^T and PV are perturbed as well as the Linear layers."""
+    scale: Annotated[Literal["output", "operands", "row"], LATER] = "output"
+    """What the noise is relative to. `output`: `abs(y)` of each element; `operands`: the root of the sum of the squared
+    products that the element adds, `sqrt(sum_k (x_k*w_k)^2)`; `row`: the root mean square of the element's row."""
+    gain_std: Annotated[Fraction, LATER] = 0.0
+    """Standard deviation of the relative error of each output channel's gain, `y*(1 + gain_std*g)`, with `g ~ N(0, 1)`
+    drawn once, from the seed of `install` and the module's name (fraction)."""
+    adc_bits: Annotated[
+        int | None, rule(lambda v: v is None or 2 <= v <= 16, "must be a whole number of bits, 2 to 16"), LATER
+    ] = None
+    """Bits of the converter that reads each output; None means that there is none."""
+    adc_range: Annotated[Positive, LATER] = ADC_RANGE
+    """Range of the converter, beyond which it saturates, in units of `max(abs(x))` of the token times `max(abs(W))`."""
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if self.relative_std > 0 and not (self.forward or self.backward):
             raise ValueError("perturbs nothing: set forward or backward to true, or relative_std to 0")
         return self
+
+    @model_validator(mode="after")
+    def _parts_belong_together(self) -> Self:
+        if self.scale != "output" and not self.relative_std:
+            raise ValueError(f"scale = {self.scale!r} does nothing without noise: set relative_std")
+        if self.scale == "row" and self.attention:
+            raise ValueError(
+                "scale = 'row' cannot be used in attention, where a row of scores includes masked keys and padding, so "
+                "that a token's result would depend on them: set attention to false"
+            )
+        if (self.gain_std or self.adc_bits) and not self.forward:
+            name = "gain_std" if self.gain_std else "adc_bits"
+            raise ValueError(f"{name} concerns the product of the forward pass: set forward to true")
+        if self.adc_range != ADC_RANGE and self.adc_bits is None:
+            raise ValueError(f"adc_range = {self.adc_range:g} does nothing without a converter: set adc_bits")
+        return self
+
+    @property
+    def changes_products(self) -> bool:
+        """Whether any product of a Linear has an error."""
+        return bool(self.relative_std or self.gain_std or self.adc_bits)
+
+    @property
+    def other_errors(self) -> tuple[str, ...]:
+        """In words, what is set besides the published noise: the scale of the noise, the gain and the converter."""
+        scale = {"operands": "noise relative to the operands", "row": "noise relative to the row"}
+        parts = [scale[self.scale]] if self.scale != "output" else []
+        parts += [f"gain error {self.gain_std:g}"] if self.gain_std else []
+        parts += [f"{self.adc_bits}-bit converter, range {self.adc_range:g}"] if self.adc_bits else []
+        return tuple(parts)
 
 
 class Precision(Settings):

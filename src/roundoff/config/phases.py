@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_
 
 from pydantic import ValidationError, model_validator
 
+from roundoff.config.arithmetic import Accumulator
 from roundoff.config.base import LATER, Settings, rule
 from roundoff.config.changes import NONE, NONE_PASSES, Changes, changed, changes_of, first_line
 from roundoff.config.hardware import Deadzone, Fault, MatmulNoise, Precision
@@ -31,8 +32,10 @@ class ThresholdChanges(Changes):
 if TYPE_CHECKING:
     PrecisionChanges: TypeAlias = Changes
     MatmulNoiseChanges: TypeAlias = Changes
+    AccumulatorChanges: TypeAlias = Changes
 else:
     PrecisionChanges, MatmulNoiseChanges = changes_of(Precision, ("keep",)), changes_of(MatmulNoise)
+    AccumulatorChanges = changes_of(Accumulator)
 
 
 class Rule(Changes):
@@ -43,6 +46,7 @@ class Rule(Changes):
     `model.layers.0.mlp.up_proj`, and so do `mlp.*` and `up_proj`."""
     precision: Annotated[PrecisionChanges | None, *NONE_PASSES] = None
     matmul_noise: Annotated[MatmulNoiseChanges | None, *NONE_PASSES] = None
+    accumulator: Annotated[AccumulatorChanges | None, *NONE_PASSES] = None
     deadzone: Annotated[ThresholdChanges | None, *NONE_PASSES] = None
 
     @model_validator(mode="after")
@@ -50,7 +54,9 @@ class Rule(Changes):
         if not self.match:
             raise ValueError("match names no modules: give patterns such as 'layers.0.*' or '*.down_proj'")
         if set(self.written) == {"match"}:
-            raise ValueError(f"changes nothing for {list(self.match)}: write precision, matmul_noise or deadzone")
+            raise ValueError(
+                f"changes nothing for {list(self.match)}: write precision, matmul_noise, accumulator or deadzone"
+            )
         return self
 
     def matches(self, name: str) -> bool:
@@ -77,6 +83,8 @@ class HardwareOfAPhase(Settings):
     each part of it."""
     rules: Annotated[tuple[Rule, ...], LATER] = ()
     """Other settings for some modules."""
+    accumulator: Annotated[Accumulator | None, LATER] = None
+    """How the products of each Linear are summed, except in the layers of `precision.keep`; None means float32."""
     lora: Annotated[bool, LATER] = False
     """Whether the adapters of LoRA are on the hardware too; if not, they stay in high precision and without noise."""
 
@@ -122,7 +130,8 @@ class HardwareOfAPhase(Settings):
     @property
     def _does_something(self) -> bool:
         quantized = self.precision.weight or self.precision.activation or self.precision.gradient
-        return bool(quantized or self.matmul_noise.relative_std or self.deadzone or self.faults)
+        errors = self.matmul_noise.changes_products or self.deadzone or self.faults
+        return bool(quantized or errors or self.accumulator)
 
     @property
     def changes_forward(self) -> bool:
@@ -130,7 +139,8 @@ class HardwareOfAPhase(Settings):
         return any(
             v.precision.weight
             or v.precision.activation
-            or (v.matmul_noise.relative_std and v.matmul_noise.forward)
+            or (v.matmul_noise.changes_products and v.matmul_noise.forward)
+            or v.accumulator
             or v.deadzone
             or v.faults
             for v in self.variants()
@@ -140,10 +150,12 @@ class HardwareOfAPhase(Settings):
     def separates_rollouts(self) -> bool:
         """Whether every rollout needs a training pass of its own over its prompt.
 
-        That is so if something is drawn for each token, or if gradients are quantized: a gradient that is summed over
-        rollouts before it is quantized is another number.
+        That is so if something is drawn for each token, or if gradients are quantized or an accumulator sums them in
+        chunks: a gradient that is summed over rollouts before is another number.
         """
-        return any(v.matmul_noise.relative_std or v.faults or v.precision.gradient for v in self.variants())
+        return any(
+            v.matmul_noise.relative_std or v.faults or v.precision.gradient or v.accumulator for v in self.variants()
+        )
 
     @property
     def draws_in_training(self) -> bool:

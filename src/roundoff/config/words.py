@@ -25,6 +25,8 @@ def _of_one(hardware: Hardware) -> str:
     parts = [f"{name} {fmt}" for name in ("weight", "activation") if (fmt := getattr(precision, name))]
     parts += [f"layers {precision.keep} kept"] if precision.keep else []
     parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
+    parts += noise.other_errors if noise.forward else ()
+    parts += [hardware.accumulator.in_words] if hardware.accumulator else []
     parts += [f"deadzone {hardware.deadzone.threshold:g}"] if hardware.deadzone else []
     parts += [f"fault {fault.kind} in layer {fault.layer}" for fault in hardware.faults]
     parts += rules_in_words(hardware)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import Draw
+from roundoff.hardware.error_models import Scale, perturb
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.row_ids import AttentionRows
 from roundoff.hardware.runtime import Runtime
-from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.rng import Key
 
 NAME = "roundoff"
@@ -50,6 +50,8 @@ class AttentionState:
     """Relative standard deviation on QK^T and PV (fraction)."""
     backward_std: float
     """Relative standard deviation on the four products of the backward pass (fraction)."""
+    scale: Scale = "output"
+    """What the noise is relative to; never `row`, because a row of scores includes masked keys and padding."""
     _base: Key | None = field(default=None)
     _keys: dict[str, Key] = field(default_factory=dict)
 
@@ -69,30 +71,30 @@ class _Call:
     draw: Draw | None
     rows: AttentionRows | None
 
-    def perturb(self, y: Tensor, std: float, product: str) -> Tensor:
-        """Add noise to a product, in place.
+    def product(self, a: Tensor, b: Tensor, std: float, name: str) -> Tensor:
+        """`a @ b` with noise; `name` is one of the `PRODUCTS`.
 
         The rows of dK and dV are keys, those of the other products are queries. The columns of the scores and of dP
         are keys, and are numbered by logical position.
         """
+        y = a.matmul(b)
         if not std:
             return y
         assert self.draw is not None
-        key = self.state.key(self.draw.key, product)
-        if self.rows is None:
-            return matmul_noise(y, std, key, out=y)
-        if product in ("scores_dk", "mix_dv"):
-            return matmul_noise(y, std, key, rows=self.rows.key, out=y)
-        start = self.rows.column_start if product in ("scores", "mix_dp") else None
-        return matmul_noise(y, std, key, rows=self.rows.query, column_start=start, out=y)
+        rows, start = None, None
+        if self.rows is not None:
+            rows = self.rows.key if name in ("scores_dk", "mix_dv") else self.rows.query
+            start = self.rows.column_start if name in ("scores", "mix_dp") else None
+        key = self.state.key(self.draw.key, name)
+        return perturb(y, (a, b.transpose(2, 3)), std, self.state.scale, key, rows=rows, column_start=start)
 
     def scores(self, query: Tensor, keys: Tensor) -> Tensor:
         """noise(Q K^T), for queries [rollouts, key_heads, grouped_queries, head_size]."""
-        return self.perturb(query.matmul(keys.transpose(2, 3)), self.state.forward_std, "scores")
+        return self.product(query, keys.transpose(2, 3), self.state.forward_std, "scores")
 
     def mix(self, weights: Tensor, values: Tensor) -> Tensor:
         """noise(P V), for attention weights [rollouts, key_heads, grouped_queries, keys]."""
-        return self.perturb(weights.matmul(values), self.state.forward_std, "mix")
+        return self.product(weights, values, self.state.forward_std, "mix")
 
 
 class _Scores(torch.autograd.Function):
@@ -110,8 +112,8 @@ class _Scores(torch.autograd.Function):
         query, keys = ctx.saved_tensors
         call: _Call = ctx.call
         std = call.state.backward_std
-        dq = call.perturb(ds.matmul(keys), std, "scores_dq") if ctx.needs_input_grad[0] else None
-        dk = call.perturb(ds.transpose(2, 3).matmul(query), std, "scores_dk") if ctx.needs_input_grad[1] else None
+        dq = call.product(ds, keys, std, "scores_dq") if ctx.needs_input_grad[0] else None
+        dk = call.product(ds.transpose(2, 3), query, std, "scores_dk") if ctx.needs_input_grad[1] else None
         return dq, dk, None
 
 
@@ -130,8 +132,8 @@ class _Mix(torch.autograd.Function):
         weights, values = ctx.saved_tensors
         call: _Call = ctx.call
         std = call.state.backward_std
-        dp = call.perturb(do.matmul(values.transpose(2, 3)), std, "mix_dp") if ctx.needs_input_grad[0] else None
-        dv = call.perturb(weights.transpose(2, 3).matmul(do), std, "mix_dv") if ctx.needs_input_grad[1] else None
+        dp = call.product(do, values.transpose(2, 3), std, "mix_dp") if ctx.needs_input_grad[0] else None
+        dv = call.product(weights.transpose(2, 3), do, std, "mix_dv") if ctx.needs_input_grad[1] else None
         return dp, dv, None
 
 

@@ -99,8 +99,8 @@ def noise_key(
             padding. The tensor must not be changed afterwards. None: each product counts its rows from 0.
         host: the same row ids in host memory; without them, the noise of a weight gradient waits for the device.
         column: column of a static key-value cache that holds the last token; None: the last one.
-        real: which tokens are no padding, in host memory, for hardware that quantizes gradients along the tokens; None
-            means all.
+        real: which tokens are no padding, in host memory, for hardware that quantizes gradients along the tokens or
+            has an accumulator; None means all.
 
     Raises:
         ConfigError: if no hardware is installed, or the model's attention was switched to another function since.

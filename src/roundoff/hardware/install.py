@@ -168,7 +168,7 @@ def _attach_attention(
         noise = found.attention.get(name, MatmulNoise())
         std = noise.relative_std
         return attention.AttentionState(
-            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0
+            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0, noise.scale
         )
 
     for name, module in model.named_modules():

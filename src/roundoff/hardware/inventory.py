@@ -35,6 +35,10 @@ class Entry:
     """Kinds of the faults of the unit that computes it."""
     gradient: str | None = None
     """Format of the gradient of its output; None means high precision."""
+    accumulator: str | None = None
+    """How its products are summed, in words; None means float32."""
+    errors: tuple[str, ...] = ()
+    """Errors of its products besides the published noise, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +101,11 @@ def described(entry: Entry) -> str:
     parts = [f"weight {entry.weight or 'high precision'}, activation {entry.activation or 'high precision'}"]
     if entry.gradient:
         parts.append(f"gradient {entry.gradient}")
+    if entry.accumulator:
+        parts.append(entry.accumulator)
     if entry.noise:
         parts.append(f"noise {entry.noise:g}")
+    parts += entry.errors
     if entry.deadzone:
         parts.append(f"deadzone {entry.deadzone:g}")
     parts += [f"fault {kind}" for kind in entry.faults]

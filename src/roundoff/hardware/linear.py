@@ -4,6 +4,8 @@
     dX = noise(dY Q(W))                                            key.fold(name, "dx")
     dW = noise(dY^T Q(x))                                          key.fold(name, "dw", fingerprint of the rows)
 
+- Each product is summed by the accumulator where one is set (`numerics.accumulate`), for dW over the tokens that are no
+  padding. `error_models` has the errors besides the published noise: other scales, gain and converter.
 - The bias is added after the noise, in the model's dtype, because it is not part of the matrix product.
 - Activations are quantized with `tensor_scale="row"`: formats with a scale for the whole tensor (nvfp4, fp8_e4m3) use
   one scale per token, so that a token's result depends neither on padding nor on how the batch is split. For the same
@@ -26,11 +28,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from roundoff.hardware.draw import Draw
+from roundoff.hardware.error_models import ErrorModel, Scale, perturb
 from roundoff.hardware.faults import InstalledFault
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.graphs import outside_of_graphs
 from roundoff.hardware.quantized_weight import QuantizedWeight
 from roundoff.hardware.runtime import Runtime
+from roundoff.numerics.accumulate import PartialSums, accumulated
 from roundoff.numerics.deadzone import outside_of_deadzone
 from roundoff.numerics.noise import matmul_noise
 from roundoff.numerics.quantize import quantize
@@ -70,6 +74,10 @@ class LinearState:
     """Threshold relative to the token's max(abs(x)) (fraction)."""
     gradient: GradientArithmetic | None = None
     """How the operands of the backward products are stored; None lets dX and dW pass straight through."""
+    sums: PartialSums | None = None
+    """How the products are summed; None means float32."""
+    errors: ErrorModel | None = None
+    """Errors besides the published noise; None means that there are none."""
     faults: tuple[InstalledFault, ...] = ()
     """Faults of the unit, in the order in which they apply."""
     is_output: bool = False
@@ -78,11 +86,18 @@ class LinearState:
     """Keys under the base key of the last product."""
     plain_forward: bool = field(init=False)
     """Whether the forward pass is exactly F.linear with Q(W)."""
+    is_chunked: bool = field(init=False)
+    """Whether the sum of dW over the tokens depends on which of them are padding."""
+    scale: Scale = field(init=False)
+    """What the noise is relative to."""
     is_idle: bool = field(init=False)
     """Whether nothing is done to this Linear: the hardware of other phases computes it."""
 
     def __post_init__(self) -> None:
-        self.plain_forward = not (self.activation_format or self.forward_std or self.deadzone or self.faults)
+        changed = self.activation_format or self.forward_std or self.deadzone or self.faults or self.sums
+        self.plain_forward = not (changed or (self.errors is not None and self.errors.changes_output))
+        self.is_chunked = self.gradient is not None or self.sums is not None
+        self.scale = "output" if self.errors is None else self.errors.scale
         self.is_idle = self.plain_forward and not (self.weight_format or self.backward_std or self.gradient)
 
     @property
@@ -93,7 +108,7 @@ class LinearState:
     @property
     def needs_all_tokens(self) -> bool:
         """Whether the product of some tokens differs from theirs among all tokens: noise, or blocks along tokens."""
-        return bool(self.forward_std or self.backward_std or self.gradient)
+        return bool(self.forward_std or self.backward_std or self.is_chunked)
 
     def quantized_input(self, x: Float[Tensor, "*tokens in_features"]) -> Float[Tensor, "*tokens in_features"]:
         """The input of the product: x after deadzone and format, without gradient."""
@@ -160,7 +175,7 @@ class LinearState:
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, draw: Draw | None) -> Tensor:
         grad = torch.is_grad_enabled()
-        if self.gradient is not None:
+        if self.is_chunked:
             self.runtime.check_padding(self.name)
         if self.plain_forward:
             if not grad or not (weight.requires_grad or self.backward_std or self.gradient):
@@ -173,7 +188,7 @@ class LinearState:
         random = self.backward_std or (self.gradient is not None and self.gradient.stochastic)
         if draw is None and (self.forward_std or self.faults or (grad and random)):
             draw = self.runtime.current(self.name)
-        elif draw is None and grad and self.gradient:
+        elif draw is None and grad and self.is_chunked:
             draw = self.runtime.draw  # which tokens are padding
         if not grad:
             return self.product(self.shared_input(x), quantized, bias, draw)
@@ -188,7 +203,10 @@ class LinearState:
         draw: Draw | None,
     ) -> Float[Tensor, "*tokens out_features"]:
         """The forward product of a quantized input and a quantized weight, with noise, bias and faults."""
-        if not self.forward_std:
+        if self.sums is not None or self.errors is not None:
+            y = self._with_errors(x, weight, draw)
+            y = y if bias is None else y.add_(bias)
+        elif not self.forward_std:
             y = F.linear(x, weight, bias)
         else:
             assert draw is not None
@@ -200,6 +218,22 @@ class LinearState:
             rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
             y = fault.apply(y, self.keys(draw.key).forward.fold("fault", index), rows)
         return y
+
+    def _with_errors(self, x: Tensor, weight: Tensor, draw: Draw | None) -> Tensor:
+        """The forward product by the accumulator, with the errors of `error_models` and without bias."""
+        y = self.summed(x, weight)
+        if self.forward_std:
+            assert draw is not None
+            rows = draw.rows_of(y.shape[:-1], self.name, last=self.is_output)
+            perturb(y, (x, weight), self.forward_std, self.scale, self.keys(draw.key).forward, rows=rows)
+        return y if self.errors is None else self.errors.read(y, x, weight)
+
+    def summed(self, a: Float[Tensor, "*rows k"], b: Float[Tensor, "columns k"]) -> Float[Tensor, "*rows columns"]:
+        """`a @ b^T` by the accumulator, without noise."""
+        if self.sums is None:
+            return a.matmul(b.t())
+        flat = accumulated(a.reshape(-1, a.shape[-1]), b, self.sums)
+        return flat.view(*a.shape[:-1], b.shape[0])
 
 
 _linear_outside_of_graphs = outside_of_graphs(LinearState.linear)
@@ -241,38 +275,45 @@ class _Product(torch.autograd.Function):
         std = state.backward_std
         dx = dw = db = None
         if needs_x:
-            dx = _dx(state, dy, qw, weight, draw)
+            operands = _operands_of_dx(state, dy, qw, weight, draw)
+            dx = state.summed(*operands)
             if std:
                 assert draw is not None
                 rows = draw.rows_of(dx.shape[:-1], state.name, last=state.is_output)
-                matmul_noise(dx, std, state.keys(draw.key).dx, rows=rows, out=dx)
+                perturb(dx, operands, std, state.scale, state.keys(draw.key).dx, rows=rows)
         flat = dy.reshape(-1, dy.shape[-1]) if needs_weight or needs_bias else dy
         if needs_weight:
-            dw = _dw(state, flat, kept.reshape(-1, kept.shape[-1]), draw, dy.shape[:-1])
+            operands = _operands_of_dw(state, flat, kept.reshape(-1, kept.shape[-1]), draw, dy.shape[:-1])
+            dw = state.summed(*operands)
             if std:
                 assert draw is not None
-                matmul_noise(dw, std, state.keys(draw.key).dw.fold(draw.fingerprint), out=dw)
+                perturb(dw, operands, std, state.scale, state.keys(draw.key).dw.fold(draw.fingerprint))
         if needs_bias:
             db = flat.sum(0)
         return dx, dw, db, None, None, None, None
 
 
-def _dx(state: LinearState, dy: Tensor, qw: Tensor, weight: Tensor, draw: Draw | None) -> Tensor:
-    """The gradient of the input, before noise."""
+def _operands_of_dx(
+    state: LinearState, dy: Tensor, qw: Tensor, weight: Tensor, draw: Draw | None
+) -> tuple[Tensor, Tensor]:
+    """a and b of `dX = a @ b^T`."""
     if state.gradient is None:
-        return dy.matmul(qw)
+        return dy, qw.t()
     key = None if draw is None else state.keys(draw.key).dx.fold(draw.fingerprint)
-    return state.gradient.for_dx(dy, key).matmul(state.stored.for_dx(weight, qw))
+    return state.gradient.for_dx(dy, key), state.stored.for_dx(weight, qw).t()
 
 
-def _dw(state: LinearState, dy: Tensor, kept: Tensor, draw: Draw | None, leading: torch.Size) -> Tensor:
-    """The gradient of the weight, before noise, from dY [tokens, out_features] and the input that was kept."""
+def _operands_of_dw(
+    state: LinearState, dy: Tensor, kept: Tensor, draw: Draw | None, leading: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """a and b of `dW = a @ b^T`, from dY [tokens, out_features] and the input that was kept."""
+    real = None
+    if draw is not None and state.is_chunked:
+        real = draw.real_tokens(leading, state.name, last=state.is_output)
     if state.gradient is None:
-        return dy.t().matmul(kept)
+        return (dy.t(), kept.t()) if real is None else (dy[real].t(), kept[real].t())
     key = None if draw is None else state.keys(draw.key).dw.fold(draw.fingerprint)
-    real = None if draw is None else draw.real_tokens(leading, state.name, last=state.is_output)
-    qdy, qx = state.gradient.for_dw(dy, kept, state.activation_format, key, real)
-    return qdy.matmul(qx.t())
+    return state.gradient.for_dw(dy, kept, state.activation_format, key, real)
 
 
 class HardwareLinear(nn.Linear):

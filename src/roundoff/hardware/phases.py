@@ -59,8 +59,10 @@ class PhaseHardware:
             kinds.setdefault(described(entry), []).append(entry)
         lines = [f"{len(e):4d} modules: {kind}\n     {where(e)}" for kind, e in kinds.items()]
         lines = lines or ["no module: nothing to simulate"]
-        stds = Counter(entry.noise for entry in self.attention)
-        lines += [f"{count:4d} attention layers: noise {std:g} on QK^T and PV" for std, count in stds.items()]
+        kinds_of_noise = Counter((entry.noise, *entry.errors) for entry in self.attention)
+        for (std, *scale), count in kinds_of_noise.items():
+            said = ", ".join([f"noise {std:g} on QK^T and PV", *map(str, scale)])
+            lines.append(f"{count:4d} attention layers: {said}")
         reasons = Counter(skip.reason for skip in self.skipped)
         return lines + [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
 

@@ -48,7 +48,8 @@ class Runtime:
     draw: Draw | None = None
     """Draw of the innermost open `noise_key`."""
     knew_padding: bool = False
-    """Whether the last forward pass was told which tokens are padding; tracked where gradients are quantized."""
+    """Whether the last forward pass was told which tokens are padding; tracked where gradients are quantized or
+    summed by an accumulator."""
     replaying: bool = False
     """Whether a layer is being computed again with the call counters of its first computation (gradient
     checkpointing)."""

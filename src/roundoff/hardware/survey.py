@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from roundoff.config import ConfigError, Fault, Hardware, MatmulNoise, first_line
+from roundoff.config import Accumulator, ConfigError, Fault, Hardware, MatmulNoise, first_line
+from roundoff.hardware.error_models import install_errors
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.gradients import GradientArithmetic
 from roundoff.hardware.inventory import (
@@ -31,6 +32,7 @@ from roundoff.hardware.paths import check_paths, check_range
 from roundoff.hardware.phases import PhaseHardware
 from roundoff.hardware.quantized_weight import QuantizedWeight
 from roundoff.hardware.runtime import Runtime
+from roundoff.numerics.accumulate import PartialSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +49,15 @@ class Plan:
     """How the operands of its backward products are stored."""
     is_output: bool
     """Whether this is the output embedding."""
+    sums: PartialSums | None = None
+    """How its products are summed; None means float32."""
 
     @property
     def does_something(self) -> bool:
         """Whether any setting changes the module's arithmetic."""
         e = self.entry
-        return bool(e.weight or e.activation or e.gradient or e.noise or e.deadzone or e.faults)
+        changed = e.weight or e.activation or e.gradient or e.accumulator
+        return bool(changed or e.noise or e.errors or e.deadzone or e.faults)
 
     def state(self, name: str, out_features: int, runtime: Runtime, stored: QuantizedWeight) -> LinearState:
         """The state of one weight matrix with this many output channels."""
@@ -67,6 +72,8 @@ class Plan:
             backward_std=std if self.noise.backward else 0.0,
             deadzone=self.entry.deadzone,
             gradient=self.gradient,
+            sums=self.sums,
+            errors=install_errors(self.noise, out_features, runtime.seed_key.fold("gain", name)),
             faults=tuple(install_fault(fault, out_features, key.fold(index)) for index, fault in self.faults),
             is_output=self.is_output,
         )
@@ -147,7 +154,8 @@ def _survey(
 
 
 def _attention_entry(name: str, noise: MatmulNoise) -> Entry:
-    return Entry(name, layer_index(plain_name(name)), None, None, noise.relative_std)
+    scale = noise.other_errors[:1] if noise.scale != "output" else ()
+    return Entry(name, layer_index(plain_name(name)), None, None, noise.relative_std, errors=scale)
 
 
 def _plan(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, is_output: bool) -> Plan:
@@ -182,8 +190,28 @@ def _plan(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, is_outp
         faults.append((index, fault))
     kinds = tuple(fault.kind for _, fault in faults)
     shown = None if gradient is None else gradient.format
-    entry = Entry(item.name, item.layer, weight, activation, noise.relative_std, deadzone, kinds, shown)
-    return Plan(entry, tuple(faults), noise, gradient, is_output)
+    accumulator = None if kept else here.accumulator
+    entry = Entry(
+        item.name,
+        item.layer,
+        weight,
+        activation,
+        noise.relative_std,
+        deadzone,
+        kinds,
+        shown,
+        accumulator=None if accumulator is None else accumulator.in_words,
+        errors=noise.other_errors,
+    )
+    return Plan(entry, tuple(faults), noise, gradient, is_output, _sums(accumulator))
+
+
+def _sums(accumulator: Accumulator | None) -> PartialSums | None:
+    """The arithmetic of an accumulator."""
+    if accumulator is None:
+        return None
+    half = accumulator.bits == "fp16"
+    return PartialSums(accumulator.mantissa, accumulator.promote, accumulator.group, accumulator.rounding, half)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

@@ -53,6 +53,7 @@ class Kernels:
     attend: Callable[..., None]
     fingerprint: Callable[..., None]
     fingerprints: Callable[..., None]
+    accumulate: Callable[..., None]
     path: Path
     """File of the library."""
     target: str
@@ -228,6 +229,8 @@ def load(library: Path, target: str) -> Kernels:
     fingerprint.argtypes = [pointer, pointer, long, long, long, pointer]
     fingerprints = handle.ro_fingerprints
     fingerprints.argtypes = [pointer, long, long, long, pointer]
-    for function in (quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints):
+    accumulate = handle.ro_accumulate
+    accumulate.argtypes = [pointer, pointer, pointer, long, long, long, integer, long, long, integer, integer]
+    for function in (quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, accumulate):
         function.restype = None
-    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, library, target)
+    return Kernels(quantize, noise, draw, norm, gate, attend, fingerprint, fingerprints, accumulate, library, target)

@@ -210,27 +210,28 @@ def normal_rows(
 _NORMALS, _UNIFORMS = 1, 2  # the enum `Draw` of kernels/philox.h
 
 
-def _draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
+def _draw(kind: int, key: Key, ids: Tensor, columns: int, first: Tensor | None = None) -> Tensor:
     """Draws [rows, columns] of one kind (float32)."""
-    if may_use_triton(ids):
+    if may_use_triton(ids) and first is None:
         if torch.compiler.is_compiling():
             result: Tensor = torch.ops.roundoff.draw(kind, ids, columns, signed(key))
             return result
         return _launched(kind, key, ids, columns)
     kernels = kernels_for(ids)
     if kernels is None:
-        return _plain_draw(kind, key, ids, columns)
+        return _plain_draw(kind, key, ids, columns, first)
     # torch's default dtype and device may be anything, so both are named.
     out = torch.empty(ids.shape[0], columns, dtype=torch.float32, device=ids.device)
     if out.numel():
         ids = ids.contiguous()
         threads = thread_count(out.numel())
-        kernels.draw(kind, out.data_ptr(), ids.shape[0], columns, ids.data_ptr(), None, key.value, threads)
+        starts = None if first is None else first.data_ptr()
+        kernels.draw(kind, out.data_ptr(), ids.shape[0], columns, ids.data_ptr(), starts, key.value, threads)
     return out
 
 
-def _plain_draw(kind: int, key: Key, ids: Tensor, columns: int) -> Tensor:
-    first = torch.zeros_like(ids)
+def _plain_draw(kind: int, key: Key, ids: Tensor, columns: int, first: Tensor | None = None) -> Tensor:
+    first = torch.zeros_like(ids) if first is None else first
     if kind == _NORMALS:
         return normal_rows(key, ids, first, columns)
     return fractions_of(word_rows(key, ids, first, columns))
@@ -296,6 +297,7 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
     rows: Int[Tensor, "*rows"] | None = None,
+    column_start: Int[Tensor, "*rows"] | None = None,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "*rows columns"]:
     """Standard normal numbers keyed by row id and column: the eps of `matmul_noise` with the same key.
@@ -305,10 +307,13 @@ def normal(
         shape: shape of the result; the last axis holds the columns.
         dtype: dtype to which the float32 draws are rounded.
         rows: identity of each row, int64; the default counts the rows from 0.
+        column_start: logical index of each row's first column, int64; default 0. With it, an accelerator computes the
+            draws by plain torch.
         device: device of the result if `rows` is not given.
 
     Raises:
         ValueError: if `rows` does not have the leading shape or is not int64.
     """
     ids, columns = _row_ids(shape, rows, device)
-    return _draw(_NORMALS, key, ids, columns).to(dtype).reshape(tuple(shape))
+    first = None if column_start is None else column_start.reshape(-1).contiguous()
+    return _draw(_NORMALS, key, ids, columns, first).to(dtype).reshape(tuple(shape))

@@ -27,6 +27,7 @@ IN_WORDS = (
         "epochs",
         "lora.rank",
         "hardware.matmul_noise",
+        "hardware.accumulator",
         "hardware.deadzone",
         "hardware.faults",
         "hardware.rules",
@@ -202,6 +203,9 @@ def _other(hardware: Hardware) -> str:
         parts.append(f"noise {'forward' if noise.forward else 'backward'} only")
     if noise.relative_std and not noise.attention:
         parts.append("no noise in attention")
+    parts += noise.other_errors
+    if hardware.accumulator:
+        parts.append(hardware.accumulator.in_words)
     if zone:
         parts.append(f"deadzone {_percent(zone.threshold)} in {_layers(zone.layers)}")
     for fault in hardware.faults:

@@ -135,7 +135,8 @@ def _sums(
 ) -> list[float]:
     """KL sum of every text on the hardware, in nats; 0 if all layers are kept and the hardware does nothing else."""
     kept_all = len(hardware.precision.keep) == len(decoder_layers(model))
-    if kept_all and hardware.model_copy(update={"precision": type(hardware.precision)()}).changes_nothing:
+    rest = hardware.model_copy(update={"precision": type(hardware.precision)(), "accumulator": None})
+    if kept_all and rest.changes_nothing:
         return [0.0 for batch in texts for _ in batch.tokens]
     install(model, hardware, seed=seed)
     try:

@@ -64,10 +64,11 @@ def find_faults(
     if replays < 0:
         raise ValueError(f"replays must be 0 or more, but is {replays}")
     state = installed(model)
-    if state is not None and state.is_on and any(entry.noise for entry in state.entries):
-        raise ConfigError(
-            "hardware.matmul_noise is installed: declared noise cannot be told from a fault, so take it off first"
-        )
+    if state is not None and state.is_on:
+        noisy = any(entry.noise or entry.errors for entry in state.entries)
+        if noisy or any(entry.accumulator for entry in state.entries):
+            name, what = ("matmul_noise", "declared noise") if noisy else ("accumulator", "the error of its sums")
+            raise ConfigError(f"hardware.{name} is installed: {what} cannot be told from a fault, so take it off first")
     key = Key.from_seed(seed).fold("checksum")
     inspector = Inspector(model, decoder_layers(model), replays, key, host, stop_at_first)
     with frozen_evaluation(model), torch.no_grad(), suppress(_Stopped):

@@ -15,6 +15,7 @@ from roundoff.plugins.verl.hydra_values import quoted
 from roundoff.plugins.verl.settings import VARIABLE, from_environment
 
 GPU = ("profile.device=cuda", "profile.dtype=bfloat16", "profile.model=/models/qwen")
+VLLM = (*GPU, "hardware.matmul_noise.attention=false")
 
 
 def words(tmp_path, name="quickstart-noise-aqn", *assignments, devices=2, seed=7) -> tuple[dict[str, str], dict]:
@@ -138,6 +139,9 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
             "--set hardware.rollout.matmul_noise.attention=false",
         ),
         (("hardware.rollout.matmul_noise.relative_std=0.2",), "algorithm.ratio = 'replayed' means nothing here"),
+        ((*VLLM, "hardware.accumulator={bits=13}"), "hardware.accumulator is not simulated in vLLM"),
+        ((*VLLM, "hardware.matmul_noise.gain_std=0.02"), "hardware.matmul_noise.gain_std is not simulated"),
+        ((*VLLM, 'hardware.matmul_noise.scale="row"'), "hardware.matmul_noise.scale is not simulated in vLLM"),
         (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
         (("profile.training.minibatches=3",), "must be divisible by minibatches"),
         (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),

@@ -1,10 +1,11 @@
-// roundoff's compiled kernels: quantize-dequantize, keyed noise, decoding, and fingerprints of memory. They have no
-// dependencies and are loaded through ctypes.
+// roundoff's compiled kernels: quantize-dequantize, keyed noise, sums of few bits, decoding, and fingerprints of memory.
+// They have no dependencies and are loaded through ctypes.
 // Build as build.py does, with -ffp-contract=off: a fused multiply-add would round differently from torch's operators.
 #include <algorithm>
 #include <system_error>
 #include <thread>
 #include <vector>
+#include "accumulate.h"
 #include "decode.h"
 #include "fingerprint.h"
 #include "hifloat.h"
@@ -194,6 +195,15 @@ void ro_draw(int kind, float* out, int64_t count, int64_t columns, const int64_t
     if (kind == WORDS) noise<float, WORDS>(nullptr, out, rows, count, 0.0f, key, threads);
     else if (kind == NORMALS) noise<float, NORMALS>(nullptr, out, rows, count, 0.0f, key, threads);
     else noise<float, UNIFORMS>(nullptr, out, rows, count, 0.0f, key, threads);
+}
+
+// out [rows, columns] = a [rows, length] times b [length, columns], by an accumulator of few bits; see accumulate.h.
+// `columns` is a multiple of sixteen.
+void ro_accumulate(const float* a, const float* b, float* out, int64_t rows, int64_t length, int64_t columns,
+                   int mantissa, int64_t promote, int64_t group, int half, int threads) {
+    const PartialSums sums{promote, group, mantissa, half != 0};
+    parallel(rows, 1, rows * columns * length / 4, threads,
+             [&](int64_t begin, int64_t end) { sum_rows(a, b, out, begin, end, length, columns, sums); });
 }
 
 // The next three functions work in float32; see decode.h. `delta` may be null.

@@ -8,10 +8,11 @@ With `rollout.engine_kwargs.vllm.worker_extension_cls`, verl gives vLLM's worker
   output before the bias is added, as the phase asks: that of rollouts, and that of evaluation while verl evaluates;
 - draws AQN's noise on the norms after each weight sync, and removes it for evaluations (`AqnSwitch`).
 
-It refuses what it cannot do: other weights in evaluation than in rollouts, noise on attention (which happens inside
-vLLM's kernels), deadzones and faults (`vllm_limits`); settings that differ within what vLLM computes as one product
-(`vllm_plan`); experts, tensor parallelism (noise belongs on the whole product, not on one rank's part of the sum),
-compiled graphs, and weights that vLLM itself has quantized. The plan and the limits are tested without vLLM.
+It refuses what it cannot do: other weights in evaluation than in rollouts, noise on attention and accumulators (which
+are inside vLLM's kernels), errors besides the published noise, deadzones and faults (`vllm_limits`); settings that
+differ within what vLLM computes as one product (`vllm_plan`); experts, tensor parallelism (noise belongs on the whole
+product, not on one rank's part of the sum), compiled graphs, and weights that vLLM itself has quantized. The plan and
+the limits are tested without vLLM.
 """
 
 from __future__ import annotations
