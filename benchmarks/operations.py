@@ -32,6 +32,8 @@ HARDWARE = {
     "W4A16 MXFP4": Hardware(precision=Precision(weight="mxfp4")),
     "W4A4 MXFP4": Hardware(precision=Precision(weight="mxfp4", activation="mxfp4")),
     "W4A4 NVFP4": Hardware(precision=Precision(weight="nvfp4", activation="nvfp4")),
+    "FP8 cache": Hardware(precision=Precision(kv_cache="fp8_e4m3")),
+    "FP8 attention": Hardware(precision=Precision(attention="fp8_e4m3")),
     "5 % noise": Hardware(matmul_noise=MatmulNoise(relative_std=0.05)),
 }
 

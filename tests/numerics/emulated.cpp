@@ -17,7 +17,7 @@ void ro_noise(int, const void*, void*, int64_t, int64_t, const int64_t*, const i
 void ro_draw(int, float*, int64_t, int64_t, const int64_t*, const int64_t*, uint64_t, int);
 void ro_norm(float*, const float*, const float*, float, float*, int64_t, int64_t, int);
 void ro_gate(float*, const float*, int64_t, int);
-void ro_attend(float* const*, const int64_t* const*, const int64_t*, float, int);
+void ro_attend(float* const*, const int64_t* const*, const int64_t*, float, const void*, int);
 void ro_accumulate(const float*, const float*, float*, int64_t, int64_t, int64_t, int, int64_t, int64_t, int, int);
 void ro_fingerprints(const uint8_t*, int64_t, int64_t, int64_t, uint64_t*);
 void ro_fingerprint(const uint8_t* const*, const int64_t*, int64_t, int64_t, int64_t, uint64_t*);
@@ -53,12 +53,12 @@ static void call(int function, std::vector<Argument>& a) {
             return ro_draw((int)a[0].number, a[1], a[2], a[3], a[4], a[5], (uint64_t)a[6].number, (int)a[7].number);
         case 3: return ro_norm(a[0], a[1], a[2], a[3].real(), a[4], a[5], a[6], (int)a[7].number);
         case 4: return ro_gate(a[0], a[1], a[2], (int)a[3].number);
-        case 5: {  // ten pointers, three pointers to rows, the sizes, the scale, the threads
+        case 5: {  // ten pointers, three pointers to rows, the sizes, the scale, the format, the threads
             float* pointers[10];
             const int64_t* rows[3];
             for (int i = 0; i < 10; ++i) pointers[i] = a[i];
             for (int i = 0; i < 3; ++i) rows[i] = a[10 + i];
-            return ro_attend(pointers, rows, a[13], a[14].real(), (int)a[15].number);
+            return ro_attend(pointers, rows, a[13], a[14].real(), a[15], (int)a[16].number);
         }
         case 6: return ro_fingerprints(a[0], a[1], a[2], a[3], a[4]);
         case 7: {  // lines, step and the results, then pairs of memory and its size

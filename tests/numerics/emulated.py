@@ -91,7 +91,7 @@ class Emulated:
         memory = (a, 4 * rows * length, False), (b, 4 * length * columns, False), (out, 4 * rows * columns, True)
         self._call("accumulate", *memory, rows, length, columns, *map(int, numbers))
 
-    def attend(self, pointers, rows, sizes, scale, threads) -> None:
+    def attend(self, pointers, rows, sizes, scale, spec, threads) -> None:
         batch, tokens, heads, kv_heads, start, _, width, capacity, head = list(sizes)[:9]
         many, few = 4 * batch * tokens * heads * head, 4 * batch * tokens * kv_heads * head
 
@@ -107,7 +107,10 @@ class Emulated:
         ]
         index = [row and (row, 8 * batch, False) for row in rows]
         packed = (ctypes.c_int64 * 9)(*list(sizes)[:9])
-        self._call("attend", *memory, *index, (ctypes.addressof(packed), 72, False), float(scale), threads)
+        numbers = (ctypes.addressof(packed), 72, False), float(scale)
+        fmt = ctypes.create_string_buffer(spec, len(spec)) if spec else None
+        stored = None if fmt is None else (ctypes.addressof(fmt), len(spec), False)
+        self._call("attend", *memory, *index, *numbers, stored, threads)
 
     def fingerprints(self, start, size, lines, step, out) -> None:
         self._call("fingerprints", (start, size, False), size, lines, step, (ctypes.addressof(out), 24, True))

@@ -132,7 +132,8 @@ def test_norm_and_gate(neon, n):
 @pytest.mark.parametrize("shared", [False, True], ids=["one cache", "a shared prompt"])
 @pytest.mark.parametrize("window", [0, 9])
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_attention(neon, size, window, shared):
+@pytest.mark.parametrize("fmt", [None, "fp8_e4m3", "mxfp4"])
+def test_attention(neon, fmt, size, window, shared):
     batch, tokens, heads, kv_heads, start, capacity = 3, 5, 4, 2, 24, 40
     prompt = 20 if shared else 0
     generator = torch.Generator().manual_seed(size + window)
@@ -151,6 +152,7 @@ def test_attention(neon, size, window, shared):
             pointers(prompt_row if shared else None, own_row, left),
             (ctypes.c_int64 * 9)(batch, tokens, heads, kv_heads, start, window, prompt, capacity, size),
             0.17,
+            None if fmt is None else FORMATS[fmt].packed,
             1,
         )
         results.append(written)

@@ -33,9 +33,10 @@ def settings(experiment: Experiment, profile: Profile) -> str:
 
 
 def products(hardware: Hardware) -> str:
-    """The three products of a Linear on this hardware, for each phase, and for the modules of each rule.
+    """The products of a Linear and of attention on this hardware, for each phase, and for the modules of each rule.
 
-    They show which operand is stored in which format, and the noise. Where several rules match a module, each changes
+    They show which operand is stored in which format, and the noise; those of attention are left out if none of their
+    operands has a format. Where several rules match a module, each changes
     what those before it left; that is not drawn here.
     """
     phases: dict[Hardware, list[str]] = {}
@@ -45,9 +46,11 @@ def products(hardware: Hardware) -> str:
     for one, names in phases.items():
         backward = "training" in names
         heading = f"# {' and '.join(names)}\n" if len(phases) > 1 else ""
-        texts.append(heading + _products(one, backward=backward))
+        texts.append(heading + _linear_products(one, backward=backward) + _attention_products(one))
         for number, words in enumerate(rules_in_words(one)):
-            texts.append(f"# in modules that match {words}\n{_products(one.under_rule(number), backward=backward)}")
+            rule = one.under_rule(number)
+            drawn = _linear_products(rule, backward=backward) + _attention_products(rule)
+            texts.append(f"# in modules that match {words}\n{drawn}")
     return "\n".join(texts)
 
 
@@ -56,14 +59,33 @@ def _has_an_axis(spec: Format) -> bool:
     return spec.rows == 1 and (spec.block is not None or (spec.scale != "none" and spec.tensor_divisor is None))
 
 
-def _products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
+def _operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
+    stored = [] if fmt is None else [f"{fmt} along {along}" if _has_an_axis(get_format(fmt)) else fmt]
+    return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
+
+
+def _attention_products(hardware: HardwareOfAPhase) -> str:
     p, noise = hardware.precision, hardware.matmul_noise
+    if not (p.kv_cache or p.attention):
+        return ""
+
+    def cached(name: str) -> str:
+        parts = [f"cache {p.kv_cache}"] if p.kv_cache else []
+        parts += [p.attention] if p.attention and p.attention != p.kv_cache else []
+        return f"{name} [{', then '.join(parts)} along the head]"
+
+    on = noise.relative_std and noise.attention and noise.forward
+    error = f"  + {100 * noise.relative_std:.4g} % noise" if on else ""
+    lines = ["# products of attention: operands, and the axis along which their rows and blocks lie"]
+    lines.append(f"scores = {_operand('Q', p.attention, 'the head')} . {cached('K')}{error}")
+    lines.append(f"output = {_operand('P', p.attention, 'the keys')} . {cached('V')}{error}")
+    return "\n".join(lines) + "\n"
+
+
+def _linear_products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
+    p, noise, operand = hardware.precision, hardware.matmul_noise, _operand
     if not (p.weight or p.activation or p.gradient or noise.changes_products or hardware.accumulator):
         return "# products of a Linear: plain arithmetic\n"
-
-    def operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
-        stored = [] if fmt is None else [f"{fmt} along {along}" if _has_an_axis(get_format(fmt)) else fmt]
-        return f"{name} [{', '.join([*stored, *extras])}]" if stored or extras else name
 
     relative_to = {"output": "noise", "operands": "noise of the operands", "row": "noise of the row"}[noise.scale]
 

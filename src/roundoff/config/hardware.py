@@ -51,6 +51,17 @@ def activation_format(name: str) -> str:
     return name
 
 
+def attention_format(name: str) -> str:
+    """The same for the operands of attention's products, of which P has the keys on its axis of blocks."""
+    name = activation_format(name)
+    if get_format(name).block is not None:
+        raise ValueError(
+            "must be a format without blocks, such as fp8_e4m3, int8 or hif8: blocks of attention weights would lie "
+            "along the keys, where padding and later tokens move them (kv_cache takes formats with blocks)"
+        )
+    return name
+
+
 FormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(known_format)]
 """A name among `formats.table.FORMATS`, or a format of one's own: a word as in `formats.spelling`, or a table of its
 parts, which becomes that word."""
@@ -58,6 +69,8 @@ ActivationFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(
 MaybeFormat = Annotated[FormatName | None, BeforeValidator(lambda value: _format_or_none(value))]
 """The same, or "none" for high precision."""
 MaybeActivationFormat = Annotated[ActivationFormatName | None, BeforeValidator(lambda value: _format_or_none(value))]
+AttentionFormatName = Annotated[str, BeforeValidator(_as_word), AfterValidator(attention_format)]
+MaybeAttentionFormat = Annotated[AttentionFormatName | None, BeforeValidator(lambda value: _format_or_none(value))]
 
 
 def _kept_layers(value: Any) -> Any:
@@ -143,7 +156,7 @@ class MatmulNoise(Settings):
 
 
 class Precision(Settings):
-    """Number formats of the weight and the input of every Linear; None leaves them unquantized."""
+    """Number formats of the operands of every Linear and of attention; None leaves them unquantized."""
 
     weight: MaybeFormat = None
     """Format of `Linear.weight`, with blocks along `in_features`."""
@@ -157,6 +170,11 @@ class Precision(Settings):
     hadamard: Annotated[Literal["none", "dw"], LATER] = "none"
     """Whether both operands of `dW` are multiplied by an orthogonal matrix, in groups of 16 tokens, before they are
     quantized."""
+    kv_cache: Annotated[MaybeActivationFormat, LATER] = None
+    """Format of the keys, after their position embedding, and of the values of every attention layer: each token and
+    key head is one row, with blocks along the head."""
+    attention: Annotated[MaybeAttentionFormat, LATER] = None
+    """Format of both operands of QK^T and of PV: one row for each token and head, and for the weights of each query."""
     keep: Annotated[tuple[int, ...] | str, BeforeValidator(_kept_layers)] = ()
     """Decoder layers left in high precision: a list of indices (-1 is the last layer), or `srdd:k` for the k layers
     that the scan ranks as most sensitive."""
@@ -167,13 +185,18 @@ class Precision(Settings):
         refine: dict[str, Any] = (
             {"gradient_rounding": "nearest", "hadamard": NONE} if values["gradient"] is None else {}
         )
-        if not any(values[name] for name in ("weight", "activation", "gradient")):
+        if not any(values[name] for name in ("weight", "activation", "gradient", "kv_cache", "attention")):
             refine["keep"] = ()
         return values | {name: default for name, default in refine.items() if name not in written}
 
+    @property
+    def quantizes_forward(self) -> bool:
+        """Whether an operand of the forward pass has a format."""
+        return bool(self.weight or self.activation or self.kv_cache or self.attention)
+
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
-        if self.keep and not (self.weight or self.activation or self.gradient):
+        if self.keep and not (self.quantizes_forward or self.gradient):
             raise ValueError(f"keep = {self.keep!r} does nothing without a format: set weight or activation")
         return self
 

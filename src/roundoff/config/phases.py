@@ -129,7 +129,7 @@ class HardwareOfAPhase(Settings):
 
     @property
     def _does_something(self) -> bool:
-        quantized = self.precision.weight or self.precision.activation or self.precision.gradient
+        quantized = self.precision.quantizes_forward or self.precision.gradient
         errors = self.matmul_noise.changes_products or self.deadzone or self.faults
         return bool(quantized or errors or self.accumulator)
 
@@ -137,8 +137,7 @@ class HardwareOfAPhase(Settings):
     def changes_forward(self) -> bool:
         """Whether the forward pass is anything but plain arithmetic."""
         return any(
-            v.precision.weight
-            or v.precision.activation
+            v.precision.quantizes_forward
             or (v.matmul_noise.changes_products and v.matmul_noise.forward)
             or v.accumulator
             or v.deadzone
@@ -175,10 +174,17 @@ class HardwareOfAPhase(Settings):
         )
 
     @property
-    def perturbs_attention(self) -> bool:
-        """Whether the products of any attention layer get noise."""
-        noises = [variant.matmul_noise for variant in self.variants()]
-        return any(noise.relative_std and noise.attention for noise in noises)
+    def changes_attention(self) -> bool:
+        """Whether the products of any attention layer are other ones: noise on them, or formats of their operands."""
+        variants = self.variants()
+        return any(
+            (v.matmul_noise.relative_std and v.matmul_noise.attention) or v.precision.attention for v in variants
+        )
+
+    @property
+    def concerns_attention(self) -> bool:
+        """Whether attention is computed otherwise than in the plain model: other products, or a format of its cache."""
+        return self.changes_attention or any(variant.precision.kv_cache for variant in self.variants())
 
     @property
     def quantizes_weights(self) -> bool:

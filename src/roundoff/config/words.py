@@ -22,7 +22,8 @@ def _of_one(hardware: Hardware) -> str:
     if hardware.changes_nothing:
         return "none (plain arithmetic)"
     precision, noise = hardware.precision, hardware.matmul_noise
-    parts = [f"{name} {fmt}" for name in ("weight", "activation") if (fmt := getattr(precision, name))]
+    names = {"weight": "weight", "activation": "activation", "kv_cache": "key-value cache", "attention": "attention"}
+    parts = [f"{shown} {fmt}" for name, shown in names.items() if (fmt := getattr(precision, name))]
     parts += [f"layers {precision.keep} kept"] if precision.keep else []
     parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
     parts += noise.other_errors if noise.forward else ()

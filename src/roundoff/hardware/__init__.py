@@ -5,7 +5,8 @@ in `roundoff.models`, and the scan for sensitive layers in `roundoff.srdd`.
 
 Doors: everything that this module exports; `inventory.plain_name`, `inventory.layer_index`, `inventory.exclusion`,
 `inventory.kept_layers` and `inventory.check_rules` for names of modules; `linear.HardwareLinear`, `experts.PROJECTIONS`
-and `experts.is_experts` to recognize modules; `installed.required`, `attention` and `freshness.bit_sums`.
+and `experts.is_experts` to recognize modules; `installed.required`, `attention`, `attention_formats.AttentionFormats`
+and `freshness.bit_sums`.
 """
 
 from roundoff.hardware.contexts import hardware_off, hardware_phase, noise_key, plain_arithmetic, rollout_phase

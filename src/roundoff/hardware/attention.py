@@ -1,7 +1,10 @@
-"""Attention on simulated hardware: noise on QK^T and PV, through transformers' attention interface.
+"""Attention on simulated hardware: formats of its operands and noise on QK^T and PV, through transformers' interface.
 
     scores = noise(Q K^T) * scaling, then soft cap and mask, softmax in float32, out = noise(P V)
     dP = noise(dO V^T)   dV = noise(P^T dO)   dQ = noise(dS K)   dK = noise(dS^T Q)
+
+Q, K, P and V are quantized as `attention_formats` says, in the backward pass as in the forward pass. Where only the
+cache has a format, nothing but K and V changes, and transformers' `sdpa` computes the rest as in the plain model.
 
 Scores are perturbed before the mask is added, so that no infinity is multiplied. The query heads that share a key head
 (grouped-query attention) are one product, as on hardware that reads the cache once, so `dK` and `dV` are perturbed
@@ -23,6 +26,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from roundoff.config import Hardware
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.hardware.draw import Draw
 from roundoff.hardware.error_models import Scale, perturb
 from roundoff.hardware.graphs import outside_of_graphs
@@ -32,6 +37,8 @@ from roundoff.numerics.rng import Key
 
 NAME = "roundoff"
 """Name of the attention function and of its mask in transformers' registries."""
+CACHE_NAME = "roundoff_sdpa"
+"""The same of the function for models under `sdpa` of which only the cache has a format."""
 STATE = "hardware_attention_state"
 """Attribute of an attention module that holds its `AttentionState`."""
 PRODUCTS = ("scores", "scores_dq", "scores_dk", "mix", "mix_dp", "mix_dv")
@@ -40,7 +47,7 @@ PRODUCTS = ("scores", "scores_dq", "scores_dk", "mix", "mix_dp", "mix_dv")
 
 @dataclass(eq=False, slots=True)
 class AttentionState:
-    """The noise on the products of one attention layer."""
+    """The noise on the products of one attention layer, and the formats of their operands."""
 
     name: str
     """Dotted name of the layer, without the parts that PEFT adds."""
@@ -52,6 +59,8 @@ class AttentionState:
     """Relative standard deviation on the four products of the backward pass (fraction)."""
     scale: Scale = "output"
     """What the noise is relative to; never `row`, because a row of scores includes masked keys and padding."""
+    formats: AttentionFormats = field(default_factory=AttentionFormats)
+    """Formats of the cache and of the operands."""
     _base: Key | None = field(default=None)
     _keys: dict[str, Key] = field(default_factory=dict)
 
@@ -150,7 +159,7 @@ def attention_forward(
     softcap: float | None = None,
     **other: Any,
 ) -> tuple[Float[Tensor, "rollouts queries heads value_size"], Float[Tensor, "rollouts heads queries keys"]]:
-    """Compute attention with noise; transformers calls this for every attention layer of an installed model.
+    """Compute attention on hardware; transformers calls this for every attention layer of an installed model.
 
     Args:
         module: the attention module, which holds an `AttentionState`.
@@ -175,15 +184,12 @@ def attention_forward(
     for name in ("s_aux", "position_bias"):
         if other.get(name) is not None:
             raise NotImplementedError(
-                f"{type(module).__name__} uses {name}, which noisy attention does not support: "
-                "set hardware.matmul_noise.attention = false"
+                f"{type(module).__name__} uses {name}, which attention on hardware does not support: "
+                "set hardware.matmul_noise.attention = false, and no hardware.precision.attention or kv_cache"
             )
-    state: AttentionState | None = getattr(module, STATE, None)
-    if state is None:
-        raise RuntimeError(
-            f"{type(module).__name__} is configured to compute attention on hardware, but none is installed on it: its "
-            "config was copied from an installed model; install the hardware on this model, too"
-        )
+    state = _state_of(module)
+    formats = state.formats
+    key, value = (formats.key_operand(x) for x in formats.read_back(key, value))
     batch, heads, queries, size = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
     grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
@@ -192,7 +198,7 @@ def attention_forward(
         call.draw = state.runtime.current(state.name)
         call.rows = call.draw.attention_rows(state.name, query.shape, key.shape)
 
-    packed = query.reshape(batch, key_heads, heads // key_heads * queries, size)
+    packed = formats.operand(query).reshape(batch, key_heads, heads // key_heads * queries, size)
     noisy_grad = grad and bool(state.backward_std or state.forward_std)
     scores: Tensor = _Scores.apply(packed, key, call) if noisy_grad else call.scores(packed, key)  # type: ignore
     scores = scores.view(batch, heads, queries, keys) * (size**-0.5 if scaling is None else scaling)
@@ -202,9 +208,54 @@ def attention_forward(
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     if dropout:
         weights = F.dropout(weights, p=dropout, training=module.training)
-    flat = weights.view(batch, key_heads, -1, keys)
+    flat = formats.operand(weights).view(batch, key_heads, -1, keys)
     out: Tensor = _Mix.apply(flat, value, call) if noisy_grad else call.mix(flat, value)  # type: ignore
     return out.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), weights
+
+
+@outside_of_graphs
+def cached_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rollouts heads queries head_size"],
+    key: Float[Tensor, "rollouts key_heads keys head_size"],
+    value: Float[Tensor, "rollouts key_heads keys value_size"],
+    attention_mask: Shaped[Tensor, " ..."] | None,
+    **other: Any,
+) -> tuple[Float[Tensor, "rollouts queries heads value_size"], None]:
+    """Compute attention by transformers' `sdpa` over keys and values as the cache stores them; see `attention_forward`.
+
+    Raises:
+        RuntimeError: if no hardware is installed on the module, or if the model changes what its cache returned.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    key, value = _state_of(module).formats.read_back(key, value)
+    result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **other)
+    return result
+
+
+def _state_of(module: nn.Module) -> AttentionState:
+    state: AttentionState | None = getattr(module, STATE, None)
+    if state is None:
+        raise RuntimeError(
+            f"{type(module).__name__} is configured to compute attention on hardware, but none is installed on it: its "
+            "config was copied from an installed model; install the hardware on this model, too"
+        )
+    return state
+
+
+def cache_formats(model: nn.Module) -> dict[int, AttentionFormats]:
+    """The formats of the attention layers whose cache has one, by index of the layer; none while the hardware is off.
+
+    A cache that passes new keys and values through `in_cache`, and hands over what it returns, spares attention from
+    quantizing all columns at every step.
+    """
+    found: dict[int, AttentionFormats] = {}
+    for module in model.modules():
+        state: AttentionState | None = module.__dict__.get(STATE)
+        if state is not None and state.formats.cache is not None and state.runtime.on:
+            found[module.layer_idx] = state.formats  # type: ignore[index]
+    return found
 
 
 def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -219,10 +270,17 @@ def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     return scores + mask
 
 
+def function_name(original: str | None, hardware: Hardware) -> str:
+    """The name of the attention function for a model under the `original` implementation."""
+    return NAME if hardware.changes_attention or original != "sdpa" else CACHE_NAME
+
+
 def register() -> None:
-    """Register the attention function and its (additive) mask with transformers; idempotent."""
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    """Register the attention functions and their masks with transformers; idempotent."""
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionInterface.register(CACHE_NAME, cached_attention)
+    AttentionMaskInterface.register(CACHE_NAME, sdpa_mask)

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from roundoff.config import PHASES, ConfigError, Hardware, MatmulNoise, Phase
+from roundoff.config import PHASES, ConfigError, Hardware, Phase
 from roundoff.hardware import attention, experts
+from roundoff.hardware.attention_modules import AttentionPlan
 from roundoff.hardware.installed import MARK, InstalledHardware, installed, nonfinite_weights, required
-from roundoff.hardware.inventory import Candidate, plain_name
+from roundoff.hardware.inventory import Candidate
 from roundoff.hardware.linear import LINEAR_STATE, HardwareLinear, LinearState
 from roundoff.hardware.phases import STATES, ConfigSwitch, put_states, take_states
 from roundoff.hardware.quantized_weight import QuantizedWeight
@@ -45,7 +46,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
     of_phase = {phase: hardware.of(phase) for phase in PHASES}
     surveys = {one: survey(model, one) for one in dict.fromkeys(of_phase.values())}
-    if not any(found.covered for found in surveys.values()) and not hardware.changes_nothing:
+    if not any(found.does_something for found in surveys.values()) and not hardware.changes_nothing:
         raise ConfigError(
             "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
             "keep fewer layers, or add noise"
@@ -161,15 +162,11 @@ def _attach(item: Candidate, surveys: Mapping[Phase, Survey], runtime: Runtime) 
 def _attach_attention(
     model: nn.Module, surveys: Mapping[Phase, Survey], switches: tuple[ConfigSwitch, ...], runtime: Runtime
 ) -> None:
-    """Give their states to attention layers with noise, and to all other modules that share a switched config."""
+    """Give their states to attention layers, and to all other modules that share a switched config."""
     switched = {id(switch.config) for switch in switches if switch.attribute == ATTENTION_SWITCH}
 
     def state(found: Survey, name: str) -> attention.AttentionState:
-        noise = found.attention.get(name, MatmulNoise())
-        std = noise.relative_std
-        return attention.AttentionState(
-            plain_name(name), runtime, std if noise.forward else 0.0, std if noise.backward else 0.0, noise.scale
-        )
+        return found.attention.get(name, AttentionPlan(name)).state(runtime)
 
     for name, module in model.named_modules():
         if id(module.__dict__.get("config")) in switched and STATES not in module.__dict__:
@@ -206,9 +203,10 @@ def _switches(model: nn.Module, surveys: Mapping[Phase, Survey]) -> tuple[Config
     switches = []
     if layers:
         attention.register()
-        names = dict.fromkeys(attended, attention.NAME)
-        for config in {id(layer.config): layer.config for layer in layers}.values():
-            switches.append(ConfigSwitch(config, ATTENTION_SWITCH, getattr(config, ATTENTION_SWITCH), names))
+    for config in {id(layer.config): layer.config for layer in layers}.values():
+        original = getattr(config, ATTENTION_SWITCH)
+        names = {phase: attention.function_name(original, surveys[phase].result.hardware) for phase in attended}
+        switches.append(ConfigSwitch(config, ATTENTION_SWITCH, original, names))
     if stacked:
         experts.register()
     for module, phases in stacked.values():

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from roundoff.config import ConfigError, Hardware, MatmulNoise, pattern_matches
+from roundoff.config import ConfigError, Hardware, pattern_matches
 from roundoff.hardware import experts
 from roundoff.hardware.linear import HardwareLinear
 
@@ -211,30 +211,6 @@ def _skip_reason(name: str, module: nn.Module, hardware: Hardware) -> str | None
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear that overrides forward"
     return f"{type(module).__name__} is not a Linear: left in high precision, without noise"
-
-
-def attention_layers(model: nn.Module, hardware: Hardware) -> dict[str, MatmulNoise]:
-    """The noise on the products of each attention layer, by the layer's name; empty if none has any.
-
-    Raises:
-        ConfigError: if the settings ask for noise on attention but the model bypasses transformers' interface.
-    """
-    if not hardware.perturbs_attention:
-        return {}
-    layers: dict[str, MatmulNoise] = {}
-    supported = any(getattr(module, "_supports_attention_backend", False) for module in model.modules())
-    for name, module in model.named_modules():
-        has_products = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
-        if supported and has_products and "config" in module.__dict__:
-            noise = hardware.at(plain_name(name)).matmul_noise
-            excluded = exclusion(plain_name(name), hardware.exclude) or not noise.attention
-            layers[name] = MatmulNoise() if excluded else noise
-    if not layers:
-        raise ConfigError(
-            "hardware.matmul_noise.attention = true, but this model has no attention that goes through transformers' "
-            "attention interface: set hardware.matmul_noise.attention = false"
-        )
-    return layers
 
 
 def check_rules(hardware: Hardware, names: Iterable[str]) -> None:

@@ -49,8 +49,8 @@ class PhaseHardware:
     """Modules with weights that it does not compute, each with the reason."""
     modules: tuple[nn.Module, ...]
     """The Linears and experts of `entries`."""
-    attention: tuple[Entry, ...]
-    """Attention layers whose products it changes."""
+    attention: Mapping[str, str]
+    """What it does to attention layers, by name and in words; without those that it leaves alone."""
 
     def summary(self) -> list[str]:
         """Lines of text: how many modules are computed how, and how many were skipped for which reason."""
@@ -58,11 +58,9 @@ class PhaseHardware:
         for entry in self.entries:
             kinds.setdefault(described(entry), []).append(entry)
         lines = [f"{len(e):4d} modules: {kind}\n     {where(e)}" for kind, e in kinds.items()]
+        attended = Counter(self.attention.values())
+        lines += [f"{count:4d} attention layers: {words}" for words, count in attended.items()]
         lines = lines or ["no module: nothing to simulate"]
-        kinds_of_noise = Counter((entry.noise, *entry.errors) for entry in self.attention)
-        for (std, *scale), count in kinds_of_noise.items():
-            said = ", ".join([f"noise {std:g} on QK^T and PV", *map(str, scale)])
-            lines.append(f"{count:4d} attention layers: {said}")
         reasons = Counter(skip.reason for skip in self.skipped)
         return lines + [f"{count:4d} skipped: {reason}" for reason, count in reasons.items()]
 

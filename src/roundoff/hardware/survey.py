@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from roundoff.config import Accumulator, ConfigError, Fault, Hardware, MatmulNoise, first_line
+from roundoff.hardware.attention_modules import AttentionPlan, attention_plans
 from roundoff.hardware.error_models import install_errors
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.gradients import GradientArithmetic
@@ -17,13 +18,11 @@ from roundoff.hardware.inventory import (
     Candidate,
     Entry,
     Skipped,
-    attention_layers,
     candidate,
     check_rules,
     find_adapters,
     find_linears,
     kept_layers,
-    layer_index,
     plain_name,
     within_layer,
 )
@@ -89,8 +88,13 @@ class Survey:
     """The Linears and experts of its entries."""
     plans: dict[str, Plan]
     """What happens to each of them, by name."""
-    attention: dict[str, MatmulNoise]
-    """The noise of each attention layer, by name; empty if none of the settings concerns attention."""
+    attention: dict[str, AttentionPlan]
+    """What happens in each attention layer, by name; empty if none of the settings concerns attention."""
+
+    @property
+    def does_something(self) -> bool:
+        """Whether any module is computed otherwise than in the plain model."""
+        return bool(self.covered or self.result.attention)
 
 
 def survey(model: nn.Module, hardware: Hardware) -> Survey:
@@ -100,9 +104,9 @@ def survey(model: nn.Module, hardware: Hardware) -> Survey:
         ConfigError: as in `install`.
     """
     candidates, skipped = find_linears(model, hardware)
-    attended = attention_layers(model, hardware)
-    check_rules(hardware, [*(item.plain_name for item in candidates), *map(plain_name, attended)])
     keep = kept_layers(hardware.precision.keep, (item.layer for item in candidates))
+    attended = attention_plans(model, hardware, keep)
+    check_rules(hardware, [*(item.plain_name for item in candidates), *map(plain_name, attended)])
     return _survey(model, hardware, candidates, skipped, keep, attended)
 
 
@@ -132,30 +136,25 @@ def _survey(
     candidates: list[Candidate],
     skipped: list[Skipped],
     keep: tuple[int, ...],
-    attended: dict[str, MatmulNoise],
+    attended: dict[str, AttentionPlan],
 ) -> Survey:
     output = _output_embedding(model)
     plans = {item.name: _plan(item, hardware, keep, is_output=item.module is output) for item in candidates}
     covered = [item for item in candidates if plans[item.name].does_something]
     idle = [item.name for item in candidates if not plans[item.name].does_something]
-    skipped += [Skipped(name, "the settings change nothing here (precision.keep)") for name in idle]
+    why = "change nothing here (precision.keep)" if covered or not attended else "concern attention alone"
+    skipped += [Skipped(name, f"the settings {why}") for name in idle]
     check_paths(model, covered, hardware)
     for item in covered:
         check_range(item, plans[item.name].entry.weight)
-    noisy = [entry for entry in (_attention_entry(name, noise) for name, noise in attended.items()) if entry.noise]
     result = PhaseHardware(
         hardware=hardware,
         entries=tuple(plans[item.name].entry for item in covered),
         skipped=tuple(skipped),
         modules=tuple(item.module for item in covered),
-        attention=tuple(noisy),
+        attention={name: words for name, plan in attended.items() if (words := plan.described)},
     )
     return Survey(result, tuple(covered), plans, attended)
-
-
-def _attention_entry(name: str, noise: MatmulNoise) -> Entry:
-    scale = noise.other_errors[:1] if noise.scale != "output" else ()
-    return Entry(name, layer_index(plain_name(name)), None, None, noise.relative_std, errors=scale)
 
 
 def _plan(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, is_output: bool) -> Plan:

@@ -224,7 +224,7 @@ def load(library: Path, target: str) -> Kernels:
     norm, gate, attend = handle.ro_norm, handle.ro_gate, handle.ro_attend
     norm.argtypes = [pointer, pointer, pointer, single, pointer, long, long, integer]
     gate.argtypes = [pointer, pointer, long, integer]
-    attend.argtypes = [pointer, pointer, pointer, single, integer]
+    attend.argtypes = [pointer, pointer, pointer, single, pointer, integer]
     fingerprint = handle.ro_fingerprint
     fingerprint.argtypes = [pointer, pointer, long, long, long, pointer]
     fingerprints = handle.ro_fingerprints

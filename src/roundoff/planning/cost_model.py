@@ -170,6 +170,8 @@ class CostModel:
         for kind, on in (
             ("activation", any(one.precision.activation for one in settings)),
             ("gradient", any(one.precision.gradient for one in settings)),
+            ("kv_cache", any(one.precision.kv_cache for one in settings)),
+            ("attention", any(one.precision.attention for one in settings)),
             ("noise", any(one.matmul_noise.relative_std for one in settings)),
         ):
             added = ADDED[kind, self.machine.compiled] if on else NOTHING
@@ -178,10 +180,11 @@ class CostModel:
 
     def _decoding(self, hardware: Hardware) -> Work:
         """Work of a decoder layer in sampling, with the fused decoder where it is used."""
-        work = self._work(hardware).forward
         small = self.profile.training.max_prompt_tokens <= MOST_FUSED_COLUMNS and self.profile.dtype == "float32"
         if not (small and self.machine.compiled):
-            return work
+            return self._work(hardware).forward
+        precision = hardware.precision.model_copy(update={"kv_cache": None})  # the fused kernel quantizes as it goes
+        work = self._work(hardware.model_copy(update={"precision": precision})).forward
         plain = PLAIN.forward
         return Work(
             work.operations - plain.operations + FUSED.operations,

@@ -44,6 +44,10 @@ ADDED = {
     ("activation", False): Passes(Work(104, 87, 31), Work(104, 102, 32)),
     ("gradient", True): Passes(Work(0, 0, 0), Work(45, 48, 16)),
     ("gradient", False): Passes(Work(0, 0, 0), Work(300, 480, 160)),
+    ("kv_cache", True): Passes(Work(10, 3, 0), Work(10, 3, 0)),
+    ("kv_cache", False): Passes(Work(44, 41, 0), Work(44, 41, 0)),
+    ("attention", True): Passes(Work(28, 9, 0, 10), Work(32, 9, 0, 20)),
+    ("attention", False): Passes(Work(90, 79, 0, 20), Work(94, 80, 0, 30)),
     ("noise", True): Passes(Work(54, 9, 6, 3), Work(135, 27, 18, 9)),
     ("noise", False): Passes(Work(740, 900, 360, 340), Work(2230, 5250, 1130, 1020)),
 }
@@ -52,5 +56,6 @@ costs nothing per token.
 
 Operations are weighted by their measured time. On the torch path an operation of a format takes 0.65 to 0.85, and one
 of noise 0.39, of the time of an operation of the plain model, which includes the Python of its module. Those of
-gradients are counted by hand from `hardware.gradients`: three operands are quantized, two of them after a copy.
+gradients are counted by hand from `hardware.gradients`: three operands are quantized, two of them after a copy; so are
+those of attention's scores, of which eager attention reads and writes each about ten times.
 """

@@ -33,6 +33,8 @@ COLUMNS = (
     *(
         "activation_format",
         "gradient_format",
+        "kv_cache_format",
+        "attention_format",
         "keep",
         "matmul_noise",
         "other_hardware",

@@ -51,6 +51,9 @@ class SettingsInWords:
     activation_format: str
     gradient_format: str
     """Format of gradients, and what is done to them besides."""
+    kv_cache_format: str
+    attention_format: str
+    """Format of the operands of QK^T and PV."""
     keep: str
     matmul_noise: float
     """`hardware.matmul_noise.relative_std` (fraction)."""
@@ -70,10 +73,14 @@ class SettingsInWords:
 
     @property
     def formats(self) -> str:
-        """Formats of weights (W), activations (A) and gradients (G), such as `W mxfp4` or `W, A mxfp4`."""
+        """Formats of weights (W), activations (A), gradients (G), the key-value cache (KV) and attention's operands.
+
+        Examples are `W mxfp4` and `W, A mxfp4, KV fp8_e4m3`.
+        """
+        named = [("W", self.weight_format), ("A", self.activation_format), ("G", self.gradient_format)]
         if self.weight_format and self.weight_format == self.activation_format and not self.gradient_format:
-            return f"W, A {self.weight_format}"
-        named = (("W", self.weight_format), ("A", self.activation_format), ("G", self.gradient_format))
+            named = [("W, A", self.weight_format)]
+        named += [("KV", self.kv_cache_format), ("attention", self.attention_format)]
         return ", ".join(f"{what} {name}" for what, name in named if name)
 
     @property
@@ -107,6 +114,8 @@ def settings_in_words(experiment: Experiment, profile: Profile | None) -> Settin
         weight_format=precision.weight or "",
         activation_format=precision.activation or "",
         gradient_format=_gradient(precision),
+        kv_cache_format=precision.kv_cache or "",
+        attention_format=precision.attention or "",
         keep=keep if isinstance(keep, str) else _layers(keep) if keep else "",
         matmul_noise=experiment.hardware.matmul_noise.relative_std,
         other_hardware=_other(experiment.hardware),

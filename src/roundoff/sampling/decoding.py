@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from roundoff.hardware import attention
 from roundoff.models.draws import noise_context
 from roundoff.models.masks import AttentionPattern, Masks, positions, row_ids
 from roundoff.numerics.rng import Key
@@ -107,7 +108,7 @@ class Passes:
         `ids` are the rollout ids that key the noise, one for each row.
         """
         left, width = prompts.left, prompts.tokens.shape[1]
-        cache = KVCache(self.layers, capacity)
+        cache = KVCache(self.layers, capacity, attention.cache_formats(self.model))
         if self.fused is not None and self.fused.reads(width):
             with noise_context(self.model, self.noise, row_ids(ids, positions(left, width))):
                 return cache, self.fused.logits(prompts.tokens, left, cache, None)

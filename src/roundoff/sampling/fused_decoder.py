@@ -3,11 +3,13 @@
 On small models, most of a decode step is spent between the matrix products: a Llama-like layer performs about sixty
 small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
 attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
-with their hardware, adapters or faults, and noisy attention goes through its own function. What the chip does to the
+with their hardware, adapters or faults, and noisy attention goes through its own function. New keys and values are
+quantized on their way into the cache where the hardware has a format for it. What the chip does to the
 arithmetic is therefore the same code in every pass.
 
 The fused pass is used only where it is known to compute what the model computes: on a CPU in float32, for the model
-classes in `FAMILIES` with their default activation, norm and rotary embedding, and without forward hooks. Before its
+classes in `FAMILIES` with their default activation, norm and rotary embedding, without forward hooks, and with a format
+of the cache that the kernels know. Before its
 first use on a model, both passes are compared on a few tokens; they must agree to float32 rounding. If they do not, a
 warning says so and the model's own pass is used, as it is where no compiler is found.
 """
@@ -26,7 +28,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from roundoff.formats.table import get_format
 from roundoff.hardware import attention, plain_arithmetic
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.masks import AttentionPattern, positions
 from roundoff.numerics.backend import Kernels, kernels_for, thread_count
 from roundoff.sampling.kv_cache import KVCache, KVCacheLayer, SharedCache
@@ -76,8 +80,12 @@ class FusedDecoder:
         decoder: Any = base.model
         cosine, sine = decoder.rotary_emb(decoder.embed_tokens.weight, torch.arange(columns)[None])
         noisy = base.config._attn_implementation == attention.NAME
+        formats = attention.cache_formats(base)
         windows = AttentionPattern.of(base).windows(base.config)
-        layers = tuple(_Layer.of(layer, window) for layer, window in zip(decoder.layers, windows, strict=True))
+        layers = tuple(
+            _Layer.of(layer, window, formats.get(index, AttentionFormats()))
+            for index, (layer, window) in enumerate(zip(decoder.layers, windows, strict=True))
+        )
         return cls(base, kernels, layers, noisy, cosine[0].contiguous(), sine[0].contiguous())
 
     def reads(self, columns: int) -> bool:
@@ -153,12 +161,13 @@ class FusedDecoder:
             _pointers(place.prompt_row, place.own_row, left),
             (ctypes.c_int64 * 9)(B, Q, q.shape[1] // D, kv_heads, start, layer.window, width, capacity, D),
             module.scaling,
+            None if layer.formats.cache is None else get_format(layer.formats.cache).packed,
             torch.get_num_threads(),
         )
         own.length += Q
         if out is not None:
             return out
-        keys, values = (x.narrow(2, 0, own.length) for x in (own.keys, own.values))
+        keys, values = layer.formats.hand_over(*(x.narrow(2, 0, own.length) for x in (own.keys, own.values)))
         if isinstance(mask, dict):
             mask = mask[module.layer_type]
         queries = q.view(B, Q, -1, D).transpose(1, 2)
@@ -213,13 +222,17 @@ class _Layer:
     down: nn.Module
     window: int
     """Columns that its attention sees, the query's own included; 0 means all."""
+    formats: AttentionFormats
+    """Format of its cache."""
 
     @classmethod
-    def of(cls, layer: Any, window: int) -> _Layer:
+    def of(cls, layer: Any, window: int, formats: AttentionFormats) -> _Layer:
         attended, mlp = layer.self_attn, layer.mlp
         projections = attended.q_proj, attended.k_proj, attended.v_proj, attended.o_proj
         gated = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        return cls(layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window)
+        return cls(
+            layer.input_layernorm, attended, *projections, layer.post_attention_layernorm, *gated, window, formats
+        )
 
 
 @dataclass(eq=False, slots=True)
@@ -270,8 +283,9 @@ def _is_known(base: PreTrainedModel) -> bool:
         config.hidden_act == "silu"
         and kind in ("default", "linear", "llama3")
         and head in HEAD_SIZES
+        and all(get_format(str(formats.cache)).has_kernel for formats in attention.cache_formats(base).values())
         and 2 * rotary.inv_freq.numel() == head  # type: ignore[attr-defined]
-        and config._attn_implementation in ("sdpa", "eager", attention.NAME)
+        and config._attn_implementation in ("sdpa", "eager", attention.NAME, attention.CACHE_NAME)
         and all(p.dtype == torch.float32 and p.is_contiguous() for p in base.parameters())
         and not any(_is_watched(module) for module in base.modules())
     )

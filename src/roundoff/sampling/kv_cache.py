@@ -2,10 +2,12 @@
 
 `transformers.DynamicCache` concatenates, so that each step copies the entire cache. `StaticCache` attends over its full
 length from the first step on. This one is allocated at its final length and shows the model a view of the used part.
+On hardware with a format of the cache, new columns are quantized as they are written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.numerics.transfer import put
 
 
@@ -25,10 +28,11 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     values: Float[Tensor, "rows heads capacity value_size"]
     is_sliding = False  # the prepared mask applies a sliding window; the storage keeps every column
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, formats: AttentionFormats | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
+        self.formats = formats or AttentionFormats()
 
     def lazy_initialization(
         self,
@@ -48,18 +52,18 @@ class KVCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "rows heads keys head_size"], Float[Tensor, "rows heads keys value_size"]]:
-        """Write the new columns, and return views of all columns so far."""
+        """Write the new columns in the format of the cache, and return views of all columns so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, new = self.length, key_states.shape[2]
         self.length = end = start + new
-        self.keys.narrow(2, start, new).copy_(key_states)
-        self.values.narrow(2, start, new).copy_(value_states)
-        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        self.formats.in_cache(key_states, out=self.keys.narrow(2, start, new))
+        self.formats.in_cache(value_states, out=self.values.narrow(2, start, new))
+        return self.formats.hand_over(self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end))
 
     def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCacheLayer:
         """A layer with row i repeated `counts[i]` times (in host memory), and room for `capacity` columns."""
-        layer = KVCacheLayer(capacity)
+        layer = KVCacheLayer(capacity, self.formats)
         layer.length, layer.is_initialized = self.length, True
         layer.keys, layer.values = (_repeated(x, self.length, counts, capacity) for x in (self.keys, self.values))
         return layer
@@ -154,8 +158,16 @@ class KVCache(Cache):
 
     stack: list[KVCacheLayer]
 
-    def __init__(self, layers: int, capacity: int) -> None:
-        self.stack = [KVCacheLayer(capacity) for _ in range(layers)]
+    def __init__(self, layers: int, capacity: int, formats: Mapping[int, AttentionFormats] | None = None) -> None:
+        """An empty cache.
+
+        Args:
+            layers: number of decoder layers.
+            capacity: columns that fit into it.
+            formats: of the layers whose cache has one, by index (`hardware.attention.cache_formats`).
+        """
+        formats = formats or {}
+        self.stack = [KVCacheLayer(capacity, formats.get(index)) for index in range(layers)]
         super().__init__(layers=list(self.stack))
 
     def repeated(self, counts: Int[Tensor, " rows"], capacity: int) -> KVCache:

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from roundoff.hardware import attention
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.draws import noise_context
 from roundoff.models.masks import row_ids
 from roundoff.numerics.transfer import put
@@ -207,19 +209,20 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     values: Float[Tensor, "rows heads columns value_size"]
     is_sliding = False  # the prepared mask applies a sliding window
 
-    def __init__(self, keys: Tensor, values: Tensor, column: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, column: Tensor, formats: AttentionFormats | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.keys, self.values, self.column = keys, values, column
+        self.formats = formats or AttentionFormats()
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: the storage is there."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the column of the step's token."""
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
-        return self.keys, self.values
+        """Write the column of the step's token in the format of the cache."""
+        self.keys.index_copy_(2, self.column, self.formats.in_cache(key_states))
+        self.values.index_copy_(2, self.column, self.formats.in_cache(value_states))
+        return self.formats.hand_over(self.keys, self.values)
 
     def get_seq_length(self) -> int:
         """Columns that are attended to before the new one is written."""
@@ -256,7 +259,10 @@ class Step:
         position = (state.column - state.left)[:, None]
         masks = self.passes.pattern.masks(state.column, state.left, columns, self.passes.model.dtype)
         pairs = zip(state.keys, state.values, strict=True)
-        layers: list[Any] = [StaticLayer(keys, values, state.column) for keys, values in pairs]
+        formats = attention.cache_formats(self.passes.model)
+        layers: list[Any] = [
+            StaticLayer(keys, values, state.column, formats.get(index)) for index, (keys, values) in enumerate(pairs)
+        ]
         column = state.column.squeeze(0)
         with noise_context(self.passes.model, self.passes.noise, row_ids(state.ids, position), column):
             logits = self.passes.model(

@@ -114,7 +114,7 @@ def frontier(
         ConfigError: if the hardware has no format, so that keeping layers changes nothing, or if a k is out of range.
     """
     precision = scan.hardware.precision
-    if not (precision.weight or precision.activation):
+    if not precision.quantizes_forward:
         raise ConfigError("a frontier needs a format: kept layers are kept from quantization, and noise stays on them")
     texts = read_batches(batches, next(model.parameters()).device)
     decoder_layers(model)

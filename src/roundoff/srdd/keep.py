@@ -24,7 +24,7 @@ def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = No
         if not isinstance(keep, str):
             return keep
         k = int(keep.removeprefix("srdd:"))
-        if not any(one.precision.weight or one.precision.activation for one in hardware.variants()):
+        if not any(one.precision.quantizes_forward for one in hardware.variants()):
             raise ConfigError(
                 f"hardware.precision.keep = {keep!r} does nothing without a format: set weight or activation"
             )

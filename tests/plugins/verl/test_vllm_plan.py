@@ -112,6 +112,16 @@ def test_a_layer_that_one_phase_excludes_is_plain_in_it():
         ({"rollout": {"deadzone": {"threshold": 0.1, "layers": [0]}}}, "^hardware.rollout.deadzone is not simulated"),
         ({"rules": [{"match": ["down_proj"], "deadzone": {"threshold": 0.1}}]}, "^hardware.deadzone is not simulated"),
         ({"faults": [{"kind": "stuck", "layer": 0, "amount": 1.0}]}, "^hardware.faults is not simulated in vLLM"),
+        (
+            {"rollout": {"precision": {"kv_cache": "fp8_e4m3"}}},
+            r"^hardware\.rollout\.precision\.kv_cache is not simulated",
+        ),
+        ({"precision": {"attention": "fp8_e4m3"}}, r"^hardware\.precision\.attention is not simulated"),
+        ({"evaluation": {"accumulator": {"bits": 13}}}, r"^hardware\.evaluation\.accumulator is not simulated"),
+        (
+            {"rules": [{"match": ["down_proj"], "matmul_noise": {"gain_std": 0.1, "attention": False}}]},
+            r"^hardware\.matmul_noise\.gain_std is not simulated",
+        ),
         ({"precision": {"weight": "mxfp4"}, "exclude": []}, "leaves lm_head on the hardware"),
         (
             {"rollout": {"precision": {"weight": "mxfp4"}}, "evaluation": {"precision": {"weight": "nvfp4"}}},
@@ -139,6 +149,7 @@ def test_what_vllm_cannot_simulate_is_refused_from_the_settings_alone(settings, 
     "settings",
     [
         {"training": {"matmul_noise": {"relative_std": 0.1}}},  # attention in the actor alone
+        {"training": {"precision": {"kv_cache": "fp8_e4m3"}, "accumulator": {"bits": 13}}},
         {"training": {"deadzone": {"threshold": 0.1, "layers": [0]}}},
         {"precision": {"weight": "mxfp4"}, "training": {"precision": {"weight": "nvfp4"}}},
         {"precision": {"weight": "mxfp4"}, "evaluation": {"precision": {"activation": "mxfp4"}}},

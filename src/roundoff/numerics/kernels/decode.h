@@ -1,6 +1,7 @@
 // The operations of a Llama-like decoder layer between its matrix products, each in one pass over memory, in float32.
 //   norm:    h += delta;  out = weight * (h / sqrt(mean(h^2) + eps))
-//   attend:  rotary embedding of q and k; k and v into the cache; softmax(q k^T * scale) v over the visible columns
+//   attend:  rotary embedding of q and k; k and v into the cache, perhaps in a format of its own;
+//            softmax(q k^T * scale) v over the visible columns
 //   gate:    g = g / (1 + exp(-g)) * up
 #pragma once
 #include <algorithm>
@@ -172,7 +173,9 @@ static inline void attend(const float* q, float* out, const Keys& keys, const Va
     for (int i = 0; i < N; ++i) store<false>(out + LANES * i, sum[i] * inverse);
 }
 
-template <int64_t D> static void attend_rows(const Attention& a, int64_t begin, int64_t end) {
+// `stored` changes the keys or the values [kv_heads, D] of a token to what the cache holds of them.
+template <int64_t D, class Stored>
+static void attend_rows(const Attention& a, const Stored& stored, int64_t begin, int64_t end) {
     const int64_t shared = a.heads / a.kv_heads;
     std::vector<float> space(a.start + a.tokens + 2 * SIXTEEN);
     for (int64_t row = begin; row < end; ++row) {
@@ -181,9 +184,12 @@ template <int64_t D> static void attend_rows(const Attention& a, int64_t begin, 
             const int64_t column = a.start + t, position = std::max<int64_t>(column - left, 0), at = row * a.tokens + t;
             const float *cosine = a.cosine + position * D, *sine = a.sine + position * D;
             const int64_t first = std::max(left, a.window ? column + 1 - a.window : 0);
+            float *token_keys = a.k + at * a.kv_heads * D, *token_values = a.v + at * a.kv_heads * D;
+            for (int64_t g = 0; g < a.kv_heads; ++g) rotate(token_keys + g * D, cosine, sine, D);
+            stored(token_keys);
+            stored(token_values);
             for (int64_t g = 0; g < a.kv_heads; ++g) {
-                float *key = a.k + (at * a.kv_heads + g) * D, *value = a.v + (at * a.kv_heads + g) * D;
-                rotate(key, cosine, sine, D);
+                const float *key = token_keys + g * D, *value = token_values + g * D;
                 const int64_t before = a.prefix.capacity;
                 const int64_t shared_at = before ? a.prefix.at(row, g, a.kv_heads, D) : 0;
                 const int64_t own_at = a.own.at(row, g, a.kv_heads, D) - before * D;

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t PER_THREAD = 1 << 18;    // number of elements below which a thread costs more than it saves
 constexpr int64_t PANEL_ROWS = 64, PANEL_ELEMENTS = 4096;  // rows whose tensor scales are computed ahead of their use
+constexpr int64_t SHORT_ROW = 256;         // rows up to this length are scaled several at a time
 constexpr int64_t STREAM_BYTES = 8 << 20;  // size from which an output is written around the cache
 
 // Calls f(begin, end) on at most `threads` contiguous parts of [0, n), which are cut at multiples of `grain`.
@@ -92,8 +93,40 @@ void blocks_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
     }
 }
 
+// Rows of a few whole vectors, LANES at a time, each under the scale of its own largest magnitude.
+template <class T, bool INTEGER, bool STREAM>
+void short_rows_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    const bool finite = c.work.spec.scale == TENSOR;  // whether that is the largest finite magnitude
+    for (int64_t r = begin; r < end; r += LANES) {
+        const int rows = (int)std::min<int64_t>(LANES, end - r);
+        const int64_t at = r * c.columns, n = rows * c.columns;
+        U m[LANES] = {};
+        for (int64_t i = 0, b = 0; i < n; ++b)
+            for (const int64_t stop = i + c.columns; i < stop; i += LANES) {
+                const U a = bits(load(x + at + i)) & MAGNITUDE;
+                m[b] = max(m[b], finite ? (a < EXPONENT ? a : splat(0u)) : a);
+            }
+        const U amax = maxima(m);
+        const F scale = finite ? real(amax) / splat(c.work.spec.tensor_divisor)
+                               : scales_of<FLOAT32>(amax, c.work.spec, splat(1.0f)).multiply;
+        alignas(64) float multiply[LANES], divide[LANES];
+        store<false>(multiply, scale);
+        store<false>(divide, scale == 0.0f ? splat(1.0f) : scale);
+        for (int64_t i = 0, b = 0; i < n; ++b) {
+            const F back = splat(multiply[b]), by = splat(divide[b]);
+            for (const int64_t stop = i + c.columns; i < stop; i += LANES) {
+                const F a = load(x + at + i), q = nearest<INTEGER>(a / by, c.work.grid) * back;
+                store<STREAM>(y + at + i, (bits(a) & MAGNITUDE) < EXPONENT ? q : real(splat(QUIET_NAN)));
+            }
+        }
+    }
+}
+
 template <class T, bool INTEGER, bool STREAM>
 void rows_in(const Call& c, const T* x, T* y, int64_t begin, int64_t end) {
+    const bool own_scale = c.work.spec.scale != TENSOR || c.source == FROM_ROW;
+    if (own_scale && !c.work.random && c.columns <= SHORT_ROW && c.columns % LANES == 0)
+        return short_rows_in<T, INTEGER, STREAM>(c, x, y, begin, end);
     for (int64_t r = begin; r < end; ++r) {
         int64_t at = r * c.columns;
         float multiply;
@@ -167,6 +200,16 @@ void noise(const T* y, T* out, const Rows& rows, int64_t count, float s, uint64_
     });
 }
 
+template <class Stored>
+void attend_heads(const Attention& a, int64_t size, const Stored& stored, int64_t begin, int64_t end) {
+    switch (size) {
+        case 16: return attend_rows<16>(a, stored, begin, end);
+        case 32: return attend_rows<32>(a, stored, begin, end);
+        case 64: return attend_rows<64>(a, stored, begin, end);
+        case 128: return attend_rows<128>(a, stored, begin, end);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -217,21 +260,21 @@ void ro_gate(float* g, const float* up, int64_t n, int threads) {
     parallel(n, 16, n, threads, [&](int64_t begin, int64_t end) { gate_values(g, up, begin, end); });
 }
 
-void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t* sizes, float scale, int threads) {
+void ro_attend(float* const* pointers, const int64_t* const* rows, const int64_t* sizes, float scale,
+               const void* spec, int threads) {
     // pointers: q, k, v, out, prefix keys and values, own keys and values, cosine, sine
     // rows: of the prefix, of the own cache, left padding
     // sizes: rows, tokens, heads, kv_heads, start, window, columns of the prefix, capacity of the own cache, head size
+    // spec: format of the cache, with one row for each token and head; null: float32
     const auto& p = pointers;
     Attention a{p[0], p[1], p[2], p[3], {p[4], p[5], rows[0], sizes[6]}, {p[6], p[7], rows[1], sizes[7]}, p[8], p[9],
                 rows[2], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale};
     const int64_t work = a.rows * a.tokens * a.heads * (a.start + a.tokens) * sizes[8] / 8;
     parallel(a.rows, 1, work, threads, [&](int64_t begin, int64_t end) {
-        switch (sizes[8]) {
-            case 16: return attend_rows<16>(a, begin, end);
-            case 32: return attend_rows<32>(a, begin, end);
-            case 64: return attend_rows<64>(a, begin, end);
-            case 128: return attend_rows<128>(a, begin, end);
-        }
+        if (!spec) return attend_heads(a, sizes[8], [](float*) {}, begin, end);
+        const Spec& s = *(const Spec*)spec;
+        const Call c{Work(s, false, 0), sizes[8], s.tensor_divisor ? FROM_ROW : NONE, 1.0f, nullptr};
+        attend_heads(a, sizes[8], [&](float* x) { range<float, false>(c, x, x, 0, a.kv_heads); }, begin, end);
     });
 }
 

@@ -133,7 +133,7 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
-    needs_padding = profile.device == "cpu" or experiment.hardware.of("training").perturbs_attention
+    needs_padding = profile.device == "cpu" or experiment.hardware.of("training").concerns_attention
     yield f"{model}.use_remove_padding={not needs_padding}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"

@@ -84,10 +84,12 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         for setting, is_set in refused.items():
             if is_set:
                 raise ConfigError(f"roundoff's hardware cannot be simulated with {setting}: leave it at its default")
-        if hardware.perturbs_attention and self.use_remove_padding:
+        if hardware.concerns_attention and self.use_remove_padding:
             raise ConfigError(
-                "hardware.matmul_noise.attention = true (of training) needs whole sequences: set "
-                "actor_rollout_ref.model.use_remove_padding=False, or hardware.matmul_noise.attention = false"
+                "hardware in attention (hardware.matmul_noise.attention = true, hardware.precision.kv_cache or "
+                "attention), here that of training, needs whole sequences: set "
+                "actor_rollout_ref.model.use_remove_padding=False, or set hardware.matmul_noise.attention = false and "
+                "leave the formats out"
             )
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
