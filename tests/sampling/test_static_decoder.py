@@ -9,7 +9,7 @@ import torch
 
 from roundoff.aqn.noise import aqn_noise
 from roundoff.config import AQN, Fault, Hardware, LoRA, MatmulNoise, Precision
-from roundoff.hardware import hardware_off, install
+from roundoff.hardware import hardware_off, hardware_phase, install
 from roundoff.models.logprobs import token_logprobs
 from roundoff.models.lora import attach
 from roundoff.numerics.backend import use_backend
@@ -100,6 +100,20 @@ def test_columns_beyond_the_first_graph_go_on_in_a_longer_one(monkeypatch, token
     (captured,) = decoder_of(model).captured.values()
     # A prompt of 8 columns, and up to 35 fed tokens behind it
     assert sorted({columns for _, columns in captured}) == [16, 24, 32, 40, 48]
+
+
+def test_phases_have_graphs_of_their_own(monkeypatch, tokenizer, graphs):
+    model = make()
+    phases = {"rollout": {"precision": {"activation": "int4"}}, "evaluation": {"precision": {"activation": "int8"}}}
+    install(model, Hardware.model_validate({"precision": {"weight": "mxfp4"}, **phases}), seed=0)
+    for _ in range(2):
+        rollouts, eager = both(monkeypatch, model, tokenizer)
+        same(rollouts, eager)
+        with hardware_phase(model, "evaluation"):
+            scored, eager = both(monkeypatch, model, tokenizer)
+        same(scored, eager)
+        assert scored.texts != rollouts.texts
+    assert len(decoder_of(model).captured) == 2
 
 
 def test_weights_that_change_in_place_need_no_new_graph(monkeypatch, tokenizer, graphs):

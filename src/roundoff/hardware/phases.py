@@ -37,7 +37,7 @@ class ConfigSwitch:
     """Its value in the other phases while the hardware is on."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class PhaseHardware:
     """What the hardware of one phase, or of several that agree, does to a model."""
 

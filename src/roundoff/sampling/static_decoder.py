@@ -289,7 +289,7 @@ def _stamp(passes: Passes, settings: SamplingSettings, buffers: Buffers) -> tupl
     chip: tuple[Any, ...] = ()
     if hardware is not None:
         held = tuple(state.stored.cached_address for state in hardware.current_states())
-        chip = (id(hardware), hardware.is_on, held)
+        chip = (id(hardware), id(hardware.in_force), hardware.is_on, held)
     without_adapters = any(getattr(module, "disable_adapters", False) is True for module in model.modules())
     config: Any = model.config
     return (
