@@ -144,3 +144,21 @@ def test_hardware_goes_through_json_and_toml_unchanged():
     for content in (settings.model_dump(mode="json"), settings.model_dump(mode="json", exclude_none=True)):
         assert validate(Hardware, content, source="again") == settings
     assert pickle.loads(pickle.dumps(settings)) == settings  # noqa: S301 (as it goes to worker processes)
+
+
+def test_a_phase_may_have_rules_and_faults_of_its_own():
+    settings = hardware(
+        precision={"weight": "mxfp4"},
+        faults=[{"kind": "gain", "layer": 0, "amount": 0.1}],
+        rules=[{"match": ["*.down_proj"], "precision": {"weight": "int8"}}],
+        rollout={"rules": [{"match": ["*.up_proj"], "precision": {"weight": "nvfp4"}}], "faults": []},
+        evaluation={"rules": []},
+    )
+    assert settings.of("training").rules == settings.rules and len(settings.of("training").faults) == 1
+    assert settings.of("rollout").faults == () and settings.of("evaluation").rules == ()  # a list is replaced whole
+    assert Hardware.model_validate_json(settings.model_dump_json(exclude_none=True)) == settings
+    entries = install(build(), settings, seed=0).phases["rollout"].entries
+    found = {entry.name.rpartition(".")[2]: entry.weight for entry in entries}
+    assert (found["up_proj"], found["down_proj"]) == ("nvfp4", "mxfp4")
+    with pytest.raises(ConfigError, match=r"rollout\.faults\.0\.amount is missing"):
+        hardware(rollout={"faults": [{"kind": "gain", "layer": 0}]})

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import ValidationError, WrapSerializer, WrapValidator, create_model
 from pydantic.fields import FieldInfo
@@ -74,8 +74,8 @@ def _kind(field: FieldInfo) -> Any:
 
 
 def table_of(field: FieldInfo) -> type[Settings] | None:
-    """The settings model that a field holds; None if it holds something else."""
-    for kind in (field.annotation, *get_args(field.annotation)):
+    """The settings model that a field holds; None if it holds something else, such as a list of tables."""
+    for kind in (field.annotation, *(() if get_origin(field.annotation) is tuple else get_args(field.annotation))):
         if isinstance(kind, type) and issubclass(kind, Settings):
             return kind
     return None

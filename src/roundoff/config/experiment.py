@@ -46,9 +46,7 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _replays_what_was_drawn(self) -> Self:
-        rollout, training = self.hardware.of("rollout"), self.hardware.of("training")
-        differs = (rollout.is_noisy or training.is_noisy) and rollout.noise != training.noise
-        if differs and self.algorithm.ratio_rule.replays_noise:
+        if self.hardware.draws_differ and self.algorithm.ratio_rule.replays_noise:
             raise ValueError(
                 ".algorithm.ratio = 'replayed' means nothing here: rollouts and training draw different noise in the "
                 "forward pass (hardware.rollout, hardware.training), so no pass of training can repeat that of a "

@@ -258,6 +258,12 @@ class Hardware(HardwareOfAPhase):
         """Whether any phase differs from the others."""
         return len({self.of(phase) for phase in PHASES}) > 1
 
+    @property
+    def draws_differ(self) -> bool:
+        """Whether rollouts and training draw different noise in the forward pass, so that none can be replayed."""
+        rollout, training = self.of("rollout"), self.of("training")
+        return (rollout.is_noisy or training.is_noisy) and rollout.noise != training.noise
+
     def of(self, phase: Phase) -> Hardware:
         """The hardware of one phase, without phases of its own."""
         changes = self._changes_in(phase)

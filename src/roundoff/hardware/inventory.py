@@ -153,8 +153,8 @@ def find_adapters(model: nn.Module, hardware: Hardware) -> list[Candidate]:
     ]
 
 
-def kept_layers(keep: tuple[int, ...] | str, candidates: Iterable[Candidate]) -> tuple[int, ...]:
-    """The layers that `precision.keep` names, of which negative ones count from the last.
+def kept_layers(keep: tuple[int, ...] | str, layers: Iterable[int | None]) -> tuple[int, ...]:
+    """The layers that `precision.keep` names, of which negative ones count from the last; `layers` are the model's.
 
     Raises:
         ConfigError: if it names a scan that has not been made.
@@ -163,7 +163,7 @@ def kept_layers(keep: tuple[int, ...] | str, candidates: Iterable[Candidate]) ->
         raise ConfigError(
             f"hardware.precision.keep = {keep!r} must be resolved by a scan before install: pass the layer indices"
         )
-    count = 1 + max((item.layer for item in candidates if item.layer is not None), default=-1)
+    count = 1 + max((layer for layer in layers if layer is not None), default=-1)
     return tuple(layer + count if -count <= layer < 0 else layer for layer in keep)
 
 
@@ -248,7 +248,7 @@ def _check_layers(candidates: list[Candidate], hardware: Hardware) -> None:
     """
     layers = sorted({f.layer for f in candidates if f.layer is not None})
     span = f"layers with a Linear to compute: {layers[0]} to {layers[-1]}" if layers else "no numbered layers"
-    keep = kept_layers(hardware.precision.keep, candidates)
+    keep = kept_layers(hardware.precision.keep, layers)
     named = [("hardware.precision.keep", layer) for layer in keep]
     if hardware.deadzone is not None:
         named += [("hardware.deadzone.layers", layer) for layer in hardware.deadzone.layers]

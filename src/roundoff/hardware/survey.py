@@ -104,7 +104,7 @@ def survey(model: nn.Module, hardware: Hardware) -> Survey:
         ConfigError: as in `install`.
     """
     candidates, skipped = find_linears(model, hardware)
-    keep = kept_layers(hardware.precision.keep, candidates)
+    keep = kept_layers(hardware.precision.keep, (item.layer for item in candidates))
     attended = attention_plans(model, hardware, keep)
     check_rules(hardware, [*(item.plain_name for item in candidates), *map(plain_name, attended)])
     return _survey(model, hardware, candidates, skipped, keep, attended)
@@ -120,7 +120,7 @@ def survey_adapters(model: nn.Module, before: PhaseHardware) -> Survey:
     candidates = find_adapters(model, hardware) if hardware.lora else []
     if hardware.lora and not candidates:
         raise ConfigError("hardware.lora = true does nothing without adapters on the hardware's Linears")
-    layers = [item for name, module in model.named_modules() if (item := candidate(name, module)).layer is not None]
+    layers = [candidate(name, module).layer for name, module in model.named_modules()]
     found = _survey(model, hardware, candidates, [], kept_layers(hardware.precision.keep, layers), {})
     result = dataclasses.replace(
         before,

@@ -111,20 +111,21 @@ def main():
 
     with engine.train_mode():
         output = engine.train_batch(batch(tokenizer, 1, 4), remember)
-    state = engine.module.get_submodule(WEIGHT).hardware_state
-    forgotten = state._cached_of is None
+    stored = engine.module.get_submodule(WEIGHT).hardware_state.stored
+    forgotten = not stored.is_cached
     new = torch.cat([part[:-1] for part in seen[0].unbind()])
     after = whole(engine)
     logprobs(engine, tokenizer, 2)
-    fmt = state.weight_format
+    fmt = stored.format
     result |= {
         "gradient norm": output["metrics"]["grad_norm"],
         "old against new": largest(first, new),
         "moved": [name for name in after if not torch.equal(before[name], after[name])],
         "names": list(after),
         "quantized weights are forgotten after the step": forgotten,
-        "quantized is fresh": fmt is None or torch.equal(state._cached, quantize(after[f"{WEIGHT}.weight"], fmt)),
-        "quantized is stale": fmt is not None and torch.equal(state._cached, quantize(before[f"{WEIGHT}.weight"], fmt)),
+        "quantized is fresh": fmt is None or torch.equal(stored._cached, quantize(after[f"{WEIGHT}.weight"], fmt)),
+        "quantized is stale": fmt is not None
+        and torch.equal(stored._cached, quantize(before[f"{WEIGHT}.weight"], fmt)),
     }
     try:
         logprobs(engine, tokenizer, None)

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from roundoff.actions.verl_config import read_scan
 from roundoff.cli import cli
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, Precision
 from roundoff.experiments import load_profile, select, with_overrides
 from roundoff.plugins.verl.command import Resources, command, plugin_settings
 from roundoff.plugins.verl.hydra_values import quoted
@@ -22,7 +22,8 @@ def words(tmp_path, name="quickstart-noise-aqn", *assignments, devices=2, seed=7
     """Environment variables and arguments of the command, as a shell reads them."""
     experiments, profile = with_overrides(select([name]), load_profile("tiny"), assignments)
     resources = Resources(tmp_path / "train.parquet", tmp_path / "val.parquet", tmp_path / "out", devices=devices)
-    found = shlex.split(command(experiments[0], profile, seed, resources).replace("\\\n", ""))
+    text = command(experiments[0], profile, seed, resources)
+    found = shlex.split(text.replace("\\\n", ""), comments=True)
     start = found.index("python")
     assert found[start : start + 3] == ["python", "-m", "verl.trainer.main_ppo"]
     variables = dict(word.split("=", 1) for word in found[:start])
@@ -129,9 +130,18 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
     ("assignments", "message"),
     [
         (GPU, "attention = true cannot be simulated in vLLM"),
+        (
+            (*GPU, "hardware.matmul_noise.attention=false", "hardware.evaluation.precision.weight=mxfp4"),
+            "holds the quantized weights of one phase",
+        ),
+        (
+            (*GPU, "hardware.training.matmul_noise.attention=false", "algorithm.ratio=recomputed"),
+            "--set hardware.rollout.matmul_noise.attention=false",
+        ),
+        (("hardware.rollout.matmul_noise.relative_std=0.2",), "algorithm.ratio = 'replayed' means nothing here"),
         ((*VLLM, "hardware.accumulator={bits=13}"), "hardware.accumulator is not simulated in vLLM"),
-        ((*VLLM, "hardware.matmul_noise.gain_std=0.02"), r"hardware.matmul_noise \(gain error 0.02\) is not simulated"),
-        ((*VLLM, 'hardware.matmul_noise.scale="row"'), "noise relative to the row.* is not simulated in vLLM"),
+        ((*VLLM, "hardware.matmul_noise.gain_std=0.02"), "hardware.matmul_noise.gain_std is not simulated"),
+        ((*VLLM, 'hardware.matmul_noise.scale="row"'), "hardware.matmul_noise.scale is not simulated in vLLM"),
         (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
         (("profile.training.minibatches=3",), "must be divisible by minibatches"),
         (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),
@@ -142,6 +152,36 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
 def test_what_verl_cannot_carry_out_is_refused(tmp_path, assignments, message):
     with pytest.raises(ConfigError, match=message):
         words(tmp_path, "quickstart-noise-aqn", *assignments)
+
+
+PHASES = (
+    "hardware.rollout.precision.weight=nvfp4",
+    "hardware.training.matmul_noise.relative_std=0.1",
+    "hardware.evaluation.precision.activation=mxfp4",
+    "algorithm.ratio=recomputed",
+)
+
+
+def test_phases_reach_every_process(tmp_path):
+    variables, arguments = words(tmp_path, "quickstart-clean", *PHASES)
+    settings = from_environment(variables)
+    assert settings.hardware.of("rollout").precision.weight == "nvfp4"
+    assert settings.hardware.of("training").matmul_noise.relative_std == 0.1
+    assert settings.hardware.of("evaluation").precision == Precision(activation="mxfp4")
+    forwarded = arguments[f"ray_kwargs.ray_init.runtime_env.env_vars.{VARIABLE}"]
+    assert from_environment({VARIABLE: forwarded.strip("'")}) == settings
+    experiments, profile = with_overrides(select(["quickstart-clean"]), load_profile("tiny"), PHASES)
+    text = command(experiments[0], profile, 0, Resources(tmp_path, tmp_path, tmp_path))
+    first = "# forward pass: rollout: weight nvfp4; training: matmul noise 0.1; evaluation: activation mxfp4"
+    assert text.splitlines()[0] == first
+
+
+def test_attention_noise_in_training_alone_goes_with_vllm_and_needs_whole_sequences(tmp_path):
+    alone = ("hardware.training.matmul_noise.relative_std=0.1", "algorithm.ratio=recomputed")
+    _, arguments = words(tmp_path, "quickstart-clean", *GPU, *alone)
+    assert arguments["actor_rollout_ref.model.use_remove_padding"] == "False"
+    _, arguments = words(tmp_path, "quickstart-clean", *GPU, *alone, "hardware.matmul_noise.attention=false")
+    assert arguments["actor_rollout_ref.model.use_remove_padding"] == "True"
 
 
 @pytest.mark.parametrize(("text", "value"), [("/a/b.c", "/a/b.c"), ("/a b", '"/a b"'), ('{"a": 1}', "'{\"a\": 1}'")])

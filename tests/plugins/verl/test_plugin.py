@@ -199,6 +199,14 @@ def test_recomputed_ratios_draw_again(tmp_path):
     assert found["old against new"] > 0.1
 
 
+def test_the_engine_computes_on_the_hardware_of_training(tmp_path):
+    phases = {"rollout": NOISY, "training": {"precision": {"weight": "hif8"}}}
+    found = engine_result(tmp_path, {"hardware": phases, "ratio": "recomputed"})
+    assert (found["report"]["phase"], found["report"]["hardware"]) == ("training", "weight hif8")
+    assert found["old against new"] < 1e-4  # no noise in training
+    assert found["quantized is fresh"]
+
+
 def test_noise_on_attention_refuses_packed_sequences(tmp_path):
     assert "use_remove_padding=False" in engine_result(tmp_path, {"hardware": NOISY}, PACKED="1")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from roundoff.aqn.noise import aqn_noise, aqn_targets
-from roundoff.config import AQN
+from roundoff.config import AQN, Phase
 from roundoff.numerics.rng import Key
 
 
@@ -75,6 +75,11 @@ class AqnSwitch:
             self.evaluating = on
             if not on and self.syncs:
                 self._apply()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase whose hardware answers requests at this moment."""
+        return "evaluation" if self.evaluating else "rollout"
 
     @property
     def is_noisy(self) -> bool:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import roundoff
-from roundoff.config import ConfigError, Experiment, Profile
+from roundoff.config import ConfigError, Experiment, Profile, hardware_in_words
 from roundoff.plugins.verl.hydra_values import number, quoted, quoted_json
 from roundoff.plugins.verl.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
+from roundoff.plugins.verl.vllm_limits import check_vllm
 
 if TYPE_CHECKING:
     from roundoff.srdd import LayerScan
@@ -81,15 +82,15 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
 def command(
     experiment: Experiment, profile: Profile, seed: int, resources: Resources, scan: LayerScan | None = None
 ) -> str:
-    """The complete shell command, one argument a line.
+    """The complete shell command, one argument a line; a comment before it names the phases that differ.
 
     Raises:
         ConfigError: if a setting cannot be carried out under verl.
     """
     on_cpu = profile.device == "cpu"
     settings = plugin_settings(experiment, seed, scan)
-    variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json()}
-    as_json = settings.model_dump(mode="json")
+    variables = {MODULES: ENTRY, VARIABLE: settings.model_dump_json(exclude_none=True)}
+    as_json = settings.model_dump(mode="json", exclude_none=True)
     if on_cpu:
         variables[PLATFORM] = "cpu"
     arguments = [
@@ -99,7 +100,7 @@ def command(
         *_rollout(experiment, profile, seed),
         *_algorithm(experiment, profile),
         *_trainer(experiment, profile, resources),
-        *(_cpu(resources) if on_cpu else _vllm(experiment)),
+        *(_cpu(resources) if on_cpu else _vllm(settings)),
         *(
             # for every process on every node, even if Ray was started before this shell
             f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}"
@@ -108,7 +109,8 @@ def command(
     ]
     lines = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     lines += ["python -m verl.trainer.main_ppo", *map(shlex.quote, arguments)]
-    return " \\\n  ".join(lines)
+    phases = hardware_in_words(settings.hardware) if settings.hardware.has_phases else ""
+    return (f"# forward pass: {phases}\n" if phases else "") + " \\\n  ".join(lines)
 
 
 def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
@@ -131,7 +133,7 @@ def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     if tiny or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
-    needs_padding = profile.device == "cpu" or experiment.hardware.concerns_attention
+    needs_padding = profile.device == "cpu" or experiment.hardware.of("training").concerns_attention
     yield f"{model}.use_remove_padding={not needs_padding}"
     if profile.device == "cpu":
         yield f"+{model}.override_config.attn_implementation=sdpa"
@@ -250,28 +252,9 @@ def _trainer(experiment: Experiment, profile: Profile, resources: Resources) -> 
     yield "trainer.logger=[console,tensorboard]"
 
 
-def _vllm(experiment: Experiment) -> Iterator[str]:
+def _vllm(settings: PluginSettings) -> Iterator[str]:
     """Rollouts by vLLM on an accelerator."""
-    noise, hardware = experiment.hardware.matmul_noise, experiment.hardware
-    if noise.relative_std and noise.forward and noise.attention:
-        raise ConfigError(
-            "hardware.matmul_noise.attention = true cannot be simulated in vLLM's attention kernels: add "
-            "--set hardware.matmul_noise.attention=false"
-        )
-    if noise.other_errors:
-        raise ConfigError(
-            f"hardware.matmul_noise ({', '.join(noise.other_errors)}) is not simulated in vLLM: use the published noise"
-        )
-    if hardware.accumulator is not None:
-        raise ConfigError("hardware.accumulator is not simulated in vLLM, whose kernels sum the products: leave it out")
-    for name in ("kv_cache", "attention"):
-        if getattr(hardware.precision, name) is not None:
-            raise ConfigError(
-                f"hardware.precision.{name} is not simulated in vLLM, whose own kv_cache_dtype has other scales: "
-                "leave it out"
-            )
-    if hardware.deadzone is not None or hardware.faults:
-        raise ConfigError("hardware.deadzone and hardware.faults are not simulated in vLLM: leave them out")
+    check_vllm(settings.hardware)
     rollout = "actor_rollout_ref.rollout"
     yield f"{rollout}.name=vllm"
     yield f"{rollout}.enforce_eager=True"  # compiled graphs would not see the hardware

@@ -1,4 +1,7 @@
-"""The process that samples rollouts for verl on a CPU: one model on the hardware, which decodes requests in batches."""
+"""The process that samples rollouts for verl on a CPU: one model on the hardware, which decodes requests in batches.
+
+Requests are answered on the hardware of rollouts, and while the trainer evaluates, on that of evaluation.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from verl.workers.rollout.replica import TokenOutput
 
 from roundoff.config import ConfigError
 from roundoff.errors import RoundoffWarning
-from roundoff.hardware import InstalledHardware, install
+from roundoff.hardware import InstalledHardware, hardware_phase, install
 from roundoff.models.load import load_model
 from roundoff.numerics.rng import Key
 from roundoff.plugins.verl.aqn_switch import AqnSwitch
+from roundoff.plugins.verl.reports import phase_report
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
 from roundoff.sampling.sampler import sample
 
@@ -56,9 +60,11 @@ class RolloutServer:
         torch.set_num_threads(1)
         self.loaded = load_model(model, dtype=getattr(torch, dtype))
         self.hardware: InstalledHardware | None = None
-        if not settings.hardware.changes_nothing:
-            self.hardware = install(self.loaded.model, settings.hardware, seed=settings.seed)
-            print(f"roundoff: rollout replica {replica_rank}, hardware:\n{self.hardware.summary()}")
+        if not settings.rollout_hardware.changes_nothing:
+            self.hardware = install(self.loaded.model, settings.rollout_hardware, seed=settings.seed)
+            for phase in ("rollout", "evaluation") if settings.rollout_hardware.has_phases else ("rollout",):
+                lines = "\n".join(self.hardware.phases[phase].summary())
+                print(f"roundoff: rollout replica {replica_rank}, hardware of {phase}:\n{lines}")
         seed_key = Key.from_seed(settings.seed)
         self.switch = AqnSwitch(self.loaded.model, settings.aqn, seed_key, settings.multipliers)
         self.replica_rank = replica_rank
@@ -112,19 +118,20 @@ class RolloutServer:
 
     def _decode(self, prompts: list[list[int]], sampling: Sampling) -> list[TokenOutput]:
         self.batches += 1
-        kind = "evaluation" if self.switch.evaluating else "rollout"
+        kind = self.switch.phase
         self.answered[f"{kind}, {'AQN' if self.switch.is_noisy else 'no AQN'}"] += len(prompts)
-        rollouts = sample(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            prompts,
-            group_size=1,
-            max_new_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            key=self.key.fold(self.batches),
-        )
+        with hardware_phase(self.loaded.model, kind):
+            rollouts = sample(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                prompts,
+                group_size=1,
+                max_new_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                key=self.key.fold(self.batches),
+            )
         if lost := int(rollouts.nonfinite.sum()):
             self.answered[f"{kind}, not computed: logits not finite"] += lost
             warnings.warn(
@@ -183,8 +190,8 @@ class RolloutServer:
             "replica": self.replica_rank,
             "pid": os.getpid(),
             "fingerprint": self.settings.fingerprint,
-            "modules": 0 if self.hardware is None else len(self.hardware.entries),
-            "attention_layers": 0 if self.hardware is None else len(self.hardware.in_force.attention),
+            **phase_report(self.settings.hardware, self.hardware, "rollout"),
+            "evaluation": phase_report(self.settings.hardware, self.hardware, "evaluation"),
             "syncs": [asdict(sync) for sync in self.switch.syncs],
             "answered": dict(self.answered),
         }

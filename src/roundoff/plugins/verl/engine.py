@@ -1,9 +1,9 @@
 """verl's FSDP engine, with the hardware installed before the model is sharded.
 
-One engine is the actor, and another (`forward_only`) the reference; both compute on the same hardware. Noise is keyed
-by (seed, "update", step, row id), so that a pass can be repeated. With `ratio = "replayed"` the old, reference and new
-log-probabilities see the same draws, and the importance ratio is 1 before the first update. With `"recomputed"` the
-passes without gradient have draws of their own. The draw stays in force during the backward pass, in which gradient
+One engine is the actor, and another (`forward_only`) the reference; both compute on the hardware of training. Noise is
+keyed by (seed, "update", step, row id), so that a pass can be repeated. With `ratio = "replayed"` the old, reference
+and new log-probabilities see the same draws, and the importance ratio is 1 before the first update. With `"recomputed"`
+the passes without gradient have draws of their own. The draw stays in force during the backward pass, in which gradient
 checkpointing computes the forward pass again.
 
 `Q(W)` is refreshed after each optimizer step and each loaded checkpoint. FSDP writes gathered weights without counting
@@ -22,12 +22,13 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, Hardware
 from roundoff.hardware import InstalledHardware, install, noise_key
 from roundoff.numerics.rng import Key
 from roundoff.numerics.transfer import fetch, put
+from roundoff.plugins.verl.reports import phase_report
 from roundoff.plugins.verl.rows import packed_rows, padded_rows, real_tokens
-from roundoff.plugins.verl.settings import PluginSettings, from_environment
+from roundoff.plugins.verl.settings import from_environment
 
 STEP = "roundoff_step"
 """Name under which the trainer sends the training step (from 1) with each batch."""
@@ -45,9 +46,10 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         self._noise = ExitStack()
         self._hardware: InstalledHardware | None = None
         self._keys_before = tuple(module.state_dict())
-        if not settings.hardware.changes_nothing:
-            self._check(settings)
-            self._hardware = install(module, settings.hardware, seed=settings.seed)
+        hardware = settings.hardware.of("training")
+        if not hardware.changes_nothing:
+            self._check(hardware)
+            self._hardware = install(module, hardware, seed=settings.seed)
             print(f"roundoff: rank {self.rank}, hardware of the {self.roundoff_role}:\n{self._hardware.summary()}")
         self._keys_after = tuple(module.state_dict())
         if self._keys_after != self._keys_before:
@@ -67,13 +69,12 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
             "rank": self.rank,
             "pid": os.getpid(),
             "fingerprint": self._settings.fingerprint,
-            "modules": 0 if hardware is None else len(hardware.entries),
-            "attention_layers": 0 if hardware is None else len(hardware.in_force.attention),
+            **phase_report(self._settings.hardware, hardware, "training"),
             "state_dict_keys": len(self._keys_after),
             "quantizations": 0 if hardware is None else hardware.quantizations(),
         }
 
-    def _check(self, settings: PluginSettings) -> None:
+    def _check(self, hardware: Hardware) -> None:
         """Refuse configurations under which the engine would compute something else than the settings say."""
         refused = {
             "actor_rollout_ref.actor.fsdp_config.qat.enable=True (verl's own quantization)": self._qat_enabled,
@@ -83,11 +84,12 @@ class RoundoffEngine(FSDPEngineWithLMHead):  # type: ignore[misc]
         for setting, is_set in refused.items():
             if is_set:
                 raise ConfigError(f"roundoff's hardware cannot be simulated with {setting}: leave it at its default")
-        if settings.hardware.concerns_attention and self.use_remove_padding:
+        if hardware.concerns_attention and self.use_remove_padding:
             raise ConfigError(
                 "hardware in attention (hardware.matmul_noise.attention = true, hardware.precision.kv_cache or "
-                "attention) needs whole sequences: set actor_rollout_ref.model.use_remove_padding=False, or set "
-                "hardware.matmul_noise.attention = false and leave the formats out"
+                "attention), here that of training, needs whole sequences: set "
+                "actor_rollout_ref.model.use_remove_padding=False, or set hardware.matmul_noise.attention = false and "
+                "leave the formats out"
             )
 
     def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:

@@ -1,11 +1,33 @@
-"""A check that every process of a verl run computes on the same hardware, from what the processes report."""
+"""What the processes of a verl run report about their hardware, and a check that it is the same everywhere."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, Hardware, Phase, hardware_in_words
+from roundoff.hardware import InstalledHardware
 from roundoff.plugins.verl.settings import PluginSettings
+
+
+def phase_report(hardware: Hardware, installed: InstalledHardware | None, phase: Phase) -> dict[str, Any]:
+    """The hardware of a phase as a process computes it.
+
+    Args:
+        hardware: the settings of the run.
+        installed: what this process has installed; None if its phases are plain arithmetic.
+        phase: the phase.
+
+    Returns:
+        The phase, its settings in words (`hardware`; of the forward pass), and the number of modules and of attention
+        layers that the hardware computes.
+    """
+    found = None if installed is None else installed.phases[phase]
+    return {
+        "phase": phase,
+        "hardware": hardware_in_words(hardware.of(phase)),
+        "modules": 0 if found is None else len(found.entries),
+        "attention_layers": 0 if found is None else len(found.attention),
+    }
 
 
 def check_reports(reports: dict[str, list[Any]], settings: PluginSettings) -> None:

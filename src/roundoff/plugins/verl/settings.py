@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Literal
 
-from roundoff.config import AQN, ConfigError, Count, Hardware, MatmulNoise, Settings, nearest, validate
+from roundoff.config import AQN, PHASES, ConfigError, Count, Hardware, MatmulNoise, Settings, nearest, validate
 from roundoff.errors import RoundoffWarning
 
 VARIABLE = "ROUNDOFF_VERL_SETTINGS"
@@ -47,6 +47,7 @@ class PluginSettings(Settings):
     experiment: str = ""
     """Id of the experiment, for display only."""
     hardware: Hardware
+    """The hardware of all phases: actor and reference compute on that of training, rollout processes on the others."""
     aqn: AQN | None = None
     multipliers: dict[int, float] | None = None
     """Factors on AQN's sigma by decoder layer, from a scan; None: 1 in every layer."""
@@ -61,6 +62,11 @@ class PluginSettings(Settings):
     def fingerprint(self) -> str:
         """Sixteen hex digits of a hash of all settings; processes with the same fingerprint have the same hardware."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def rollout_hardware(self) -> Hardware:
+        """The hardware of a rollout process, which never trains: that of rollouts, and evaluation where it differs."""
+        return self.hardware.model_copy(update={"training": self.hardware.rollout})
 
 
 def from_environment(environment: Mapping[str, str]) -> PluginSettings | None:
@@ -108,9 +114,21 @@ def check(settings: PluginSettings) -> PluginSettings:
     Raises:
         ConfigError: if a setting needs a scan that was not given, or is not supported.
     """
-    keep, aqn = settings.hardware.precision.keep, settings.aqn
-    if isinstance(keep, str):
-        raise ConfigError(f"hardware.precision.keep = {keep!r} needs a scan: give its file by `verl-config --scan`")
+    hardware, aqn = settings.hardware, settings.aqn
+    for keep in (hardware.of(phase).precision.keep for phase in PHASES):
+        if isinstance(keep, str):
+            raise ConfigError(f"hardware.precision.keep = {keep!r} needs a scan: give its file by `verl-config --scan`")
+    if any(hardware.of(phase).lora for phase in PHASES):
+        raise ConfigError(
+            "hardware.lora = true is not available under verl, which wraps the model in adapters after the hardware "
+            "is installed: leave it false"
+        )
+    if settings.ratio == "replayed" and hardware.draws_differ:
+        raise ConfigError(
+            "ratio = 'replayed' means nothing here: rollouts and training draw different noise in the forward pass "
+            "(hardware.rollout, hardware.training), so no pass of training can repeat that of a rollout: set ratio = "
+            "'recomputed'"
+        )
     if aqn is not None and aqn.layers == "zone":
         raise ConfigError(
             "aqn.layers = 'zone' changes during the run, which the verl plugin does not: use another mode"

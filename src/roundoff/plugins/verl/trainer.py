@@ -5,7 +5,9 @@
 - Each weight sync is announced with the step whose rollouts it is for, counted from 1, and with AQN's sigma in that
   step. verl syncs once before the first step and once after each step; after the last sync there are no rollouts, and
   its sigma is 0.
-- Each evaluation, including the one before training, is announced too, and rollout processes remove the noise for it.
+- Each evaluation, including the one before training, is announced too. Rollout processes remove AQN's noise for it, and
+  sample it on the hardware of evaluation.
+- Hardware that vLLM cannot simulate is refused before any process starts.
 - Each batch carries its step to the engines, which key their noise by it.
 - A rollout or a reward that raises ends the run.
 
@@ -29,6 +31,7 @@ from roundoff.config import ConfigError
 from roundoff.plugins.verl.engine import STEP, engine_reports
 from roundoff.plugins.verl.reports import check_reports
 from roundoff.plugins.verl.settings import PluginSettings, from_environment
+from roundoff.plugins.verl.vllm_limits import check_vllm
 
 MODE = "roundoff"
 """Name of the trainer in `trainer.v1.trainer_mode`; verl without the plugin does not know it and stops."""
@@ -43,6 +46,8 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         settings = from_environment(os.environ)
         if settings is None:
             raise ConfigError("trainer.v1.trainer_mode=roundoff needs ROUNDOFF_VERL_SETTINGS in every process")
+        if config.actor_rollout_ref.rollout.name == "vllm":
+            check_vllm(settings.hardware)
         self._settings: PluginSettings = settings
         super().__init__(config)
 
@@ -102,12 +107,12 @@ class RoundoffTrainer(PPOTrainerSync):  # type: ignore[misc]
         self._record()
 
     def on_validate_begin(self) -> None:
-        """Make the rollout processes remove AQN's noise."""
+        """Make the rollout processes remove AQN's noise, and compute on the hardware of evaluation."""
         super().on_validate_begin()
         self._tell_rollouts("roundoff_evaluation", True)
 
     def on_validate_end(self) -> None:
-        """Make the rollout processes add the same noise again."""
+        """Make the rollout processes add the same noise again, and compute on the hardware of rollouts."""
         self._tell_rollouts("roundoff_evaluation", False)
         self._record()
         super().on_validate_end()
