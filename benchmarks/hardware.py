@@ -1,4 +1,8 @@
-"""Time of a training and a decoding step of `tiny` on simulated hardware, and the memory of a frozen 135 M model."""
+"""Time of a training and a decoding step of `tiny` on simulated hardware, and the memory of a frozen 135 M model.
+
+A decoding step is measured as the sampler takes it, and as `generate` does: the model's own pass over the cache of
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from roundoff.config import Hardware, MatmulNoise, Precision
 from roundoff.hardware import install, noise_key
 from roundoff.models.load import load_model
+from roundoff.models.masks import AttentionPattern
 from roundoff.numerics.backend import computed_by
 from roundoff.numerics.rng import Key
+from roundoff.sampling.decoding import Passes, Prompts, RolloutRows
+from roundoff.sampling.fused_decoder import FusedDecoder
 
 TRAINED = (64, 20)  # rollouts x tokens of a training pass
 DECODED = (256, 16)  # rollouts x tokens in the cache of a decoding step
@@ -37,6 +44,8 @@ SETTINGS: dict[str, Hardware] = {
             hadamard="dw",
         )
     ),
+    "FP8 key-value cache": Hardware(precision=Precision(kv_cache="fp8_e4m3")),
+    "FP8 attention": Hardware(precision=Precision(attention="fp8_e4m3")),
     "5 % noise, all products": Hardware(matmul_noise=NOISE),
     "5 % noise, Linear only": Hardware(matmul_noise=NOISE.model_copy(update={"attention": False})),
     "5 % noise, W4A4 (mxfp4)": Hardware(matmul_noise=NOISE, precision=Precision(weight="mxfp4", activation="mxfp4")),
@@ -56,6 +65,9 @@ GOALS = {
         "5 % noise, all products": 1.6,
     },
 }
+
+# Goals of a decoding step of the sampler, on every target.
+SAMPLED_GOALS = {"FP8 key-value cache": 1.1}
 
 
 def training_step(hardware: Hardware) -> Callable[[], None]:
@@ -107,6 +119,33 @@ def decoding_step(hardware: Hardware) -> Callable[[], None]:
         else:
             model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
         cache.crop(-1)
+
+    return step
+
+
+def sampling_step(hardware: Hardware) -> Callable[[], None]:
+    """The same step as the sampler takes it: by the fused pass, with roundoff's own cache."""
+    model = load_model("tiny", dtype=torch.float32, device="cpu").model
+    if not hardware.changes_nothing:
+        install(model, hardware, seed=0)
+    count, length = DECODED
+    ids = torch.randint(3, model.config.vocab_size, (count, length + 1), generator=torch.Generator().manual_seed(0))
+    passes = Passes(
+        model=model,
+        pattern=AttentionPattern.of(model),
+        noise=Key.from_seed(0) if hardware.is_noisy else None,
+        fused=FusedDecoder.of(model, length + 2),
+        max_new_tokens=2,
+    )
+    with torch.no_grad():
+        batch = RolloutRows(passes, Prompts.of(ids[:, :length].tolist(), 0, ids.device, alone=True), torch.arange(count))
+
+    @torch.no_grad()
+    def step() -> None:
+        batch.feed(ids[:, length])
+        batch.column -= 1
+        for layer in batch.cache.stack:
+            layer.length -= 1
 
     return step
 
@@ -172,8 +211,10 @@ def main() -> None:
     goals = GOALS.get(computed_by(torch.ones(1)), {})
     trained = interleaved({name: training_step(hardware) for name, hardware in SETTINGS.items()})
     report(f"training step, {TRAINED}, thread time", trained, goals)
+    sampled = interleaved({name: sampling_step(hardware) for name, hardware in SETTINGS.items()})
+    report(f"decoding step of the sampler, {DECODED}, thread time", sampled, SAMPLED_GOALS)
     decoded = interleaved({name: decoding_step(hardware) for name, hardware in SETTINGS.items()})
-    report(f"decoding step, {DECODED}, thread time", decoded, {})
+    report(f"decoding step over the cache of transformers, {DECODED}, thread time", decoded, {})
     memory()
 
 
