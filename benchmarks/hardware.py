@@ -1,4 +1,8 @@
-"""Time of a training and a decoding step of `tiny` on simulated hardware, and the memory of a frozen 135 M model."""
+"""Time of a training and a decoding step of `tiny` on simulated hardware, and the memory of a frozen 135 M model.
+
+A decoding step is measured as the sampler takes it, and as `generate` does: the model's own pass over the cache of
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from roundoff.config import Accumulator, Hardware, MatmulNoise, Precision
 from roundoff.hardware import hardware_phase, install, noise_key
 from roundoff.models.load import load_model
+from roundoff.models.masks import AttentionPattern
 from roundoff.numerics.backend import computed_by
 from roundoff.numerics.rng import Key
+from roundoff.sampling.decoding import Passes, Prompts, RolloutRows
+from roundoff.sampling.fused_decoder import FusedDecoder
 from roundoff.sampling.sampler import sample
 
 TRAINED = (64, 20)  # rollouts x tokens of a training pass
@@ -38,6 +45,8 @@ SETTINGS: dict[str, Hardware] = {
             hadamard="dw",
         )
     ),
+    "FP8 key-value cache": Hardware(precision=Precision(kv_cache="fp8_e4m3")),
+    "FP8 attention": Hardware(precision=Precision(attention="fp8_e4m3")),
     "5 % noise, all products": Hardware(matmul_noise=NOISE),
     "5 % noise, Linear only": Hardware(matmul_noise=NOISE.model_copy(update={"attention": False})),
     "5 % noise, W4A4 (mxfp4)": Hardware(matmul_noise=NOISE, precision=Precision(weight="mxfp4", activation="mxfp4")),
@@ -66,7 +75,8 @@ GOALS = {
     },
 }
 
-
+# Goals of a decoding step of the sampler, on every target.
+SAMPLED_GOALS = {"FP8 key-value cache": 1.1}
 PHASE_GOALS = {"equal formats": 1.02}
 
 
@@ -148,6 +158,35 @@ def step_with_rollouts(hardware: Hardware) -> Callable[[], None]:
     return step
 
 
+def sampling_step(hardware: Hardware) -> Callable[[], None]:
+    """The same step as the sampler takes it: by the fused pass, with roundoff's own cache."""
+    model = load_model("tiny", dtype=torch.float32, device="cpu").model
+    if not hardware.changes_nothing:
+        install(model, hardware, seed=0)
+    count, length = DECODED
+    ids = torch.randint(3, model.config.vocab_size, (count, length + 1), generator=torch.Generator().manual_seed(0))
+    passes = Passes(
+        model=model,
+        pattern=AttentionPattern.of(model),
+        noise=Key.from_seed(0) if hardware.is_noisy else None,
+        fused=FusedDecoder.of(model, length + 2),
+        max_new_tokens=2,
+    )
+    with torch.no_grad():
+        batch = RolloutRows(
+            passes, Prompts.of(ids[:, :length].tolist(), 0, ids.device, alone=True), torch.arange(count)
+        )
+
+    @torch.no_grad()
+    def step() -> None:
+        batch.feed(ids[:, length])
+        batch.column -= 1
+        for layer in batch.cache.stack:
+            layer.length -= 1
+
+    return step
+
+
 def interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     """Seconds of the thread in each repeat of each step, in turns, so that a slow moment meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -212,8 +251,10 @@ def main() -> None:
     goals = GOALS.get(computed_by(torch.ones(1)), {})
     trained = interleaved({name: training_step(hardware) for name, hardware in SETTINGS.items()})
     report(f"training step, {TRAINED}, thread time", trained, goals)
+    sampled = interleaved({name: sampling_step(hardware) for name, hardware in SETTINGS.items()})
+    report(f"decoding step of the sampler, {DECODED}, thread time", sampled, SAMPLED_GOALS)
     decoded = interleaved({name: decoding_step(hardware) for name, hardware in SETTINGS.items()})
-    report(f"decoding step, {DECODED}, thread time", decoded, {})
+    report(f"decoding step over the cache of transformers, {DECODED}, thread time", decoded, {})
     phased = interleaved({name: step_with_rollouts(hardware) for name, hardware in PHASES.items()})
     report("16 rollouts of 8 tokens and a training step, W4A4 (mxfp4), ratio to one phase", phased, PHASE_GOALS)
     memory("W4A16", Hardware(precision=Precision(weight="mxfp4")))

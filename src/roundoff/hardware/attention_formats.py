@@ -123,5 +123,7 @@ class _StraightThrough(torch.autograd.Function):
 
 def straight_through(x: Float[Tensor, "*rows size"], fmt: str) -> Float[Tensor, "*rows size"]:
     """`x` stored in a format, one row for each index of the leading axes, with the gradient of `x` itself."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return quantize(x, fmt, tensor_scale="row")
     result: Tensor = _StraightThrough.apply(x, fmt)  # type: ignore[no-untyped-call]
     return result
