@@ -12,7 +12,7 @@ from roundoff.config import ConfigError, Hardware, MatmulNoise, Precision, valid
 from roundoff.hardware import attention, hardware_off, install, uninstall
 from roundoff.hardware.attention import STATE, AttentionState, attention_forward, cache_formats, cached_attention
 from roundoff.hardware.attention_formats import AttentionFormats
-from roundoff.hardware.draw import Runtime
+from roundoff.hardware.runtime import Runtime
 from roundoff.numerics.quantize import quantize
 from roundoff.numerics.rng import Key
 from tests.families import Batch, build, every_family
@@ -36,7 +36,7 @@ def normal(*shape, seed, dtype=torch.float32):
 def module_with(cache, operands, groups=1):
     module = torch.nn.Module()
     formats = AttentionFormats(cache, operands)
-    module.__dict__[STATE] = AttentionState("a", Runtime(Key.from_seed(0)), 0.0, 0.0, formats)
+    module.__dict__[STATE] = AttentionState("a", Runtime(Key.from_seed(0)), 0.0, 0.0, formats=formats)
     module.num_key_value_groups = groups
     return module
 
