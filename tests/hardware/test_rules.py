@@ -81,6 +81,14 @@ def test_a_rule_may_leave_one_attention_layer_without_noise():
     assert "1.self_attn.q_proj" not in on_hardware(model) and "1.mlp.up_proj" in on_hardware(model)
 
 
+def test_noise_by_rule_that_reaches_no_attention_leaves_attention_as_it_is():
+    model, plain = build(), build()
+    installed = install(model, hardware(rules=[{"match": ["o_proj"], "matmul_noise": {"relative_std": 0.1}}]), seed=0)
+    assert not installed.in_force.attention
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    assert {entry.noise for entry in installed.entries} == {0.1} and len(installed.entries) == 2
+
+
 def test_kept_layers_stay_in_high_precision_whatever_the_rules_say():
     model = build()
     rules = [{"match": ["*"], "precision": {"weight": "int8"}}]

@@ -53,14 +53,16 @@ class AttentionPlan:
 
 
 def attention_plans(model: nn.Module, hardware: Hardware, keep: Collection[int]) -> dict[str, AttentionPlan]:
-    """What happens in each attention layer, by its dotted name; nothing if the settings leave attention as it is.
+    """What happens in each attention layer, by its dotted name; empty if the settings leave attention as it is.
 
-    An excluded layer has nothing, and one of the layers to `keep` has noise alone.
+    An excluded layer has nothing, and one of the layers to `keep` has noise alone. Rules whose noise reaches no
+    attention layer leave attention as it is.
 
     Raises:
         ConfigError: as `_attention_modules` does.
     """
-    return {name: _plan(name, hardware, keep) for name, _ in _attention_modules(model, hardware)}
+    plans = {name: _plan(name, hardware, keep) for name, _ in _attention_modules(model, hardware)}
+    return {} if hardware.rules and not any(plan.described for plan in plans.values()) else plans
 
 
 def _plan(name: str, hardware: Hardware, keep: Collection[int]) -> AttentionPlan:
