@@ -138,7 +138,9 @@ def sampling_step(hardware: Hardware) -> Callable[[], None]:
         max_new_tokens=2,
     )
     with torch.no_grad():
-        batch = RolloutRows(passes, Prompts.of(ids[:, :length].tolist(), 0, ids.device, alone=True), torch.arange(count))
+        batch = RolloutRows(
+            passes, Prompts.of(ids[:, :length].tolist(), 0, ids.device, alone=True), torch.arange(count)
+        )
 
     @torch.no_grad()
     def step() -> None:
