@@ -8,9 +8,9 @@ With `rollout.engine_kwargs.vllm.worker_extension_cls`, verl gives vLLM's worker
   output before the bias is added;
 - draws AQN's noise on the norms after each weight sync, and removes it for evaluations (`AqnSwitch`).
 
-It refuses what it cannot do: noise on attention and its formats (which are inside vLLM's kernels), deadzones and faults, experts,
-tensor parallelism (noise belongs on the whole product, not on one rank's part of the sum), compiled graphs, and weights
-that vLLM itself has quantized.
+It refuses what it cannot do: noise on attention and its formats (which are inside vLLM's kernels), deadzones and
+faults, experts, tensor parallelism (noise belongs on the whole product, not on one rank's part of the sum), compiled
+graphs, and weights that vLLM itself has quantized.
 """
 
 from __future__ import annotations
