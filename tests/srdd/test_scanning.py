@@ -169,6 +169,17 @@ def test_keep_is_resolved_and_installs():
         resolve_keep(NOISE.model_copy(update={"precision": unchecked}), found)
 
 
+def test_a_cache_alone_can_be_scanned_and_layers_kept_from_it():
+    model = plain_model()
+    hardware = Hardware(precision=Precision(kv_cache="mxfp4", keep="srdd:1"))
+    found = scan(model, texts(), hardware)
+    assert all(metrics.shadow > 0 for metrics in found.layers.values())
+    (kept,) = resolve_keep(hardware, found).precision.keep
+    points = frontier(model, texts(), found, [0, 1, LAYERS])
+    assert points[1].kept == (kept,)
+    assert points[0].divergence.kl > points[1].divergence.kl > points[2].divergence.kl == 0.0
+
+
 def test_the_frontier_falls_to_zero():
     model = with_outliers(1)
     found = scan(model, texts(), "mxfp4")
