@@ -166,11 +166,28 @@ def test_aqn_defaults_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
+    ("hardware", "concerned"),
+    [
+        ({"precision": {"weight": "mxfp4"}}, False),
+        ({"precision": {"kv_cache": "mxfp4"}}, True),
+        ({"precision": {"attention": "int8"}}, True),
+        ({"matmul_noise": {"relative_std": 0.1}}, True),
+        ({"matmul_noise": {"relative_std": 0.1, "attention": False}}, False),
+    ],
+)
+def test_what_concerns_attention(hardware, concerned):
+    settings = Hardware.model_validate(hardware)
+    assert settings.concerns_attention == concerned
+    assert not settings.changes_nothing
+
+
+@pytest.mark.parametrize(
     ("hardware", "draws", "separates"),
     [
         ({}, False, False),
         ({"precision": {"weight": "mxfp4", "activation": "mxfp4"}}, False, False),
         ({"precision": {"gradient": "mxfp4"}}, False, True),
+        ({"precision": {"kv_cache": "mxfp4", "attention": "int8"}}, False, False),
         ({"precision": {"gradient": "mxfp4", "gradient_rounding": "stochastic"}}, True, True),
         ({"matmul_noise": {"relative_std": 0.1, "forward": False}}, True, True),
         ({"matmul_noise": {"relative_std": 0.1, "scale": "operands"}}, True, True),

@@ -83,6 +83,25 @@ def test_the_products_of_a_linear():
     ]
 
 
+def test_the_products_of_attention():
+    noise = MatmulNoise(relative_std=0.05)
+    hardware = Hardware(precision=Precision(kv_cache="mxfp4", attention="int8"), matmul_noise=noise)
+    assert show.products(hardware).splitlines()[4:] == [
+        "# products of attention: operands, and the axis along which their rows and blocks lie",
+        "scores = Q [int8 along the head] . K [cache mxfp4, then int8 along the head]  + 5 % noise",
+        "output = P [int8 along the keys] . V [cache mxfp4, then int8 along the head]  + 5 % noise",
+    ]
+    assert show.products(Hardware(precision=Precision(attention="hif8"))).splitlines() == [
+        "# products of a Linear: plain arithmetic",
+        "# products of attention: operands, and the axis along which their rows and blocks lie",
+        "scores = Q [hif8 along the head] . K [hif8 along the head]",
+        "output = P [hif8 along the keys] . V [hif8 along the head]",
+    ]
+    once = Hardware(precision=Precision(kv_cache="int8", attention="int8"))
+    assert "K [cache int8 along the head]" in show.products(once)
+    assert "attention" not in show.products(Hardware(matmul_noise=noise))
+
+
 def test_show_prints_the_products(tmp_path):
     shown = roundoff("show", "quickstart-mxfp4", "--no-layers", cwd=tmp_path).stdout
     assert "y  = x [mxfp4 along in_features] . W [mxfp4 along in_features]" in shown

@@ -25,7 +25,7 @@ FORMATS = [
     (None, "fp8_e4m3"),
     (None, "int8"),
     ("mxfp4", "fp8_e4m3"),
-    ("int8", "int8"),  # one rounding of keys and values, not two
+    ("int8:full", "int8:full"),  # one rounding of keys and values, not two
 ]
 
 

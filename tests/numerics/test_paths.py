@@ -107,6 +107,13 @@ def test_paths_agree_on_stochastic_rounding_and_odd_shapes(name):
             assert same(expected, q), (shape, key)
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e4m3_row", "int8", "int8:full"])
+def test_paths_agree_on_short_rows(name):
+    # Rows of whole vectors up to 256 columns are taken several at a time; 13 is no multiple of any number of lanes.
+    for columns in (4, 8, 16, 40, 48, 128, 256, 272):
+        compare(name, 13, columns, seed=columns)
+
+
 CUSTOM = [
     Format("mxfp4 in blocks of 16", E2M1, 16, "e8m0", "floor", 6.0),
     Format("mxint8", Element("int8", 0, 0, 6, -127.0, 127.0), 32, "e8m0", "floor", 127.0),

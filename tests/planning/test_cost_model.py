@@ -140,9 +140,11 @@ def test_operations_of_a_layer_are_as_counted(training):
     plain = per_layer(HARDWARE["plain"], training=training)
     stated = getattr(PLAIN, part)
     assert plain == pytest.approx((stated.operations, stated.hidden, stated.intermediate), rel=0.33)
-    w4a4 = per_layer(HARDWARE["W4A4 MXFP4"], training=training)
-    added = getattr(ADDED["activation", False], part)
-    assert w4a4[1:] == pytest.approx((stated.hidden + added.hidden, stated.intermediate + added.intermediate), rel=0.33)
+    for name, kind in (("W4A4 MXFP4", "activation"), ("FP8 cache", "kv_cache"), ("FP8 attention", "attention")):
+        found = per_layer(HARDWARE[name], training=training)
+        added = getattr(ADDED[kind, False], part)
+        expected = (stated.hidden + added.hidden, stated.intermediate + added.intermediate)
+        assert found[1:] == pytest.approx(expected, rel=0.33), name
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ CHANGES = (
     *("algorithm.optimizer_epochs=2", "algorithm.tis_cap=3", "algorithm.max_sampling_batches=2"),
     *("hardware.matmul_noise.attention=false", "hardware.matmul_noise.backward=false"),
     *("hardware.matmul_noise.relative_std=0.05000001", 'hardware.exclude=["lm_head"]'),
+    *("hardware.precision.kv_cache=int8", "hardware.precision.attention=int8"),
     *("hardware.precision.weight=int8", "hardware.deadzone={threshold=0.01,layers=[1]}"),
     *(
         'hardware.matmul_noise.scale="operands"',

@@ -176,6 +176,17 @@ def test_a_layer_that_is_kept_has_no_accumulator_in_the_frontier_either():
     assert points[0].divergence.kl > 0 and points[1].divergence.kl == 0.0
 
 
+def test_a_cache_alone_can_be_scanned_and_layers_kept_from_it():
+    model = plain_model()
+    hardware = Hardware(precision=Precision(kv_cache="mxfp4", keep="srdd:1"))
+    found = scan(model, texts(), hardware)
+    assert all(metrics.shadow > 0 for metrics in found.layers.values())
+    (kept,) = resolve_keep(hardware, found).precision.keep
+    points = frontier(model, texts(), found, [0, 1, LAYERS])
+    assert points[1].kept == (kept,)
+    assert points[0].divergence.kl > points[1].divergence.kl > points[2].divergence.kl == 0.0
+
+
 def test_the_frontier_falls_to_zero():
     model = with_outliers(1)
     found = scan(model, texts(), "mxfp4")

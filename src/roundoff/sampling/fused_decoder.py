@@ -3,15 +3,15 @@
 On small models, most of a decode step is spent between the matrix products: a Llama-like layer performs about sixty
 small tensor operations, of which seven are products. Here each gap (residual and norm; rotary embedding, cache and
 attention; gate of the MLP) is one compiled kernel (`numerics/kernels/decode.h`). The Linears are called as they are,
-with their hardware, adapters or faults, and noisy attention goes through its own function. New keys and values are
-quantized on their way into the cache where the hardware has a format for it. What the chip does to the
-arithmetic is therefore the same code in every pass.
+with their hardware, adapters or faults, and attention with noise or formats goes through its own function. New keys
+and values are quantized on their way into the cache where the hardware has a format for it, by the code of `quantize`.
+What the chip does to the arithmetic is therefore the same in every pass.
 
 The fused pass is used only where it is known to compute what the model computes: on a CPU in float32, for the model
 classes in `FAMILIES` with their default activation, norm and rotary embedding, without forward hooks, and with a format
-of the cache that the kernels know. Before its
-first use on a model, both passes are compared on a few tokens; they must agree to float32 rounding. If they do not, a
-warning says so and the model's own pass is used, as it is where no compiler is found.
+of the cache that the kernels know. Before its first use on a model, both passes are compared on a few tokens; they must
+agree to float32 rounding. If they do not, a warning says so and the model's own pass is used, as it is where no
+compiler is found.
 """
 
 from __future__ import annotations

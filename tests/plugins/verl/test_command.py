@@ -142,6 +142,14 @@ def test_an_accelerator_means_vllm_with_our_workers(tmp_path):
         ((*VLLM, "hardware.accumulator={bits=13}"), "hardware.accumulator is not simulated in vLLM"),
         ((*VLLM, "hardware.matmul_noise.gain_std=0.02"), "hardware.matmul_noise.gain_std is not simulated"),
         ((*VLLM, 'hardware.matmul_noise.scale="row"'), "hardware.matmul_noise.scale is not simulated in vLLM"),
+        (
+            (*GPU, "hardware.matmul_noise.attention=false", "hardware.precision.kv_cache=fp8_e4m3"),
+            "precision.kv_cache is not simulated in vLLM",
+        ),
+        (
+            (*GPU, "hardware.matmul_noise.attention=false", "hardware.precision.attention=int8"),
+            "precision.attention is not simulated in vLLM",
+        ),
         (("algorithm.ratio=one",), "algorithm.ratio = 'one' is not available"),
         (("profile.training.minibatches=3",), "must be divisible by minibatches"),
         (("algorithm.group_size=3", "profile.training.prompts_per_step=2"), "must be divisible by the 2 devices"),

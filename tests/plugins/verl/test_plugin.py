@@ -207,8 +207,9 @@ def test_the_engine_computes_on_the_hardware_of_training(tmp_path):
     assert found["quantized is fresh"]
 
 
-def test_noise_on_attention_refuses_packed_sequences(tmp_path):
-    assert "use_remove_padding=False" in engine_result(tmp_path, {"hardware": NOISY}, PACKED="1")
+@pytest.mark.parametrize("hardware", [NOISY, {"precision": {"kv_cache": "fp8_e4m3"}}], ids=["noise", "cache"])
+def test_hardware_in_attention_refuses_packed_sequences(tmp_path, hardware):
+    assert "use_remove_padding=False" in engine_result(tmp_path, {"hardware": hardware}, PACKED="1")
 
 
 @pytest.fixture(scope="module")
