@@ -94,8 +94,8 @@ def test_the_products_of_attention():
     assert show.products(Hardware(precision=Precision(attention="hif8"))).splitlines() == [
         "# products of a Linear: plain arithmetic",
         "# products of attention: operands, and the axis along which their rows and blocks lie",
-        "scores = Q [hif8 along the head] . K [hif8 along the head]",
-        "output = P [hif8 along the keys] . V [hif8 along the head]",
+        "scores = Q [hif8] . K [hif8]",
+        "output = P [hif8] . V [hif8]",
     ]
     once = Hardware(precision=Precision(kv_cache="int8", attention="int8"))
     assert "K [cache int8 along the head]" in show.products(once)

@@ -180,7 +180,7 @@ def test_a_cache_alone_can_be_scanned_and_layers_kept_from_it():
     model = plain_model()
     hardware = Hardware(precision=Precision(kv_cache="mxfp4", keep="srdd:1"))
     found = scan(model, texts(), hardware)
-    assert all(metrics.shadow > 0 for metrics in found.layers.values())
+    assert all(metrics.shadow > 0 for metrics in found.layers)
     (kept,) = resolve_keep(hardware, found).precision.keep
     points = frontier(model, texts(), found, [0, 1, LAYERS])
     assert points[1].kept == (kept,)

@@ -55,8 +55,8 @@ def products(hardware: Hardware) -> str:
 
 
 def _has_an_axis(spec: Format) -> bool:
-    """Whether blocks of a format lie along one axis; casts, scales of a tensor and 2-D blocks do not."""
-    return spec.rows == 1 and (spec.block is not None or (spec.scale != "none" and spec.tensor_divisor is None))
+    """Whether a format has scales along one axis; casts, HiF8 and 2-D blocks do not."""
+    return spec.rows == 1 and not (spec.scale == "none" and spec.tensor_divisor is None)
 
 
 def _operand(name: str, fmt: str | None, along: str, *extras: str) -> str:
@@ -72,7 +72,9 @@ def _attention_products(hardware: HardwareOfAPhase) -> str:
     def cached(name: str) -> str:
         parts = [f"cache {p.kv_cache}"] if p.kv_cache else []
         parts += [p.attention] if p.attention and p.attention != p.kv_cache else []
-        return f"{name} [{', then '.join(parts)} along the head]"
+        formats = [get_format(fmt) for fmt in (p.kv_cache, p.attention) if fmt]
+        along = " along the head" if any(map(_has_an_axis, formats)) else ""
+        return f"{name} [{', then '.join(parts)}{along}]"
 
     on = noise.relative_std and noise.attention and noise.forward
     error = f"  + {100 * noise.relative_std:.4g} % noise" if on else ""
