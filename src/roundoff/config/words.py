@@ -24,7 +24,8 @@ def _of_one(hardware: Hardware) -> str:
     precision, noise = hardware.precision, hardware.matmul_noise
     names = {"weight": "weight", "activation": "activation", "kv_cache": "key-value cache", "attention": "attention"}
     parts = [f"{shown} {fmt}" for name, shown in names.items() if (fmt := getattr(precision, name))]
-    parts += [f"layers {precision.keep} kept"] if precision.keep else []
+    keep = precision.keep if isinstance(precision.keep, str) else ", ".join(map(str, precision.keep))
+    parts += [f"layers {keep} kept"] if keep else []
     parts += [f"matmul noise {noise.relative_std:.3g}"] if noise.relative_std and noise.forward else []
     parts += noise.other_errors if noise.forward else ()
     parts += [hardware.accumulator.in_words] if hardware.accumulator else []
