@@ -52,6 +52,26 @@ def _scores() -> dict[str, Metric]:
     return {**scores, **flaws, "problems": Metric("Problems scored", "", "Number of test problems of the evaluation")}
 
 
+def _correction() -> dict[str, Metric]:
+    """What `algorithm.correction` adds to a step, under verl's names (`roundoff.training.correction`)."""
+    weights, upper = "Weights of the correction", "the upper bound, at which or above which they are cut"
+    return {
+        "rollout_is_mean": Metric(f"{weights}: mean", "", "Mean over tokens after bounds, before normalization"),
+        "rollout_is_eff_sample_size": Metric(
+            f"{weights}: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
+        ),
+        "rollout_is_ratio_fraction_high": Metric(f"{weights}: cut above", "share", f"Weights above {upper}"),
+        "rollout_is_ratio_fraction_low": Metric(
+            f"{weights}: below", "share", "Weights below the band, or below the reciprocal of a single bound"
+        ),
+        "rollout_is_batch_norm_factor": Metric(f"{weights}: divided by", "", "Their mean over the batch"),
+        "rollout_rs_masked_fraction": Metric("Tokens rejected", "share", "Response tokens that a rejection left out"),
+        "rollout_rs_seq_masked_fraction": Metric(
+            "Responses rejected", "share", "Responses of which a rejection left out a token or more"
+        ),
+    }
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "step": Metric("Step", "", "Number of the training step; 0 is the model before training"),
@@ -79,6 +99,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "Importance ratio: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
         ),
         "grad_norm": Metric("Gradient norm", "", "Norm of the gradient before clipping, mean over the optimizer steps"),
+        **_correction(),
         **_scores(),
         "seconds_rollout": Metric("Time of sampling", "s", "Wall time of sampling and rewards"),
         "seconds_update": Metric("Time of the update", "s", "Wall time of old log-probabilities and optimizer steps"),
