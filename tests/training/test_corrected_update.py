@@ -212,3 +212,30 @@ def test_a_run_with_a_correction_goes_on_to_the_same_bits_and_logs_it(tmp_path, 
 def test_every_loss_trains(tmp_path, small, loss):
     finished = run(tmp_path, experiment(f"algorithm.loss='{loss}'"), small)
     assert finished.is_final and finished.metrics[1]["grad_norm"] > 0
+
+
+def test_corrections_by_response_of_one_token_are_told_of(tmp_path, small):
+    single = with_training(small, max_new_tokens=1)
+    chosen = experiment(*WEIGHED[3], *settings(rollout_rs="'seq_mean_k2,token_k2'", rollout_rs_threshold=1))
+    with pytest.warns(
+        UserWarning, match=r"one token .* so that sequence, seq_mean_k2 of algorithm.correction is the same"
+    ):
+        run(tmp_path / "one", chosen, single)
+    by_token = run(tmp_path / "token", experiment(*WEIGHED[0]), single)
+    assert not any("one token" in line for line in by_token.status.warnings)
+
+
+def test_the_preset_of_ratio_rollout_is_token_weights_to_the_bit(small):
+    preset, row = trained(small, NOISE, "algorithm.ratio='rollout'", "algorithm.tis_cap=1.2")
+    chosen = settings(rollout_is="'token'", rollout_is_threshold=1.2)
+    found, other = trained(small, NOISE, *chosen)
+    assert same(found, preset)
+    assert row == {name: other[name] for name in row}
+
+
+def test_icepop_is_a_rejection_of_tokens_where_the_divisor_is_constant(small):
+    base = (NOISE, NO_KL, "algorithm.aggregation='dr_grpo'")
+    icepop = gradients(small, *base, *settings(rollout_is="'token'", rollout_is_threshold=[0.8, 1.25]))
+    rejection = settings(rollout_rs="'token_k1'", rollout_rs_threshold=1.25, rollout_is="'token'")
+    for name, gradient in gradients(small, *base, *rejection).items():
+        torch.testing.assert_close(gradient, icepop[name], rtol=0, atol=2e-5 * float(icepop[name].abs().max()))

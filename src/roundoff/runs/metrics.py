@@ -88,7 +88,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "sigma": Metric("Sigma of AQN", "", "Standard deviation of AQN's noise in the rollouts; 0 at silent steps"),
         "sigma_layers": Metric("Sigma of AQN by decoder layer", "", "A list, where the layers differ"),
         "learning_rate": Metric("Learning rate", "", "Learning rate of the step, with warm-up"),
-        "trained": Metric("Trained", "", "Whether any rollout had an advantage, so that the weights moved"),
+        "trained": Metric(
+            "Trained", "", "Whether any rollout had an advantage and was kept, so that the weights moved"
+        ),
         "loss": Metric("Loss", "", "Mean over the optimizer steps"),
         "kl": Metric("KL to the reference", "nats per token", "Estimate, aggregated as the loss, without coefficient"),
         "entropy": Metric("Entropy", "nats per token", "Mean entropy of the policy over the response tokens"),
