@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.experiments import load_experiment
+from roundoff.experiments.registry import with_overrides
 from roundoff.runs.directory import RunDirectory
 from roundoff.runs.metrics import METRICS, check_row
 from tests.training.test_loop import run
@@ -16,7 +17,14 @@ ROOT = Path(__file__).parents[2]
 def test_a_run_writes_every_metric_that_is_defined_and_no_other(tmp_path, small):
     finished = run(tmp_path, load_experiment("quickstart-noise-aqn"), small)
     written = {name for row in finished.metrics for name in row}
-    assert written == set(METRICS) - {"sigma_layers"}  # which needs layers that differ
+    of_corrections = {name for name in METRICS if name.startswith("rollout_")}
+    assert written == set(METRICS) - of_corrections - {"sigma_layers"}  # which needs layers that differ
+    chosen = ["algorithm.ratio='recomputed'", "algorithm.correction.rollout_is='token'"]
+    chosen += ["algorithm.correction.rollout_is_batch_normalize=true", "algorithm.correction.rollout_rs='token_k2'"]
+    chosen += ["algorithm.correction.rollout_rs_threshold=1.0"]
+    (corrected,), _ = with_overrides([load_experiment("quickstart-clean")], small, chosen)
+    rows = run(tmp_path / "corrected", corrected, small).metrics[1:]
+    assert all(of_corrections <= set(row) for row in rows)
 
 
 def test_a_row_with_a_name_that_is_not_defined_is_refused_and_not_written(tmp_path, small):

@@ -207,7 +207,10 @@ def test_a_column_of_advantages_is_the_same_as_a_row():
         ({"algorithm": Algorithm(name="GRPO")}, "ref_logprobs must be given"),
         ({"advantages": torch.zeros(3)}, r"advantages must be \[2\]"),
         ({"mask": torch.ones(2, 4)}, "mask must have the shape of logprobs"),
-        ({"weights": torch.ones(2, 3)}, "weights must be given with algorithm.ratio = 'rollout' and only then"),
+        (
+            {"weights": torch.ones(2, 3)},
+            "weights must be given with algorithm.ratio = 'rollout' or correction.rollout_is",
+        ),
         ({"algorithm": PLAIN.model_copy(update={"ratio": "rollout"})}, "weights must be given"),
         ({"logprobs": torch.zeros(3)}, "logprobs must be"),
     ],

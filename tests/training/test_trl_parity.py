@@ -12,6 +12,7 @@ from roundoff.models.load import load_model
 from roundoff.models.logprobs import token_logprobs
 from roundoff.numerics.rng import Key
 from roundoff.sampling.sampler import sample
+from roundoff.training.correction import corrected
 from roundoff.training.loss import loss_normalizer, policy_loss, truncated_weights
 
 pytestmark = pytest.mark.slow
@@ -150,6 +151,68 @@ def test_truncated_importance_weights_are_those_of_trl(trainer, batch, loss_type
     check(trainer, batch, loss_type, algorithm, weights, trl_weights)
 
 
+@pytest.mark.parametrize("loss_type", AGGREGATION_OF)
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("token_mask", {"rollout_is": "token", "rollout_is_threshold": (0.8, 1.2)}),
+        ("sequence_truncate", {"rollout_is": "sequence", "rollout_is_threshold": 1.2}),
+        ("sequence_mask", {"rollout_is": "sequence", "rollout_is_threshold": (0.4, 2.5)}),
+    ],
+)
+def test_corrections_are_those_of_trl(trainer, batch, loss_type, mode, settings):
+    """trl computes these weights amid its generation; they are written out here as in its section on them."""
+    algorithm = Algorithm(
+        name="GRPO",
+        aggregation=AGGREGATION_OF[loss_type],
+        kl_coefficient=0.04,
+        ratio="recomputed",
+        correction=settings,
+    )
+    rollouts, _, old, _, sampler = batch
+    weights = corrected(old, sampler, rollouts.response_mask, algorithm.correction).weights
+    d = (old - sampler) * rollouts.response_mask
+    ratio = (d.sum(dim=-1, keepdim=True) if mode.startswith("sequence") else d).exp()
+    lower, upper = algorithm.correction.bounds
+    cut = ratio > upper if lower is None else (ratio < lower) | (ratio > upper)
+    trl_weights = ratio.clamp(max=upper) if lower is None else ratio.masked_fill(cut, 0.0)
+    assert cut.any() and not cut.all()
+    trainer.model.train()
+    check(trainer, batch, loss_type, algorithm, weights, trl_weights)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", AGGREGATION_OF)
+def test_gspo_is_that_of_trl(trainer, batch, loss_type, beta, monkeypatch):
+    monkeypatch.setattr(trainer, "importance_sampling_level", "sequence")
+    monkeypatch.setattr(trainer, "epsilon_low", 0.05)
+    clip = {"gspo_clip_low": 0.05, "gspo_clip_high": 0.08}
+    algorithm = Algorithm(
+        name="GRPO", aggregation=AGGREGATION_OF[loss_type], kl_coefficient=beta, loss="gspo", clip_high=0.08, **clip
+    )
+    trainer.model.train()
+    output = check(trainer, batch, loss_type, algorithm)
+    assert output.clip_low_fraction > 0 and output.clip_high_fraction > 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_cispo_is_that_of_trl(trainer, batch, beta):
+    """trl has no lower bound, and its upper one is that of the ratio itself."""
+    algorithm = Algorithm(name="GRPO", kl_coefficient=beta, loss="cispo", clip_low=1 - 2**-20, clip_high=0.28)
+    trainer.model.train()
+    output = check(trainer, batch, "cispo", algorithm, clip_high=1.28)
+    assert output.clip_high_fraction > 0
+
+
+@pytest.mark.parametrize("loss_type", AGGREGATION_OF)
+def test_the_dual_clip_is_the_two_sided_clip_of_trl(trainer, batch, loss_type, monkeypatch):
+    monkeypatch.setattr(trainer.args, "delta", 1.3)
+    plain = Algorithm(name="GRPO", aggregation=AGGREGATION_OF[loss_type], kl_coefficient=0.0)
+    trainer.model.train()
+    output = check(trainer, batch, loss_type, plain.model_copy(update={"dual_clip": 1.3}))
+    assert output.clip_low_fraction > our_loss(trainer.model, batch, plain)[0].clip_low_fraction
+
+
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])  # with the others trl averages the entropy over tokens
 def test_the_entropy_bonus_is_that_of_trl(trainer, batch, loss_type, monkeypatch):
     monkeypatch.setattr(trainer, "entropy_coef", 0.05)
@@ -159,9 +222,10 @@ def test_the_entropy_bonus_is_that_of_trl(trainer, batch, loss_type, monkeypatch
     check(trainer, batch, loss_type, algorithm)
 
 
-def check(trainer, batch, loss_type, algorithm, weights=None, trl_weights=None):
+def check(trainer, batch, loss_type, algorithm, weights=None, trl_weights=None, clip_high=None):
+    clip_high = algorithm.clip_high if clip_high is None else clip_high
     expected, expected_gradients, _ = trl_loss(
-        trainer, batch, loss_type, algorithm.kl_coefficient, algorithm.clip_high, trl_weights
+        trainer, batch, loss_type, algorithm.kl_coefficient, clip_high, trl_weights
     )
     output, gradients = our_loss(trainer.model, batch, algorithm, weights)
     # Float32: sums of about 80 tokens of order 1, behind a forward pass whose two ways of masking round differently.
@@ -170,3 +234,4 @@ def check(trainer, batch, loss_type, algorithm, weights=None, trl_weights=None):
         size = expected_gradients[name].abs().max().item()
         assert size > 0
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-4 * size, rtol=0, msg=name)
+    return output

@@ -12,6 +12,7 @@ from roundoff.config.algorithm import ALGORITHMS, Algorithm
 from roundoff.config.arithmetic import Accumulator
 from roundoff.config.base import TEMPERATURE_RULE, ConfigError, Count, Settings, is_temperature, nearest, validate
 from roundoff.config.changes import first_line
+from roundoff.config.correction import REJECTIONS, Rejection, RolloutCorrection
 from roundoff.config.experiment import NAMES_ONLY, Experiment, result_hash
 from roundoff.config.hardware import (
     FORMAT_NAMES,
@@ -36,6 +37,7 @@ __all__ = [
     "NAMES_ONLY",
     "PHASES",
     "PLAIN_FORMAT_NAMES",
+    "REJECTIONS",
     "SRDD",
     "TEMPERATURE_RULE",
     "Accumulator",
@@ -52,6 +54,8 @@ __all__ = [
     "Phase",
     "Precision",
     "Profile",
+    "Rejection",
+    "RolloutCorrection",
     "Rule",
     "Settings",
     "Task",

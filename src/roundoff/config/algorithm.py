@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import model_validator
 
 from roundoff.config.base import (
+    LATER,
     LEAST_TEMPERATURE,
     MOST_TEMPERATURE,
     Count,
@@ -19,6 +21,7 @@ from roundoff.config.base import (
     Whole,
     rule,
 )
+from roundoff.config.correction import RolloutCorrection
 from roundoff.config.ratio import RATIOS, RatioRule
 
 ALGORITHMS: Mapping[str, Mapping[str, Any]] = {
@@ -72,6 +75,15 @@ class Algorithm(Settings):
     """Number of most likely tokens to sample from; 0 keeps the whole vocabulary."""
     optimizer_epochs: Count = 1
     """Passes of the optimizer over one batch of rollouts."""
+    correction: Annotated[RolloutCorrection | None, LATER] = None
+    """Corrections of the difference between rollouts and training, by verl's names."""
+    loss: Annotated[Literal["clip", "gspo", "cispo", "reinforce"], LATER] = "clip"
+    """The loss of each token (`roundoff.training.objectives`)."""
+    gspo_clip_low: Annotated[Fraction, LATER] = 3e-4
+    """Clip range of the ratio of whole responses with `loss = "gspo"`; the defaults are those of its paper."""
+    gspo_clip_high: Annotated[NonNegative, LATER] = 4e-4
+    dual_clip: Annotated[Annotated[float, rule(lambda v: v > 1, "must be above 1")] | None, LATER] = None
+    """Ratio from which a token of negative advantage has no gradient (verl's `clip_ratio_c`); None: there is none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +101,57 @@ class Algorithm(Settings):
             raise ValueError("ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1")
         return self
 
+    @model_validator(mode="after")
+    def _correction_fits(self) -> Self:
+        if self.correction is None:
+            return self
+        if self.ratio == "rollout":
+            raise ValueError(
+                "ratio = 'rollout' is itself a correction (rollout_is = 'token' with the threshold tis_cap): with a "
+                "table [algorithm.correction], set ratio = 'recomputed'"
+            )
+        if self.ratio != "recomputed":
+            raise ValueError(
+                f"a table [algorithm.correction] does nothing with ratio = {self.ratio!r}, which has no "
+                "log-probabilities of a training pass to compare the rollouts' with: set ratio = 'recomputed', also "
+                "where rollouts and training are on different hardware"
+            )
+        if self.correction.bypass_mode and self.optimizer_epochs > 1:
+            raise ValueError(
+                "correction.bypass_mode allows a single pass over a batch: its ratio holds the difference in "
+                "arithmetic beside what earlier passes have learnt, so set optimizer_epochs = 1"
+            )
+        if self.correction.bypass_mode and self.loss != "clip":
+            raise ValueError(
+                f"loss = {self.loss!r} does nothing in bypass mode: set correction.loss_type, or bypass_mode = false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Self:
+        if self.loss_in_force == "reinforce" and self.optimizer_epochs > 1:
+            raise ValueError("loss = 'reinforce' compares with no policy before the update: set optimizer_epochs = 1")
+        if self.dual_clip is not None and self.loss_in_force != "clip":
+            raise ValueError(f"dual_clip does nothing with loss = {self.loss_in_force!r}: it belongs to 'clip'")
+        if self.dual_clip is not None and self.dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip = {self.dual_clip:g} must be above 1 + clip_high ({1 + self.clip_high:g})")
+        return self
+
+    @property
+    def loss_in_force(self) -> str:
+        """The loss of each token, bypass mode taken into account."""
+        correction = self.correction
+        bypasses = correction is not None and correction.bypass_mode and correction.loss_type == "reinforce"
+        return "reinforce" if bypasses else self.loss
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether importance weights multiply the loss of each token."""
+        return self.ratio_rule.corrects_rollouts or (self.correction is not None and self.correction.has_weights)
+
     @property
     def ratio_rule(self) -> RatioRule:
         """What `ratio` asks of a training step."""
-        return RATIOS[self.ratio]
+        found = RATIOS[self.ratio]
+        bypasses = self.correction is not None and self.correction.bypass_mode
+        return replace(found, takes_rollouts=True) if bypasses else found

@@ -21,6 +21,8 @@ class RatioRule:
     """Whether the old pass draws the hardware's noise under the key of the update's pass."""
     corrects_rollouts: bool = False
     """Whether truncated importance weights correct the difference between the rollout and the old pass."""
+    takes_rollouts: bool = False
+    """Whether the rollouts' own log-probabilities are the old ones (`correction.bypass_mode`)."""
     splits_batches: bool = False
     """Whether each minibatch is sampled as a batch of its own, so that every update has rollouts of its own policy."""
 
@@ -30,7 +32,7 @@ class RatioRule:
         The first minibatch of a step meets the weights of the old policy. Under replayed noise its own
         log-probabilities are therefore the old ones, bit for bit, unless the batch is passed over several times.
         """
-        if not self.compares:
+        if not self.compares or self.takes_rollouts:
             return False
         return not (self.replays_noise and first_minibatch and optimizer_epochs == 1)
 

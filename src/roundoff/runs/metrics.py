@@ -52,6 +52,26 @@ def _scores() -> dict[str, Metric]:
     return {**scores, **flaws, "problems": Metric("Problems scored", "", "Number of test problems of the evaluation")}
 
 
+def _correction() -> dict[str, Metric]:
+    """What `algorithm.correction` adds to a step, under verl's names (`roundoff.training.correction`)."""
+    weights, upper = "Weights of the correction", "the upper bound, at which or above which they are cut"
+    return {
+        "rollout_is_mean": Metric(f"{weights}: mean", "", "Mean over tokens after bounds, before normalization"),
+        "rollout_is_eff_sample_size": Metric(
+            f"{weights}: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
+        ),
+        "rollout_is_ratio_fraction_high": Metric(f"{weights}: cut above", "share", f"Weights above {upper}"),
+        "rollout_is_ratio_fraction_low": Metric(
+            f"{weights}: below", "share", "Weights below the band, or below the reciprocal of a single bound"
+        ),
+        "rollout_is_batch_norm_factor": Metric(f"{weights}: divided by", "", "Their mean over the batch"),
+        "rollout_rs_masked_fraction": Metric("Tokens rejected", "share", "Response tokens that a rejection left out"),
+        "rollout_rs_seq_masked_fraction": Metric(
+            "Responses rejected", "share", "Responses of which a rejection left out a token or more"
+        ),
+    }
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "step": Metric("Step", "", "Number of the training step; 0 is the model before training"),
@@ -68,7 +88,9 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "sigma": Metric("Sigma of AQN", "", "Standard deviation of AQN's noise in the rollouts; 0 at silent steps"),
         "sigma_layers": Metric("Sigma of AQN by decoder layer", "", "A list, where the layers differ"),
         "learning_rate": Metric("Learning rate", "", "Learning rate of the step, with warm-up"),
-        "trained": Metric("Trained", "", "Whether any rollout had an advantage, so that the weights moved"),
+        "trained": Metric(
+            "Trained", "", "Whether any rollout had an advantage and was kept, so that the weights moved"
+        ),
         "loss": Metric("Loss", "", "Mean over the optimizer steps"),
         "kl": Metric("KL to the reference", "nats per token", "Estimate, aggregated as the loss, without coefficient"),
         "entropy": Metric("Entropy", "nats per token", "Mean entropy of the policy over the response tokens"),
@@ -79,6 +101,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             "Importance ratio: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
         ),
         "grad_norm": Metric("Gradient norm", "", "Norm of the gradient before clipping, mean over the optimizer steps"),
+        **_correction(),
         **_scores(),
         "seconds_rollout": Metric("Time of sampling", "s", "Wall time of sampling and rewards"),
         "seconds_update": Metric("Time of the update", "s", "Wall time of old log-probabilities and optimizer steps"),

@@ -1,4 +1,4 @@
-"""What is measured of AQN before the first step of a run, and what it warns of.
+"""What is measured of AQN before the first step of a run, and what the settings warn of.
 
 The layers that AQN spares or stresses are those of the session's SRDD scan, if `aqn.layers` refers to one.
 """
@@ -13,7 +13,7 @@ import torch
 
 from roundoff.aqn.noise import aqn_targets
 from roundoff.aqn.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
-from roundoff.config import Hardware, hardware_in_words
+from roundoff.config import Experiment, Hardware, Profile, hardware_in_words
 from roundoff.errors import RoundoffWarning
 from roundoff.models.calibration import calibration_texts
 from roundoff.runs.directory import RunDirectory
@@ -74,9 +74,23 @@ def phase_warnings(hardware: Hardware) -> tuple[str, ...]:
     )
 
 
+def correction_warnings(experiment: Experiment, profile: Profile) -> tuple[str, ...]:
+    """A line if corrections by response are those by token, because every response has a single token."""
+    correction = experiment.algorithm.correction
+    if correction is None or profile.training.max_new_tokens > 1:
+        return ()
+    by_response = [name for name in (correction.rollout_is, *correction.rollout_rs) if name.startswith("seq")]
+    if not by_response:
+        return ()
+    return (
+        f"responses have one token (max_new_tokens = 1), so that {', '.join(by_response)} of algorithm.correction is "
+        "the same as its form by token: it shows nothing about responses of more tokens",
+    )
+
+
 def measure_before(session: Session, run_dir: RunDirectory, status: Status) -> Status:
     """Keep the scan and AQN's pre-flight in the run's directory, and warn of what they show; before the first step."""
-    notes = phase_warnings(session.experiment.hardware)
+    notes = phase_warnings(session.experiment.hardware) + correction_warnings(session.experiment, session.profile)
     if session.scan is not None:
         run_dir.write_scan(session.scan.to_json())
         notes += session.scan.warnings()

@@ -3,7 +3,8 @@
 Axes: `rollouts` (N), `tokens` (T, response tokens). For each response token, with advantage A of its rollout:
 
     ratio  r = exp(logprob - old_logprob)                                     held at 1 with `ratio = "one"`
-    policy l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A) * weight     DAPO equation 8; weight is 1 by default
+    policy l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A) * weight     DAPO equation 8; weight is 1 by default,
+               or another loss of the token (`algorithm.loss`)                `roundoff.training.objectives`
     KL     k = estimator(logprob, ref_logprob)                                GRPO equation 4
     H        = entropy of the policy at the token                             verl's and trl's bonus, 0 by default
     loss     = sum over tokens of aggregate(l + kl_coefficient*k - entropy_coefficient*H) / normalizer
@@ -12,8 +13,8 @@ Aggregation divides each token by: the number of response tokens of the minibatc
 number of tokens and the number of rollouts (`sequence-mean`, GRPO as published); the number of rollouts and a constant
 length (`dr_grpo`, arXiv:2503.20783).
 
-Left out on purpose: verl's dual clip (a ratio above 3 under a negative advantage), which neither paper has. The entropy
-is aggregated like the rest, as in verl; trl averages it over tokens whatever the aggregation of the rest.
+Off by default: verl's dual clip (a ratio above 3 under a negative advantage), which neither paper has. The entropy is
+aggregated like the rest, as in verl; trl averages it over tokens whatever the aggregation of the rest.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from roundoff.config import Algorithm
+from roundoff.training.objectives import token_losses
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this, as in verl (nats): exp(20) = 4.9e8 neither overflows nor hides a broken run."""
@@ -99,7 +101,8 @@ def policy_loss(
             micro-batches would not, because each holds another number of tokens. With data parallelism that averages
             gradients, pass `loss_normalizer(...)` summed over the ranks and divided by their number. None: these
             rollouts are the whole minibatch, and `dr_grpo` takes T as its constant length.
-        weights: factors of the policy term, without gradient: `truncated_weights` with `ratio = "rollout"`.
+        weights: factors of the policy term, without gradient: `truncated_weights` with `ratio = "rollout"`, those of
+            `roundoff.training.correction` with `correction.rollout_is`.
         entropies: entropies of the policy being trained, differentiable (nats); needed with an `entropy_coefficient`.
 
     Raises:
@@ -114,9 +117,9 @@ def policy_loss(
     else:
         old = torch.where(mask, old_logprobs.detach(), 0.0).to(torch.float32)
     ratio = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    clipped = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
     weight = 1.0 if weights is None else torch.where(mask, weights.detach(), 0.0).to(torch.float32)
-    policy = -torch.min(ratio * advantages, clipped * advantages) * weight
+    objective = token_losses(logprobs, old, ratio, advantages, mask, algorithm)
+    policy = objective.losses * weight
 
     if normalizer is None:
         normalizer = loss_normalizer(mask, algorithm, mask.shape[1])
@@ -132,13 +135,16 @@ def policy_loss(
         bonus = (torch.where(mask, entropies, 0.0).to(torch.float32) * share).sum()
         loss = loss - algorithm.entropy_coefficient * bonus
     with torch.no_grad():
+        if algorithm.loss_in_force == "reinforce":  # the loss has no ratio, so that the weights alone are used
+            ratio, old = torch.ones_like(ratio), logprobs
         used = ratio * weight * mask
         exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(widest_float(used)).exp() * weight
         return LossOutput(
             loss=loss,
             policy_loss=policy_part.detach(),
             kl=kl_part.detach(),
-            **_clip_fractions(ratio.detach(), advantages, mask, algorithm),
+            clip_low_fraction=objective.low.sum() / mask.sum().clamp(min=1),
+            clip_high_fraction=objective.high.sum() / mask.sum().clamp(min=1),
             **_mean_and_size(used.sum(), used.square().sum(), mask.sum()),
             ratio_std=_deviation(exact, mask),
         )
@@ -231,13 +237,6 @@ def _token_shares(mask: Tensor, algorithm: Algorithm) -> Tensor:
     return inside / inside.sum(dim=1, keepdim=True).clamp(min=1) if algorithm.aggregation == "sequence-mean" else inside
 
 
-def _clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
-    low = (ratio < 1 - algorithm.clip_low) & (advantages < 0) & mask
-    high = (ratio > 1 + algorithm.clip_high) & (advantages > 0) & mask
-    count = mask.sum().clamp(min=1)
-    return {"clip_low_fraction": low.sum() / count, "clip_high_fraction": high.sum() / count}
-
-
 def _mean_and_size(total: Tensor, total_of_squares: Tensor, count: Tensor) -> dict[str, Tensor]:
     """Mean and effective sample size (both 0 if there is no token) from sums over tokens."""
     tokens = count.clamp(min=1)
@@ -298,5 +297,8 @@ def _check(
         raise ValueError(
             f"entropies must be given with algorithm.entropy_coefficient = {algorithm.entropy_coefficient}"
         )
-    if (weights is None) == algorithm.ratio_rule.corrects_rollouts:
-        raise ValueError("weights must be given with algorithm.ratio = 'rollout' and only then (truncated_weights)")
+    if (weights is None) == algorithm.weighs_tokens:
+        raise ValueError(
+            "weights must be given with algorithm.ratio = 'rollout' or correction.rollout_is, and only then "
+            "(truncated_weights, roundoff.training.correction)"
+        )

@@ -1,15 +1,18 @@
 """The update of the policy on one batch: a loss and an optimizer step for each minibatch.
 
 Log-probabilities before the update are computed first, with the hardware on and without AQN. `Algorithm.ratio` says
-under which draws of the noise.
+under which draws of the noise. `Algorithm.correction` says how the difference to the rollouts is corrected; what it
+left out of a minibatch is known before its optimizer step, and nothing is trained where nothing is left.
 
 **Devices.** Rollouts, advantages and everything that decides shapes are in host memory. An accelerator is waited for
-once in an update, when the numbers that it reports are fetched (`roundoff.training.divergence`).
+once in an update, when the numbers that it reports are fetched (`roundoff.training.divergence`), and with a correction
+once more: before the first optimizer step, or in bypass mode with a rejection before each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from roundoff.numerics.transfer import put
 from roundoff.parallel.ranks import Ranks
 from roundoff.sampling.rollouts import Rollouts
 from roundoff.training.batch import Batch
+from roundoff.training.correction import SUMS, correct, corrected, metrics_of, named
 from roundoff.training.divergence import (
     METRICS,
     NonFiniteLossError,
@@ -64,25 +68,38 @@ class Minibatch:
     reference: Tensor | None = None
     """[n, t] log-probabilities under the reference policy; None without a KL penalty."""
     weights: Tensor | None = None
-    """[n, t] truncated importance weights; None unless `algorithm.ratio` corrects rollouts."""
+    """[n, t] importance weights; None unless `algorithm.ratio` or `algorithm.correction` gives any."""
+    kept: Tensor | None = None
+    """[n, t] response tokens that no rejection left out; None without a correction that knows them before the pass."""
+    sums: list[Tensor] = field(default_factory=list)
+    """What corrections of the update's own pass (bypass mode) report, for each micro-batch."""
 
 
 def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     """Take the optimizer steps on one batch. Returns the metrics to log.
 
-    Metrics are means over the optimizer steps, except those of the ratio, which are the first minibatch's.
+    Metrics are means over the optimizer steps, except those of the ratio, which are the first minibatch's. `trained` is
+    among them, and false, where a correction has left nothing to train on.
 
     Raises:
         NonFiniteLossError: if training diverged.
     """
     shares = [_share_of(session.ranks, minibatch) for minibatch in split_into_minibatches(session, batch)]
     minibatches = [before_update(session, step, share, first=i == 0) for i, share in enumerate(shares)]
+    minibatches, noted = corrected_batch(session, minibatches)
     weights = Weights.of(session.trainable)
     taken: list[StepNumbers] = []
+    correction = session.algorithm.correction
     for _ in range(session.algorithm.optimizer_epochs):
         for minibatch in minibatches:
             output, entropy = minibatch_loss(session, step, minibatch)
+            if correction is not None and correction.rejects_in_pass and not output.tokens:
+                session.optimizer.zero_grad(set_to_none=True)
+                continue
             taken.append(_optimizer_step(session, output, entropy, weights))
+    noted |= _noted_in_passes(session, minibatches)
+    if not taken:
+        return {**noted, "trained": False}
     rows = [dict(zip((*METRICS, "entropy", "grad_norm"), row, strict=True)) for row in checked(weights, taken)]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {
@@ -92,7 +109,42 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
         "clip_fraction": mean["clip_low_fraction"] + mean["clip_high_fraction"],
         **{name: rows[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
         "grad_norm": mean["grad_norm"],
+        **noted,
     }
+
+
+def corrected_batch(session: Session, minibatches: Sequence[Minibatch]) -> tuple[list[Minibatch], dict[str, float]]:
+    """The minibatches with the weights and rejections of `Algorithm.correction`, and what it reports.
+
+    A minibatch of which nothing is left, on all ranks together, is left out. In bypass mode the update's own pass
+    decides, so that nothing changes here.
+    """
+    algorithm, correction = session.algorithm, session.algorithm.correction
+    if correction is None or correction.bypass_mode:
+        return list(minibatches), {}
+    parts = []
+    for minibatch in minibatches:
+        mask = put(minibatch.rollouts.response_mask, session.model.device)
+        sampled = put(minibatch.rollouts.logprobs, mask.device)
+        parts.append(corrected(sampled if minibatch.old is None else minibatch.old, sampled, mask, correction))
+    parts, left, noted = correct(parts, correction, session.ranks.gather)
+    found = []
+    for minibatch, part, tokens in zip(minibatches, parts, left, strict=True):
+        if correction.rollout_rs and algorithm.aggregation == "token-mean":
+            minibatch = replace(minibatch, normalizer=minibatch.normalizer.new_tensor(max(1, tokens)))
+        if tokens:
+            found.append(replace(minibatch, weights=part.weights, kept=part.kept))
+    return found, noted
+
+
+def _noted_in_passes(session: Session, minibatches: Sequence[Minibatch]) -> dict[str, float]:
+    """What corrections of the update's own passes report."""
+    correction = session.algorithm.correction
+    if correction is None or not correction.bypass_mode:
+        return {}
+    sums = [one for minibatch in minibatches for one in minibatch.sums]
+    own = torch.stack(sums).sum(dim=0).tolist() if sums else [0.0] * len(SUMS)
+    return metrics_of(named([sum(column) for column in zip(*session.ranks.gather(own), strict=True)]), correction)
 
 
 def _optimizer_step(session: Session, output: LossOutput, entropy: Tensor, weights: Weights) -> StepNumbers:
@@ -119,7 +171,7 @@ def split_into_minibatches(session: Session, batch: Batch) -> list[Minibatch]:
 
     A minibatch holds whole groups, in the order of the stream (a random one), cut to their own lengths. Rollouts whose
     output was not finite are left out. Without KL penalty and entropy bonus a rollout without advantage has no
-    gradient: it counts in the normalizer, and no pass is made over it.
+    gradient: it counts in the normalizer, and no pass is made over it, unless a correction needs its tokens.
     """
     algorithm, training = session.algorithm, session.profile.training
     G, rollouts = algorithm.group_size, batch.rollouts
@@ -129,7 +181,8 @@ def split_into_minibatches(session: Session, batch: Batch) -> list[Minibatch]:
         members = groups.flatten()
         members = members[~rollouts.nonfinite[members]]
         normalizer = loss_normalizer(rollouts.response_mask[members], algorithm, training.max_new_tokens)
-        if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0:
+        whole = algorithm.correction is not None and algorithm.correction.concerns_whole_batch
+        if algorithm.kl_coefficient == algorithm.entropy_coefficient == 0 and not whole:
             teaching = members[batch.advantages[members] != 0]
             members = teaching if len(teaching) else members[:G]  # the optimizer moves on all the same
         minibatches.append(Minibatch(rollouts.select(members), batch.advantages[members], normalizer))
@@ -176,6 +229,8 @@ def before_update(session: Session, step: int, minibatch: Minibatch, *, first: b
         old = None
         if rule.needs_old_pass(first_minibatch=first, optimizer_epochs=algorithm.optimizer_epochs):
             old = logprobs(session.model)
+        elif rule.takes_rollouts:
+            old = put(rollouts.logprobs, session.model.device)
         with session.reference_policy() as model:
             reference = None if model is None else logprobs(model)
         weights = None
@@ -197,8 +252,13 @@ def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[L
     normalizer = put(minibatch.normalizer, device)
     for rows in _micro_batches(len(minibatch.advantages), session.profile.training.micro_batch):
         micro = minibatch.rollouts.part(rows)
-        mask = put(micro.response_mask, device)
+        mask = put(micro.response_mask if minibatch.kept is None else minibatch.kept[rows], device)
         logprobs, entropies = keyed_logprobs(session, session.model, micro, session.key.fold("update", step))
+        weights = None if minibatch.weights is None else minibatch.weights[rows]
+        if (correction := session.algorithm.correction) is not None and correction.bypass_mode:
+            part = corrected(logprobs, put(micro.logprobs, device), mask, correction)
+            mask, weights = part.kept, part.weights
+            minibatch.sums.append(part.sums)
         output = policy_loss(
             logprobs,
             logprobs.detach() if minibatch.old is None else minibatch.old[rows],
@@ -207,7 +267,7 @@ def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[L
             mask,
             session.algorithm,
             normalizer=normalizer,
-            weights=None if minibatch.weights is None else minibatch.weights[rows],
+            weights=weights,
             entropies=entropies,
         )
         output.loss.backward()  # type: ignore[no-untyped-call]

@@ -233,3 +233,33 @@ def test_a_file_that_is_no_scan_is_refused(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_scan(path)
+
+
+def test_corrections_are_verls_own(tmp_path):
+    chosen = ["algorithm.ratio='recomputed'", "algorithm.correction.rollout_is='token'"]
+    chosen += ["algorithm.correction.rollout_is_threshold=[0.5, 5.0]", "algorithm.correction.rollout_rs='seq_mean_k1'"]
+    chosen += ["algorithm.correction.rollout_rs_threshold=1.25"]
+    _, arguments = words(tmp_path, "quickstart-noise", *chosen)
+    prefix = "algorithm.rollout_correction."
+    found = {k.removeprefix(prefix): v.strip("'\"") for k, v in arguments.items() if k.startswith(prefix)}
+    assert found == {
+        "rollout_is": "token",
+        "rollout_is_threshold": "0.5_5.0",
+        "rollout_is_batch_normalize": "False",
+        "rollout_rs": "seq_mean_k1",
+        "rollout_rs_threshold": "0.8_1.25",
+    }
+    bypass = ["algorithm.ratio='recomputed'", "algorithm.correction={bypass_mode=true, loss_type='reinforce'}"]
+    _, arguments = words(tmp_path, "quickstart-noise", *bypass)
+    assert {arguments[f"{prefix}bypass_mode"], arguments[f"{prefix}loss_type"]} == {"True", "reinforce"}
+
+
+def test_other_losses_are_verls_own(tmp_path):
+    actor = "actor_rollout_ref.actor"
+    _, arguments = words(tmp_path, "quickstart-noise", "algorithm.loss='gspo'")
+    assert arguments[f"{actor}.policy_loss.loss_mode"] == "gspo"
+    assert [arguments[f"{actor}.clip_ratio_{end}"] for end in ("low", "high")] == ["0.0003", "0.0004"]
+    _, arguments = words(tmp_path, "quickstart-noise", "algorithm.dual_clip=3.0")
+    assert arguments[f"{actor}.clip_ratio_c"] == "3.0" and f"{actor}.policy_loss.loss_mode" not in arguments
+    with pytest.raises(ConfigError, match="loss = 'reinforce' is not available under verl"):
+        words(tmp_path, "quickstart-noise", "algorithm.loss='reinforce'")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import roundoff
-from roundoff.config import ConfigError, Experiment, Profile, hardware_in_words
+from roundoff.config import ConfigError, Experiment, Profile, RolloutCorrection, hardware_in_words
 from roundoff.plugins.verl.hydra_values import number, quoted, quoted_json
 from roundoff.plugins.verl.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
 from roundoff.plugins.verl.vllm_limits import check_vllm
@@ -58,6 +58,11 @@ def plugin_settings(experiment: Experiment, seed: int, scan: LayerScan | None = 
     ratio = experiment.algorithm.ratio_rule
     if ratio.splits_batches:
         raise ConfigError("algorithm.ratio = 'one' is not available under verl: use 'replayed', which gives 1 as well")
+    if experiment.algorithm.loss == "reinforce":
+        raise ConfigError(
+            "algorithm.loss = 'reinforce' is not available under verl, which has it in bypass mode alone: set "
+            "algorithm.correction.bypass_mode = true and loss_type = 'reinforce'"
+        )
     if experiment.lora is not None and experiment.lora.dropout:
         raise ConfigError("lora.dropout is not available under verl's FSDP engine: set it to 0")
     hardware, multipliers = experiment.hardware, None
@@ -175,10 +180,16 @@ def _actor(experiment: Experiment, profile: Profile, resources: Resources) -> It
     yield f"{actor}.optim.betas=[{number(training.betas[0])},{number(training.betas[1])}]"
     yield f"{actor}.optim.clip_grad={number(training.gradient_clip)}"
     yield f"{actor}.ppo_epochs={algorithm.optimizer_epochs}"
-    yield f"{actor}.clip_ratio={number(algorithm.clip_low)}"
-    yield f"{actor}.clip_ratio_low={number(algorithm.clip_low)}"
-    yield f"{actor}.clip_ratio_high={number(algorithm.clip_high)}"
-    yield f"{actor}.clip_ratio_c=1000000.0"  # verl's dual clip, which neither GRPO nor DAPO has
+    low, high = algorithm.clip_low, algorithm.clip_high
+    if algorithm.loss == "gspo":
+        low, high = algorithm.gspo_clip_low, algorithm.gspo_clip_high
+    yield f"{actor}.clip_ratio={number(low)}"
+    yield f"{actor}.clip_ratio_low={number(low)}"
+    yield f"{actor}.clip_ratio_high={number(high)}"
+    dual = algorithm.dual_clip or 1e6  # so high that it cuts nothing, as neither GRPO nor DAPO has it
+    yield f"{actor}.clip_ratio_c={number(dual)}"
+    if algorithm.loss != "clip":
+        yield f"{actor}.policy_loss.loss_mode={algorithm.loss}"
     yield f"{actor}.loss_agg_mode={_AGGREGATION[algorithm.aggregation]}"
     yield f"{actor}.entropy_coeff={number(algorithm.entropy_coefficient)}"
     yield f"{actor}.use_kl_loss={algorithm.kl_coefficient > 0}"
@@ -220,6 +231,8 @@ def _algorithm(experiment: Experiment, profile: Profile) -> Iterator[str]:
     if algorithm.ratio_rule.corrects_rollouts:
         yield "algorithm.rollout_correction.rollout_is=token"
         yield f"algorithm.rollout_correction.rollout_is_threshold={number(algorithm.tis_cap)}"
+    if algorithm.correction is not None:
+        yield from _correction(algorithm.correction)
     reward = "reward.custom_reward_function"
     yield f"{reward}.path=pkg://roundoff.plugins.verl.reward"
     yield f"{reward}.name=compute_score"
@@ -234,6 +247,26 @@ def _algorithm(experiment: Experiment, profile: Profile) -> Iterator[str]:
         yield f"+reward.reward_kwargs.overlong_buffer_cfg.len={length}"
         yield f"+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor={number(algorithm.overlong_factor)}"
         yield "+reward.reward_kwargs.overlong_buffer_cfg.log=False"
+
+
+def _correction(correction: RolloutCorrection) -> Iterator[str]:
+    """verl's own corrections, whose settings have the same names."""
+
+    def threshold(lower: float | None, upper: float) -> str:
+        return number(upper) if lower is None else f"{number(lower)}_{number(upper)}"
+
+    setting = "algorithm.rollout_correction"
+    if correction.has_weights:
+        yield f"{setting}.rollout_is={correction.rollout_is}"
+        yield f"{setting}.rollout_is_threshold={quoted(threshold(*correction.bounds))}"
+        yield f"{setting}.rollout_is_batch_normalize={correction.rollout_is_batch_normalize}"
+    if correction.rollout_rs:
+        bounds = ",".join(threshold(lower, upper) for _, lower, upper in correction.rejections)
+        yield f"{setting}.rollout_rs={quoted(','.join(correction.rollout_rs))}"
+        yield f"{setting}.rollout_rs_threshold={quoted(bounds)}"
+    if correction.bypass_mode:
+        yield f"{setting}.bypass_mode=True"
+        yield f"{setting}.loss_type={correction.loss_type}"
 
 
 def _trainer(experiment: Experiment, profile: Profile, resources: Resources) -> Iterator[str]:
