@@ -12,8 +12,9 @@ from roundoff.actions import mismatch as action
 from roundoff.actions.mismatch import MismatchOptions, summary
 from roundoff.commands.mismatch import mismatch_command
 from roundoff.config import ConfigError, Hardware, Precision
-from roundoff.hardware import hardware_off, install
+from roundoff.hardware import hardware_off, hardware_phase, install
 from roundoff.models.load import load_model
+from roundoff.models.logprobs import token_logprobs
 from roundoff.stats import weight_growth
 
 
@@ -112,3 +113,22 @@ def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch, arguments, me
 def test_a_model_without_a_task_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is to be asked"):
         run("--rollout", "mxfp4", "--training", "none", model=str(tmp_path))
+
+
+def test_two_hardwares_are_measured_as_the_phases_of_one():
+    noise = {"matmul_noise": {"relative_std": 0.05}}
+    rollout, training = Hardware.model_validate(noise), Hardware(precision=Precision(weight="mxfp8_e4m3"))
+    rollouts, difference = action._measured(options(prompts=16), rollout, training)
+    phases = {**noise, "training": {"matmul_noise": "none", "precision": {"weight": "mxfp8_e4m3"}}}
+    model = load_model("tiny").model
+    install(model, Hardware.model_validate(phases), seed=0)
+    inside, width = rollouts.response_mask, rollouts.response_mask.shape[1]
+    batch = rollouts.tokens, rollouts.attention_mask, width
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(model, *batch, temperature=1.0)
+        with hardware_phase(model, "rollout"):
+            key = rollouts.noise_key
+            sampled, _ = token_logprobs(model, *batch, temperature=1.0, rows=rollouts.rows, key=key)
+    torch.testing.assert_close(sampled[inside], rollouts.logprobs[inside], atol=1e-4, rtol=0)
+    found = torch.from_numpy(difference.log_ratio + difference.rollout).float()
+    torch.testing.assert_close(logprobs[inside], found, atol=1e-4, rtol=0)
