@@ -20,6 +20,7 @@ from roundoff.commands.export import export_command
 from roundoff.commands.extend import extend_command
 from roundoff.commands.import_table import import_table_command
 from roundoff.commands.list import list_command
+from roundoff.commands.mismatch import mismatch_command
 from roundoff.commands.plan import plan_command
 from roundoff.commands.report import report_command
 from roundoff.commands.run import run_command
@@ -73,6 +74,7 @@ for command in (
     runs_command,
     tensorboard_command,
     scan_command,
+    mismatch_command,
     verl_config_command,
     build_tiny_command,
 ):

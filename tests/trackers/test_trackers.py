@@ -151,3 +151,10 @@ def test_a_number_that_is_not_finite_reaches_every_tracker_and_the_file_stays_js
         "sigma/layer.1": None,
     }
     assert lines[2] == {"ended": "untrained"}
+
+
+def test_values_by_length_become_a_scalar_for_each_class_that_has_one():
+    row = {"step": 1, "mismatch_k3_kl_lengths": [None, 0.25, math.nan], "sigma_layers": [0.1]}
+    values = scalars(row)
+    assert list(values) == ["mismatch_k3_kl/length.2", "mismatch_k3_kl/length.4", "sigma/layer.0"]
+    assert values["mismatch_k3_kl/length.2"] == 0.25

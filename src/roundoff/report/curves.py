@@ -12,6 +12,8 @@ from roundoff.runs.metrics import METRICS
 DRAWN = (
     "ratio_std",
     "ratio_ess",
+    "mismatch_k3_kl",
+    "mismatch_ess_seq",
     "clip_fraction",
     "kl",
     "entropy",

@@ -72,6 +72,42 @@ def _correction() -> dict[str, Metric]:
     }
 
 
+_REVERSED = "KL of training from rollout, from the same tokens, weighted to the training policy"
+
+
+def _mismatch() -> dict[str, Metric]:
+    """How far the training pass lies from the rollouts (`roundoff.training.mismatch`, which has the formulas)."""
+    difference, weights = "Log-probability, training less rollout", "Importance weights of rollouts"
+    kl, per_token = "KL of rollout from training", "nats per token"
+    found = {
+        "mean": Metric(f"{difference}: mean size", "nats", "Mean absolute difference over the response tokens"),
+        "p99": Metric(f"{difference}: p99", "nats", "The absolute difference that 99 % of the tokens do not exceed"),
+        "max": Metric(f"{difference}: largest", "nats", "Largest absolute difference"),
+        "kl": Metric(f"{kl}, k1", per_token, f"{kl} by k1; verl's `rollout_corr/kl`"),
+        "k3_kl": Metric(f"{kl}, k3", per_token, f"{kl} by k3; verl's `rollout_corr/k3_kl`"),
+        "kl_reverse": Metric("KL of training from rollout, k1", per_token, f"{_REVERSED}, by k1"),
+        "k3_kl_reverse": Metric("KL of training from rollout, k3", per_token, f"{_REVERSED}, by k3"),
+        "training_ppl": Metric("Perplexity, training", "", "Mean over responses; verl's `rollout_corr/training_ppl`"),
+        "rollout_ppl": Metric("Perplexity, rollout", "", "Mean over responses; verl's `rollout_corr/rollout_ppl`"),
+        "ppl_ratio": Metric("Perplexity ratio", "", "Training by rollout, mean; verl's `rollout_corr/ppl_ratio`"),
+        "chi2_token": Metric("Chi-square by token", "", "Mean squared weight less 1; verl's `rollout_corr/chi2_token`"),
+        "chi2_seq": Metric("Chi-square by response", "", "The same of whole responses; verl's `rollout_corr/chi2_seq`"),
+        "ess_token": Metric(f"{weights}: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2)"),
+        "ess_seq": Metric(
+            f"{weights}: effective sample size by response", "share of responses", "The same of whole responses"
+        ),
+        "cut_token": Metric(f"{weights}: above the cap", "share of tokens", "Weights of tokens above `tis_cap`"),
+        "cut_seq": Metric(f"{weights}: above the cap by response", "share of responses", "The same of whole responses"),
+        "k3_kl_lengths": Metric(
+            f"{kl} by length", per_token, "A list of `mismatch_k3_kl` for responses of 1, 2 to 3, 4 to 7, ... tokens"
+        ),
+        "ess_seq_lengths": Metric(
+            f"{weights}: effective sample size by length", "share of responses", "The same list of `mismatch_ess_seq`"
+        ),
+    }
+    return {f"mismatch_{name}": metric for name, metric in found.items()}
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "step": Metric("Step", "", "Number of the training step; 0 is the model before training"),
@@ -102,6 +138,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         ),
         "grad_norm": Metric("Gradient norm", "", "Norm of the gradient before clipping, mean over the optimizer steps"),
         **_correction(),
+        **_mismatch(),
         **_scores(),
         "seconds_rollout": Metric("Time of sampling", "s", "Wall time of sampling and rewards"),
         "seconds_update": Metric("Time of the update", "s", "Wall time of old log-probabilities and optimizer steps"),

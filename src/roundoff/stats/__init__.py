@@ -35,6 +35,7 @@ from roundoff.stats.intervals import (
 )
 from roundoff.stats.planning import PlanRow, Variance, difference_variance, plan, power
 from roundoff.stats.significance import Equivalence, McNemar, equivalence, holm, mcnemar
+from roundoff.stats.weight_growth import Growth, weight_growth
 
 __all__ = [
     "LEVEL",
@@ -42,6 +43,7 @@ __all__ = [
     "VARIANCE_FLOOR",
     "WIDENING_AT_THREE",
     "Equivalence",
+    "Growth",
     "Interval",
     "McNemar",
     "PlanRow",
@@ -57,5 +59,6 @@ __all__ = [
     "proportion",
     "score",
     "unpaired_difference",
+    "weight_growth",
     "wilson",
 ]

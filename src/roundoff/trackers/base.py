@@ -146,12 +146,16 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:
     """The scalars that trackers receive from a row of `metrics.jsonl`.
 
-    A list `x_layers` becomes one scalar `x/layer.i` per layer. A value of None, which stands for a number that was not
-    finite, becomes NaN: that is how trackers show that there was no number.
+    A list `x_layers` becomes one scalar `x/layer.i` per layer, and `x_lengths` one scalar `x/length.n` for each class
+    of lengths, n being its least; classes without a response are left out. A value of None, which stands for a number
+    that was not finite, becomes NaN: that is how trackers show that there was no number.
     """
     values: dict[str, float] = {}
     for name, value in row.items():
-        if isinstance(value, list):
+        if name.endswith("_lengths"):
+            there = {2**i: v for i, v in enumerate(value) if v is not None}
+            values |= {f"{name.removesuffix('_lengths')}/length.{n}": _number(v) for n, v in there.items()}
+        elif isinstance(value, list):
             values |= {f"{name.removesuffix('_layers')}/layer.{i}": _number(v) for i, v in enumerate(value)}
         elif name not in ("step", "time"):
             values[name] = _number(value)

@@ -55,15 +55,18 @@ class Weights:
         return cls(trained, finite_sums(trained))
 
 
-def checked(weights: Weights, steps: Sequence[StepNumbers]) -> list[list[float]]:
-    """The numbers of optimizer steps that have been taken, fetched in one wait.
+def checked(
+    weights: Weights, steps: Sequence[StepNumbers], others: Sequence[Tensor] = ()
+) -> tuple[list[list[float]], list[Tensor]]:
+    """The numbers of optimizer steps that have been taken, and other tensors, fetched in one wait.
 
     Raises:
         NonFiniteLossError: if the loss or gradient of a step, or a weight after the last one, is not finite.
     """
     sums = finite_sums(weights.trained)
-    fetched = fetch([weights.before, sums, *(part for step in steps for part in (step.values, step.norms))])
-    before, after, numbers = fetched[0], fetched[1], fetched[2:]
+    parts = [part for step in steps for part in (step.values, step.norms)]
+    fetched = fetch([weights.before, sums, *parts, *others])
+    before, after, numbers = fetched[0], fetched[1], fetched[2 : 2 + len(parts)]
     found: list[list[float]] = []
     for step, values, norms in zip(steps, numbers[::2], numbers[1::2], strict=True):
         row = values.tolist()
@@ -73,7 +76,7 @@ def checked(weights: Weights, steps: Sequence[StepNumbers]) -> list[list[float]]
         found.append(row)
     if said := spoilt(weights.trained, before, after):
         raise NonFiniteLossError(said)
-    return found
+    return found, fetched[2 + len(parts) :]
 
 
 def check_now(weights: Weights, step: StepNumbers) -> None:

@@ -45,6 +45,7 @@ from roundoff.training.loss import (
     truncated_weights,
     widest_float,
 )
+from roundoff.training.mismatch import mismatch_row
 from roundoff.training.session import Session
 
 __all__ = ["Minibatch", "NonFiniteLossError", "update"]
@@ -84,15 +85,18 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     Raises:
         NonFiniteLossError: if training diverged.
     """
-    shares = [_share_of(session.ranks, minibatch) for minibatch in split_into_minibatches(session, batch)]
-    minibatches = [before_update(session, step, share, first=i == 0) for i, share in enumerate(shares)]
-    minibatches, noted = corrected_batch(session, minibatches)
+    whole = split_into_minibatches(session, batch)
+    shares = [_share_of(session.ranks, minibatch) for minibatch in whole]
+    before = [before_update(session, step, share, first=i == 0) for i, share in enumerate(shares)]
+    minibatches, noted = corrected_batch(session, before)
     weights = Weights.of(session.trainable)
     taken: list[StepNumbers] = []
     correction = session.algorithm.correction
+    passes: list[Tensor] = []
     for _ in range(session.algorithm.optimizer_epochs):
         for minibatch in minibatches:
-            output, entropy = minibatch_loss(session, step, minibatch)
+            output, entropy, logprobs = minibatch_loss(session, step, minibatch)
+            passes = passes or _passes(session, before, logprobs)
             if correction is not None and correction.rejects_in_pass and not output.tokens:
                 session.optimizer.zero_grad(set_to_none=True)
                 continue
@@ -100,7 +104,9 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
     noted |= _noted_in_passes(session, minibatches)
     if not taken:
         return {**noted, "trained": False}
-    rows = [dict(zip((*METRICS, "entropy", "grad_norm"), row, strict=True)) for row in checked(weights, taken)]
+    numbers, passes = checked(weights, taken, passes)
+    rows = [dict(zip((*METRICS, "entropy", "grad_norm"), row, strict=True)) for row in numbers]
+    measured = [(minibatch.rollouts, logprobs) for minibatch, logprobs in zip(whole, passes, strict=False)]
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     return {
         "loss": mean["loss"],
@@ -110,6 +116,7 @@ def update(session: Session, step: int, batch: Batch) -> dict[str, Any]:
         **{name: rows[0][name] for name in ("ratio_mean", "ratio_std", "ratio_ess")},
         "grad_norm": mean["grad_norm"],
         **noted,
+        **mismatch_row(session.ranks, measured, session.algorithm.tis_cap),
     }
 
 
@@ -145,6 +152,20 @@ def _noted_in_passes(session: Session, minibatches: Sequence[Minibatch]) -> dict
     sums = [one for minibatch in minibatches for one in minibatch.sums]
     own = torch.stack(sums).sum(dim=0).tolist() if sums else [0.0] * len(SUMS)
     return metrics_of(named([sum(column) for column in zip(*session.ranks.gather(own), strict=True)]), correction)
+
+
+def _passes(session: Session, minibatches: Sequence[Minibatch], own: Tensor) -> list[Tensor]:
+    """This rank's log-probabilities [n, t] of each minibatch in a training pass before the batch's first update.
+
+    `own` are those of the first minibatch's own pass, which serve where there is no pass before it. Minibatches after
+    it that have no pass before the update are left out, on every rank.
+    """
+    correction = session.algorithm.correction
+    bypassed = correction is not None and correction.bypass_mode  # what is compared with are the rollouts' own
+    first = own if bypassed or minibatches[0].old is None else minibatches[0].old
+    if bypassed or not session.algorithm.ratio_rule.compares:
+        return [first]
+    return [first, *(own[:0] if m.old is None else m.old for m in minibatches[1:])]  # none where there are no rollouts
 
 
 def _optimizer_step(session: Session, output: LossOutput, entropy: Tensor, weights: Weights) -> StepNumbers:
@@ -240,13 +261,15 @@ def before_update(session: Session, step: int, minibatch: Minibatch, *, first: b
     return replace(minibatch, old=old, reference=reference, weights=weights)
 
 
-def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[LossOutput, Tensor]:
+def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[LossOutput, Tensor, Tensor]:
     """Loss of one minibatch, summed over its micro-batches and ranks, and the mean entropy [] (nats).
 
-    The gradients left behind are those of this rank's rollouts; their sum over the ranks is that of the minibatch.
+    The third result holds this rank's log-probabilities [n, t], detached. The gradients left behind are those of this
+    rank's rollouts; their sum over the ranks is that of the minibatch.
     """
     device = session.model.device
     outputs: list[LossOutput] = []
+    passed = [torch.zeros(0, minibatch.rollouts.response_mask.shape[1], device=device)]
     nothing = LossOutput.nothing(device)
     entropy = nothing.loss.to(widest_float(nothing.loss))
     normalizer = put(minibatch.normalizer, device)
@@ -272,13 +295,14 @@ def minibatch_loss(session: Session, step: int, minibatch: Minibatch) -> tuple[L
         )
         output.loss.backward()  # type: ignore[no-untyped-call]
         session.optimizer.collect()
+        passed.append(logprobs.detach())
         outputs.append(replace(output, loss=output.loss.detach()))
         entropy = entropy + torch.where(mask, entropies.detach(), 0.0).sum()
     total = combine(outputs) if outputs else nothing
     if session.ranks.count > 1:
         ranks = session.ranks.stack(torch.cat([total.stacked(), entropy[None]])).unbind()
         total, entropy = combine([LossOutput(*row[:-1]) for row in ranks]), torch.stack([r[-1] for r in ranks]).sum()
-    return total, entropy / total.tokens.clamp(min=1)
+    return total, entropy / total.tokens.clamp(min=1), torch.cat(passed)
 
 
 def _micro_batches(count: int, size: int) -> list[slice]:
