@@ -67,6 +67,11 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+def updated(row):
+    """A row of metrics without what describes the rollouts alone."""
+    return {name: value for name, value in row.items() if not name.startswith("mismatch_")}
+
+
 def agree(monkeypatch):
     """Rollouts whose log-probabilities are those of the training pass, bit for bit."""
 
@@ -87,7 +92,8 @@ def test_where_log_probabilities_are_the_same_bits_training_is_too(small, monkey
     found, row = trained(small, *correction)
     assert same(found, plain)
     assert not same(found, start(small))
-    assert {name: row[name] for name in without} == without
+    assert {name: row[name] for name in updated(without)} == updated(without)
+    assert row["mismatch_kl"] == pytest.approx(0.0, abs=1e-6)
     assert row.get("rollout_rs_masked_fraction", 0.0) == 0.0
     assert row.get("rollout_is_eff_sample_size", 1.0) == row.get("rollout_is_mean", 1.0) == 1.0
 
@@ -146,7 +152,7 @@ def test_rejected_tokens_leave_the_loss_and_the_normalizer_of_verl(small, aggreg
     assert float(minibatch.normalizer) == float(normalizer)
     plain = session.algorithm.model_copy(update={"correction": None})
     expected = policy_loss(new, old, None, minibatch.advantages, kept, plain, normalizer=float(normalizer)).loss
-    output, _ = minibatch_loss(session, 1, minibatch)
+    output, _, _ = minibatch_loss(session, 1, minibatch)
     torch.testing.assert_close(output.loss, expected.detach(), rtol=1e-5, atol=1e-7)
     assert int(output.tokens) == int(kept.sum())
     found = {n: p.grad.clone() for n, p in session.model.named_parameters()}
@@ -162,11 +168,12 @@ def test_micro_batches_and_ranks_do_not_change_a_corrected_update(small, bypass)
     if not bypass:
         assignments += settings(rollout_is="'sequence'", rollout_is_batch_normalize="true")
     whole, row = trained(small, *assignments)
-    assert 0 < row["rollout_rs_masked_fraction"] < 1
+    assert 0 < row["rollout_rs_masked_fraction"] < 1 and row["mismatch_k3_kl"] > 0.01
     parts = trained(with_training(small, micro_batch=12), *assignments)
     shared = on_ranks(2, lambda ranks: trained(small, *assignments, ranks=ranks))
     for found, other in (parts, *shared):
-        assert other == pytest.approx(row, rel=2e-4, abs=1e-6)
+        assert updated(other) == pytest.approx(updated(row), rel=2e-4, abs=1e-6)
+        assert other["mismatch_k3_kl"] == pytest.approx(row["mismatch_k3_kl"], rel=2e-4)
         for name, value in found.items():
             # Adam's first steps have the size of the learning rate; where a gradient is rounding alone, so is its sign.
             assert (value - whole[name]).abs().float().mean() < 2e-5, name
@@ -230,7 +237,8 @@ def test_the_preset_of_ratio_rollout_is_token_weights_to_the_bit(small):
     chosen = settings(rollout_is="'token'", rollout_is_threshold=1.2)
     found, other = trained(small, NOISE, *chosen)
     assert same(found, preset)
-    assert row == {name: other[name] for name in row}
+    assert updated(row) == {name: other[name] for name in updated(row)}
+    assert row["mismatch_k3_kl"] == other["mismatch_k3_kl"] > 0
 
 
 def test_icepop_is_a_rejection_of_tokens_where_the_divisor_is_constant(small):
