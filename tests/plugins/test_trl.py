@@ -13,11 +13,11 @@ from roundoff.aqn.noise import is_aqn_active
 from roundoff.aqn.schedule import sigma_curve
 from roundoff.config import AQN, ConfigError, Hardware, LoRA, MatmulNoise, Precision
 from roundoff.hardware import install, installed
-from roundoff.models.load import load_model
 from roundoff.models.lora import attach
 from roundoff.numerics.rng import Key
 from roundoff.plugins.trl import AqnCallback, install_in_trainer
 from tests.families import build
+from tests.plugins.real_trainer import real_trainer
 
 SETTINGS = AQN(sigma_start=0.1, sigma_end=0.01, schedule="global", stages=4)
 ROOT = Path(__file__).parents[2]
@@ -247,40 +247,12 @@ def test_the_example_runs_two_steps():
 
 @pytest.mark.slow
 def test_inside_a_real_trainer_training_and_evaluation_never_see_the_noise(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is not installed here: pip install 'roundoff[trl]'")
-    datasets = pytest.importorskip("datasets")
-    loaded = load_model("tiny")
-    prompts = [f"{n}+{n}=" for n in range(1, 17)]
     callback = AqnCallback(SETTINGS.model_copy(update={"schedule": "constant"}), seed=0)
-    trainer = trl.GRPOTrainer(
-        model=loaded.model,
-        reward_funcs=lambda completions, **_: [float(len(text) == 2) for text in completions],
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=16,
-            num_generations=4,
-            num_generations_eval=1,
-            max_completion_length=8,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="no",
-            report_to=[],
-            beta=0.01,
-        ),
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        eval_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        processing_class=loaded.tokenizer,
-        callbacks=[callback],
-    )
+    trainer = real_trainer(tmp_path, callback)
     install_in_trainer(trainer, Hardware(matmul_noise=MatmulNoise(relative_std=0.05)), seed=0)
     assert len(installed(trainer.ref_model).entries) == len(installed(trainer.model).entries) == 42
     seen = []
-    loaded.model.register_forward_pre_hook(
+    trainer.model.register_forward_pre_hook(
         lambda model, *_: seen.append((model.training, torch.is_grad_enabled(), is_aqn_active(model)))
     )
     trainer.train()

@@ -9,7 +9,6 @@ import torch
 from roundoff.aqn.noise import is_aqn_active
 from roundoff.config import AQN, ConfigError, Hardware, validate
 from roundoff.hardware import install, installed, uninstall
-from roundoff.models.load import load_model
 from roundoff.plugins.trl import (
     AqnCallback,
     PhaseCallback,
@@ -18,6 +17,7 @@ from roundoff.plugins.trl import (
     uninstall_from_trainer,
 )
 from tests.families import build
+from tests.plugins.real_trainer import real_trainer
 
 CONSTANT = AQN(sigma_start=0.1, sigma_end=0.1, schedule="constant")
 IDS = torch.arange(1, 6)[None]
@@ -279,43 +279,15 @@ def test_noise_of_rollouts_alone_goes_with_gradient_checkpointing():
 
 @pytest.mark.slow
 def test_inside_a_real_trainer_every_pass_has_its_phase(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl is not installed here: pip install 'roundoff[trl]'")
-    datasets = pytest.importorskip("datasets")
-    loaded = load_model("tiny")
-    prompts = [f"{n}+{n}=" for n in range(1, 17)]
     callback = AqnCallback(CONSTANT, seed=0)
-    trainer = trl.GRPOTrainer(
-        model=loaded.model,
-        reward_funcs=lambda completions, **_: [float(len(text) == 2) for text in completions],
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=16,
-            num_generations=4,
-            num_generations_eval=1,
-            max_completion_length=8,
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="no",
-            report_to=[],
-            beta=0.01,
-        ),
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        eval_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        processing_class=loaded.tokenizer,
-        callbacks=[callback],
-    )
+    trainer = real_trainer(tmp_path, callback)
     install_in_trainer(trainer, THREE, seed=0)
     seen, of_reference = set(), set()
 
     def see(model, _):
         seen.add((model.training, torch.is_grad_enabled(), installed(model).runtime.phase, is_aqn_active(model)))
 
-    loaded.model.register_forward_pre_hook(see)
+    trainer.model.register_forward_pre_hook(see)
     trainer.ref_model.register_forward_pre_hook(lambda model, _: of_reference.add(installed(model).runtime.phase))
     trainer.train()
     assert callback.sigmas == {1: 0.1, 2: 0.1}

@@ -36,8 +36,8 @@ def products(hardware: Hardware) -> str:
     """The products of a Linear and of attention on this hardware, for each phase, and for the modules of each rule.
 
     They show which operand is stored in which format, and the noise; those of attention are left out if none of their
-    operands has a format. Where several rules match a module, each changes
-    what those before it left; that is not drawn here.
+    operands has a format. Where several rules match a module, each changes what those before it left; that is not drawn
+    here.
     """
     phases: dict[Hardware, list[str]] = {}
     for phase in PHASES:
@@ -76,8 +76,7 @@ def _attention_products(hardware: HardwareOfAPhase) -> str:
         along = " along the head" if any(map(_has_an_axis, formats)) else ""
         return f"{name} [{', then '.join(parts)}{along}]"
 
-    on = noise.relative_std and noise.attention and noise.forward
-    error = f"  + {100 * noise.relative_std:.4g} % noise" if on else ""
+    error = f"  + {100 * noise.attention_std:.4g} % noise" if noise.attention_std and noise.forward else ""
     lines = ["# products of attention: operands, and the axis along which their rows and blocks lie"]
     lines.append(f"scores = {_operand('Q', p.attention, 'the head')} . {cached('K')}{error}")
     lines.append(f"output = {_operand('P', p.attention, 'the keys')} . {cached('V')}{error}")

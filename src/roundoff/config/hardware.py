@@ -146,6 +146,11 @@ class MatmulNoise(Settings):
         return bool(self.relative_std or self.gain_std or self.adc_bits)
 
     @property
+    def attention_std(self) -> float:
+        """Relative standard deviation of the noise on attention's products (fraction)."""
+        return self.relative_std if self.attention else 0.0
+
+    @property
     def other_errors(self) -> tuple[str, ...]:
         """In words, what is set besides the published noise: the scale of the noise, the gain and the converter."""
         scale = {"operands": "noise relative to the operands", "row": "noise relative to the row"}

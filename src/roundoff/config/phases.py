@@ -177,9 +177,7 @@ class HardwareOfAPhase(Settings):
     def changes_attention(self) -> bool:
         """Whether the products of any attention layer are other ones: noise on them, or formats of their operands."""
         variants = self.variants()
-        return any(
-            (v.matmul_noise.relative_std and v.matmul_noise.attention) or v.precision.attention for v in variants
-        )
+        return any(v.matmul_noise.attention_std or v.precision.attention for v in variants)
 
     @property
     def concerns_attention(self) -> bool:

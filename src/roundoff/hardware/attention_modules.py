@@ -71,8 +71,7 @@ def _plan(name: str, hardware: Hardware, keep: Collection[int]) -> AttentionPlan
         return AttentionPlan(name)
     here = hardware.at(plain)
     noise, precision = here.matmul_noise, here.precision
-    std = noise.relative_std if noise.attention else 0.0
-    forward, backward = (std if on else 0.0 for on in (noise.forward, noise.backward))
+    forward, backward = (noise.attention_std if on else 0.0 for on in (noise.forward, noise.backward))
     formats = (None, None) if layer_index(plain) in keep else (precision.kv_cache, precision.attention)
     return AttentionPlan(name, forward, backward, noise.scale, *formats)
 
@@ -109,7 +108,7 @@ def _attention_modules(model: nn.Module, hardware: Hardware) -> list[tuple[str, 
 def _parts(hardware: Hardware) -> tuple[bool, dict[str, str]]:
     """Whether there is noise in attention, and the formats in it by the setting's name, in any of the modules."""
     variants = hardware.variants()
-    noisy = any(v.matmul_noise.relative_std and v.matmul_noise.attention for v in variants)
+    noisy = any(variant.matmul_noise.attention_std for variant in variants)
     formats = {
         name: fmt
         for name in ("kv_cache", "attention")

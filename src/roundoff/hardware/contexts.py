@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -26,13 +27,8 @@ def hardware_off(model: nn.Module) -> Iterator[None]:
     """
     hardware = required(model)
     hardware.check_reach(model)
-    block = hardware.runtime.enter("hardware_off", hardware.is_on)
-    hardware.switch(False)
-    try:
+    with hardware.runtime.block("hardware_off", hardware.is_on, hardware.switch, False):
         yield
-    finally:
-        if hardware.runtime.leave(block):
-            hardware.switch(block.before)
 
 
 def plain_arithmetic(model: nn.Module) -> AbstractContextManager[None]:
@@ -59,13 +55,8 @@ def hardware_phase(model: nn.Module, phase: Phase) -> Iterator[None]:
         yield
         return
     hardware.check_switches()
-    block = hardware.runtime.enter("hardware_phase", hardware.runtime.phase)
-    hardware.enter_phase(phase)
-    try:
+    with hardware.runtime.block("hardware_phase", hardware.runtime.phase, hardware.enter_phase, phase):
         yield
-    finally:
-        if hardware.runtime.leave(block):
-            hardware.enter_phase(block.before)
 
 
 def rollout_phase(model: nn.Module) -> AbstractContextManager[None]:
@@ -110,10 +101,5 @@ def noise_key(
     hardware = required(model)
     hardware.check_switches()
     runtime, draw = hardware.runtime, Draw(key, rows, host, column, real)
-    block = runtime.enter("noise_key", runtime.draw)
-    runtime.draw = draw
-    try:
+    with runtime.block("noise_key", runtime.draw, functools.partial(setattr, runtime, "draw"), draw):
         yield
-    finally:
-        if runtime.leave(block):
-            runtime.draw = block.before

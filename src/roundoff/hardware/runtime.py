@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -100,6 +102,21 @@ class Runtime:
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__({**self.__getstate__(), "calls": dict(self.calls)})
         return copied
+
+    @contextmanager
+    def block(self, kind: str, before: Any, put: Callable[[Any], None], value: Any) -> Iterator[None]:
+        """A block inside which `put(value)` holds; it ends with `put` of the state `before` it (see `Block`).
+
+        Raises:
+            RuntimeError: as `enter` does.
+        """
+        opened = self.enter(kind, before)
+        put(value)
+        try:
+            yield
+        finally:
+            if self.leave(opened):
+                put(opened.before)
 
     def enter(self, kind: str, before: Any) -> Block:
         """Open a block; `before` is the state that it restores.

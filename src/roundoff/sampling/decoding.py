@@ -14,7 +14,8 @@ after each token:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roundoff.hardware import attention
+from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.draws import noise_context
 from roundoff.models.masks import AttentionPattern, Masks, positions, row_ids
 from roundoff.numerics.rng import Key
@@ -89,6 +91,11 @@ class Passes:
     """The fused pass; None where the model's own forward pass is used."""
     max_new_tokens: int
     """Length limit of a response."""
+    cached: Mapping[int, AttentionFormats] = field(init=False)
+    """The formats of the layers whose cache has one, by index, looked up once."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cached", attention.cache_formats(self.model))
 
     @property
     def layers(self) -> int:
@@ -108,7 +115,7 @@ class Passes:
         `ids` are the rollout ids that key the noise, one for each row.
         """
         left, width = prompts.left, prompts.tokens.shape[1]
-        cache = KVCache(self.layers, capacity, attention.cache_formats(self.model))
+        cache = KVCache(self.layers, capacity, self.cached)
         if self.fused is not None and self.fused.reads(width):
             with noise_context(self.model, self.noise, row_ids(ids, positions(left, width))):
                 return cache, self.fused.logits(prompts.tokens, left, cache, None)

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from roundoff.hardware import attention
 from roundoff.hardware.attention_formats import AttentionFormats
 from roundoff.models.draws import noise_context
 from roundoff.models.masks import row_ids
@@ -259,9 +258,9 @@ class Step:
         position = (state.column - state.left)[:, None]
         masks = self.passes.pattern.masks(state.column, state.left, columns, self.passes.model.dtype)
         pairs = zip(state.keys, state.values, strict=True)
-        formats = attention.cache_formats(self.passes.model)
         layers: list[Any] = [
-            StaticLayer(keys, values, state.column, formats.get(index)) for index, (keys, values) in enumerate(pairs)
+            StaticLayer(keys, values, state.column, self.passes.cached.get(index))
+            for index, (keys, values) in enumerate(pairs)
         ]
         column = state.column.squeeze(0)
         with noise_context(self.passes.model, self.passes.noise, row_ids(state.ids, position), column):

@@ -41,7 +41,7 @@ def check_vllm(hardware: Hardware) -> None:
 
 def _check_phase(hardware: Hardware, path: str) -> None:
     variants = hardware.variants()
-    if any(v.matmul_noise.relative_std and v.matmul_noise.forward and v.matmul_noise.attention for v in variants):
+    if any(variant.matmul_noise.attention_std and variant.matmul_noise.forward for variant in variants):
         raise ConfigError(
             f"{path}matmul_noise.attention = true cannot be simulated in vLLM's attention kernels: add "
             f"--set {path}matmul_noise.attention=false"
