@@ -51,12 +51,60 @@ def test_layers_kept_in_high_precision_are_a_remedy_and_not_another_chip(tmp_pat
     assert (result.kind, result.verdict) == ("benefit", "helps")
 
 
-def test_quantized_gradients_are_another_chip(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("remedy", "chip"),
+    [
+        ({"weight": "nvfp4:2d"}, {"weight": "nvfp4"}),
+        ({"weight": "e2m1/32x32/e8m0"}, {"weight": "mxfp4"}),
+        ({"weight": "nvfp4:46", "activation": "nvfp4:te"}, {"weight": "nvfp4", "activation": "nvfp4"}),
+        ({"weight": "mxfp4:rceil"}, {"weight": "mxfp4"}),
+        ({"gradient": "mxfp4", "gradient_rounding": "stochastic"}, {"gradient": "mxfp4"}),
+        ({"gradient": "mxfp4", "hadamard": "dw"}, {"gradient": "mxfp4"}),
+    ],
+)
+def test_choices_of_software_are_remedies(tmp_path: Path, remedy: dict, chip: dict) -> None:
+    new, old = {"precision": remedy}, {"precision": chip}
+    assert compare(arm(tmp_path, "new", 0.7, hardware=new), arm(tmp_path, "old", 0.5, hardware=old)).kind == "benefit"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"weight": "mxfp4"}, {"weight": "nvfp4"}),
+        ({"weight": "nvfp4_block"}, {"weight": "nvfp4"}),
+        ({"weight": "fp8_e4m3"}, {"weight": "fp8_e4m3_row"}),
+        ({"weight": "bf16"}, {"weight": "fp16"}),
+        ({"weight": "e2m1/16/e8m0"}, {"weight": "mxfp4"}),
+        ({"weight": "mxfp6_e2m3"}, {"weight": "mxfp6_e3m2"}),
+    ],
+)
+def test_other_units_are_another_chip(tmp_path: Path, one: dict, other: dict) -> None:
+    new, old = {"precision": one}, {"precision": other}
+    with pytest.raises(ConfigError, match="are deployed on different hardware"):
+        compare(arm(tmp_path, "one", 0.5, hardware=new), arm(tmp_path, "other", 0.6, hardware=old))
+
+
+def test_quantized_gradients_are_another_training(tmp_path: Path) -> None:
     gradient = {"precision": {"gradient": "mxfp4"}}
     assert compare(arm(tmp_path, "gradient", 0.5, hardware=gradient), arm(tmp_path, "plain", 0.7)).kind == "cost"
-    both = {"precision": {"weight": "mxfp4", "activation": "mxfp4", "gradient": "mxfp4"}}
-    with pytest.raises(ConfigError, match="different hardware"):
-        compare(arm(tmp_path, "three", 0.5, hardware=both), arm(tmp_path, "two", 0.6, hardware=MXFP4))
+    both = {"precision": {"weight": "mxfp4", "gradient": "mxfp4"}}
+    result = compare(arm(tmp_path, "three", 0.4, hardware=both), arm(tmp_path, "two", 0.7, hardware=MXFP4))
+    assert (result.kind, result.verdict) == ("training", "trains worse")
+
+
+def test_phases_are_another_training_where_they_are_deployed_alike(tmp_path: Path) -> None:
+    formats = MXFP4["precision"]
+    unified = arm(tmp_path, "unified", 0.7, hardware=MXFP4)
+    for name, phases in {
+        "rollouts": {"rollout": {"precision": formats}},
+        "evaluation": {"evaluation": {"precision": formats}},
+        "backward": {"precision": formats, "training": {"matmul_noise": {"relative_std": 0.1, "forward": False}}},
+    }.items():
+        result = compare(unified, arm(tmp_path, name, 0.5, hardware=phases))
+        assert (result.kind, result.verdict) == ("training", "trains better"), name
+    clean = {"precision": formats, "evaluation": {"precision": {"weight": "none"}}}
+    with pytest.raises(ConfigError, match="are deployed on different hardware"):
+        compare(unified, arm(tmp_path, "clean", 0.5, hardware=clean))
 
 
 def test_equal_arms_show_no_benefit(tmp_path: Path) -> None:
@@ -77,7 +125,7 @@ def test_only_seeds_that_both_completed_are_paired(tmp_path: Path) -> None:
 
 
 def test_other_hardware_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="ran on different hardware"):
+    with pytest.raises(ConfigError, match="deployed on different hardware"):
         compare(arm(tmp_path, "a", 0.6, hardware=NOISE), arm(tmp_path, "b", 0.5, hardware=MXFP4))
 
 

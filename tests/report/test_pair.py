@@ -82,7 +82,7 @@ def test_an_experiment_with_two_settings_must_be_named_by_its_directory(tmp_path
     ("names", "reason"),
     [
         (("plain", "noise"), "the other way round it would be a cost"),
-        (("noise", "mxfp4"), "ran on different hardware"),
+        (("noise", "mxfp4"), "deployed on different hardware"),
         (("nose", "plain"), "did you mean 'noise'?"),
     ],
 )

@@ -85,7 +85,7 @@ def baseline_arm(arm: Arm, arms: Sequence[Arm]) -> Arm:
 
 
 def _kind(arm: Arm, other: Arm) -> Kind | None:
-    """Whether the difference of two arms is a benefit or a cost; None if it is neither."""
+    """What the difference of two arms is due to; None if they cannot be compared."""
     try:
         return comparison_kind(arm, other)
     except ConfigError:
@@ -160,7 +160,7 @@ def _best(arms: Sequence[Arm]) -> dict[str, int]:
         for other in arms:
             if other is arm or not arm.scores or not other.scores or other.experiment.family != arm.experiment.family:
                 continue
-            if _scale(arm) != _scale(other) or _kind(arm, other) != "benefit":
+            if _scale(arm) != _scale(other) or _kind(arm, other) not in ("benefit", "training"):
                 continue
             try:
                 new, old = paired_scores(arm, other)

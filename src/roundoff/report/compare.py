@@ -1,20 +1,28 @@
-"""Compares two arms by seed and problem: the benefit of a remedy, or the cost of hardware. It refuses other pairs."""
+"""Compares two arms by seed and problem: the benefit of a remedy, the effect of training on other arithmetic, or the
+cost of hardware. It refuses other pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from roundoff import stats
-from roundoff.config import NAMES_ONLY, ConfigError, Hardware
+from roundoff.config import NAMES_ONLY, ConfigError
 from roundoff.report.arms import Arm, Scores, group_arms, start_scores
+from roundoff.report.chips import same_chip, same_deployment
 from roundoff.runs.record import Run
 
-Kind = Literal["benefit", "cost"]
+Kind = Literal["benefit", "training", "cost"]
 Outcome = Literal["shown", "hint", "not shown", "not testable"]
 ALPHA = 0.05
 """Level of the tests, and p below which a difference is shown."""
+VERDICTS: Mapping[Kind, tuple[str, str, str]] = {
+    "benefit": ("helps", "hurts", "no benefit shown"),
+    "training": ("trains better", "trains worse", "no difference shown"),
+    "cost": ("gains accuracy", "costs accuracy", "no cost shown"),
+}
+"""What is said of a kind if the difference is shown and positive, shown and negative, or not shown."""
 COUNTS = {0: "no", 1: "one", 2: "two"}
 """Numbers of runs that are too few for a test, in words."""
 
@@ -28,8 +36,9 @@ class Comparison:
     baseline: str
     """Id of the baseline's experiment."""
     kind: Kind
-    """`benefit`: both ran on the same hardware, so the difference is due to the remedy. `cost`: the baseline ran on
-    plain arithmetic, so the difference is due to the hardware."""
+    """`benefit`: both ran on the same hardware, so the difference is due to the remedy. `training`: both are deployed
+    on the same hardware, but were trained on different arithmetic, to which the difference is due. `cost`: the baseline
+    ran on plain arithmetic, so the difference is due to the hardware."""
     seeds: tuple[int, ...]
     """Seeds over which the comparison is paired; for two single runs, the treatment's seed."""
     problems: int
@@ -78,12 +87,12 @@ class Comparison:
         if len(self.seeds) < stats.MIN_SEEDS:
             return f"{COUNTS[len(self.seeds)]} run{'s' if len(self.seeds) > 1 else ''}: not testable"
         better = self.deployed.estimate > 0
+        helps, hurts, neither = VERDICTS[self.kind]
         if self.is_shown:
-            words = {"benefit": ("helps", "hurts"), "cost": ("gains accuracy", "costs accuracy")}
-            return words[self.kind][0 if better else 1]
+            return helps if better else hurts
         if self.outcome == "hint":
             return f"hint only: not significant among {self.tests} tests"
-        return f"no {self.kind} shown"
+        return neither
 
 
 def compare(treatment: Sequence[Run], baseline: Sequence[Run]) -> Comparison:
@@ -119,26 +128,28 @@ def compare_arms(treatment: Arm, baseline: Arm) -> Comparison:
 
 
 def comparison_kind(treatment: Arm, baseline: Arm) -> Kind:
-    """Whether the difference of two arms is a benefit or a cost.
+    """Whether the difference of two arms is a benefit, due to the arithmetic of training, or a cost.
 
     Raises:
-        ConfigError: if it is neither, because the models differ, or because the hardware differs and the baseline's is
-        not
-            plain arithmetic.
+        ConfigError: if it is none of these, because the models differ, or because they are deployed on different
+        hardware and the baseline's is not plain arithmetic.
     """
     if treatment.profile.model != baseline.profile.model:
         raise ConfigError(
             f"{treatment.experiment.id} trained {treatment.profile.model} and {baseline.experiment.id} trained "
             f"{baseline.profile.model}: only arms that start from the same model are compared"
         )
-    if _chip(treatment) == _chip(baseline):
+    new, old = treatment.experiment.hardware, baseline.experiment.hardware
+    if same_chip(new, old):
         return "benefit"
-    if baseline.experiment.hardware.changes_nothing:
+    if old.changes_nothing:
         return "cost"
+    if same_deployment(new, old):
+        return "training"
     names = treatment.experiment.id, baseline.experiment.id
-    swapped = " (the other way round it would be a cost)" if treatment.experiment.hardware.changes_nothing else ""
+    swapped = " (the other way round it would be a cost)" if new.changes_nothing else ""
     raise ConfigError(
-        f"{names[0]} and {names[1]} ran on different hardware, so their difference is neither a benefit nor a "
+        f"{names[0]} and {names[1]} are deployed on different hardware, so their difference is neither a benefit nor a "
         f"cost{swapped}: compare arms on the same hardware, or take a baseline on plain arithmetic"
     )
 
@@ -190,12 +201,6 @@ def _check_trained(arm: Arm) -> None:
                 f"{arm.experiment.id} seed {run.seed} is complete, but {reason}; its score is that of an untrained "
                 "model, and no difference to it says what training on this hardware gives"
             )
-
-
-def _chip(arm: Arm) -> Hardware:
-    """The hardware without its layers in high precision, since those are a remedy and not another chip."""
-    hardware = arm.experiment.hardware
-    return hardware.with_keep(lambda keep: ())
 
 
 def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:

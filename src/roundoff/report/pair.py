@@ -14,7 +14,7 @@ from roundoff import stats
 from roundoff.config import ConfigError, nearest
 from roundoff.report import words
 from roundoff.report.arms import Arm, Scores, group_arms
-from roundoff.report.compare import Comparison, compare_arms, paired_scores
+from roundoff.report.compare import VERDICTS, Comparison, compare_arms, paired_scores
 from roundoff.report.status import arm_notes
 from roundoff.runs.record import find_runs
 
@@ -116,11 +116,16 @@ def _answer(pair: Pair) -> str:
         )
     p = f"p {words.p_text(d.p)}"
     if c.is_shown:
-        verb = {"benefit": ("A helps", "A hurts"), "cost": ("A gains", "The hardware of A costs accuracy")}[c.kind]
+        verb = {
+            "benefit": ("A helps", "A hurts"),
+            "training": ("The training of A is better", "The training of A is worse"),
+            "cost": ("A gains", "The hardware of A costs accuracy"),
+        }[c.kind]
         return f"{verb[d.estimate < 0]}: it scores {size} {side} than B with the hardware on ({bounds}; {p})."
     return (
-        f"No {c.kind} is shown: A scores {size} {side} than B with the hardware on, and over all seeds and problems of "
-        f"this kind the difference may be anything from {words.points(d.low)} to {words.points(d.high)} points ({p})."
+        f"{VERDICTS[c.kind][2].replace('shown', 'is shown').capitalize()}: A scores {size} {side} than B with the "
+        f"hardware on, and over all seeds and problems of this kind the difference may be anything from "
+        f"{words.points(d.low)} to {words.points(d.high)} points ({p})."
     )
 
 
@@ -143,7 +148,11 @@ def _basis(pair: Pair) -> str:
         f"{letter}  {arm.runs[0].path.parent}, {_seeds(scores.seeds)}: {arm.experiment.title or arm.experiment.id}"
         for letter, arm, scores in (("A", pair.treatment, pair.new), ("B", pair.baseline, pair.old))
     ]
-    kind = "the same hardware" if c.kind == "benefit" else "B on plain arithmetic"
+    kind = {
+        "benefit": "the same hardware",
+        "training": "deployed on the same hardware, trained on different arithmetic",
+        "cost": "B on plain arithmetic",
+    }[c.kind]
     how = "seed and problem" if pair.new.seeds == pair.old.seeds else "problem"
     lines.append(f"Paired by {how} over the same {words.number(c.problems, 'problem')}; {kind}.")
     if c.unpaired:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from roundoff.report.compare import Comparison
+from roundoff.report.compare import Comparison, Kind
 from roundoff.report.contents import Report, Row
 from roundoff.stats import MIN_SEEDS, Interval
 
@@ -13,6 +13,14 @@ MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 LISTED = 3
 """Maximum number of effects of one kind that an answer lists one by one; if there are more, it counts them."""
+KINDS: tuple[Kind, ...] = ("cost", "benefit", "training")
+"""Kinds of comparison in the order in which an answer speaks of them."""
+VERBS: Mapping[Kind, tuple[str, str]] = {
+    "cost": ("gains", "costs"),
+    "benefit": ("wins", "loses"),
+    "training": ("wins", "loses"),
+}
+"""What an arm does to points if a difference of this kind is positive, or negative."""
 GLOSSARY = {
     "rollout": "A sampled completion. A group is the rollouts of one prompt.",
     "hardware": "What the chip does to the arithmetic: precision, matmul noise, deadzone. Active in rollout, training "
@@ -24,6 +32,8 @@ GLOSSARY = {
     "start": "Deployed score before any training.",
     "cost": "Deployed score minus that of the same training on plain arithmetic.",
     "benefit": "Deployed score minus that of the declared baseline on the same hardware: what the remedy does.",
+    "training": "Deployed score minus that of the declared baseline, which is deployed on the same hardware, but was "
+    "trained on different arithmetic.",
     "interval": "The range that contains the mean over all seeds and all problems of this kind in 95 % of cases. With "
     "fewer than three seeds it carries problem variance only and is marked †.",
     "collapsed": "A run that ends below its start or at less than half the best score of its arm, and far below the "
@@ -223,6 +233,13 @@ def _asked(rows: Sequence[Row]) -> str:
         frozenset({"cost"}): "How much deployed accuracy does each hardware cost",
         frozenset({"benefit"}): "Does each remedy raise the deployed accuracy on the same hardware",
         frozenset({"cost", "benefit"}): "How much deployed accuracy does each hardware cost, and do the remedies help",
+        frozenset({"training"}): "Does training on another arithmetic raise the deployed accuracy",
+        frozenset({"cost", "training"}): "How much deployed accuracy does each hardware cost, and does training on "
+        "another arithmetic help",
+        frozenset({"benefit", "training"}): "Do the remedies, or training on another arithmetic, raise the deployed "
+        "accuracy on the same hardware",
+        frozenset({"cost", "benefit", "training"}): "How much deployed accuracy does each hardware cost, and do the "
+        "remedies, or training on another arithmetic, help",
     }.get(frozenset(kinds), "What deployed accuracy does each experiment reach")
     scored = [row for row in rows if row.deployed]
     if not scored:
@@ -253,7 +270,7 @@ def _answered(compared: Sequence[Row], rows: Sequence[Row]) -> str:
             return f"{len(scored)} experiments score between {percent(low)} and {percent(high)}; none was compared."
         return "; ".join(f"{row.name}: {score_text(row.deployed)}{_untrained(row)}" for row in scored) + "."
     parts = []
-    for kind in ("cost", "benefit"):
+    for kind in KINDS:
         mine = [(row, row.comparison) for row in compared if row.comparison and row.comparison.kind == kind]
         if 0 < len(mine) <= LISTED:
             parts += [effect_sentence(row, comparison) for row, comparison in mine]
@@ -274,7 +291,7 @@ def effect_sentence(row: Row, comparison: Comparison) -> str:
     size = f"{abs(100 * effect.estimate):.1f} points"
     if comparison.is_shown:
         bounds = sorted((abs(100 * effect.low), abs(100 * effect.high)))
-        verb = {"cost": ("gains", "costs"), "benefit": ("wins", "loses")}[comparison.kind][effect.estimate < 0]
+        verb = VERBS[comparison.kind][effect.estimate < 0]
         note = f"; {collapsed_text(effect.collapsed)}" if effect.collapsed else ""
         return f"{row.name}: {verb} {size} ({bounds[0]:.1f} to {bounds[1]:.1f}{note})"
     if effect.p is None:
@@ -289,12 +306,12 @@ def _counted(mine: Sequence[tuple[Row, Comparison]]) -> str:
     kind = mine[0][1].kind
     shown = [(row, c) for row, c in mine if c.is_shown]
     tested = [c for _, c in mine if c.deployed.p is not None]
-    nouns = {"cost": "hardware settings", "benefit": "remedies"}[kind]
+    nouns = {"cost": "hardware settings", "benefit": "remedies", "training": "trainings on another arithmetic"}[kind]
     if not tested:
         return f"{len(mine)} {nouns} were run, none with the three seeds that a test needs"
     down = [(row, c) for row, c in shown if c.deployed.estimate < 0]
     up = [(row, c) for row, c in shown if c.deployed.estimate > 0]
-    words = {"cost": ("cost accuracy", "gain accuracy"), "benefit": ("hurt", "help")}[kind]
+    words = ("cost accuracy", "gain accuracy") if kind == "cost" else ("hurt", "help")
     parts = []
     for effects, word in ((down, words[0]), (up, words[1])):
         if effects:
