@@ -1,0 +1,164 @@
+"""Tables and figure of docs/results-mismatch.md from run directories of the family `mismatch`.
+
+`python -m benchmarks.mismatch_study RUNS... --out docs/results-mismatch.md` replaces what stands between the two
+markers of the file, and draws the figure beside it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+
+from benchmarks.study_page import SCORES, Effect, effects, put, read_study, sources_of, table
+from roundoff import stats
+from roundoff.report import words
+from roundoff.report.arms import Arm
+
+FAMILY = "mismatch"
+HARDWARE = {
+    "fp8": "FP8",
+    "mxfp8": "MXFP8",
+    "noise2": "2 % noise",
+    "hif4": "HiF4",
+    "nvfp4": "NVFP4",
+    "noise5": "5 % noise",
+    "mxfp4": "MXFP4",
+    "noise10": "10 % noise",
+}
+"""Arithmetic of rollouts, by the part of an id that names it."""
+CORRECTIONS = {
+    "": "none",
+    "token": "token weights",
+    "icepop": "IcePop",
+    "sequence": "sequence mask",
+    "geometric": "geometric rejection",
+    "bypass": "bypass",
+}
+"""Corrections, by the part of an id that names them."""
+
+
+def name(hardware: str, trainer: str = "plain", correction: str = "") -> str:
+    """Id of the experiment of an arm."""
+    parts = (FAMILY, hardware, "unified" if trainer == "same" else "", correction)
+    return "-".join(part for part in parts if part)
+
+
+def over_steps(arm: Arm, key: str) -> float:
+    """Mean over the runs of the median over the steps."""
+    return fmean(median(step[key] for step in run.metrics if step.get("trained") and key in step) for run in arm.final)
+
+
+def left_out(arm: Arm) -> str:
+    """Share of the response tokens whose loss a correction left out or cut, as a percentage."""
+    keys = ("rollout_rs_masked_fraction", "rollout_is_veto_fraction", "mismatch_cut_token")
+    correction = arm.experiment.algorithm.correction
+    if correction is None or correction.bypass_mode:
+        return ""
+    return words.percent(over_steps(arm, keys[0] if correction.rollout_rs else keys[2]))
+
+
+def rows(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect], hardware: str) -> Iterator[list[str]]:
+    """The arms of one arithmetic of rollouts."""
+    for trainer in ("plain", "same"):
+        for correction, text in CORRECTIONS.items():
+            key = name(hardware, trainer, correction)
+            if key not in arms or (scores := arms[key].scores) is None:
+                continue
+            arm = arms[key]
+            yield [
+                trainer,
+                text,
+                str(len(scores.seeds)),
+                f"{over_steps(arm, 'mismatch_k3_kl'):.2g}",
+                f"{over_steps(arm, 'mismatch_ess_seq'):.2f}",
+                left_out(arm),
+                words.score_text(stats.score(scores.deployed)),
+                str(changes.get((key, "deployed"), "")),
+                words.score_text(stats.score(scores.clean)),
+                str(changes.get((key, "clean"), "")),
+            ]
+
+
+HEAD = (
+    "trainer",
+    "correction",
+    "seeds",
+    "KL",
+    "ESS",
+    "left out",
+    "deployed [95 %]",
+    "points [95 %]",
+    "clean [95 %]",
+    "points [95 %]",
+)
+
+
+def counted(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[list[str]]:
+    """For each correction under a plain trainer, and for the unified one, what it did over all arithmetics."""
+    kinds = {**{c: (text, "plain", c) for c, text in CORRECTIONS.items() if c}, "unified": ("unified", "same", "")}
+    for text, trainer, correction in kinds.values():
+        line = [text]
+        for score in SCORES:
+            mine = [changes.get((name(h, trainer, correction), score)) for h in HARDWARE]
+            known = [effect for effect in mine if effect is not None]
+            better = sum(effect.shown and effect.interval.estimate > 0 for effect in known)
+            worse = sum(effect.shown and effect.interval.estimate < 0 for effect in known)
+            middle = words.points(fmean(effect.interval.estimate for effect in known)) if known else ""
+            line += [f"{better} / {worse} / {len(known) - better - worse}", middle]
+        yield line
+
+
+def figure(arms: Mapping[str, Arm], path: Path) -> None:
+    """Final accuracy against the measured KL, one line a correction, with 95 % intervals."""
+    from benchmarks.study_figure import Line, Point, draw
+
+    def line(text: str, correction: str, score: str) -> Line:
+        points = []
+        for hardware, shown in HARDWARE.items():
+            arm = arms.get(name(hardware, "plain", correction))
+            if arm is not None and arm.scores is not None:
+                interval = stats.score(getattr(arm.scores, score))
+                points.append(Point(over_steps(arm, "mismatch_k3_kl"), interval, shown, hardware.startswith("noise")))
+        return Line(text, tuple(points))
+
+    panels = {}
+    for score, title in zip(SCORES, ("on the rollouts' arithmetic", "in plain arithmetic"), strict=True):
+        lines = [line(text, correction, score) for correction, text in CORRECTIONS.items()]
+        reference = arms[f"{FAMILY}-clean"].scores
+        level = None if reference is None else stats.score(getattr(reference, score))
+        panels[f"accuracy {title}"] = (lines, level)
+    draw(panels, path, x="KL of rollouts from training (k3, nats per token, median over steps)")
+
+
+def document(arms: Mapping[str, Arm]) -> Iterator[str]:
+    """All tables."""
+    changes = effects(arms)
+    yield f"{len(changes)} tests; what is shown at 5 % after Holm's correction over all of them stands in bold."
+    yield ""
+    yield "## What each correction did"
+    yield ""
+    head = ("against none", "deployed: better / worse / not shown", "mean", "clean: better / worse / not shown", "mean")
+    yield from table(head, counted(arms, changes))
+    for hardware, text in HARDWARE.items():
+        found = list(rows(arms, changes, hardware))
+        if found:
+            yield f"## Rollouts in {text}"
+            yield ""
+            yield from table(HEAD, found)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the tables, or put them between the markers of the file after `--out`, with the figure beside it."""
+    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
+    roots = [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)]
+    study = read_study(roots, FAMILY)
+    lines = [*sources_of(study), *document(study.arms)]
+    put("\n".join(lines), out)
+    if out is not None:
+        figure(study.arms, out.parent / "figures" / "mismatch.svg")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

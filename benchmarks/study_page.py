@@ -1,0 +1,103 @@
+"""What the scripts of the studies share: reading a family's runs, and writing tables between the markers of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.table import BEGIN, END, sources, table
+from roundoff import stats
+from roundoff.experiments import families, load_experiment
+from roundoff.report import words
+from roundoff.report.arms import Arm, group_arms
+from roundoff.report.assemble import build_report
+from roundoff.report.compare import ALPHA, paired_scores
+from roundoff.report.contents import Report
+from roundoff.runs.files import write_atomic
+from roundoff.runs.record import Run, find_runs
+
+__all__ = ["SCORES", "Effect", "Study", "effects", "put", "read_study", "sources_of", "table"]
+
+SCORES = ("deployed", "clean")
+"""Both scores of an arm: on the hardware, and in plain arithmetic."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """The complete runs of one family."""
+
+    runs: tuple[Run, ...]
+    arms: dict[str, Arm]
+    """Arms with a complete run, by the id of their experiment, in the declared order."""
+    report: Report
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A paired difference of one score to the declared baseline."""
+
+    interval: stats.Interval
+    p_holm: float | None
+    """p-value corrected over all effects of the page."""
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes zero and the corrected p-value is below 5 %."""
+        return self.interval.excludes_zero and self.p_holm is not None and self.p_holm < ALPHA
+
+    def __str__(self) -> str:
+        text = words.effect_text(self.interval)
+        return f"**{text}**" if self.shown else text
+
+
+def effects(arms: Mapping[str, Arm]) -> dict[tuple[str, str], Effect]:
+    """The difference of every arm to its declared baseline, by id and score, Holm-corrected over all of them."""
+    found: dict[tuple[str, str], stats.Interval] = {}
+    for key, arm in arms.items():
+        other = arms.get(arm.experiment.baseline or "")
+        if other is None:
+            continue
+        new, old = paired_scores(arm, other)
+        collapsed = len(new.collapsed) + len(old.collapsed)
+        for score in SCORES:
+            found[key, score] = stats.paired_benefit(getattr(new, score), getattr(old, score), collapsed=collapsed)
+    adjusted = stats.holm([interval.p for interval in found.values()])
+    return {key: Effect(interval, p) for (key, interval), p in zip(found.items(), adjusted, strict=True)}
+
+
+def read_study(roots: Sequence[Path], family: str) -> Study:
+    """The runs of a family below some directories.
+
+    Raises:
+        ValueError: if there is no complete run of that family.
+    """
+    runs, skipped = find_runs(roots)
+    mine = tuple(run for run in runs if run.experiment.family == family)
+    if not any(run.is_final for run in mine):
+        raise ValueError(f"there is no complete run of the family {family} in {', '.join(map(str, roots))}")
+    declared = [load_experiment(name) for name in families()[family]]
+    arms = {arm.experiment.id: arm for arm in group_arms(mine)[0] if arm.final}
+    ordered = {experiment.id: arms[experiment.id] for experiment in declared if experiment.id in arms}
+    return Study(mine, ordered, build_report(mine, skipped, declared))
+
+
+def sources_of(study: Study) -> Iterator[str]:
+    """How many runs there are, how long they took, and where they were made."""
+    yield from sources(study.report, study.runs)
+
+
+def put(content: str, out: Path | None) -> None:
+    """Print the content, or put it between the markers of a page.
+
+    Raises:
+        SystemExit: if the page lacks the markers.
+    """
+    if out is None:
+        print(content)
+        return
+    before, begin, rest = out.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise SystemExit(f"{out} lacks the lines {BEGIN} and {END}")
+    write_atomic(out, f"{before}{BEGIN}\n\n{content}\n{END}{after}")
