@@ -11,7 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
-from benchmarks.study_page import SCORES, Effect, effects, put, read_study, sources_of, table
+from benchmarks.study_page import (
+    SCORES,
+    Effect,
+    effects,
+    evidence_of,
+    put,
+    read_study,
+    sources_of,
+    table,
+    write_evidence,
+)
 from roundoff import stats
 from roundoff.report import words
 from roundoff.report.arms import Arm
@@ -132,9 +142,8 @@ def figure(arms: Mapping[str, Arm], path: Path) -> None:
     draw(panels, path, x="KL of rollouts from training (k3, nats per token, median over steps)")
 
 
-def document(arms: Mapping[str, Arm]) -> Iterator[str]:
+def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[str]:
     """All tables."""
-    changes = effects(arms)
     yield f"{len(changes)} tests; what is shown at 5 % after Holm's correction over all of them stands in bold."
     yield ""
     yield "## What each correction did"
@@ -154,10 +163,11 @@ def main(arguments: Sequence[str]) -> None:
     out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
     roots = [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)]
     study = read_study(roots, FAMILY)
-    lines = [*sources_of(study), *document(study.arms)]
-    put("\n".join(lines), out)
+    changes = effects(study.arms)
+    put("\n".join([*sources_of(study), *document(study.arms, changes)]), out)
     if out is not None:
         figure(study.arms, out.parent / "figures" / "mismatch.svg")
+        write_evidence(FAMILY, "tiny", evidence_of(study.arms, changes))
 
 
 if __name__ == "__main__":

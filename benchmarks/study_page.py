@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.table import BEGIN, END, sources, table
 from roundoff import stats
-from roundoff.experiments import families, load_experiment
+from roundoff.experiments import Evidence, evidence, families, load_experiment
+from roundoff.experiments.evidence import FILE, Measured, as_csv
 from roundoff.report import words
 from roundoff.report.arms import Arm, group_arms
 from roundoff.report.assemble import build_report
@@ -17,7 +18,18 @@ from roundoff.report.contents import Report
 from roundoff.runs.files import write_atomic
 from roundoff.runs.record import Run, find_runs
 
-__all__ = ["SCORES", "Effect", "Study", "effects", "put", "read_study", "sources_of", "table"]
+__all__ = [
+    "SCORES",
+    "Effect",
+    "Study",
+    "effects",
+    "evidence_of",
+    "put",
+    "read_study",
+    "sources_of",
+    "table",
+    "write_evidence",
+]
 
 SCORES = ("deployed", "clean")
 """Both scores of an arm: on the hardware, and in plain arithmetic."""
@@ -101,3 +113,34 @@ def put(content: str, out: Path | None) -> None:
     if not (begin and end):
         raise SystemExit(f"{out} lacks the lines {BEGIN} and {END}")
     write_atomic(out, f"{before}{BEGIN}\n\n{content}\n{END}{after}")
+
+
+def evidence_of(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[Evidence]:
+    """The rows of evidence of a study: every arm that could be tested against its baseline."""
+    for key, arm in arms.items():
+        pair = [changes.get((key, score)) for score in SCORES]
+        if arm.scores is None or any(effect is None or effect.p_holm is None for effect in pair):
+            continue
+        yield Evidence(
+            experiment=key,
+            baseline=arm.experiment.baseline or "",
+            profile=arm.profile.name,
+            seeds=len(arm.scores.seeds),
+            problems=len(arm.scores.problems),
+            tests=sum(effect.p_holm is not None for effect in changes.values()),
+            deployed=_measured(pair[0]),
+            clean=_measured(pair[1]),
+        )
+
+
+def _measured(effect: Effect | None) -> Measured:
+    assert effect is not None and effect.p_holm is not None
+    i = effect.interval
+    return Measured(100 * i.estimate, 100 * i.low, 100 * i.high, effect.p_holm)
+
+
+def write_evidence(family: str, profile: str, rows: Iterable[Evidence], path: Path = FILE) -> None:
+    """Replace a study's rows in the packaged table; those of other studies and scales stay."""
+    mine = set(families()[family])
+    others = [row for row in evidence() if not (row.experiment in mine and row.profile == profile)]
+    write_atomic(path, as_csv([*others, *rows]))

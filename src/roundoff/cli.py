@@ -22,6 +22,7 @@ from roundoff.commands.import_table import import_table_command
 from roundoff.commands.list import list_command
 from roundoff.commands.mismatch import mismatch_command
 from roundoff.commands.plan import plan_command
+from roundoff.commands.recommend import recommend_command
 from roundoff.commands.report import report_command
 from roundoff.commands.run import run_command
 from roundoff.commands.runs import runs_command
@@ -75,6 +76,7 @@ for command in (
     tensorboard_command,
     scan_command,
     mismatch_command,
+    recommend_command,
     verl_config_command,
     build_tiny_command,
 ):

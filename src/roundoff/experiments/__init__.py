@@ -3,10 +3,11 @@
 What a setting means and which values it takes is in `roundoff.config`; running an experiment is in `roundoff.launch`.
 Reading this table never imports torch.
 
-Doors: the names below (`select`, the functions that load, `with_overrides`, `variants`, the lists of names, and
-`reference_scores`). They are all in `__all__`.
+Doors: the names below (`select`, the functions that load, `with_overrides`, `variants`, the lists of names,
+`reference_scores` and `evidence`). They are all in `__all__`.
 """
 
+from roundoff.experiments.evidence import Evidence, evidence
 from roundoff.experiments.files import experiment_ids, families, profile_names, recipe_names
 from roundoff.experiments.reference import Reference, reference_scores
 from roundoff.experiments.registry import (
@@ -20,7 +21,9 @@ from roundoff.experiments.registry import (
 from roundoff.experiments.sweep import variants
 
 __all__ = [
+    "Evidence",
     "Reference",
+    "evidence",
     "experiment_ids",
     "families",
     "families_named",
