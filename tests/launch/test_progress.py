@@ -36,7 +36,8 @@ def piped() -> tuple[Progress, io.StringIO]:
 
 @pytest.fixture(autouse=True)
 def _every_update_is_drawn(monkeypatch) -> None:
-    monkeypatch.setattr("roundoff.launch.progress.REFRESH_S", 0.0)
+    for name in ("REFRESH_S", "EVENTS_S"):
+        monkeypatch.setattr(f"roundoff.launch.progress.{name}", 0.0)
 
 
 def update(progress: Progress, *jobs: Job) -> None:

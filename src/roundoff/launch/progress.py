@@ -20,7 +20,9 @@ from roundoff.runs.outcomes import DamagedRunError
 from roundoff.runs.record import read_metrics, read_run, read_status
 
 REFRESH_S = 0.5
-"""Seconds between two drawings."""
+"""Seconds between two drawings of the table on a terminal."""
+EVENTS_S = 2.0
+"""Seconds between two looks for events elsewhere: each look reads the metrics of every running run."""
 RECENT_STEPS = 8
 """Steps whose mean time the estimate of the time left rests on."""
 STYLES = {"queued": "dim", "running": "bold", "complete": "green", "failed": "red", "interrupted": "yellow"}
@@ -52,7 +54,7 @@ class Progress:
         for job in jobs:
             self._warn(job)
         finished = all(job.phase not in ("queued", "running") for job in jobs)
-        if time.monotonic() - self._drawn < REFRESH_S and not finished:
+        if time.monotonic() - self._drawn < (REFRESH_S if self._live else EVENTS_S) and not finished:
             return
         self._drawn = time.monotonic()
         rows = [(job, self._metrics(job)) for job in jobs]
