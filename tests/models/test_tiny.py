@@ -43,7 +43,7 @@ def test_the_shipped_configuration_is_the_recipes(tiny: LoadedModel) -> None:
 
 
 def test_it_is_in_the_middle_of_its_learning(tiny: LoadedModel, task: ArithmeticTask) -> None:
-    accuracy = recipe.greedy_accuracy(tiny.model, tiny.tokenizer, task, task.test())
+    accuracy = recipe.greedy_accuracy(tiny.model, tiny.tokenizer, task, 8)
     assert 0.50 <= accuracy <= 0.65
 
 
@@ -81,7 +81,7 @@ def test_labels_cover_the_response_and_the_end_token(task: ArithmeticTask) -> No
 
 def test_the_longest_solution_fits_the_scored_length(task: ArithmeticTask) -> None:
     longest = max(len(task.solution(problem)) for problem in [*task.train(), *task.test()])
-    assert longest + 1 <= recipe.MAX_RESPONSE
+    assert longest + 1 <= recipe.RECIPES["tiny"].max_response
 
 
 def test_build_is_deterministic_and_leaves_the_global_state_alone(tmp_path: Path) -> None:
@@ -124,9 +124,9 @@ def test_the_recipe_rebuilds_the_shipped_model(tmp_path: Path, task: ArithmeticT
     """
     curve = recipe.build(tmp_path / "tiny", progress=print)
     rebuilt = load_model(str(tmp_path / "tiny"))
-    accuracy = recipe.greedy_accuracy(rebuilt.model, rebuilt.tokenizer, task, task.test())
+    accuracy = recipe.greedy_accuracy(rebuilt.model, rebuilt.tokenizer, task, 8)
     assert accuracy == curve[-1].accuracy
-    assert curve[-1].step == recipe.STEPS
+    assert curve[-1].step == recipe.RECIPES["tiny"].steps
     assert 0.25 <= accuracy <= 0.72
     for path in TINY_DIRECTORY.glob("*.json"):
         assert (tmp_path / "tiny" / path.name).read_text() == path.read_text()

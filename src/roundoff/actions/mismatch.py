@@ -17,6 +17,7 @@ import numpy as np
 from roundoff.actions.named_hardware import load_hardware
 from roundoff.config import TEMPERATURE_RULE, ConfigError, Hardware, Task, is_temperature
 from roundoff.experiments import load_profile
+from roundoff.models.embedded import EMBEDDED, TINY
 from roundoff.runs.files import write_atomic
 from roundoff.runs.metrics import METRICS
 from roundoff.stats import LEVEL, Growth, weight_growth
@@ -82,7 +83,7 @@ def _checked(options: MismatchOptions) -> tuple[Hardware, Hardware]:
     Raises:
         ConfigError: naming the option that cannot be used.
     """
-    if options.model != "tiny" and options.task is None and options.profile_name is None:
+    if options.model not in EMBEDDED and options.task is None and options.profile_name is None:
         raise ConfigError(
             f"say what {options.model} is to be asked: --profile NAME takes task and lengths of a profile, and --task "
             "NAME alone the lengths of profile tiny"
@@ -122,7 +123,7 @@ def _measured(options: MismatchOptions, rollout: Hardware, training: Hardware) -
     from roundoff.sampling.sampler import check_sampling, sample
     from roundoff.training.mismatch import Difference
 
-    profile = load_profile(options.profile_name or "tiny")
+    profile = load_profile(options.profile_name or (options.model if options.model in EMBEDDED else TINY))
     if options.task is not None:
         profile = profile.model_copy(update={"task": Task(name=options.task)})
     problems = make_task(profile).train()

@@ -89,7 +89,7 @@ class Profile(Settings):
     name: str
     title: str = ""
     model: str
-    """`tiny`, a local directory, or the name of a model on the Hugging Face hub."""
+    """`tiny` or `tiny-long`, a local directory, or the name of a model on the Hugging Face hub."""
     allow_download: bool = False
     """Whether `model` may be downloaded from the hub; nothing else is ever downloaded."""
     chat: Literal["auto"] | bool = "auto"

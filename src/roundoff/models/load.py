@@ -1,4 +1,4 @@
-"""Loads a language model with its tokenizer: the embedded one, a local directory, or (if allowed) a hub model.
+"""Loads a language model with its tokenizer: an embedded one, a local directory, or (if allowed) a hub model.
 
 Nothing in a model directory is ever executed: its code is not trusted, and weights are read only from safetensors,
 never from pickle files.
@@ -17,16 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from roundoff.models.embedded import EMBEDDED, TINY
 from roundoff.models.errors import ModelError
 from roundoff.models.tokenizer import check_added_bos, check_tokenizer
 from roundoff.models.weights import check_files, check_weights
 from roundoff.numerics.torch_state import own_defaults
 
-__all__ = ["TINY", "TINY_DIRECTORY", "LoadedModel", "ModelError", "check_readable", "load_model", "no_progress_bar"]
+__all__ = ["TINY_DIRECTORY", "LoadedModel", "ModelError", "check_readable", "load_model", "no_progress_bar"]
 
-TINY = "tiny"
-TINY_DIRECTORY = Path(__file__).parent / "tiny"
-"""The embedded model, a Hugging Face directory."""
+TINY_DIRECTORY = EMBEDDED[TINY]
+"""The embedded model `tiny`, a Hugging Face directory."""
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # While transformers loads a model it replaces a method of its class of all models, and puts it back afterwards. Two
@@ -58,7 +58,7 @@ def load_model(
     """The model of this name, in evaluation mode, with its tokenizer.
 
     Args:
-        name: `tiny`, a local directory, or a hub name such as `Qwen/Qwen2.5-1.5B-Instruct`.
+        name: `tiny` or `tiny-long`, a local directory, or a hub name such as `Qwen/Qwen2.5-1.5B-Instruct`.
         dtype: of the weights.
         device: where the weights go.
         attention: an attention implementation that transformers knows; None keeps the model's default.
@@ -146,15 +146,18 @@ def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
 
 def _locate(name: str, allow_download: bool) -> tuple[str, str]:
     """The name or path to hand to transformers, and the source to report."""
-    if name == TINY:
-        return str(TINY_DIRECTORY), str(TINY_DIRECTORY)
+    if name in EMBEDDED:
+        return str(EMBEDDED[name]), str(EMBEDDED[name])
     directory = Path(name).expanduser()
     if name and directory.is_dir():
         return str(directory), str(directory.resolve())
     if name and directory.exists():
         raise ModelError(f"model {name!r} is a file; name the directory that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name!r} is neither {TINY!r}, nor an existing directory, nor a hub name (owner/model)")
+        embedded = " nor ".join(map(repr, EMBEDDED))
+        raise ModelError(
+            f"model {name!r} is neither {embedded}, nor an existing directory, nor a hub name (owner/model)"
+        )
     if not allow_download:
         raise ModelError(
             f"model {name!r} is not a directory on this machine, and downloading is off; "

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from roundoff.config import ConfigError, nearest
+from roundoff.models.embedded import EMBEDDED
 
 HERE = Path(__file__).parent
-TINY = HERE.parent / "models" / "tiny"
 BIASED = ("qwen2",)
 """Model types whose query, key and value projections have a bias although their config.json does not say so."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -75,13 +75,13 @@ def model_shape(name: str, config: Path | None = None) -> ModelShape:
     """The shape of the model that a profile names.
 
     Args:
-        name: `tiny`, a local directory, or a hub name.
+        name: `tiny` or `tiny-long`, a local directory, or a hub name.
         config: a `config.json` to read instead of the model's own.
 
     Raises:
         ConfigError: if the shape is not known on this machine, or the model is a mixture of experts.
     """
-    directory = TINY if name == "tiny" else Path(name).expanduser()
+    directory = EMBEDDED.get(name) or Path(name).expanduser()
     path = directory / "config.json" if config is None else config
     if path.is_file():
         try:

@@ -1,10 +1,11 @@
-"""The recipe of the embedded model `tiny`: a supervised warm start that is stopped midway.
+"""The recipe of the embedded models `tiny` and `tiny-long`: a supervised warm start that is stopped midway.
 
 The model is a Qwen2 (`ARCHITECTURE`) with a character-level tokenizer. It learns to write the worked solutions of the
 `arithmetic` task from an endless stream of training problems, which never contains a test problem. The loss is the
 cross-entropy of the response and the end token; prompt tokens do not count.
 
-Training stops at `STEPS`, on the steep part of the learning curve, and the learning rate is never lowered. Both leave
+The two differ in the chains that they learn, and so in the length of their responses, and in where training stops
+(`RECIPES`). Training stops on the steep part of the learning curve, and the learning rate is never lowered. Both leave
 room for reinforcement learning: lowering the rate would raise the score at once, but would lead to weights that the
 updates of reinforcement learning then destroy (docs/tiny-model.md has the measurements).
 
@@ -13,7 +14,7 @@ same bits; elsewhere it gives a similar score (docs/tiny-model.md).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,19 +25,18 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from roundoff.models.embedded import LONG, TINY
 from roundoff.models.errors import ModelError
 from roundoff.tasks import Problem
 from roundoff.tasks.arithmetic import ArithmeticSettings, ArithmeticTask
 
 SEED = 0
-STEPS = 1850
 BATCH = 128  # problems per step
 LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100  # the learning rate rises linearly over these steps, then stays constant
 WEIGHT_DECAY = 0.01
 GRADIENT_CLIP = 1.0
 EVALUATE_EVERY = 100  # steps
-MAX_RESPONSE = 8  # tokens with the end token; the longest solution of the default task is "-49>-99"
 
 PAD, EOS = "<pad>", "<eos>"
 VOCABULARY = (PAD, EOS, *"0123456789", "+", "-", "=", ">")
@@ -58,6 +58,26 @@ ARCHITECTURE: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """What an embedded model learns, and for how long."""
+
+    task: ArithmeticSettings
+    steps: int
+    """Optimizer steps."""
+    max_response: int
+    """Most tokens of a scored response, with the end token."""
+
+
+RECIPES: Mapping[str, Recipe] = {
+    # The longest solution is "-49>-99".
+    TINY: Recipe(ArithmeticSettings(), steps=1850, max_response=8),
+    # The longest solution has seven results of three characters, such as "-10>-19>-28>-37>-46>-55>-64".
+    LONG: Recipe(ArithmeticSettings(terms_min=4, terms_max=8, max_value=9), steps=800, max_response=28),
+}
+"""Recipe of each embedded model."""
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One point of the learning curve."""
 
@@ -75,25 +95,29 @@ class Point:
 def build(
     out_dir: Path,
     *,
+    model: str = TINY,
     seed: int = SEED,
-    steps: int = STEPS,
+    steps: int | None = None,
     evaluate_every: int = EVALUATE_EVERY,
     progress: Callable[[Point], None] | None = None,
 ) -> list[Point]:
     """Train a model from `seed`, save it to `out_dir`, and return its learning curve.
 
-    The default arguments rebuild the embedded model in about four minutes on one core.
+    The default arguments rebuild `tiny` in about four minutes on one core.
 
     Args:
         out_dir: becomes a Hugging Face model directory (weights in safetensors, configuration, tokenizer).
+        model: name of the embedded model whose recipe is followed.
         seed: of the initial weights and of the problems.
-        steps: optimizer steps.
+        steps: optimizer steps; None takes those of the recipe.
         evaluate_every: steps between two points of the curve; the last step is always one.
         progress: called with each point as soon as it is measured.
 
     Raises:
         ModelError: if `out_dir` exists and is not an empty directory, or if `steps` or `evaluate_every` is below 1.
     """
+    recipe = RECIPES[model]
+    steps = recipe.steps if steps is None else steps
     if steps < 1 or evaluate_every < 1:
         raise ModelError(f"steps and evaluate_every must be at least 1, but are {steps} and {evaluate_every}")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
@@ -101,18 +125,18 @@ def build(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model, curve = train(seed=seed, steps=steps, evaluate_every=evaluate_every, progress=progress)
+        trained, curve = train(recipe, seed=seed, steps=steps, evaluate_every=evaluate_every, progress=progress)
     finally:
         torch.set_num_threads(threads)
-    save(model, out_dir)
+    save(trained, out_dir)
     return curve
 
 
 def train(
-    *, seed: int, steps: int, evaluate_every: int, progress: Callable[[Point], None] | None = None
+    recipe: Recipe, *, seed: int, steps: int, evaluate_every: int, progress: Callable[[Point], None] | None = None
 ) -> tuple[Qwen2ForCausalLM, list[Point]]:
     """The trained model, in evaluation mode, and its learning curve."""
-    task = ArithmeticTask(ArithmeticSettings())
+    task = ArithmeticTask(recipe.task)
     tokenizer = make_tokenizer()
     model = make_model(seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
@@ -132,7 +156,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         if step % evaluate_every == 0 or step == steps:
             model.eval()
-            curve.append(Point(step, loss.item(), greedy_accuracy(model, tokenizer, task, task.test())))
+            curve.append(Point(step, loss.item(), greedy_accuracy(model, tokenizer, task, recipe.max_response)))
             model.train()
             if progress is not None:
                 progress(curve[-1])
@@ -189,10 +213,11 @@ def encode(
 
 @torch.inference_mode()
 def greedy_accuracy(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, problems: Sequence[Problem]
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, max_response: int
 ) -> float:
-    """Share of the problems, from 0 to 1, that the model solves with greedy decoding in one batch."""
+    """Share of the test problems, from 0 to 1, that the model solves with greedy decoding in one batch."""
+    problems = task.test()
     batch = tokenizer([problem.prompt for problem in problems], padding=True, return_tensors="pt")
-    tokens = model.generate(**batch, do_sample=False, max_new_tokens=MAX_RESPONSE)  # type: ignore[misc]
+    tokens = model.generate(**batch, do_sample=False, max_new_tokens=max_response)  # type: ignore[misc]
     responses = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return math.fsum(map(task.reward, problems, responses)) / len(problems)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import roundoff
 from roundoff.config import ConfigError, Experiment, Profile, RolloutCorrection, hardware_in_words
+from roundoff.models.embedded import EMBEDDED
 from roundoff.plugins.verl.hydra_values import number, quoted, quoted_json
 from roundoff.plugins.verl.settings import ENTRY, MODULES, PLATFORM, VARIABLE, PluginSettings, check
 from roundoff.plugins.verl.vllm_limits import check_vllm
@@ -132,10 +132,9 @@ def _data(profile: Profile, seed: int, resources: Resources) -> Iterator[str]:
 
 def _model(experiment: Experiment, profile: Profile) -> Iterator[str]:
     model = "actor_rollout_ref.model"
-    tiny = profile.model == "tiny"
-    path = str(Path(roundoff.__file__).parent / "models" / "tiny") if tiny else profile.model
+    path = str(EMBEDDED.get(profile.model, profile.model))
     yield f"{model}.path={quoted(path)}"
-    if tiny or profile.chat is False:
+    if profile.model in EMBEDDED or profile.chat is False:
         yield f"{model}.custom_chat_template={quoted(PLAIN_TEMPLATE)}"
         yield "actor_rollout_ref.rollout.agent.default_agent_loop=roundoff_plain"
     needs_padding = profile.device == "cpu" or experiment.hardware.of("training").concerns_attention
