@@ -63,7 +63,7 @@ def test_a_directory_gives_the_same_weights(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tinny", "neither 'tiny', nor an existing directory, nor a hub name"),
+        ("tinny", "neither 'tiny' nor 'tiny-long', nor an existing directory, nor a hub name"),
         ("./nowhere", "nor an existing directory"),
         ("/nowhere/at/all", "nor an existing directory"),
         ("", "neither 'tiny'"),

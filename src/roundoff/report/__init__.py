@@ -4,6 +4,6 @@
 statistics behind them are in `roundoff.stats`; reading a run directory is in `roundoff.runs`.
 
 Doors: `assemble.build_report`, `contents`, `render` (`write_report`, `terminal_table`), `pair` (`find_arm`,
-`make_pair`, `pair_text`), `compare`, `chips`, `import_table` (`read_table`, `imported_table`), `scan_picture`, `scan_tables`,
-and for planning `arms`, `assemble.baseline_arm` and `words`.
+`make_pair`, `pair_text`), `compare`, `chips`, `import_table` (`read_table`, `imported_table`), `scan_picture`,
+`scan_tables`, and for planning `arms`, `assemble.baseline_arm` and `words`.
 """
