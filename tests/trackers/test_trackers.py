@@ -10,6 +10,7 @@ from roundoff.config import ConfigError
 from roundoff.experiments import load_experiment
 from roundoff.launch.local import run_grid
 from roundoff.launch.request import RunRequest
+from roundoff.runs.metrics import METRICS
 from roundoff.runs.record import read_run
 from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers, scalars
 from roundoff.trackers.base import hyper_parameters
@@ -158,3 +159,9 @@ def test_values_by_length_become_a_scalar_for_each_class_that_has_one():
     values = scalars(row)
     assert list(values) == ["mismatch_k3_kl/length.2", "mismatch_k3_kl/length.4", "sigma/layer.0"]
     assert values["mismatch_k3_kl/length.2"] == 0.25
+
+
+def test_what_corrections_report_reaches_trackers_of_the_runs_that_have_it():
+    of_corrections = {name: 0.5 for name in METRICS if name.startswith(("rollout_is_", "rollout_rs_"))}
+    assert len(of_corrections) == 7
+    assert scalars({"step": 1, "loss": 0.25, **of_corrections}) == {"loss": 0.25, **of_corrections}
