@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from roundoff.cli import main
+from roundoff.commands.list import MOST_LISTED
 from roundoff.commands.options import parse_seeds
 from roundoff.config import ConfigError
 from roundoff.experiments import experiment_ids, families, load_experiment
@@ -43,9 +44,32 @@ def test_list_of_formats_names_every_one(tmp_path):
     assert max(map(len, rows)) <= 80
 
 
-def test_list_names_every_experiment_and_imports_no_torch(tmp_path):
-    listed = in_its_own_process("list", cwd=tmp_path).stdout
-    assert all(name in listed for name in experiment_ids())
+def listed_ids(*arguments, cwd):
+    lines = in_its_own_process("list", *arguments, cwd=cwd).stdout.splitlines()
+    return [line.split()[0] for line in lines if line.startswith("  ")]
+
+
+def test_list_names_every_experiment_of_families_that_are_not_large(tmp_path):
+    large = {family: ids for family, ids in families().items() if len(ids) > MOST_LISTED}
+    assert list(large) == ["mismatch", "remedies"]
+    listed = set(listed_ids(cwd=tmp_path)) & set(experiment_ids())
+    assert listed == set(experiment_ids()) - {name for ids in large.values() for name in ids}
+    lines = in_its_own_process("list", cwd=tmp_path).stdout.splitlines()
+    for family, ids in large.items():
+        said = f"  {len(ids)} experiments; `roundoff list --family {family}` shows them"
+        assert lines[lines.index(family) + 1] == said
+
+
+def test_list_of_families_names_each_of_their_experiments_and_nothing_else(tmp_path):
+    chosen = ("--family", "remedies", "--family", "ratio", "--family", "ratio")
+    assert listed_ids(*chosen, cwd=tmp_path) == [*families()["remedies"], *families()["ratio"]]
+    refused = in_its_own_process("list", "--family", "remedis", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "there is no family 'remedis'; did you mean 'remedies'" in refused.stderr
+    assert "leave one out" in in_its_own_process("list", "--formats", "--family", "ratio", cwd=tmp_path).stderr
+
+
+def test_list_imports_no_torch():
     code = (
         "import sys; from roundoff.cli import cli; cli(['list'], standalone_mode=False);"
         "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"

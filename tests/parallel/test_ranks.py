@@ -217,6 +217,38 @@ def test_an_error_before_training_on_one_rank_ends_all_and_is_said_by_the_first(
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("lora", "place", "said"),
+    [
+        ({}, "prepare", "the weights of the adapters"),
+        ({}, "restore", "the weights of the adapters"),
+        (None, "restore", "the weights that are trained"),
+    ],
+)
+def test_ranks_agree_on_every_weight_before_the_first_step(tmp_path, small, monkeypatch, lora, place, said):
+    """The base is compared as it was loaded; adapters are drawn after it, and a checkpoint is put in later still."""
+    loop = sys.modules["roundoff.training.loop"]  # the name itself is that of the function
+    experiment = validate(Experiment, {**dapo().model_dump(), "lora": lora}, source="test")
+    request = RunRequest(experiment, small, 0, tmp_path, {}, tracker="none")
+    if place == "restore":
+        execute(request, lambda: True)
+    made = getattr(loop, place)
+
+    def other_on_the_second_rank(first, *more, **options):
+        found = made(first, *more, **options)
+        session = first if place == "restore" else found
+        if session.ranks.index == 1:
+            with torch.no_grad():
+                next(iter(session.trainable.values())).view(-1)[0] += 1e-3
+        return found
+
+    monkeypatch.setattr(loop, place, other_on_the_second_rank)
+    with pytest.raises(ConfigError, match=f"ranks disagree on {said}"):
+        on_ranks(2, lambda ranks: execute(request, lambda: False, ranks))
+    if place == "prepare":
+        assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
 def test_a_failure_of_one_rank_is_not_taken_by_the_others_for_what_they_wait_for(tmp_path, small, monkeypatch):
     class BrokenError(RuntimeError):
         pass

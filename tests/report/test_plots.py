@@ -1,11 +1,14 @@
 """Axes have round numbers, and the geometry stays inside its box."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from roundoff.report import plots
 from roundoff.report.assemble import build_report
-from roundoff.report.curves import MOST_POINTS
+from roundoff.report.curves import MOST_POINTS, Curve
+from roundoff.report.render import page
 from roundoff.runs.record import find_runs
 from tests.simulated import experiment, quickstart, write_run
 
@@ -70,3 +73,38 @@ def test_long_curves_are_averaged_in_bins(tmp_path) -> None:
     assert curve.steps[:2] == (5.0, 14.0)
     rewards = [line["reward"] for line in find_runs([tmp_path])[0][0].metrics[1:10]]
     assert curve.mean[0] == pytest.approx(sum(rewards) / 9)
+
+
+def curve_of(*values: float) -> Curve:
+    return Curve(tuple(map(float, range(1, 1 + len(values)))), values, values, values, 1)
+
+
+def test_corrections_are_drawn_of_the_runs_that_have_one(tmp_path) -> None:
+    quickstart(tmp_path, seeds=1, problems=20)
+    report = build_report(*find_runs([tmp_path]))
+    assert plots.correction_charts(report.rows) == [] and "Corrections of rollouts" not in page(report)
+    cut = {"rollout_is_mean": curve_of(0.9, 0.95), "rollout_rs_masked_fraction": curve_of(0.1, 0.2)}
+    rows = [
+        replace(row, diagnostics=row.diagnostics | cut) if i in (1, 3) else row for i, row in enumerate(report.rows)
+    ]
+    charts = plots.correction_charts(rows)
+    assert [chart.title for chart in charts] == ["Weights of the correction: mean", "Tokens rejected (share)"]
+    assert [[line.colour for line in chart.lines] for chart in charts] == [[1, 3]] * 2
+    assert not {chart.title for chart in plots.diagnostic_charts(rows)} & {chart.title for chart in charts}
+    html = page(replace(report, rows=tuple(rows)))
+    assert (
+        html.count("<summary>Corrections of rollouts") == 1 and html.count("Tokens rejected (share)</figcaption>") == 1
+    )
+    many = [*[report.rows[0]] * 9, *[rows[1]] * 9]  # of many arms, the first that are corrected
+    assert [line.colour for line in plots.correction_charts(many)[0].lines] == list(range(plots.COLOURS))
+
+
+def test_the_legend_of_charts_names_each_arm_that_any_of_them_has(tmp_path) -> None:
+    quickstart(tmp_path, seeds=1, problems=20)
+    first, second, *_ = build_report(*find_runs([tmp_path])).rows
+    one, both = (
+        curve_of(0.1, 0.2),
+        {"rollout_is_mean": curve_of(0.9, 0.95), "rollout_rs_masked_fraction": curve_of(0, 1)},
+    )
+    rows = [replace(first, diagnostics=both), replace(second, diagnostics={"rollout_rs_masked_fraction": one})]
+    assert [line.label for line in plots.legend(plots.correction_charts(rows))] == [first.name, second.name]

@@ -7,9 +7,10 @@ import warnings
 import pytest
 
 from roundoff.config import ConfigError
-from roundoff.experiments import load_experiment
+from roundoff.experiments import experiment_ids, load_experiment
 from roundoff.launch.local import run_grid
 from roundoff.launch.request import RunRequest
+from roundoff.runs.metrics import METRICS
 from roundoff.runs.record import read_run
 from roundoff.trackers import TRACKERS, WandbSettings, check_trackers, open_trackers, scalars
 from roundoff.trackers.base import hyper_parameters
@@ -48,14 +49,33 @@ def test_every_run_has_the_same_hyper_parameters(tmp_path):
             aqn={"sigma_start": 0.05, "sigma_end": 0.01, "layers": "zone"},
             srdd={},
             lora={},
-            hardware={"precision": {"weight": "mxfp4", "keep": [0]}, "deadzone": {"threshold": 0.1, "layers": [1]}},
+            hardware={
+                "precision": {"weight": "mxfp4", "keep": [0]},
+                "deadzone": {"threshold": 0.1, "layers": [1]},
+                "accumulator": {"bits": 13},
+                "faults": [{"kind": "gain", "layer": 0, "amount": 0.1, "module": "mlp.up_proj"}],
+                "rollout": {"matmul_noise": {"relative_std": 0.1}},
+                "evaluation": {"precision": "none"},
+            },
+            algorithm={"name": "GRPO", "ratio": "recomputed", "correction": {"rollout_is": "token"}},
         ),
         profile(),
     )
     assert list(plain) == list(full)
     assert (plain["aqn.sigma_start"], full["aqn.sigma_start"]) == (None, 0.05)
     assert full["hardware.precision.keep"] == "[0]"
+    noise = "hardware.rollout.matmul_noise.relative_std"
+    assert (plain[noise], full[noise], full["hardware.evaluation.precision.weight"]) == (None, 0.1, "none")
+    assert (plain["algorithm.correction.rollout_is"], full["algorithm.correction.rollout_is"]) == (None, "token")
+    assert (plain["hardware.accumulator.bits"], full["hardware.accumulator.bits"]) == (None, 13)
+    assert plain["hardware.faults"] == "[]" and "mlp.up_proj" in full["hardware.faults"]
     assert not {"id", "title", "experiment.id"} & set(plain)
+
+
+def test_every_declared_experiment_has_the_same_hyper_parameters():
+    """TensorBoard shows the columns of the first run that it reads."""
+    first, *others = (hyper_parameters(load_experiment(name), profile()) for name in experiment_ids())
+    assert all(list(other) == list(first) for other in others)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +178,9 @@ def test_values_by_length_become_a_scalar_for_each_class_that_has_one():
     values = scalars(row)
     assert list(values) == ["mismatch_k3_kl/length.2", "mismatch_k3_kl/length.4", "sigma/layer.0"]
     assert values["mismatch_k3_kl/length.2"] == 0.25
+
+
+def test_what_corrections_report_reaches_trackers_of_the_runs_that_have_it():
+    of_corrections = {name: 0.5 for name in METRICS if name.startswith(("rollout_is_", "rollout_rs_"))}
+    assert len(of_corrections) == 7
+    assert scalars({"step": 1, "loss": 0.25, **of_corrections}) == {"loss": 0.25, **of_corrections}

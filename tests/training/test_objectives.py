@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roundoff.config import Algorithm
-from roundoff.training.loss import policy_loss
+from roundoff.training.loss import LossOutput, combine, policy_loss
 
 LENGTHS = (6, 1, 4, 3)
 # Float32: sums of 14 terms of order 1, relative to the largest.
@@ -137,3 +137,30 @@ def test_the_importance_ratio_of_reinforce_is_its_weight():
     output = policy_loss(new, old, None, advantages, mask, algorithm, weights=weights)
     assert float(output.ratio_mean) == pytest.approx(float(weights[mask].mean()))
     assert float(output.ratio_std) == pytest.approx(float(weights[mask].std(correction=0)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("micro", [4, 3, 1])
+def test_the_importance_ratio_of_gspo_is_that_of_responses(micro, weighted):
+    """Each response counts once, however long it is; one whose tokens are all left out does not count."""
+    settings = {"ratio": "recomputed", "correction": {"rollout_is": "token"}} if weighted else {}
+    algorithm = Algorithm(name="GRPO", kl_coefficient=0.0, loss="gspo", **settings)
+    new, old, advantages, mask, weights = batch()
+    mask[3] = False
+    parts = [
+        policy_loss(
+            *(new[rows], old[rows], None, advantages[rows], mask[rows], algorithm),
+            weights=weights[rows] if weighted else None,
+        )
+        for rows in torch.arange(4).split(micro)
+    ]
+    found = combine([*parts, LossOutput.nothing()])
+    whole = [float((new.detach() - old)[i, :length].double().mean().exp()) for i, length in enumerate(LENGTHS[:3])]
+    if weighted:
+        whole = [s * float(weights[i, : LENGTHS[i]].double().mean()) for i, s in enumerate(whole)]
+    mean = sum(whole) / 3
+    squares = sum(s * s for s in whole) / 3
+    assert float(found.ratio_mean) == pytest.approx(mean, rel=1e-6)
+    assert float(found.ratio_std) == pytest.approx(math.sqrt(squares - mean**2), rel=1e-6)
+    assert float(found.ratio_ess) == pytest.approx(mean**2 / squares, rel=1e-6)
+    assert (int(found.ratios), int(found.tokens)) == (3, 11)

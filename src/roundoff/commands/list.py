@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
+
+MOST_LISTED = 20
+"""A family of more experiments than this is one line, unless it is asked for."""
 
 
 @click.command("list")
+@click.option("--family", "chosen", multiple=True, metavar="NAME", help="List every experiment of a family alone.")
 @click.option("--formats", is_flag=True, help="List the number formats instead.")
-def list_command(formats: bool) -> None:
+def list_command(chosen: Sequence[str], formats: bool) -> None:
     """List the declared experiments, family by family, the profiles and the recipes of hardware."""
-    from roundoff.experiments import families, load_experiment, load_profile, load_recipe, profile_names, recipe_names
+    from roundoff.config import ConfigError
+    from roundoff.experiments import families, families_named, load_profile, load_recipe, profile_names, recipe_names
 
+    if formats and chosen:
+        raise ConfigError("--family chooses experiments, and --formats lists formats instead of them: leave one out")
     if formats:
         _list_formats()
         return
-    for family, ids in families().items():
-        click.secho(family, bold=True)
-        width = max(map(len, ids))
-        for name in ids:
-            experiment = load_experiment(name)
-            against = f"  (against {experiment.baseline})" if experiment.baseline else ""
-            click.echo(f"  {name:<{width}}  {experiment.title}{against}")
+    known = families()
+    for family in dict.fromkeys(families_named(chosen)):
+        _list_family(family, known[family])
+    if chosen:
+        return
+    for family, ids in known.items():
+        if len(ids) <= MOST_LISTED:
+            _list_family(family, ids)
+        else:
+            click.secho(family, bold=True)
+            click.echo(f"  {len(ids)} experiments; `roundoff list --family {family}` shows them")
     click.secho("profiles", bold=True)
     width = max(map(len, profile_names()))
     for name in profile_names():
@@ -29,6 +42,18 @@ def list_command(formats: bool) -> None:
     width = max(map(len, recipe_names()))
     for name in recipe_names():
         click.echo(f"  {name:<{width}}  {load_recipe(name).title}")
+
+
+def _list_family(family: str, ids: Sequence[str]) -> None:
+    """One line for each experiment."""
+    from roundoff.experiments import load_experiment
+
+    click.secho(family, bold=True)
+    width = max(map(len, ids))
+    for name in ids:
+        experiment = load_experiment(name)
+        against = f"  (against {experiment.baseline})" if experiment.baseline else ""
+        click.echo(f"  {name:<{width}}  {experiment.title}{against}")
 
 
 def _list_formats() -> None:

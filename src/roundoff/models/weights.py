@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -94,10 +95,14 @@ def few(names: list[str]) -> str:
 
 def weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 over names (those of the plain model) and bytes of all parameters except those of adapters."""
+    named = model.named_parameters()
+    return parameters_digest((n, p) for n, p in named if ".lora_" not in n and ".modules_to_save." not in n)
+
+
+def parameters_digest(named: Iterable[tuple[str, nn.Parameter]]) -> str:
+    """SHA-256 over the names (without what PEFT adds to them) and the bytes of parameters, in their order."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".modules_to_save." in name:
-            continue
+    for name, parameter in named:
         digest.update(plain_parameter(name).encode())
         digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -17,7 +17,7 @@ from roundoff.report.aqn_table import aqn_row
 from roundoff.report.arms import Arm, group_arms, start_scores
 from roundoff.report.compare import ALPHA, Comparison, Kind, compare_arms, comparison_kind, paired_scores
 from roundoff.report.contents import Report, Row, qualified
-from roundoff.report.curves import DIAGNOSTICS, seed_curve, sigma_curve
+from roundoff.report.curves import CORRECTIONS, DIAGNOSTICS, seed_curve, sigma_curve
 from roundoff.report.flips import find_flips
 from roundoff.report.published import published
 from roundoff.report.scans import find_scans
@@ -197,7 +197,7 @@ def _row(
     seeds = tuple(seed_row(run) for run in arm.runs)
     scores = arm.scores
     starts = [start for start in (start_scores(run)[0] for run in arm.final) if start is not None]
-    diagnostics = {key: seed_curve(arm, key) for key in DIAGNOSTICS}
+    diagnostics = {key: seed_curve(arm, key) for key in (*DIAGNOSTICS, *CORRECTIONS)}
     status, is_whole = arm_status(arm, arms)
     baseline = _baseline_or_none(arm, arms)
     return Row(

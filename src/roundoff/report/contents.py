@@ -71,7 +71,7 @@ class Row:
     sigma: Curve | None
     """Sigma of AQN over the steps."""
     diagnostics: dict[str, Curve]
-    """Curves of `DIAGNOSTICS` by key."""
+    """Curves of `DIAGNOSTICS` and `CORRECTIONS` by key."""
     flips: Flips | None
     """Problems that it solves and its baseline does not, and the other way round."""
     aqn: AqnRow | None

@@ -24,6 +24,8 @@ DRAWN = (
 )
 DIAGNOSTICS = {name: METRICS[name].label for name in DRAWN}
 """Metrics that are drawn as diagnostics, with their titles and units."""
+CORRECTIONS = {n: metric.label for n, metric in METRICS.items() if n.startswith(("rollout_is_", "rollout_rs_"))}
+"""The same of what corrections report, in charts of their own; only arms with a correction have such curves."""
 MOST_POINTS = 120
 """Maximum number of points of a curve; more steps than that are averaged in bins of equal size."""
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from roundoff.report import words
 from roundoff.report.contents import Row
-from roundoff.report.curves import DIAGNOSTICS, Curve
+from roundoff.report.curves import CORRECTIONS, DIAGNOSTICS, Curve
 
 BOX = 1000
 """Width and height of the box in which the paths of a line chart are given."""
@@ -188,11 +188,28 @@ def sigma_chart(rows: Sequence[Row]) -> Chart | None:
 
 def diagnostic_charts(rows: Sequence[Row]) -> list[Chart]:
     """A chart over steps for each quantity of `DIAGNOSTICS` that varies; of many arms, only the first are drawn."""
+    return _small_charts(DIAGNOSTICS, list(enumerate(rows[:COLOURS])))
+
+
+def correction_charts(rows: Sequence[Row]) -> list[Chart]:
+    """The same of `CORRECTIONS`; of many arms, only the first that have a correction are drawn."""
+    corrected = [(i, row) for i, row in enumerate(rows) if row.diagnostics.keys() & CORRECTIONS.keys()]
+    if len(rows) > COLOURS:
+        corrected = [(i, row) for i, (_, row) in enumerate(corrected[:COLOURS])]
+    return _small_charts(CORRECTIONS, corrected)
+
+
+def legend(charts: Sequence[Chart]) -> list[Line]:
+    """One line of each arm that any of the charts has, in the order of their colours."""
+    found = {line.colour: line for chart in charts for line in chart.lines}
+    return [found[colour] for colour in sorted(found)]
+
+
+def _small_charts(titles: Mapping[str, str], rows: Sequence[tuple[int, Row]]) -> list[Chart]:
+    """A chart for each quantity that varies in any of the rows, which come with their colours."""
     charts = []
-    for key, title in DIAGNOSTICS.items():
-        curves = [
-            Named(row.name, row.diagnostics[key], i) for i, row in enumerate(rows[:COLOURS]) if key in row.diagnostics
-        ]
+    for key, title in titles.items():
+        curves = [Named(row.name, row.diagnostics[key], colour) for colour, row in rows if key in row.diagnostics]
         if any(value != item.curve.mean[0] for item in curves for value in item.curve.mean):
             charts.append(_chart(*without_peaks(title, curves), scale=1, pointed=False))
     return charts

@@ -105,7 +105,14 @@ def page(report: Report) -> str:
         effect_forest=plots.effect_forest(report.rows),
         learning={name: plots.learning_charts(rows) for name, rows in present.items()},
         sigma={name: plots.sigma_chart(rows) for name, rows in present.items()},
-        diagnostics={name: plots.diagnostic_charts(rows) for name, rows in present.items()},
+        diagnostics={
+            name: (
+                ("Diagnostics of training", plots.diagnostic_charts(rows)),
+                ("Corrections of rollouts", plots.correction_charts(rows)),
+            )
+            for name, rows in present.items()
+        },
+        legend=plots.legend,
         box=plots.BOX,
     )
 

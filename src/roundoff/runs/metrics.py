@@ -108,6 +108,8 @@ def _mismatch() -> dict[str, Metric]:
     return {f"mismatch_{name}": metric for name, metric in found.items()}
 
 
+_RATIO = "Mean importance weight of the first minibatch's tokens; with `gspo`, of its responses"
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         "step": Metric("Step", "", "Number of the training step; 0 is the model before training"),
@@ -131,10 +133,10 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         "kl": Metric("KL to the reference", "nats per token", "Estimate, aggregated as the loss, without coefficient"),
         "entropy": Metric("Entropy", "nats per token", "Mean entropy of the policy over the response tokens"),
         "clip_fraction": Metric("Tokens clipped", "share", "Tokens whose gradient the clip range cuts"),
-        "ratio_mean": Metric("Importance ratio: mean", "", "Mean importance weight of the first minibatch's tokens"),
+        "ratio_mean": Metric("Importance ratio: mean", "", _RATIO),
         "ratio_std": Metric("Importance ratio: standard deviation", "", "Their standard deviation"),
         "ratio_ess": Metric(
-            "Importance ratio: effective sample size", "share of tokens", "(sum w)^2 / (n * sum w^2) of these weights"
+            "Importance ratio: effective sample size", "share", "(sum w)^2 / (n * sum w^2) of these weights"
         ),
         "grad_norm": Metric("Gradient norm", "", "Norm of the gradient before clipping, mean over the optimizer steps"),
         **_correction(),

@@ -7,22 +7,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import UnionType
+from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from roundoff.config import AQN, SRDD, Deadzone, Experiment, LoRA, Profile, result_hash
+from roundoff.config import Experiment, Profile, result_hash
 from roundoff.errors import RoundoffWarning
 
 Ended = Literal["complete", "untrained", "interrupted", "failed"]
 """How a run ended. `untrained`: it took all its steps without training anything. `interrupted`: it can be resumed."""
-OPTIONAL: Mapping[str, type[BaseModel]] = {
-    "aqn": AQN,
-    "srdd": SRDD,
-    "lora": LoRA,
-    "hardware.deadzone": Deadzone,
-}
-"""Tables that an experiment may lack, by path, each with its model."""
 NAMES = ("experiment.id", "experiment.title", "experiment.baseline", "profile.title", "profile.device")
 """Settings that are not hyperparameters: they name a run or say where it runs, and change no result."""
 
@@ -170,16 +164,10 @@ def _number(value: float | None) -> float:
 def hyper_parameters(experiment: Experiment, profile: Profile) -> dict[str, float | str | bool | None]:
     """Every setting that changes a result, as `path: value`; those of the experiment come first, lists become text.
 
-    A table that the experiment lacks is listed with all its settings None, so that every run has the same paths.
+    A table that the experiment lacks is listed with all its settings None, and one that is a word ("none") with that
+    word for each of them, so that every run has the same paths.
     """
-    settings = experiment.model_dump(mode="json")
-    for path, model in OPTIONAL.items():
-        *parents, name = path.split(".")
-        table = settings
-        for parent in parents:
-            table = table[parent]
-        if table[name] is None:
-            table[name] = dict.fromkeys(model.model_fields)
+    settings = _with_every_table(experiment.model_dump(mode="json"), Experiment)
     flat = flatten({"experiment": settings, "profile": profile.model_dump(mode="json")})
     plain = (bool, int, float, str, type(None))
     return {
@@ -187,3 +175,19 @@ def hyper_parameters(experiment: Experiment, profile: Profile) -> dict[str, floa
         for path, value in flat.items()
         if path not in NAMES
     }
+
+
+def _with_every_table(value: Any, model: type[BaseModel]) -> dict[str, Any]:
+    """A table of settings in which every table that its model may have is one, however deep."""
+    table = value if isinstance(value, Mapping) else dict.fromkeys(model.model_fields, value)
+    return {
+        name: entry if (inner := _table_of(model, name)) is None else _with_every_table(entry, inner)
+        for name, entry in table.items()
+    }
+
+
+def _table_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a setting that is a table, or may be one; None for any other setting."""
+    annotation = model.model_fields[name].annotation
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

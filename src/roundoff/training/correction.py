@@ -78,7 +78,7 @@ def importance_weights(
 ) -> Float[Tensor, "rollouts tokens"]:
     """Importance weights of tokens or responses, bounded; 0 outside the mask.
 
-    With an upper bound C: min(r, C), truncated importance sampling (Ionides 2008; Espeholt et al. 2018, equation 1 of
+    With an upper bound C: min(r, C), truncated importance sampling (Ionides 2008; V-trace of Espeholt et al. 2018,
     arXiv:1802.01561; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). With a
     band: r inside and 0 outside, IcePop's masked calibration (Ling Team 2025, arXiv:2510.18855), which verl applies to
     responses too. Weights of responses are the product of the ratios of its tokens, without truncation the unbiased

@@ -20,6 +20,7 @@ import torch
 from roundoff.config import Experiment, Profile
 from roundoff.errors import RoundoffWarning
 from roundoff.models.device import resolve_device
+from roundoff.models.weights import parameters_digest
 from roundoff.numerics.backend import computed_by
 from roundoff.numerics.torch_state import own_defaults, refuse_autocast
 from roundoff.parallel.ranks import ALONE, Ranks
@@ -110,6 +111,9 @@ def _train(
     total = session.total_steps
     checkpoint = run_dir.load_checkpoint()
     start = restore(session, checkpoint) if checkpoint else 0
+    if session.ranks.count > 1 and (checkpoint or session.policy.adapters is not None):
+        what = "the weights that are trained" if session.policy.adapters is None else "the weights of the adapters"
+        session.ranks.agree(what, parameters_digest(session.trainable.items()))
     lost = [f"passed over a damaged checkpoint: {s}; went on from step {start}" for s in _skipped(checkpoint)]
     for line in lost:
         warnings.warn(line, RoundoffWarning, stacklevel=2)

@@ -27,7 +27,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from roundoff.config import Algorithm
-from roundoff.training.objectives import token_losses
+from roundoff.training.objectives import sequence_ratio, token_losses
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are clamped to this, as in verl (nats): exp(20) = 4.9e8 neither overflows nor hides a broken run."""
@@ -50,11 +50,14 @@ class LossOutput:
     clip_high_fraction: Shaped[Tensor, ""]
     """Share of tokens whose gradient the upper clip cuts: ratio above `1 + clip_high`, positive advantage."""
     ratio_mean: Shaped[Tensor, ""]
-    """Mean over tokens of the importance weight: ratio times `weights`."""
+    """Mean of the importance weights: over tokens, of the ratio times `weights`; with GSPO, over responses, of the
+    response's ratio times the mean of its tokens' `weights`."""
     ratio_std: Shaped[Tensor, ""]
-    """Standard deviation over tokens of the importance weight (population)."""
+    """Standard deviation of these importance weights (population)."""
     ratio_ess: Shaped[Tensor, ""]
-    """Effective sample size `(sum w)**2 / (n * sum w**2)` of the importance weights (fraction; 1 if all are equal)."""
+    """Effective sample size `(sum w)**2 / (n * sum w**2)` of these weights (fraction; 1 if all are equal)."""
+    ratios: Shaped[Tensor, ""]
+    """Number of these weights: of response tokens, or with GSPO of responses."""
     tokens: Shaped[Tensor, ""]
     """Number of response tokens."""
 
@@ -137,16 +140,21 @@ def policy_loss(
     with torch.no_grad():
         if algorithm.loss_in_force == "reinforce":  # the loss has no ratio, so that the weights alone are used
             ratio, old = torch.ones_like(ratio), logprobs
-        used = ratio * weight * mask
-        exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(widest_float(used)).exp() * weight
+        if algorithm.loss_in_force == "gspo":
+            exact, counted = _weights_of_responses(logprobs, old, mask, weight)
+            used = exact.to(torch.float32) * counted
+        else:
+            used, counted = ratio * weight * mask, mask
+            exact = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).to(widest_float(used)).exp() * weight
         return LossOutput(
             loss=loss,
             policy_loss=policy_part.detach(),
             kl=kl_part.detach(),
             clip_low_fraction=objective.low.sum() / mask.sum().clamp(min=1),
             clip_high_fraction=objective.high.sum() / mask.sum().clamp(min=1),
-            **_mean_and_size(used.sum(), used.square().sum(), mask.sum()),
-            ratio_std=_deviation(exact, mask),
+            **_mean_and_size(used.sum(), used.square().sum(), counted.sum()),
+            ratio_std=_deviation(exact, counted),
+            tokens=mask.sum(),
         )
 
 
@@ -207,19 +215,20 @@ def kl_estimate(
 def combine(outputs: Sequence[LossOutput]) -> LossOutput:
     """Combine the outputs of micro-batches that shared a normalizer into that of their minibatch; `loss` is detached.
 
-    Means, spread and effective sample size are those of all tokens together, not means of means.
+    Means, spread and effective sample size are those of all ratios together, not means of means.
 
     Raises:
         ValueError: if `outputs` is empty.
     """
     if not outputs:
         raise ValueError("outputs must hold the loss of at least one micro-batch, but is empty")
-    tokens = torch.stack([o.tokens for o in outputs])
+    tokens, ratios = (torch.stack([getattr(o, name) for o in outputs]) for name in ("tokens", "ratios"))
     mean, std = (torch.stack([getattr(o, name) for o in outputs]) for name in ("ratio_mean", "ratio_std"))
     share = tokens / tokens.sum().clamp(min=1)
-    spread = _mean_and_size((mean * tokens).sum(), ((std.square() + mean.square()) * tokens).sum(), tokens.sum())
+    spread = _mean_and_size((mean * ratios).sum(), ((std.square() + mean.square()) * ratios).sum(), ratios.sum())
     # the variance within micro-batches and that between them: both about a mean, so nothing cancels
-    variance = ((std.square() + (mean - spread["ratio_mean"]).square()) * share).sum()
+    of_ratios = ratios / ratios.sum().clamp(min=1)
+    variance = ((std.square() + (mean - spread["ratio_mean"]).square()) * of_ratios).sum()
     return LossOutput(
         loss=torch.stack([o.loss.detach() for o in outputs]).sum(),
         policy_loss=torch.stack([o.policy_loss for o in outputs]).sum(),
@@ -228,6 +237,7 @@ def combine(outputs: Sequence[LossOutput]) -> LossOutput:
         clip_high_fraction=(torch.stack([o.clip_high_fraction for o in outputs]) * share).sum(),
         ratio_std=variance.sqrt(),
         **spread,
+        tokens=tokens.sum(),
     )
 
 
@@ -238,18 +248,26 @@ def _token_shares(mask: Tensor, algorithm: Algorithm) -> Tensor:
 
 
 def _mean_and_size(total: Tensor, total_of_squares: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Mean and effective sample size (both 0 if there is no token) from sums over tokens."""
-    tokens = count.clamp(min=1)
-    mean, mean_of_squares = total / tokens, total_of_squares / tokens
+    """Mean and effective sample size (both 0 if there is no ratio) from sums over ratios."""
+    ratios = count.clamp(min=1)
+    mean, mean_of_squares = total / ratios, total_of_squares / ratios
     return {
         "ratio_mean": mean,
         "ratio_ess": torch.where(mean_of_squares > 0, mean.square() / mean_of_squares, 0.0),
-        "tokens": count,
+        "ratios": count,
     }
 
 
+def _weights_of_responses(logprobs: Tensor, old: Tensor, mask: Tensor, weight: Tensor | float) -> tuple[Tensor, Tensor]:
+    """GSPO's ratio of each response times the mean weight of its tokens, [N, 1], and which responses have a token."""
+    wide = widest_float(logprobs)
+    ratio = sequence_ratio(logprobs.to(wide), old.to(wide), mask)[:, :1]
+    total = (mask * weight).to(wide).sum(dim=1, keepdim=True)
+    return ratio * total / mask.sum(dim=1, keepdim=True).clamp(min=1), mask.any(dim=1, keepdim=True)
+
+
 def _deviation(values: Tensor, mask: Tensor) -> Tensor:
-    """Population deviation [] (float32) of the values [N, T] inside the mask, 0 without any.
+    """Population deviation [] (float32) of the values [N, T] or [N, 1] inside the mask, 0 without any.
 
     It is taken about the mean. As the mean of the squares less the square of the mean, float32 gives 0 or about 5e-4
     for every spread below 5e-4, since importance weights lie near 1.

@@ -5,10 +5,10 @@ With the advantage A of the rollout, the ratio r = exp(logprob - old_logprob), a
     clip       -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)          DAPO equation 8 (arXiv:2503.14476)
     dual clip  the same, but at most -dual_clip*A where A < 0             Ye et al. 2020 (arXiv:1912.09729)
     gspo       as clip, with s = exp(mean of logprob - old_logprob over the response) for r, and its own clip range
-               (GSPO equations 5 and 7, arXiv:2507.18071), written as GSPO-token (equations 13 and 14):
+               (GSPO equations 5 and 7, arXiv:2507.18071), written as GSPO-token (section 4.3, equation 14):
                s_t = sg(s) * pi / sg(pi), whose value and gradient are those of s, as all tokens share one advantage
     cispo      -sg(clip(r, 1 - clip_low, 1 + clip_high)) * A * logprob    CISPO equations 4 and 5 (arXiv:2506.13585)
-    reinforce  -A * logprob                                               Williams 1992, equation 11
+    reinforce  -A * logprob                                               REINFORCE (Williams 1992)
 
 Importance weights multiply each of them (`policy_loss`).
 """
