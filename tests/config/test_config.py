@@ -52,16 +52,16 @@ def message(**settings) -> str:
         ),
         (
             {"hardware": {"precision": {"keep": [1]}, "matmul_noise": {"relative_std": 0.1}}},
-            "x.toml: hardware.precision keep = (1,) does nothing without a format: set weight or activation",
+            "x.toml: hardware.precision.keep = [1] does nothing without a format: set weight or activation",
         ),
         (
             {"algorithm": {"name": "GRPO", "oversampling": 2}},
-            "x.toml: algorithm oversampling = 2 draws prompts that nothing uses without dynamic sampling: "
+            "x.toml: algorithm.oversampling = 2 draws prompts that nothing uses without dynamic sampling: "
             "set dynamic_sampling = true, or oversampling = 1",
         ),
         (
             {"algorithm": {"name": "GRPO", "ratio": "one", "optimizer_epochs": 2}},
-            "x.toml: algorithm ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1",
+            "x.toml: algorithm.ratio = 'one' allows a single optimizer step per batch: set optimizer_epochs = 1",
         ),
         ({"baseline": "x"}, "x.toml: baseline must be another experiment, but is 'x' itself"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -116,19 +117,53 @@ def _describe(model: type[BaseModel], item: Mapping[str, Any], within: str, tree
         *parents, key = item["loc"]
         known = tuple(_fields_at(model, parents))
         suggestion = _suggestion(str(key), item["input"], known, trees)
+        suggestion = _inside_changes(model, parents, within, suggestion)
         return f"{path} is not a setting{suggestion or ' (known here: ' + ', '.join(known) + ')'}"
     if item["type"] == "missing":
         return f"{path} is missing: it must be set"
     if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
         text = str(item["input"]).lower() if isinstance(item["input"], bool) else str(item["input"])
         return f'{path} must be text, but is {text}: put it in quotation marks ("{text}")'
+    if item["type"] in ("tuple_type", "list_type"):
+        return f"{path} must be a list, such as [{_shown(item['input'])}], but is {_shown(item['input'])}"
+    if item["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return f"{path} must be a table of settings, but is {_shown(item['input'])}"
     rule = item["msg"].removeprefix("Value error, ")
     if isinstance(item["input"], Mapping | BaseModel) and item["type"] == "value_error":  # of several settings together
         if rule.startswith("."):  # it begins with the rest of the path
             return f"{path.removesuffix('.')}{rule}".removeprefix(".")
-        return f"{path} {rule}" if path else rule
+        return joined(path, rule)
     rule = rule[0].lower() + rule[1:]
     return f"{path} {rule if rule.startswith('must') else 'is wrong: ' + rule}, but is {item['input']!r}"
+
+
+def joined(path: str, text: str) -> str:
+    """A clause after the path of a table, with a full stop between them if it begins with a setting of that table."""
+    if not path:
+        return text
+    return f"{path}{'.' if re.match(r'[a-z_]+ = ', text) else ' '}{text}"
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML writes it, as far as it is text."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _inside_changes(model: type[BaseModel], parents: list[Any], within: str, suggestion: str) -> str:
+    """The suggestion inside the table of changes that the wrong key is in, if it is in one."""
+    depth = next((n + 1 for n in range(len(parents)) if not _model_at(model, parents[: n + 1]).suggested), None)
+    if depth is None:
+        return suggestion
+    outer = within + "".join(f"{part}." for part in parents[: depth - 1])
+    at = depth + sum(isinstance(part, int) for part in parents[depth : depth + 1])  # with the place in a list
+    inner = outer + "".join(f"{part}." for part in parents[depth - 1 : at])
+
+    def moved(found: re.Match[str]) -> str:
+        *tables, key = found[1].split(".")
+        exists = key in _model_at(model, [*parents[:at], *tables]).model_fields
+        return f"'{inner}{found[1]}'" if exists else found[0]
+
+    return re.sub(f"'{re.escape(outer)}([^']+)'", moved, suggestion)
 
 
 def _suggestion(key: str, value: Any, here: tuple[str, ...], trees: Trees) -> str:
@@ -170,11 +205,16 @@ def _paths(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def _fields_at(model: type[BaseModel], path: list[str | int]) -> Iterator[str]:
     """Names of the settings in the table at `path` inside a model."""
-    here: type[BaseModel] = model
+    yield from _model_at(model, path).model_fields
+
+
+def _model_at(model: type[Any], path: list[Any]) -> type[Any]:
+    """The table at `path` inside a model."""
+    here: type[Any] = model
     for part in path:
         field = here.model_fields.get(str(part))
         if field is None:
             continue
         kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
         here = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), here)
-    yield from here.model_fields
+    return here

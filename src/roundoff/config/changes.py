@@ -12,10 +12,10 @@ from functools import cache
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import ValidationError, WrapSerializer, WrapValidator, create_model
+from pydantic import ValidationError, WrapSerializer, WrapValidator, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from roundoff.config.base import Settings
+from roundoff.config.base import Settings, joined
 
 NONE = "none"
 """What takes a format away, or a table."""
@@ -26,6 +26,15 @@ class Changes(Settings):
     """Base class of the models that hold changes; None stands for what is not written."""
 
     suggested = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_settings(cls, data: Any) -> Any:
+        """Settings from Python stand for what was written in them; their None is the word "none"."""
+        if isinstance(data, Settings) and not isinstance(data, Changes):
+            written = {name: getattr(data, name) for name in data.model_fields_set}
+            return {name: NONE if value is None else value for name, value in written.items()}
+        return data
 
     @property
     def written(self) -> dict[str, Any]:
@@ -116,4 +125,4 @@ def first_line(error: ValidationError) -> str:
     item = error.errors(include_url=False)[0]
     path, text = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
     text = "is missing: it must be set" if item["type"] == "missing" else text
-    return f"{path} {text}" if path else text
+    return joined(path, text)

@@ -118,6 +118,13 @@ class MatmulNoise(Settings):
     adc_range: Annotated[Positive, LATER] = ADC_RANGE
     """Range of the converter, beyond which it saturates, in units of `max(abs(x))` of the token times `max(abs(W))`."""
 
+    @classmethod
+    def settled(cls, values: dict[str, Any], written: frozenset[str]) -> dict[str, Any]:
+        """The values without what refined a noise or a converter that is gone."""
+        refine: dict[str, Any] = {} if values["relative_std"] else {"scale": "output"}
+        refine |= {} if values["adc_bits"] else {"adc_range": ADC_RANGE}
+        return values | {name: default for name, default in refine.items() if name not in written}
+
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if self.relative_std > 0 and not (self.forward or self.backward):
@@ -202,7 +209,8 @@ class Precision(Settings):
     @model_validator(mode="after")
     def _keeps_from_something(self) -> Self:
         if self.keep and not (self.quantizes_forward or self.gradient):
-            raise ValueError(f"keep = {self.keep!r} does nothing without a format: set weight or activation")
+            keep = self.keep if isinstance(self.keep, str) else list(self.keep)
+            raise ValueError(f"keep = {keep!r} does nothing without a format: set weight or activation")
         return self
 
     @model_validator(mode="after")

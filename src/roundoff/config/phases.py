@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from roundoff.config.arithmetic import Accumulator
 from roundoff.config.base import LATER, Settings, rule
@@ -18,6 +18,10 @@ Phase = Literal["rollout", "training", "evaluation"]
 """What a pass is for. Training is every pass whose result enters the loss: log-probabilities before the update, those
 of the reference, and the update itself."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
+PARTS = ("precision", "matmul_noise", "deadzone", "accumulator")
+"""The tables of a hardware, each of which the word "none" takes away."""
+LISTS = ("faults", "rules")
+"""Its lists of tables."""
 _REFINED = ("gradient", "gradient_rounding", "hadamard")
 """Settings of the backward pass, which only training has."""
 
@@ -87,6 +91,14 @@ class HardwareOfAPhase(Settings):
     """How the products of each Linear are summed, except in the layers of `precision.keep`; None means float32."""
     lora: Annotated[bool, LATER] = False
     """Whether the adapters of LoRA are on the hardware too; if not, they stay in high precision and without noise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables_are_taken_away(cls, data: Any) -> Any:
+        """The word "none" for a table stands for its defaults, as in a phase."""
+        if not isinstance(data, Mapping):
+            return data
+        return {key: value for key, value in data.items() if not (key in PARTS and value == NONE)}
 
     @model_validator(mode="after")
     def _rules_fit(self) -> Self:
@@ -191,11 +203,26 @@ class HardwareOfAPhase(Settings):
 
     @property
     def noise(self) -> tuple[object, ...]:
-        """Everything that decides which random numbers a forward pass draws, and what is made of them."""
-        of_rules = [(one.match, one.matmul_noise) for one in self.rules if one.matmul_noise is not None]
+        """What must be equal for one forward pass to repeat the noise of another.
+
+        That is which modules draw (those excluded and adapters taken into account), of what size and relative to what,
+        in Linears and in attention, and the faults that draw. Errors that are not drawn anew for each product (gains,
+        converters, formats) may differ: they meet the same draws.
+        """
+        undrawn = ("backward", "gain_std", "adc_bits", "adc_range")
+        of_rules = []
+        for one in self.rules:
+            noise = one.written.get("matmul_noise")
+            of_noise = noise.written if isinstance(noise, Changes) else {NONE: noise}
+            kept = [
+                f"{name} = {value}" for name, value in of_noise.items() if name not in undrawn and value is not None
+            ]
+            if kept:
+                of_rules.append((one.match, *kept))
         drawn = [fault for fault in self.faults if fault.kind in ("noise", "bitflip")]
-        forward = self.matmul_noise.model_copy(update={"backward": True})
-        return forward, *of_rules, *drawn, self.exclude
+        plain = MatmulNoise()
+        forward = self.matmul_noise.model_copy(update={name: getattr(plain, name) for name in undrawn})
+        return forward, self.lora, *of_rules, *drawn, frozenset(self.exclude)
 
 
 def _with_rule(base: HardwareOfAPhase, one: Rule) -> HardwareOfAPhase:
@@ -210,6 +237,28 @@ if TYPE_CHECKING:
     HardwareChanges: TypeAlias = Changes
 else:
     HardwareChanges = changes_of(HardwareOfAPhase)
+
+
+def _check_without_gradients(phase: Phase, changes: Changes, here: HardwareOfAPhase) -> None:
+    """Refuse what concerns gradients alone in a phase that computes none.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for number, one in enumerate(changes.written.get("rules", ())):
+        precision = one.written.get("precision")
+        written = precision.written if isinstance(precision, Changes) else {}
+        if refined := [name for name in _REFINED if written.get(name) not in (None, NONE, "nearest")]:
+            raise ValueError(
+                f".{phase}.rules.{number}.precision.{refined[0]} does nothing, because no gradient is computed in that "
+                "phase: set it in [[hardware.training.rules]]"
+            )
+    noise = changes.written.get("matmul_noise")
+    if isinstance(noise, Changes) and noise.written.get("forward") is False and here.matmul_noise.relative_std:
+        raise ValueError(
+            f".{phase}.matmul_noise.forward = false leaves noise on gradients alone, and none is computed in that "
+            "phase: set relative_std = 0"
+        )
 
 
 class Hardware(HardwareOfAPhase):
@@ -242,10 +291,18 @@ class Hardware(HardwareOfAPhase):
                     "set it in [hardware.training.precision]"
                 )
             try:
-                changed(self, changes.written)
+                here = changed(self, changes.written)
             except ValidationError as error:
-                raise ValueError(f".{phase}.{first_line(error)}") from None
+                raise ValueError(f".{phase}.{first_line(error).removeprefix('.')}") from None
+            if phase != "training":
+                _check_without_gradients(phase, changes, here)
         return self
+
+    @field_validator(*PHASES, mode="before")
+    @classmethod
+    def _phase_is_taken_away(cls, value: Any) -> Any:
+        """The word "none" for a phase stands for plain arithmetic."""
+        return dict.fromkeys(PARTS, NONE) | dict.fromkeys(LISTS, ()) if value == NONE else value
 
     def _changes_in(self, phase: Phase) -> HardwareChanges | None:
         changes: HardwareChanges | None = getattr(self, phase)

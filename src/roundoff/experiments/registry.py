@@ -16,6 +16,7 @@ from typing import Any
 from roundoff.config import (
     ALGORITHMS,
     FORMAT_NAMES,
+    PHASES,
     Algorithm,
     ConfigError,
     Experiment,
@@ -217,7 +218,13 @@ def _own_settings(algorithm: Algorithm) -> dict[str, Any]:
 def _label(parsed: Sequence[Assignment]) -> str:
     """What assignments append to a name, such as `sigma_start=0.02`."""
     flat = [
-        pair for keys, value in parsed for pair in (value.items() if isinstance(value, dict) else [(keys[-1], value)])
+        (name, inner)
+        for keys, value in parsed
+        for name, inner in (
+            [(_phase_in(keys) + key, one) for key, one in value.items()]
+            if isinstance(value, dict)
+            else [(_phase_in(keys[:-1]) + keys[-1], value)]
+        )
     ]
     label = ",".join(f"{name}={value}" for name, value in flat).replace("/", "_").replace(" ", "")
     printable = "".join(character if character.isprintable() and character != "\\" else "_" for character in label)
@@ -225,6 +232,14 @@ def _label(parsed: Sequence[Assignment]) -> str:
         return label
     digest = hashlib.sha256(label.encode()).hexdigest()[:8]  # tells two labels apart that are shown alike
     return printable.encode()[: LONGEST_LABEL - 9].decode(errors="ignore") + "~" + digest
+
+
+def _phase_in(keys: Sequence[str]) -> str:
+    """The phase of hardware that a path leads through, with a full stop; empty if it leads through none.
+
+    A phase at the end of a path names itself, unless its settings are written as one table.
+    """
+    return f"{keys[1]}." if keys[0] == "hardware" and len(keys) > 1 and keys[1] in PHASES else ""
 
 
 def _parse_assignment(text: str) -> Assignment:
