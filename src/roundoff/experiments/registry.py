@@ -239,7 +239,7 @@ def _phase_in(keys: Sequence[str]) -> str:
 
     A phase at the end of a path names itself, unless its settings are written as one table.
     """
-    return f"{keys[1]}." if keys[0] == "hardware" and len(keys) > 1 and keys[1] in PHASES else ""
+    return f"{keys[1]}." if len(keys) > 1 and keys[0] == "hardware" and keys[1] in PHASES else ""
 
 
 def _parse_assignment(text: str) -> Assignment:
