@@ -170,3 +170,52 @@ def test_a_phase_may_have_rules_and_faults_of_its_own():
     assert (found["up_proj"], found["down_proj"]) == ("nvfp4", "mxfp4")
     with pytest.raises(ConfigError, match=r"rollout\.faults\.0\.amount is missing"):
         hardware(rollout={"faults": [{"kind": "gain", "layer": 0}]})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"rules": [{"match": ["mlp"], "precision": {"kv_cache": "fp8_e4m3"}}]},
+            r"hardware\.rules\.0\.precision\.kv_cache does nothing: \['mlp'\] matches no attention layer",
+        ),
+        (
+            {"rollout": {"rules": [{"match": ["up_proj"], "precision": {"weight": "int8", "attention": "int8"}}]}},
+            r"hardware\.rollout\.rules\.0\.precision\.attention does nothing",
+        ),
+        (
+            {"rollout": {"rules": [{"match": ["nothing"], "precision": {"weight": "int8"}}]}},
+            r"hardware\.rollout\.rules\.0\.match names 'nothing'",
+        ),
+        (
+            {"rollout": {"precision": {"weight": "int8", "keep": [9]}}},
+            r"hardware\.rollout\.precision\.keep names layer 9",
+        ),
+        (
+            {"precision": {"weight": "int8"}, "training": {"exclude": ["*"]}},
+            r"hardware\.training\.exclude = \['\*'\] leaves no Linear",
+        ),
+        (
+            {"precision": {"weight": "int8", "keep": [9]}, "rollout": {"exclude": ["x"]}},
+            r"^hardware\.precision\.keep names",
+        ),
+    ],
+)
+def test_what_reaches_nothing_is_refused_by_its_phase_and_rule(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        install(build(), hardware(**settings), seed=0)
+
+
+def reasons(phase="training", **settings):
+    installed = install(build(), hardware(**settings), seed=0)
+    return {s.reason for s in installed.phases[phase].skipped if "exclude" not in s.reason and "Linear" not in s.reason}
+
+
+def test_each_reason_to_skip_a_module_names_the_setting_that_is_to_blame():
+    int8 = {"precision": {"weight": "int8"}}
+    assert reasons(rollout=int8) == {"this phase is in plain arithmetic"}
+    assert reasons(precision={"weight": "int8", "keep": [0]}) == {"the settings change nothing here (precision.keep)"}
+    taken = {"match": ["mlp"], "precision": "none"}
+    assert reasons(**int8, rules=[taken]) == {"the settings change nothing here (rules.0)"}
+    assert reasons(rules=[{"match": ["mlp"], **int8}]) == {"the settings concern other modules"}
+    assert reasons(precision={"kv_cache": "fp8_e4m3"}) == {"the settings concern attention alone"}

@@ -2,11 +2,12 @@
 
 import pytest
 
-from roundoff.config import ConfigError
+from roundoff.config import ConfigError, Hardware
 from roundoff.experiments import load_experiment, load_profile, recipe_names
 from roundoff.planning.cost_model import CostModel, default_assumptions
 from roundoff.planning.machine import MACHINES
 from roundoff.planning.shape import model_shape
+from roundoff.training.before_first_step import phase_warnings
 from tests.training.test_loop import reproducible, run
 
 PHASES = """
@@ -117,3 +118,15 @@ def test_the_estimate_knows_phases(tmp_path):
         for name, text in (("d", "[hardware.precision]\nweight = 'mxfp4'"), ("e", PHASES))
     ]
     assert weights[1] == 2 * weights[0] > 0
+
+
+def test_a_score_on_hardware_that_no_rollout_had_names_what_differs() -> None:
+    rules = [{"match": ["layers.0.*"], "precision": {"weight": "int8"}}]
+    chip = {"precision": {"weight": "mxfp4", "activation": "mxfp4"}, "rules": rules}
+    (line,) = phase_warnings(Hardware.model_validate({**chip, "evaluation": {"precision": {"weight": "nvfp4"}}}))
+    assert line.endswith("no rollout had: precision.weight nvfp4 in evaluation, mxfp4 in rollouts")
+    (line,) = phase_warnings(Hardware.model_validate({**chip, "evaluation": {"rules": []}}))
+    assert line.endswith("rules none in evaluation, layers.0.*: weight int8 in rollouts")
+    (line,) = phase_warnings(Hardware.model_validate({**chip, "evaluation": "none"}))
+    assert "evaluation on none (plain arithmetic), rollouts on weight mxfp4" in line
+    assert not phase_warnings(Hardware.model_validate(chip))

@@ -36,8 +36,8 @@ def products(hardware: Hardware) -> str:
     """The products of a Linear and of attention on this hardware, for each phase, and for the modules of each rule.
 
     They show which operand is stored in which format, and the noise; those of attention are left out if none of their
-    operands has a format. Where several rules match a module, each changes what those before it left; that is not drawn
-    here.
+    operands has a format, and for a rule if it sets none: only with a model is known which rules reach attention. Where
+    several rules match a module, each changes what those before it left; that is not drawn here.
     """
     phases: dict[Hardware, list[str]] = {}
     for phase in PHASES:
@@ -49,7 +49,8 @@ def products(hardware: Hardware) -> str:
         texts.append(heading + _linear_products(one, backward=backward) + _attention_products(one))
         for number, words in enumerate(rules_in_words(one)):
             rule = one.under_rule(number)
-            drawn = _linear_products(rule, backward=backward) + _attention_products(rule)
+            drawn = _linear_products(rule, backward=backward)
+            drawn += _attention_products(rule) if one.rules[number].formats_of_attention else ""
             texts.append(f"# in modules that match {words}\n{drawn}")
     return "\n".join(texts)
 
@@ -85,7 +86,8 @@ def _attention_products(hardware: HardwareOfAPhase) -> str:
 
 def _linear_products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
     p, noise, operand = hardware.precision, hardware.matmul_noise, _operand
-    if not (p.weight or p.activation or p.gradient or noise.changes_products or hardware.accumulator):
+    zone = hardware.deadzone
+    if not (p.weight or p.activation or p.gradient or noise.changes_products or hardware.accumulator or zone):
         return "# products of a Linear: plain arithmetic\n"
 
     relative_to = {"output": "noise", "operands": "noise of the operands", "row": "noise of the row"}[noise.scale]
@@ -95,7 +97,9 @@ def _linear_products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
 
     rounding = ("stochastic",) if p.gradient_rounding == "stochastic" else ()
     hadamard = ("Hadamard",) if p.hadamard == "dw" else ()
-    x, w = operand("x", p.activation, "in_features"), operand("W", p.weight, "in_features")
+    layers = f" in layers {', '.join(map(str, zone.layers))}" if zone and zone.layers else ""
+    dead = (f"deadzone {zone.threshold:g}{layers}",) if zone else ()
+    x, w = operand("x", p.activation, "in_features", *dead), operand("W", p.weight, "in_features")
     lines = ["# products of a Linear: operands, and the axis along which their blocks lie"]
     reading = "".join(f", {part}" for part in noise.other_errors if not part.startswith("noise"))
     lines.append(f"y  = {x} . {w}{error(noise.forward)}{reading}")
@@ -107,7 +111,7 @@ def _linear_products(hardware: HardwareOfAPhase, *, backward: bool) -> str:
         dy = operand("dY", p.gradient, "out_features", *rounding)
         lines.append(f"dX = {dy} . {operand('W', p.weight, 'out_features')}{error(noise.backward)}")
         dy = operand("dY", p.gradient, "the tokens", *rounding, *hadamard)
-        x = operand("x", p.activation, "the tokens", *hadamard)
+        x = operand("x", p.activation, "the tokens", *dead, *hadamard)
         lines.append(f"dW = {dy} . {x}{error(noise.backward)}")
     if hardware.accumulator is not None:
         lines.append(f"{'all three' if backward else 'y'}: {hardware.accumulator.in_words}")

@@ -25,10 +25,11 @@ from roundoff.config.hardware import (
     known_format,
 )
 from roundoff.config.in_force import learning_rate, steps_per_epoch, training_in_force
-from roundoff.config.phases import PHASES, Hardware, HardwareOfAPhase, Phase, Rule, pattern_matches
+from roundoff.config.phases import PHASES, Hardware, HardwareOfAPhase, Phase
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
-from roundoff.config.words import hardware_in_words, phases_in_words, rules_in_words
+from roundoff.config.rules import Rule, pattern_matches
+from roundoff.config.words import differences, hardware_in_words, phases_in_words, rules_in_words
 
 __all__ = [
     "ALGORITHMS",
@@ -61,6 +62,7 @@ __all__ = [
     "Task",
     "Training",
     "activation_format",
+    "differences",
     "first_line",
     "hardware_in_words",
     "is_temperature",

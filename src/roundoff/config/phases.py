@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import ValidationError, field_validator, model_validator
 
 from roundoff.config.arithmetic import Accumulator
-from roundoff.config.base import LATER, Settings, rule
-from roundoff.config.changes import NONE, NONE_PASSES, Changes, changed, changes_of, first_line
+from roundoff.config.base import LATER, Settings
+from roundoff.config.changes import NONE, Changes, changed, changes_of, first_line
 from roundoff.config.hardware import Deadzone, Fault, MatmulNoise, Precision
+from roundoff.config.rules import Rule, ThresholdChanges
 
 Phase = Literal["rollout", "training", "evaluation"]
 """What a pass is for. Training is every pass whose result enters the loss: log-probabilities before the update, those
@@ -24,55 +24,6 @@ LISTS = ("faults", "rules")
 """Its lists of tables."""
 _REFINED = ("gradient", "gradient_rounding", "hadamard")
 """Settings of the backward pass, which only training has."""
-
-
-class ThresholdChanges(Changes):
-    """The deadzone of the modules that a rule matches."""
-
-    threshold: Annotated[float, rule(lambda v: 0 < v < 1, "must be in (0, 1)")]
-    """Threshold relative to the largest magnitude of the token (fraction)."""
-
-
-if TYPE_CHECKING:
-    PrecisionChanges: TypeAlias = Changes
-    MatmulNoiseChanges: TypeAlias = Changes
-    AccumulatorChanges: TypeAlias = Changes
-else:
-    PrecisionChanges, MatmulNoiseChanges = changes_of(Precision, ("keep",)), changes_of(MatmulNoise)
-    AccumulatorChanges = changes_of(Accumulator)
-
-
-class Rule(Changes):
-    """Other settings for some modules; of several rules that match a module, each changes what those before it left."""
-
-    match: tuple[str, ...]
-    """Shell patterns of modules, matched against each run of parts of a module's dotted name: `layers.0.*` matches
-    `model.layers.0.mlp.up_proj`, and so do `mlp.*` and `up_proj`."""
-    precision: Annotated[PrecisionChanges | None, *NONE_PASSES] = None
-    matmul_noise: Annotated[MatmulNoiseChanges | None, *NONE_PASSES] = None
-    accumulator: Annotated[AccumulatorChanges | None, *NONE_PASSES] = None
-    deadzone: Annotated[ThresholdChanges | None, *NONE_PASSES] = None
-
-    @model_validator(mode="after")
-    def _changes_something(self) -> Self:
-        if not self.match:
-            raise ValueError("match names no modules: give patterns such as 'layers.0.*' or '*.down_proj'")
-        if set(self.written) == {"match"}:
-            raise ValueError(
-                f"changes nothing for {list(self.match)}: write precision, matmul_noise, accumulator or deadzone"
-            )
-        return self
-
-    def matches(self, name: str) -> bool:
-        """Whether this rule is about the module with a dotted name."""
-        return any(pattern_matches(pattern, name) for pattern in self.match)
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a shell pattern matches a run of parts of a dotted name."""
-    parts = name.split(".")
-    ends = range(1, len(parts) + 1)
-    return any(fnmatchcase(".".join(parts[start:end]), pattern) for end in ends for start in range(end))
 
 
 class HardwareOfAPhase(Settings):
@@ -307,6 +258,13 @@ class Hardware(HardwareOfAPhase):
     def _changes_in(self, phase: Phase) -> HardwareChanges | None:
         changes: HardwareChanges | None = getattr(self, phase)
         return self.rollout if phase == "evaluation" and changes is None else changes
+
+    def written_in(self, phase: Phase, name: str) -> Phase | None:
+        """The phase whose table writes a setting that is in force in this one; None if `[hardware]` itself does."""
+        changes = self._changes_in(phase)
+        if changes is None or name not in changes.written:
+            return None
+        return "rollout" if phase == "evaluation" and self.evaluation is None else phase
 
     @property
     def has_phases(self) -> bool:

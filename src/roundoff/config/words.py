@@ -53,6 +53,31 @@ def phases_in_words(hardware: Hardware) -> list[str]:
     ]
 
 
+def differences(one: Hardware, other: Hardware, names: tuple[str, str]) -> list[str]:
+    """The settings in which two hardwares without phases differ, such as `precision.weight mxfp4 in A, none in B`."""
+
+    def flat(hardware: Hardware) -> dict[str, str]:
+        content = hardware.model_dump(mode="json")
+        content["rules"] = "; ".join(rules_in_words(hardware))
+        return {path: "none" if value in (None, [], "") else str(value) for path, value in _flat_paths(content)}
+
+    left, right = flat(one), flat(other)
+    return [
+        f"{path} {left.get(path, 'none')} {names[0]}, {right.get(path, 'none')} {names[1]}"
+        for path in dict.fromkeys([*left, *right])
+        if left.get(path) != right.get(path)
+    ]
+
+
+def _flat_paths(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        path = f"{above}.{key}" if above else key
+        if isinstance(value, dict):
+            yield from _flat_paths(value, path)
+        else:
+            yield path, value
+
+
 def _listed(content: dict[str, Any]) -> str:
     return " ".join(f"{path} {value}" for path, value in _flat(content))
 

@@ -65,6 +65,23 @@ def attention_plans(model: nn.Module, hardware: Hardware, keep: Collection[int])
     return {} if hardware.rules and not any(plan.described for plan in plans.values()) else plans
 
 
+def check_attention_rules(model: nn.Module, hardware: Hardware) -> None:
+    """Refuse a rule that gives formats to attention and matches no attention layer.
+
+    Raises:
+        ConfigError: naming the rule and the setting.
+    """
+    if not any(one.formats_of_attention for one in hardware.rules):
+        return
+    names = [plain_name(name) for name, _ in _attention_modules(model, hardware)]
+    for number, one in enumerate(hardware.rules):
+        if one.formats_of_attention and not any(map(one.matches, names)):
+            raise ConfigError(
+                f"hardware.rules.{number}.{one.formats_of_attention[0]} does nothing: {list(one.match)} matches no "
+                f"attention layer (their names are like {names[-1]!r})"
+            )
+
+
 def _plan(name: str, hardware: Hardware, keep: Collection[int]) -> AttentionPlan:
     plain = plain_name(name)
     if exclusion(plain, hardware.exclude):

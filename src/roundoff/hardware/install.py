@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
         raise ConfigError("hardware is installed on this model already: uninstall it before installing again")
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
     of_phase = {phase: hardware.of(phase) for phase in PHASES}
-    surveys = {one: survey(model, one) for one in dict.fromkeys(of_phase.values())}
+    surveys = _surveys(model, hardware, of_phase)
     if not any(found.does_something for found in surveys.values()) and not hardware.changes_nothing:
         raise ConfigError(
             "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
@@ -67,6 +68,24 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     result.switch(True)
     model.__dict__[MARK] = result
     return result
+
+
+def _surveys(model: nn.Module, hardware: Hardware, of_phase: Mapping[Phase, Hardware]) -> dict[Hardware, Survey]:
+    """What the hardware of each phase does; an error names the phase whose table holds the wrong setting."""
+    surveys: dict[Hardware, Survey] = {}
+    for phase, one in of_phase.items():
+        if one in surveys:
+            continue
+        try:
+            surveys[one] = survey(model, one)
+        except ConfigError as error:
+            text = str(error)
+            named = re.match(r"hardware\.(\w+)", text)
+            where = hardware.written_in(phase, named[1]) if named else None
+            if where is None:
+                raise
+            raise ConfigError(text.replace("hardware.", f"hardware.{where}.", 1)) from None
+    return surveys
 
 
 def install_adapters(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from roundoff.config import Accumulator, ConfigError, Fault, Hardware, MatmulNoise, first_line
-from roundoff.hardware.attention_modules import AttentionPlan, attention_plans
+from roundoff.hardware.attention_modules import AttentionPlan, attention_plans, check_attention_rules
 from roundoff.hardware.error_models import install_errors
 from roundoff.hardware.faults import install_fault
 from roundoff.hardware.gradients import GradientArithmetic
@@ -106,6 +106,7 @@ def survey(model: nn.Module, hardware: Hardware) -> Survey:
     candidates, skipped = find_linears(model, hardware)
     keep = kept_layers(hardware.precision.keep, (item.layer for item in candidates))
     attended = attention_plans(model, hardware, keep)
+    check_attention_rules(model, hardware)
     check_rules(hardware, [*(item.plain_name for item in candidates), *map(plain_name, attended)])
     return _survey(model, hardware, candidates, skipped, keep, attended)
 
@@ -141,9 +142,8 @@ def _survey(
     output = _output_embedding(model)
     plans = {item.name: _plan(item, hardware, keep, is_output=item.module is output) for item in candidates}
     covered = [item for item in candidates if plans[item.name].does_something]
-    idle = [item.name for item in candidates if not plans[item.name].does_something]
-    why = "change nothing here (precision.keep)" if covered or not attended else "concern attention alone"
-    skipped += [Skipped(name, f"the settings {why}") for name in idle]
+    idle = [item for item in candidates if not plans[item.name].does_something]
+    skipped += [Skipped(item.name, _why_idle(item, hardware, keep, attends=bool(attended))) for item in idle]
     check_paths(model, covered, hardware)
     for item in covered:
         check_range(item, plans[item.name].entry.weight)
@@ -155,6 +155,18 @@ def _survey(
         attention={name: words for name, plan in attended.items() if (words := plan.described)},
     )
     return Survey(result, tuple(covered), plans, attended)
+
+
+def _why_idle(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, attends: bool) -> str:
+    """Why a module that is not excluded is computed as in the plain model."""
+    if hardware.changes_nothing:
+        return "this phase is in plain arithmetic"
+    if item.layer in keep:
+        return "the settings change nothing here (precision.keep)"
+    matching = [number for number, one in enumerate(hardware.rules) if one.matches(item.plain_name)]
+    if matching:
+        return f"the settings change nothing here (rules.{matching[-1]})"
+    return "the settings concern attention alone" if attends else "the settings concern other modules"
 
 
 def _plan(item: Candidate, hardware: Hardware, keep: tuple[int, ...], *, is_output: bool) -> Plan:

@@ -13,7 +13,7 @@ import torch
 
 from roundoff.aqn.noise import aqn_targets
 from roundoff.aqn.preflight import ROUNDED_AWAY, Preflight, preflight, rounded_away
-from roundoff.config import Experiment, Hardware, Profile, hardware_in_words
+from roundoff.config import Experiment, Hardware, Profile, differences, hardware_in_words
 from roundoff.errors import RoundoffWarning
 from roundoff.models.calibration import calibration_texts
 from roundoff.runs.directory import RunDirectory
@@ -68,10 +68,11 @@ def phase_warnings(hardware: Hardware) -> tuple[str, ...]:
     rollout, evaluation = hardware.of("rollout"), hardware.of("evaluation")
     if rollout == evaluation:
         return ()
-    return (
-        "the deployed score is taken on hardware that no rollout had: "
-        f"evaluation on {hardware_in_words(evaluation)}, rollouts on {hardware_in_words(rollout)}",
-    )
+    if rollout.changes_nothing or evaluation.changes_nothing:
+        differs = f"evaluation on {hardware_in_words(evaluation)}, rollouts on {hardware_in_words(rollout)}"
+    else:
+        differs = "; ".join(differences(evaluation, rollout, ("in evaluation", "in rollouts")))
+    return (f"the deployed score is taken on hardware that no rollout had: {differs}",)
 
 
 def correction_warnings(experiment: Experiment, profile: Profile) -> tuple[str, ...]:
