@@ -10,7 +10,7 @@ and `freshness.bit_sums`.
 """
 
 from roundoff.hardware.contexts import hardware_off, hardware_phase, noise_key, plain_arithmetic, rollout_phase
-from roundoff.hardware.install import install, install_adapters, uninstall
+from roundoff.hardware.install import install, install_adapters, surveys, uninstall
 from roundoff.hardware.installed import InstalledHardware, installed
 from roundoff.hardware.inventory import Entry, Skipped
 from roundoff.hardware.row_ids import POSITIONS
@@ -28,5 +28,6 @@ __all__ = [
     "noise_key",
     "plain_arithmetic",
     "rollout_phase",
+    "surveys",
     "uninstall",
 ]

@@ -45,14 +45,8 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     if installed(model) is not None:
         raise ConfigError("hardware is installed on this model already: uninstall it before installing again")
     runtime = Runtime(Key.from_seed(seed).fold("hardware"))
-    of_phase = {phase: hardware.of(phase) for phase in PHASES}
-    surveys = _surveys(model, hardware, of_phase)
-    if not any(found.does_something for found in surveys.values()) and not hardware.changes_nothing:
-        raise ConfigError(
-            "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
-            "keep fewer layers, or add noise"
-        )
-    by_phase = {phase: surveys[one] for phase, one in of_phase.items()}
+    found = surveys(model, hardware)
+    by_phase = {phase: found[hardware.of(phase)] for phase in PHASES}
     covered = _attach_all(by_phase, runtime)
     switches = _switches(model, by_phase)
     _attach_attention(model, by_phase, switches, runtime)
@@ -70,14 +64,19 @@ def install(model: nn.Module, hardware: Hardware, *, seed: int) -> InstalledHard
     return result
 
 
-def _surveys(model: nn.Module, hardware: Hardware, of_phase: Mapping[Phase, Hardware]) -> dict[Hardware, Survey]:
-    """What the hardware of each phase does; an error names the phase whose table holds the wrong setting."""
-    surveys: dict[Hardware, Survey] = {}
-    for phase, one in of_phase.items():
-        if one in surveys:
+def surveys(model: nn.Module, hardware: Hardware) -> dict[Hardware, Survey]:
+    """What the hardware of each phase will do to a model, by the hardware; nothing is changed.
+
+    Raises:
+        ConfigError: as in `install`; it names the phase whose table holds the wrong setting.
+    """
+    found: dict[Hardware, Survey] = {}
+    for phase in PHASES:
+        one = hardware.of(phase)
+        if one in found:
             continue
         try:
-            surveys[one] = survey(model, one)
+            found[one] = survey(model, one)
         except ConfigError as error:
             text = str(error)
             named = re.match(r"hardware\.(\w+)", text)
@@ -85,7 +84,12 @@ def _surveys(model: nn.Module, hardware: Hardware, of_phase: Mapping[Phase, Hard
             if where is None:
                 raise
             raise ConfigError(text.replace("hardware.", f"hardware.{where}.", 1)) from None
-    return surveys
+    if not any(one.does_something for one in found.values()) and not hardware.changes_nothing:
+        raise ConfigError(
+            "hardware.precision.keep keeps every layer in high precision, so the hardware would do nothing: "
+            "keep fewer layers, or add noise"
+        )
+    return found
 
 
 def install_adapters(model: nn.Module) -> None:

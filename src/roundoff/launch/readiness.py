@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def obstacles(requests: Sequence[RunRequest]) -> list[str]:
     """The reason why each request cannot begin; an empty text for one that can."""
-    from roundoff.training.checks import check_settings
+    from roundoff.training.checks import check_hardware, check_settings
 
     known: dict[tuple[str, str, bool], str] = {}  # the seeds of one experiment have the same reason
     reasons = []
@@ -30,6 +30,7 @@ def obstacles(requests: Sequence[RunRequest]) -> list[str]:
         if key not in known:
             try:
                 check_settings(experiment, profile)
+                check_hardware(experiment, profile)
                 known[key] = ""
             except Exception as error:  # of any kind: a task of the user's own may raise it
                 known[key] = message_of(error)

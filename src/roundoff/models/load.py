@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from roundoff.models.embedded import EMBEDDED, TINY
@@ -23,7 +23,7 @@ from roundoff.models.tokenizer import check_added_bos, check_tokenizer
 from roundoff.models.weights import check_files, check_weights
 from roundoff.numerics.torch_state import own_defaults
 
-__all__ = ["TINY_DIRECTORY", "LoadedModel", "ModelError", "check_readable", "load_model", "no_progress_bar"]
+__all__ = ["TINY_DIRECTORY", "LoadedModel", "ModelError", "check_readable", "load_model", "no_progress_bar", "skeleton"]
 
 TINY_DIRECTORY = EMBEDDED[TINY]
 """The embedded model `tiny`, a Hugging Face directory."""
@@ -119,6 +119,25 @@ def check_model(name: str, *, allow_download: bool = False) -> tuple[str, str]:
         _check_directory(Path(location), name)
         check_files(Path(location), name)
     return location, source
+
+
+def skeleton(name: str) -> PreTrainedModel | None:
+    """The modules of an embedded model or of a local directory on torch's meta device, without weights.
+
+    None if the model is not on this machine, or transformers cannot build it from its configuration alone.
+    """
+    directory = EMBEDDED.get(name) or Path(name).expanduser()
+    if not (directory / "config.json").is_file():
+        return None
+    try:
+        config = AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+    except Exception:  # of any kind: loading the model itself will say what is wrong with it
+        return None
+    return model
 
 
 def check_readable(loaded: LoadedModel, prompts: Iterable[str]) -> None:
