@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+from benchmarks.mismatch_rule import dose, rule
 from benchmarks.study_page import (
     SCORES,
     Effect,
@@ -105,6 +106,26 @@ HEAD = (
 )
 
 
+RULE_HEAD = ("rollouts in", "KL at which a point is lost [95 %]", "loss grows as KL to the", "largest error (points)")
+GROUPS = {
+    "formats": [name for name in HARDWARE if not name.startswith("noise")],
+    "noise": [name for name in HARDWARE if name.startswith("noise")],
+    "both": list(HARDWARE),
+}
+
+
+def rules(arms: Mapping[str, Arm]) -> Iterator[list[str]]:
+    """Whether the measured KL predicts what a plain trainer loses without a correction: formats, noise and both.
+
+    The score is that in plain arithmetic. What is lost on the rollouts' arithmetic is mostly the cost of computing on
+    it, which is no matter of a mismatch.
+    """
+    plain = arms[f"{FAMILY}-clean"]
+    for text, group in GROUPS.items():
+        found = rule({h: dose(arms[name(h)], plain, "clean") for h in group if name(h) in arms})
+        yield [text, *(("", "", "") if found is None else (str(found), f"{found.exponent:.2f}", f"{found.error:.1f}"))]
+
+
 def counted(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[list[str]]:
     """For each correction under a plain trainer, and for the unified one, what it did over all arithmetics."""
     kinds = {**{c: (text, "plain", c) for c, text in CORRECTIONS.items() if c}, "unified": ("unified", "same", "")}
@@ -150,6 +171,9 @@ def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect])
     yield ""
     head = ("against none", "deployed: better / worse / not shown", "mean", "clean: better / worse / not shown", "mean")
     yield from table(head, counted(arms, changes))
+    yield "## A rule of thumb?"
+    yield ""
+    yield from table(RULE_HEAD, rules(arms))
     for hardware, text in HARDWARE.items():
         found = list(rows(arms, changes, hardware))
         if found:
