@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+import numpy as np
+
 from benchmarks.mismatch_rule import dose, rule
 from benchmarks.study_page import (
     SCORES,
@@ -26,6 +28,7 @@ from benchmarks.study_page import (
 from roundoff import stats
 from roundoff.report import words
 from roundoff.report.arms import Arm
+from roundoff.report.compare import paired_scores
 
 FAMILY = "mismatch"
 HARDWARE = {
@@ -126,19 +129,31 @@ def rules(arms: Mapping[str, Arm]) -> Iterator[list[str]]:
         yield [text, *(("", "", "") if found is None else (str(found), f"{found.exponent:.2f}", f"{found.error:.1f}"))]
 
 
-def counted(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[list[str]]:
-    """For each correction under a plain trainer, and for the unified one, what it did over all arithmetics."""
-    kinds = {**{c: (text, "plain", c) for c, text in CORRECTIONS.items() if c}, "unified": ("unified", "same", "")}
-    for text, trainer, correction in kinds.values():
-        line = [text]
-        for score in SCORES:
-            mine = [changes.get((name(h, trainer, correction), score)) for h in HARDWARE]
-            known = [effect for effect in mine if effect is not None]
-            better = sum(effect.shown and effect.interval.estimate > 0 for effect in known)
-            worse = sum(effect.shown and effect.interval.estimate < 0 for effect in known)
-            middle = words.points(fmean(effect.interval.estimate for effect in known)) if known else ""
-            line += [f"{better} / {worse} / {len(known) - better - worse}", middle]
-        yield line
+def pooled(arms: Mapping[str, Arm]) -> Iterator[list[str]]:
+    """What each correction did on average over formats, and over levels of noise, against the same without it.
+
+    The outcome of a problem is its mean over the arithmetics of the group; p-values are corrected over this table.
+    """
+    kinds = [(text, "plain", c) for c, text in CORRECTIONS.items() if c] + [("unified", "same", "")]
+    kinds += [(f"unified, {text}", "same", c) for c, text in CORRECTIONS.items() if c]
+    found: dict[tuple[str, str, str], stats.Interval] = {}
+    for text, trainer, correction in kinds:
+        for group in ("formats", "noise"):
+            keys = [name(hardware, trainer, correction) for hardware in GROUPS[group]]
+            if all(key in arms for key in keys):
+                pairs = [paired_scores(arms[key], arms[arms[key].experiment.baseline or ""]) for key in keys]
+                seeds = sorted(set.intersection(*(set(new.seeds) for new, _ in pairs)))
+                for score in SCORES:
+                    new, old = (
+                        np.mean([getattr(side[i].of_seeds(seeds), score) for side in pairs], axis=0) for i in (0, 1)
+                    )
+                    found[text, group, score] = stats.paired_benefit(new, old)
+    adjusted = stats.holm([interval.p for interval in found.values()])
+    effects_ = {key: Effect(i, p) for (key, i), p in zip(found.items(), adjusted, strict=True)}
+    for text, *_ in kinds:
+        cells = [str(effects_.get((text, group, score), "")) for group in ("formats", "noise") for score in SCORES]
+        if any(cells):
+            yield [text, *cells]
 
 
 def figure(arms: Mapping[str, Arm], path: Path) -> None:
@@ -169,8 +184,10 @@ def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect])
     yield ""
     yield "## What each correction did"
     yield ""
-    head = ("against none", "deployed: better / worse / not shown", "mean", "clean: better / worse / not shown", "mean")
-    yield from table(head, counted(arms, changes))
+    yield "Means over the five formats, and over the three levels of noise, against the same rollouts and trainer"
+    yield "without a correction (`unified` against a plain trainer), in points; corrected over the tests of this table:"
+    yield ""
+    yield from table(("", "formats: deployed", "formats: clean", "noise: deployed", "noise: clean"), pooled(arms))
     yield "## A rule of thumb?"
     yield ""
     yield from table(RULE_HEAD, rules(arms))

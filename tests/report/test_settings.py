@@ -78,3 +78,9 @@ def test_defaults_are_not_named() -> None:
     assert described(plain) == "GRPO · 1 epoch · ratio replayed"
     own = Experiment.model_validate({"id": "a", "algorithm": {"name": "mine", "group_size": 4}})
     assert described(own) == "mine · 1 epoch · ratio replayed · algorithm.group_size 4"
+
+
+def test_of_a_correction_only_what_is_set_is_named() -> None:
+    words = settings_in_words(load_experiment("mismatch-fp8-icepop"), None).other
+    assert words.endswith("algorithm.correction.rollout_is token, algorithm.correction.rollout_is_threshold [0.5, 5]")
+    assert "bypass" not in words

@@ -16,6 +16,7 @@ from roundoff.config import (
     Hardware,
     Precision,
     Profile,
+    Settings,
     phases_in_words,
     rules_in_words,
 )
@@ -150,10 +151,17 @@ def _rest(experiment: Experiment) -> str:
     own = Algorithm.model_validate({"name": name}) if known else Algorithm.model_construct(name=name, group_size=0)
     default = Experiment.model_construct(id=experiment.id, algorithm=own)
     plain = dict(_flat(default.model_dump(mode="json"), ""))
-    for name, part in (("aqn", experiment.aqn), ("srdd", experiment.srdd), ("lora", experiment.lora)):
+    tables: tuple[tuple[str, Settings | None], ...] = (
+        ("aqn", experiment.aqn),
+        ("srdd", experiment.srdd),
+        ("lora", experiment.lora),
+        ("algorithm.correction", experiment.algorithm.correction),
+    )
+    for name, part in tables:
         if part is not None:
             fields = type(part).model_fields
-            plain |= {f"{name}.{key}": field.default for key, field in fields.items() if not field.is_required()}
+            defaults = type(part).model_construct().model_dump(mode="json")
+            plain |= {f"{name}.{key}": defaults[key] for key, field in fields.items() if not field.is_required()}
     mine = _flat(experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]), "")
     constant = experiment.aqn is not None and experiment.aqn.schedule == "constant"
     return ", ".join(
