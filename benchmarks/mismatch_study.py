@@ -140,7 +140,7 @@ def pooled(arms: Mapping[str, Arm]) -> Iterator[list[str]]:
     for text, trainer, correction in kinds:
         for group in ("formats", "noise"):
             keys = [name(hardware, trainer, correction) for hardware in GROUPS[group]]
-            if all(key in arms for key in keys):
+            if keys and all(key in arms for key in keys):
                 pairs = [paired_scores(arms[key], arms[arms[key].experiment.baseline or ""]) for key in keys]
                 seeds = sorted(set.intersection(*(set(new.seeds) for new, _ in pairs)))
                 for score in SCORES:

@@ -43,7 +43,7 @@ def draw(panels: Mapping[str, tuple[Sequence[Line], Interval | None]], path: Pat
 
     # Texts stay texts, and equal data give an equal file.
     with plt.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": path.stem, "font.size": 9, "font.family": "sans-serif"}
+        {"svg.fonttype": "none", "svg.hashsalt": "roundoff", "font.size": 9, "font.family": "sans-serif"}
     ):
         chart, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), sharey=True, squeeze=False)
         for place, (title, (lines, level)) in zip(axes[0], panels.items(), strict=True):
