@@ -53,8 +53,9 @@ def draw(panels: Mapping[str, tuple[Sequence[Line], Interval | None]], path: Pat
                 for noise in (False, True):
                     _join(place, index, "" if noise else line.text, [p for p in line.points if p.is_noise == noise])
             for point in lines[0].points:
-                at = (point.mismatch, 100 * point.accuracy.high)
-                place.annotate(point.name, at, (0, 3), textcoords="offset points", ha="center", fontsize=7)
+                at = (point.mismatch, 100 * (point.accuracy.low if point.is_noise else point.accuracy.high))
+                apart = (0, -20 if point.is_noise else 3)
+                place.annotate(point.name, at, apart, textcoords="offset points", ha="center", fontsize=7)
             place.set_xscale("log")
             place.set_title(title, fontsize=10)
             place.set_xlabel(x)

@@ -86,7 +86,7 @@ def parse(text: str) -> tuple[Evidence, ...]:
 
 
 def as_csv(rows: Iterable[Evidence]) -> str:
-    """The table in CSV; numbers keep a hundredth of a point, and p-values three digits."""
+    """The table in CSV; numbers keep a thousandth of a point, and p-values three digits."""
     out = StringIO()
     names = ("experiment", "baseline", "profile", "seeds", "problems", "tests")
     writer = csv.writer(out, lineterminator="\n")
@@ -94,6 +94,6 @@ def as_csv(rows: Iterable[Evidence]) -> str:
     for row in rows:
         numbers: list[str] = []
         for score in (row.deployed, row.clean):
-            numbers += [f"{value:.2f}" for value in (score.points, score.low, score.high)] + [f"{score.p:.3g}"]
+            numbers += [f"{value:.3f}" for value in (score.points, score.low, score.high)] + [f"{score.p:.3g}"]
         writer.writerow((*(getattr(row, name) for name in names), *numbers))
     return out.getvalue()
