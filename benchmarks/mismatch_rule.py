@@ -51,16 +51,16 @@ class Rule:
         return f"{self.kl:.2g} [{self.low:.2g}, {self.high:.2g}]"
 
 
-def kl_of(run: Run) -> float:
-    """Median over the steps of a run."""
-    return median(step["mismatch_k3_kl"] for step in run.metrics if step.get("trained"))
+def over_steps_of(run: Run, key: str) -> float:
+    """Median over the steps of a run that trained."""
+    return median(step[key] for step in run.metrics if step.get("trained") and key in step)
 
 
 def dose(arm: Arm, plain: Arm, score: str) -> Dose:
     """What one arithmetic did in each seed."""
     new, old = paired_scores(arm, plain)
     losses = 100 * (getattr(old, score) - getattr(new, score)).mean(axis=1)
-    kl = {run.seed: kl_of(run) for run in arm.final}
+    kl = {run.seed: over_steps_of(run, "mismatch_k3_kl") for run in arm.final}
     return Dose(tuple(kl[seed] for seed in new.seeds), tuple(losses.tolist()))
 
 
@@ -74,7 +74,7 @@ def fitted(kl: Sequence[float], loss: Sequence[float]) -> tuple[float, float]:
 
 
 def rule(doses: Mapping[str, Dose]) -> Rule | None:
-    """The rule of a group of arithmetics; None with fewer than three of them or three seeds, or without any loss."""
+    """The rule of a group of arithmetics; None with fewer than three of them or three seeds."""
     seeds = min((len(one.kl) for one in doses.values()), default=0)
     if len(doses) < FEWEST or seeds < FEWEST:
         return None

@@ -9,22 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 
 import numpy as np
 
-from benchmarks.mismatch_rule import dose, rule
-from benchmarks.study_page import (
-    SCORES,
-    Effect,
-    effects,
-    evidence_of,
-    put,
-    read_study,
-    sources_of,
-    table,
-    write_evidence,
-)
+from benchmarks.mismatch_rule import dose, over_steps_of, rule
+from benchmarks.study_page import SCORES, Effect, corrected, publish, table
 from roundoff import stats
 from roundoff.report import words
 from roundoff.report.arms import Arm
@@ -61,16 +51,17 @@ def name(hardware: str, trainer: str = "plain", correction: str = "") -> str:
 
 def over_steps(arm: Arm, key: str) -> float:
     """Mean over the runs of the median over the steps."""
-    return fmean(median(step[key] for step in run.metrics if step.get("trained") and key in step) for run in arm.final)
+    return fmean(over_steps_of(run, key) for run in arm.final)
 
 
 def left_out(arm: Arm) -> str:
     """Share of the response tokens whose loss a correction left out or cut, as a percentage."""
-    keys = ("rollout_rs_masked_fraction", "rollout_is_veto_fraction", "mismatch_cut_token")
     correction = arm.experiment.algorithm.correction
     if correction is None or correction.bypass_mode:
         return ""
-    return words.percent(over_steps(arm, keys[0] if correction.rollout_rs else keys[2]))
+    return words.percent(
+        over_steps(arm, "rollout_rs_masked_fraction" if correction.rollout_rs else "mismatch_cut_token")
+    )
 
 
 def rows(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect], hardware: str) -> Iterator[list[str]]:
@@ -111,8 +102,8 @@ HEAD = (
 
 RULE_HEAD = ("rollouts in", "KL at which a point is lost [95 %]", "loss grows as KL to the", "largest error (points)")
 GROUPS = {
-    "formats": [name for name in HARDWARE if not name.startswith("noise")],
-    "noise": [name for name in HARDWARE if name.startswith("noise")],
+    "formats": [part for part in HARDWARE if not part.startswith("noise")],
+    "noise": [part for part in HARDWARE if part.startswith("noise")],
     "both": list(HARDWARE),
 }
 
@@ -148,10 +139,9 @@ def pooled(arms: Mapping[str, Arm]) -> Iterator[list[str]]:
                         np.mean([getattr(side[i].of_seeds(seeds), score) for side in pairs], axis=0) for i in (0, 1)
                     )
                     found[text, group, score] = stats.paired_benefit(new, old)
-    adjusted = stats.holm([interval.p for interval in found.values()])
-    effects_ = {key: Effect(i, p) for (key, i), p in zip(found.items(), adjusted, strict=True)}
+    effects = corrected(found)
     for text, *_ in kinds:
-        cells = [str(effects_.get((text, group, score), "")) for group in ("formats", "noise") for score in SCORES]
+        cells = [str(effects.get((text, group, score), "")) for group in ("formats", "noise") for score in SCORES]
         if any(cells):
             yield [text, *cells]
 
@@ -180,8 +170,6 @@ def figure(arms: Mapping[str, Arm], path: Path) -> None:
 
 def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[str]:
     """All tables."""
-    yield f"{len(changes)} tests; what is shown at 5 % after Holm's correction over all of them stands in bold."
-    yield ""
     yield "## What each correction did"
     yield ""
     yield "Means over the five formats, and over the three levels of noise, against the same rollouts and trainer"
@@ -200,15 +188,10 @@ def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect])
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the tables, or put them between the markers of the file after `--out`, with the figure beside it."""
-    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
-    roots = [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)]
-    study = read_study(roots, FAMILY)
-    changes = effects(study.arms)
-    put("\n".join([*sources_of(study), *document(study.arms, changes)]), out)
+    """Publish the tables, with the figure beside the page."""
+    study, out = publish(FAMILY, document, arguments)
     if out is not None:
         figure(study.arms, out.parent / "figures" / "mismatch.svg")
-        write_evidence(FAMILY, "tiny", evidence_of(study.arms, changes))
 
 
 if __name__ == "__main__":

@@ -7,20 +7,9 @@ markers of the file, and the study's rows in the table that `roundoff recommend`
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-from benchmarks.study_page import (
-    SCORES,
-    Effect,
-    effects,
-    evidence_of,
-    put,
-    read_study,
-    sources_of,
-    table,
-    write_evidence,
-)
+from benchmarks.study_page import SCORES, Effect, publish, table
 from roundoff import stats
 from roundoff.report import words
 from roundoff.report.arms import Arm
@@ -51,8 +40,6 @@ def cells(key: str, arm: Arm, changes: Mapping[tuple[str, str], Effect]) -> list
 
 def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[str]:
     """All tables."""
-    yield f"{len(changes)} tests; what is shown at 5 % after Holm's correction over all of them stands in bold."
-    yield ""
     for hardware, text in HARDWARE.items():
         prefix = f"{FAMILY}-{hardware}"
         mine = {key: arm for key, arm in arms.items() if key == prefix or key.startswith(f"{prefix}-")}
@@ -62,16 +49,5 @@ def document(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect])
             yield from table(HEAD, (cells(key, arm, changes) for key, arm in mine.items() if arm.scores))
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the tables, or put them between the markers of the file after `--out`, and the evidence into its table."""
-    out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
-    roots = [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)]
-    study = read_study(roots, FAMILY)
-    changes = effects(study.arms)
-    put("\n".join([*sources_of(study), *document(study.arms, changes)]), out)
-    if out is not None:
-        write_evidence(FAMILY, "tiny", evidence_of(study.arms, changes))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    publish(FAMILY, document, sys.argv[1:])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from benchmarks.table import BEGIN, END, sources, table
+from benchmarks.table import command_line, put, sources, table
 from roundoff import stats
 from roundoff.experiments import Evidence, evidence, families, load_experiment
 from roundoff.experiments.evidence import FILE, Measured, as_csv
@@ -18,19 +19,9 @@ from roundoff.report.contents import Report
 from roundoff.runs.files import write_atomic
 from roundoff.runs.record import Run, find_runs
 
-__all__ = [
-    "SCORES",
-    "Effect",
-    "Study",
-    "effects",
-    "evidence_of",
-    "put",
-    "read_study",
-    "sources_of",
-    "table",
-    "write_evidence",
-]
+__all__ = ["SCORES", "Effect", "Study", "corrected", "effects", "publish", "read_study", "table", "write_evidence"]
 
+Key = TypeVar("Key")
 SCORES = ("deployed", "clean")
 """Both scores of an arm: on the hardware, and in plain arithmetic."""
 
@@ -74,6 +65,11 @@ def effects(arms: Mapping[str, Arm]) -> dict[tuple[str, str], Effect]:
         collapsed = len(new.collapsed) + len(old.collapsed)
         for score in SCORES:
             found[key, score] = stats.paired_benefit(getattr(new, score), getattr(old, score), collapsed=collapsed)
+    return corrected(found)
+
+
+def corrected(found: Mapping[Key, stats.Interval]) -> dict[Key, Effect]:
+    """Differences with their p-values, Holm-corrected over all of them."""
     adjusted = stats.holm([interval.p for interval in found.values()])
     return {key: Effect(interval, p) for (key, interval), p in zip(found.items(), adjusted, strict=True)}
 
@@ -92,27 +88,6 @@ def read_study(roots: Sequence[Path], family: str) -> Study:
     arms = {arm.experiment.id: arm for arm in group_arms(mine)[0] if arm.final}
     ordered = {experiment.id: arms[experiment.id] for experiment in declared if experiment.id in arms}
     return Study(mine, ordered, build_report(mine, skipped, declared))
-
-
-def sources_of(study: Study) -> Iterator[str]:
-    """How many runs there are, how long they took, and where they were made."""
-    yield from sources(study.report, study.runs)
-
-
-def put(content: str, out: Path | None) -> None:
-    """Print the content, or put it between the markers of a page.
-
-    Raises:
-        SystemExit: if the page lacks the markers.
-    """
-    if out is None:
-        print(content)
-        return
-    before, begin, rest = out.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"{out} lacks the lines {BEGIN} and {END}")
-    write_atomic(out, f"{before}{BEGIN}\n\n{content}\n{END}{after}")
 
 
 def evidence_of(arms: Mapping[str, Arm], changes: Mapping[tuple[str, str], Effect]) -> Iterator[Evidence]:
@@ -144,3 +119,28 @@ def write_evidence(family: str, profile: str, rows: Iterable[Evidence], path: Pa
     mine = set(families()[family])
     others = [row for row in evidence() if not (row.experiment in mine and row.profile == profile)]
     write_atomic(path, as_csv([*others, *rows]))
+
+
+Document = Callable[[Mapping[str, Arm], Mapping[tuple[str, str], Effect]], Iterable[str]]
+"""The lines of a study's tables, from its arms and effects."""
+
+
+def publish(family: str, document: Document, arguments: Sequence[str]) -> tuple[Study, Path | None]:
+    """Print a study's tables, or put them between the markers of the page after `--out`, and its rows of evidence.
+
+    Returns:
+        The study, and the page; None if the tables were printed.
+    """
+    roots, out = command_line(arguments)
+    study = read_study(roots, family)
+    changes = effects(study.arms)
+    put("\n".join([*sources(study.report, study.runs), *tests_line(changes), *document(study.arms, changes)]), out)
+    if out is not None:
+        write_evidence(family, "tiny", evidence_of(study.arms, changes))
+    return study, out
+
+
+def tests_line(changes: Mapping[tuple[str, str], Effect]) -> Iterator[str]:
+    """How many tests there are, and what bold means."""
+    yield f"{len(changes)} tests; what is shown at 5 % after Holm's correction over all of them stands in bold."
+    yield ""

@@ -217,12 +217,18 @@ def _shown(value: float | None) -> str:
     return words.NONE if value is None else f"{value:.2f}"
 
 
-def main() -> None:
-    """Print the tables, or put them between the markers of the file after `--out`."""
-    arguments = sys.argv[1:] if sys.argv[0].endswith("table.py") else []
+def command_line(arguments: Sequence[str]) -> tuple[list[Path], Path | None]:
+    """The directories among the arguments, and the page after `--out`; None without one."""
     out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
-    roots = [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)]
-    content = document(roots or [DEFAULT_ROOT])
+    return [Path(a) for a in arguments if not a.startswith("--") and (out is None or Path(a) != out)], out
+
+
+def put(content: str, out: Path | None) -> None:
+    """Print the content, or put it between the markers of a page.
+
+    Raises:
+        SystemExit: if the page lacks the markers.
+    """
     if out is None:
         print(content)
         return
@@ -231,6 +237,12 @@ def main() -> None:
     if not (begin and end):
         raise SystemExit(f"{out} lacks the lines {BEGIN} and {END}")
     write_atomic(out, f"{before}{BEGIN}\n\n{content}\n{END}{after}")
+
+
+def main() -> None:
+    """Print the tables, or put them between the markers of the file after `--out`."""
+    roots, out = command_line(sys.argv[1:] if sys.argv[0].endswith("table.py") else [])
+    put(document(roots or [DEFAULT_ROOT]), out)
 
 
 if __name__ == "__main__":

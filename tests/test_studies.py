@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import mismatch_study, remedies_study
+from benchmarks import mismatch_study, remedies_study, study_page
 from benchmarks.mismatch_rule import Dose, rule
-from benchmarks.study_page import SCORES, effects, read_study, write_evidence
+from benchmarks.study_page import SCORES, effects, publish, read_study, write_evidence
 from benchmarks.table import BEGIN, END
 
 from roundoff import stats
@@ -71,8 +71,8 @@ def test_a_page_gets_its_tables_and_recommend_its_rows(tmp_path: Path, monkeypat
     simulated(tmp_path / "runs", {"remedies-clean": 0.0, "remedies-mxfp4": -1.0, "remedies-mxfp4-hadamard": 0.5})
     page, rows = tmp_path / "page.md", tmp_path / "evidence.csv"
     page.write_text(f"before\n{BEGIN}\nstale\n{END}\nafter\n")
-    monkeypatch.setattr(remedies_study, "write_evidence", partial(write_evidence, path=rows))
-    remedies_study.main([str(tmp_path / "runs"), "--out", str(page)])
+    monkeypatch.setattr(study_page, "write_evidence", partial(write_evidence, path=rows))
+    publish(remedies_study.FAMILY, remedies_study.document, [str(tmp_path / "runs"), "--out", str(page)])
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith(f"{END}\nafter\n") and "stale" not in text
     assert "| `remedies-mxfp4-hadamard` | MXFP4 complete, Hadamard transform on dW | 4 |" in text

@@ -17,7 +17,7 @@ from roundoff.actions.named_hardware import load_hardware
 from roundoff.config import ConfigError, Experiment, Profile, Task, validate
 from roundoff.experiments import load_profile, profile_names, with_overrides
 from roundoff.models.adapter_file import ADAPTER_CONFIG, read_adapter
-from roundoff.models.embedded import EMBEDDED, TINY
+from roundoff.models.embedded import TINY, default_profile
 from roundoff.runs.checkpoint import Checkpoint, check_origin, load_checkpoint, run_origin
 from roundoff.runs.record import SETTINGS, Run, read_run
 
@@ -129,7 +129,7 @@ def _find(target: str, step: int | None, profile: str | None, names_task: bool) 
         return _exported(path, profile)
     if path.is_dir() or target.count("/") == 1:
         _check_named(target, names_task)
-    scale = load_profile(profile or (target if target in EMBEDDED else TINY)).model_copy(update={"model": target})
+    scale = load_profile(profile or default_profile(target)).model_copy(update={"model": target})
     return EvaluationSubject(f"model {target}", _plain(path.name, target), scale, 0)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from roundoff.actions.named_hardware import load_hardware
 from roundoff.config import TEMPERATURE_RULE, ConfigError, Hardware, Task, is_temperature
 from roundoff.experiments import load_profile
-from roundoff.models.embedded import EMBEDDED, TINY
+from roundoff.models.embedded import EMBEDDED, default_profile
 from roundoff.runs.files import write_atomic
 from roundoff.runs.metrics import METRICS
 from roundoff.stats import LEVEL, Growth, weight_growth
@@ -123,7 +123,7 @@ def _measured(options: MismatchOptions, rollout: Hardware, training: Hardware) -
     from roundoff.sampling.sampler import check_sampling, sample
     from roundoff.training.mismatch import Difference
 
-    profile = load_profile(options.profile_name or (options.model if options.model in EMBEDDED else TINY))
+    profile = load_profile(options.profile_name or default_profile(options.model))
     if options.task is not None:
         profile = profile.model_copy(update={"task": Task(name=options.task)})
     problems = make_task(profile).train()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from roundoff.actions.named_hardware import load_hardware
-from roundoff.config import ConfigError, Experiment, Hardware
+from roundoff.config import NAMES_ONLY, ConfigError, Experiment, Hardware, flatten
 from roundoff.experiments import Evidence, evidence, load_experiment, load_profile
 from roundoff.report import words
 from roundoff.report.chips import same_chip, same_deployment
@@ -19,9 +20,10 @@ from roundoff.runs.files import write_atomic
 
 Match = Literal["trained", "deployed"]
 """Whether the studied hardware is the same in every phase, or deployed alike but trained in another way."""
+declared = cache(load_experiment)
+"""A packaged experiment, which many rows name; its file is read once."""
 LISTED = 6
 """Most settings of a remedy that are printed one by one."""
-NAMES_ONLY = ("id", "title", "family", "baseline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ def run_recommend(hardware: str, json_file: Path | None) -> None:
     wanted = load_hardware(hardware)
     if wanted.changes_nothing:
         raise ConfigError(f"{hardware} is plain arithmetic, which needs no remedy")
-    found = findings(wanted, evidence())
-    for line in (*describe_costs(wanted, evidence()), *describe(hardware, found)):
+    rows = evidence()
+    found = findings(wanted, rows)
+    for line in (*describe_costs(wanted, rows), *describe(hardware, found, rows)):
         click.echo(line)
     if json_file is not None:
         content = {"hardware": wanted.model_dump(mode="json"), "findings": [_as_json(one) for one in found]}
@@ -59,7 +62,7 @@ def findings(wanted: Hardware, rows: Sequence[Evidence]) -> list[Finding]:
     """The rows whose baseline is this hardware, those that help most first."""
     found = []
     for row in rows:
-        new, old = load_experiment(row.experiment), load_experiment(row.baseline)
+        new, old = declared(row.experiment), declared(row.baseline)
         if old.hardware.changes_nothing or not same_deployment(wanted, old.hardware):
             continue
         match: Match = "trained" if same_chip(wanted, old.hardware) else "deployed"
@@ -70,15 +73,8 @@ def findings(wanted: Hardware, rows: Sequence[Evidence]) -> list[Finding]:
 def changed_settings(new: Experiment, old: Experiment) -> tuple[str, ...]:
     """The settings in which `new` differs from `old`, as `--set` takes them."""
 
-    def flat(value: object, path: str) -> Iterator[tuple[str, object]]:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                yield from flat(inner, f"{path}.{key}" if path else str(key))
-        else:
-            yield path, value
-
     after, before = (
-        dict(flat(experiment.model_dump(mode="json", exclude=set(NAMES_ONLY), exclude_none=True), ""))
+        flatten(experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"], exclude_none=True))
         for experiment in (new, old)
     )
     changed = {path: value for path, value in after.items() if before.get(path) != value}
@@ -89,17 +85,17 @@ def changed_settings(new: Experiment, old: Experiment) -> tuple[str, ...]:
 def describe_costs(wanted: Hardware, rows: Sequence[Evidence]) -> Iterator[str]:
     """A line for each experiment on this hardware that was compared with plain arithmetic."""
     for row in rows:
-        new, old = load_experiment(row.experiment), load_experiment(row.baseline)
+        new, old = declared(row.experiment), declared(row.baseline)
         if old.hardware.changes_nothing and same_deployment(wanted, new.hardware):
             yield f"{new.title}: {_points(row)} against plain arithmetic"
 
 
-def describe(hardware: str, found: Sequence[Finding]) -> Iterator[str]:
+def describe(hardware: str, found: Sequence[Finding], rows: Sequence[Evidence]) -> Iterator[str]:
     """The answer, line by line."""
     if not found:
         yield f"No study has measured a remedy on {hardware}."
         yield "Studied, each beside the same without the remedy:"
-        yield from (f"  {name:28}  {title}" for name, title in studied().items())
+        yield from (f"  {name:28}  {title}" for name, title in studied(rows).items())
         return
     best = [one for one in found if one.row.deployed.is_shown and one.row.deployed.points > 0]
     scales = dict.fromkeys((one.row.profile, one.row.seeds, one.row.problems, one.row.tests) for one in found)
@@ -132,10 +128,10 @@ def describe(hardware: str, found: Sequence[Finding]) -> Iterator[str]:
         )
 
 
-def studied() -> dict[str, str]:
+def studied(rows: Sequence[Evidence]) -> dict[str, str]:
     """The experiments on whose hardware the studies have measured remedies, with their titles."""
-    baselines = dict.fromkeys(row.baseline for row in evidence())
-    experiments = map(load_experiment, baselines)
+    baselines = dict.fromkeys(row.baseline for row in rows)
+    experiments = map(declared, baselines)
     return {one.id: one.title for one in experiments if not one.hardware.changes_nothing}
 
 

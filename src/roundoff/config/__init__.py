@@ -29,7 +29,7 @@ from roundoff.config.phases import PHASES, Hardware, HardwareOfAPhase, Phase
 from roundoff.config.profile import Profile, Task, Training, with_paths
 from roundoff.config.remedies import AQN, SRDD, LoRA
 from roundoff.config.rules import Rule, pattern_matches
-from roundoff.config.words import differences, hardware_in_words, phases_in_words, rules_in_words
+from roundoff.config.words import differences, flatten, hardware_in_words, phases_in_words, rules_in_words
 
 __all__ = [
     "ALGORITHMS",
@@ -64,6 +64,7 @@ __all__ = [
     "activation_format",
     "differences",
     "first_line",
+    "flatten",
     "hardware_in_words",
     "is_temperature",
     "known_format",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roundoff.config.phases import PHASES, Hardware
@@ -59,7 +59,7 @@ def differences(one: Hardware, other: Hardware, names: tuple[str, str]) -> list[
     def flat(hardware: Hardware) -> dict[str, str]:
         content = hardware.model_dump(mode="json")
         content["rules"] = "; ".join(rules_in_words(hardware))
-        return {path: "none" if value in (None, [], "") else str(value) for path, value in _flat_paths(content)}
+        return {path: "none" if value in (None, [], "") else str(value) for path, value in flatten(content).items()}
 
     left, right = flat(one), flat(other)
     return [
@@ -69,13 +69,13 @@ def differences(one: Hardware, other: Hardware, names: tuple[str, str]) -> list[
     ]
 
 
-def _flat_paths(content: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        path = f"{above}.{key}" if above else key
-        if isinstance(value, dict):
-            yield from _flat_paths(value, path)
-        else:
-            yield path, value
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as a flat mapping `path.to.setting: value`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return flat
 
 
 def _listed(content: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 
 def obstacles(requests: Sequence[RunRequest]) -> list[str]:
     """The reason why each request cannot begin; an empty text for one that can."""
+    from roundoff.models.load import skeleton
     from roundoff.training.checks import check_hardware, check_settings
 
+    skeleton_of = cache(skeleton)  # one model serves all experiments
     known: dict[tuple[str, str, bool], str] = {}  # the seeds of one experiment have the same reason
     reasons = []
     for request in requests:
@@ -30,7 +33,9 @@ def obstacles(requests: Sequence[RunRequest]) -> list[str]:
         if key not in known:
             try:
                 check_settings(experiment, profile)
-                check_hardware(experiment, profile)
+                model = None if experiment.hardware.changes_nothing else skeleton_of(profile.model)
+                if model is not None:  # otherwise there is nothing to check, or the model is not on this machine
+                    check_hardware(experiment.hardware, model)
                 known[key] = ""
             except Exception as error:  # of any kind: a task of the user's own may raise it
                 known[key] = message_of(error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from roundoff import stats
-from roundoff.config import NAMES_ONLY, ConfigError
+from roundoff.config import NAMES_ONLY, ConfigError, flatten
 from roundoff.report.arms import Arm, Scores, group_arms, start_scores
 from roundoff.report.chips import same_chip, same_deployment
 from roundoff.runs.record import Run
@@ -206,11 +206,6 @@ def _check_trained(arm: Arm) -> None:
 def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
     """Paths of the settings that differ and change results, in alphabetical order."""
 
-    def flat(value: object, path: str) -> dict[str, object]:
-        if not isinstance(value, dict):
-            return {path: value}
-        return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
-
     def settings(arm: Arm) -> dict[str, object]:
         experiment = arm.experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"])
         profile = arm.profile.model_dump(mode="json", exclude=NAMES_ONLY["profile"] | {"device"})
@@ -218,7 +213,7 @@ def _differing(treatment: Arm, baseline: Arm) -> tuple[str, ...]:
         for name in ("aqn", "srdd", "lora"):  # a table that only one arm has counts as one setting
             if None in (getattr(treatment.experiment, name), getattr(baseline.experiment, name)):
                 experiment[name] = str(experiment[name])
-        return flat(experiment | {"profile": profile}, "")
+        return flatten(experiment | {"profile": profile})
 
     new, old = settings(treatment), settings(baseline)
     return tuple(sorted(path for path in new.keys() | old.keys() if new.get(path) != old.get(path)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from roundoff.config import (
     Precision,
     Profile,
     Settings,
+    flatten,
     phases_in_words,
     rules_in_words,
 )
@@ -150,7 +151,7 @@ def _rest(experiment: Experiment) -> str:
     known = name in ALGORITHMS  # an algorithm of the user's own has no default group size
     own = Algorithm.model_validate({"name": name}) if known else Algorithm.model_construct(name=name, group_size=0)
     default = Experiment.model_construct(id=experiment.id, algorithm=own)
-    plain = dict(_flat(default.model_dump(mode="json"), ""))
+    plain = flatten(default.model_dump(mode="json"))
     tables: tuple[tuple[str, Settings | None], ...] = (
         ("aqn", experiment.aqn),
         ("srdd", experiment.srdd),
@@ -162,24 +163,15 @@ def _rest(experiment: Experiment) -> str:
             fields = type(part).model_fields
             defaults = type(part).model_construct().model_dump(mode="json")
             plain |= {f"{name}.{key}": defaults[key] for key, field in fields.items() if not field.is_required()}
-    mine = _flat(experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]), "")
+    mine = flatten(experiment.model_dump(mode="json", exclude=NAMES_ONLY["experiment"]))
     constant = experiment.aqn is not None and experiment.aqn.schedule == "constant"
     return ", ".join(
         f"{path} {_shown(value)}"
-        for path, value in mine
+        for path, value in mine.items()
         if value != plain.get(path)
         and not any(path == other or path.startswith(f"{other}.") for other in IN_WORDS)
         and not (path == "aqn.sigma_end" and not constant)
     )
-
-
-def _flat(content: dict[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    """Every setting with its path; a value that is not a table is one setting."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,18 @@ def keep_names_a_scan(hardware: Hardware) -> bool:
     return hardware.needs_scan
 
 
+def kept_count(keep: str, layers: int) -> int:
+    """The k of `srdd:k`, for a model with this many layers.
+
+    Raises:
+        ConfigError: if k exceeds the number of layers.
+    """
+    k = int(keep.removeprefix("srdd:"))
+    if k > layers:
+        raise ConfigError(f"hardware.precision.keep = {keep!r} keeps more layers than the model has ({layers})")
+    return k
+
+
 def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = None) -> Hardware:
     """The same hardware with `precision.keep` as layer indices, in every phase; indices stay as they are.
 
@@ -23,15 +35,10 @@ def resolve_keep(hardware: Hardware, scan: LayerScan, *, metric: str | None = No
     def chosen(keep: tuple[int, ...] | str) -> tuple[int, ...]:
         if not isinstance(keep, str):
             return keep
-        k = int(keep.removeprefix("srdd:"))
         if not any(one.precision.quantizes_forward for one in hardware.variants()):
             raise ConfigError(
                 f"hardware.precision.keep = {keep!r} does nothing without a format: set weight or activation"
             )
-        if k > len(scan.layers):
-            raise ConfigError(
-                f"hardware.precision.keep = {keep!r} keeps more layers than the model has ({len(scan.layers)})"
-            )
-        return scan.most_sensitive(k, metric)
+        return scan.most_sensitive(kept_count(keep, len(scan.layers)), metric)
 
     return hardware.with_keep(chosen) if hardware.needs_scan else hardware

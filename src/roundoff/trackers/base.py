@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from roundoff.config import Experiment, Profile, result_hash
+from roundoff.config import Experiment, Profile, flatten, result_hash
 from roundoff.errors import RoundoffWarning
 
 Ended = Literal["complete", "untrained", "interrupted", "failed"]
@@ -126,15 +126,6 @@ class GuardedTracker:
                 f"tracker {self._name} failed and is now off; the run goes on: {reason}", RoundoffWarning, stacklevel=3
             )
             self._tracker = NullTracker()
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as a flat mapping `path.to.setting: value`."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-    return flat
 
 
 def scalars(row: Mapping[str, Any]) -> dict[str, float]:

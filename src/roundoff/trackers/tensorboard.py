@@ -12,7 +12,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 
-from roundoff.trackers.base import Ended, TrackedRun, flatten, hyper_parameters
+from roundoff.config import flatten
+from roundoff.trackers.base import Ended, TrackedRun, hyper_parameters
 
 DIRECTORY = "tensorboard"
 METRICS = {

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from roundoff.config import Algorithm, ConfigError, Experiment, Profile, Training, training_in_force
+from transformers import PreTrainedModel
+
+from roundoff.config import Algorithm, ConfigError, Experiment, Hardware, Profile, Training, training_in_force
 from roundoff.hardware import surveys
 from roundoff.models.device import resolve_device
-from roundoff.models.load import LoadedModel, check_model, skeleton
+from roundoff.models.load import LoadedModel, check_model
 from roundoff.models.prompts import check_asked, text
+from roundoff.srdd import kept_count
 from roundoff.tasks import Problem, Task, make_task
 
 
@@ -39,28 +42,21 @@ def check_settings(experiment: Experiment, profile: Profile) -> Task:
     return task
 
 
-def check_hardware(experiment: Experiment, profile: Profile) -> None:
-    """Check that every setting of the hardware reaches a module of the model, on the model's modules without weights.
+def check_hardware(hardware: Hardware, model: PreTrainedModel) -> None:
+    """Check that every setting of the hardware reaches a module of the model, which needs no weights (`skeleton`).
 
-    Models that are not on this machine are not checked. What depends on weights, dtype or adapters is found by
+    What depends on weights, dtype or adapters is found by
     `hardware.install` alone.
 
     Raises:
         ConfigError: naming the setting that reaches nothing.
     """
-    hardware = experiment.hardware
-    if hardware.changes_nothing:
-        return
-    model = skeleton(profile.model)
-    if model is None:
-        return
     layers = int(model.config.get_text_config().num_hidden_layers)
 
     def chosen(keep: tuple[int, ...] | str) -> tuple[int, ...]:
         if not isinstance(keep, str):
             return keep
-        if int(keep.removeprefix("srdd:")) > layers:
-            raise ConfigError(f"hardware.precision.keep = {keep!r} keeps more layers than the model has ({layers})")
+        kept_count(keep, layers)
         return ()
 
     surveys(model, hardware.with_keep(chosen))
